@@ -1,0 +1,1 @@
+"""The three ways to differentiate a model: fused (the dual pass), functorch (vmap of jvp), vjp (reverse mode)."""

@@ -1,0 +1,138 @@
+"""The Jacobians of all layers at one batch of samples, as linear maps: what an estimator works with.
+
+Engines, chunks of directions and groups of layers are settled here; an estimator sees J and nothing of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from torchgeom_probe.engines import functorch, fused, vjp
+from torchgeom_probe.engines.plan import Plan
+from torchgeom_probe.engines.task import Batch, Task
+from torchgeom_probe.errors import EngineRefusal, ProbeError
+from torchgeom_probe.factor import Factor
+from torchgeom_probe.shapes import Tensor
+
+EngineName = Literal["auto", "fused", "functorch", "vjp"]
+_PUSHES = {"fused": fused.push, "functorch": functorch.push, "vjp": vjp.push}
+
+
+class Linearization:
+    """J = ∂Φ/∂x of every hooked layer at the samples of ``batch``.
+
+    Attributes:
+        plan: the sizes: entries and their features, the space, the memory budget.
+        engine: the engine asked for; after the first push, under ``"auto"``, the one that ran.
+    """
+
+    def __init__(self, task: Task, batch: Batch, plan: Plan, engine: EngineName) -> None:
+        self.task = task
+        self.batch = batch
+        self.plan = plan
+        self.engine: EngineName = engine
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples are."""
+        tensors = (*self.batch.args, *self.batch.kwargs.values())
+        return next(t.device for t in tensors if isinstance(t, Tensor))
+
+    def factors(self, num_directions: int, directions: Callable[[int, int], Tensor]) -> dict[str, Factor]:
+        """Per entry, the factor of JV for all k directions; ``directions(start, stop)`` gives some of them, [·, B, *space].
+
+        One pass where they fit into memory at once.  Otherwise several: the tangents of all of them are kept, because their cross
+        terms are part of the metric, and layers are taken in groups that fit.
+        """
+        at_once = self.plan.directions_at_once(num_directions, self.batch.size)
+        if at_once == num_directions:
+            done: dict[str, Factor] = {}
+
+            def reduce(entry: str, blocks: list[Tensor]) -> None:
+                done[entry] = Factor.of(blocks)
+
+            self.push(directions(0, num_directions), reduce)
+            return done
+        return dict(self._factors_in_chunks(num_directions, directions, at_once))
+
+    def _factors_in_chunks(
+        self, num_directions: int, directions: Callable[[int, int], Tensor], at_once: int
+    ) -> Iterator[tuple[str, Factor]]:
+        for group in self.plan.layer_groups(num_directions):
+            kept: dict[str, Tensor] = {}
+            for start in range(0, num_directions, at_once):
+                stop = min(start + at_once, num_directions)
+
+                def keep(entry: str, blocks: list[Tensor], start: int = start, stop: int = stop) -> None:
+                    if entry not in group:
+                        return
+                    whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+                    if entry not in kept:
+                        kept[entry] = whole.new_empty(num_directions, *whole.shape[1:])
+                    kept[entry][start:stop] = whole  # copied: the next layer may write over it
+
+                self.push(directions(start, stop), keep)
+            for entry, tangents in kept.items():
+                yield entry, Factor.of([tangents])
+
+    def push(self, directions: Tensor, sink: fused.Sink) -> None:
+        """JV of every layer, handed to the sink layer by layer as blocks [k, B, n_i]."""
+        if self.engine != "auto":
+            _guarded(self.engine, self.task, self.batch, directions, sink)
+            return
+        refusals = []
+        for engine in ("fused", "functorch", "vjp"):
+            try:
+                _guarded(engine, self.task, self.batch, directions, sink)
+            except EngineRefusal as refusal:
+                refusals.append(f"  {engine}: {_first_line(refusal)}")
+                continue
+            self.engine = engine  # type: ignore[assignment]
+            return
+        raise ProbeError(
+            "no engine can differentiate this model:\n" + "\n".join(refusals) + "\n"
+            "Measure the layers before that op, or give the op a derivative (torch.autograd.Function with jvp and vmap)."
+        )
+
+    @contextlib.contextmanager
+    def pullback(self) -> Iterator[vjp.Pullback]:
+        """Reverse mode at these samples: Jᵀu of every layer."""
+        try:
+            with vjp.pullback(self.task, self.batch) as back:
+                yield back
+        except ProbeError:
+            raise
+        except RuntimeError as error:
+            raise EngineRefusal(
+                f"reverse mode failed ({_first_line(error)}).\nMeasure with forward mode:  GeometryProbe(model, ..., engine='fused')"
+            ) from error
+
+    def only(self, layers: list[str]) -> Linearization:
+        """The same with fewer entries, of those layers alone."""
+        modules = {name: module for name, module in self.task.layers.items() if name in layers}
+        features = {e: n for e, n in self.plan.features.items() if e.split("#")[0] in modules}
+        return Linearization(
+            replace(self.task, layers=modules), self.batch, replace(self.plan, features=features), self.engine
+        )
+
+
+def _guarded(engine: str, task: Task, batch: Batch, directions: Tensor, sink: fused.Sink) -> None:
+    """Run one engine; what breaks in it, on a model whose plain forward pass is known to run, is a refusal of that engine."""
+    try:
+        _PUSHES[engine](task, batch, directions, sink)
+    except (ProbeError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise EngineRefusal(
+            f"the engine {engine!r} failed on this model ({_first_line(error)}).\nTry another:  engine='auto', 'functorch' or 'vjp'"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if isinstance(error, ProbeError) else f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"

@@ -1,0 +1,201 @@
+"""Plan once, run many: which entries fire, how large everything is, and what fits into memory at once."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torchgeom_probe.engines.task import Batch, Task, features
+from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.layers import close_names
+from torchgeom_probe.shapes import Tensor
+
+#: The share of the free memory that a measurement may take where no budget is given.
+SHARE_OF_FREE_MEMORY = 0.5
+#: A rule holds its input, its output and at most one temporary: twice the peak of a plain forward pass over the same rows.
+_ROWS_OVER_PLAIN = 2.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one plain forward pass over a sample or two tells about a model and a shape of input.
+
+    Attributes:
+        features: entry → n, in the order of firing.
+        space: shape per sample of what the metric is pulled back to.
+        dtype: of that tensor, and so of the tangents.
+        row_bytes: peak bytes of live activations per sample of a plain forward pass.
+        budget: bytes that a measurement may use.
+    """
+
+    features: dict[str, int]
+    space: tuple[int, ...]
+    dtype: torch.dtype
+    row_bytes: int
+    budget: int
+
+    @property
+    def num_inputs(self) -> int:
+        """d, the numbers per sample of the space that the metric is pulled back to."""
+        return prod(self.space)
+
+    def samples_at_once(self, num_directions: int, batch: int) -> int:
+        """How many samples fit with all their k directions (at least 1)."""
+        return max(1, min(batch, self._rows() // (1 + num_directions)))
+
+    def directions_at_once(self, num_directions: int, samples: int) -> int:
+        """How many directions fit at once for that many samples (at least 1)."""
+        return max(1, min(num_directions, self._rows() // samples - 1))
+
+    def _rows(self) -> int:
+        return int(self.budget / (_ROWS_OVER_PLAIN * max(self.row_bytes, 1)))
+
+    def layer_groups(self, num_directions: int) -> Iterator[list[str]]:
+        """Split the entries so that the kept tangents of one sample fit: they are all needed at once for their cross terms."""
+        itemsize = torch.empty(0, dtype=self.dtype).element_size()
+        group: list[str] = []
+        used = 0
+        for entry, n in self.features.items():
+            need = num_directions * n * itemsize
+            if need > self.budget:
+                raise ProbeError(
+                    f"the Jacobian of layer {entry!r} at one sample is {n} x {num_directions} numbers, {need / 2**30:.2f} GiB, and the memory "
+                    f"budget is {self.budget / 2**30:.2f} GiB.\nRaise it:  GeometryProbe(model, ..., memory_budget={need * 2}); "
+                    "pool the features:  transform=...; or take fewer directions:  estimator=Subspace(k=8)"
+                )
+            if group and used + need > self.budget / 2:
+                yield group
+                group, used = [], 0
+            group.append(entry)
+            used += need
+        if group:
+            yield group
+
+
+def make_plan(task: Task, batch: Batch, *, memory_budget: int | None) -> Plan:
+    """Run the model plainly on a sample or two, hooked, and read off what a measurement needs to know.
+
+    Raises:
+        ProbeError: a layer that never fires, an output that has no samples axis or no floating numbers.
+    """
+    few = batch.chunk(0, 2)
+    sizes: dict[str, int] = {}
+    spaces: list[Tensor] = [] if few.point is None else [few.point]
+
+    def on_output(entry: str, layer: str, output: Any) -> None:
+        flats = features(task.leaves(layer, output), layer=layer, batch=few.size)
+        sizes[entry] = sum(flat.shape[1] for flat in flats)
+
+    def on_source(output: Any) -> None:
+        value = task.source_value(output)
+        if spaces:
+            raise ProbeError(
+                f"source={task.source_name!r} runs more than once in a forward pass, so it does not name one space.\n"
+                "Name a module that runs once."
+            )
+        if value.shape[0] != few.size:
+            raise ProbeError(
+                f"source={task.source_name!r} puts out shape {tuple(value.shape)}, whose first axis is not the batch of {few.size} samples.\n"
+                "Name a module whose output has the samples first."
+            )
+        spaces.append(value)
+
+    with _LiveBytes(tree_leaves((list(task.model.parameters()), few.args, dict(few.kwargs)))) as live:
+        with task.hooked(on_output, on_source):
+            few.run(task.model)
+    _refuse_silent(task, sizes, spaces)
+    return Plan(
+        features=sizes,
+        space=tuple(spaces[0].shape[1:]),
+        dtype=spaces[0].dtype,
+        row_bytes=live.peak // few.size,
+        budget=memory_budget if memory_budget is not None else int(SHARE_OF_FREE_MEMORY * _free_memory(spaces[0].device)),
+    )
+
+
+def _refuse_silent(task: Task, fired: dict[str, int], spaces: Sequence[Tensor]) -> None:
+    silent = [name for name in task.layers if name not in fired]
+    if not spaces:
+        raise ProbeError(
+            f"source={task.source_name!r} did not run in the forward pass.\nName a module that does; torchgeom-probe layers lists them."
+        )
+    if silent:
+        near = close_names(silent[0], [n for n, _ in task.model.named_modules() if n and n not in silent])
+        raise ProbeError(
+            f"layer{'s' if len(silent) > 1 else ''} {', '.join(map(repr, silent))} never fired in the forward pass.\n"
+            "Likely: the model reaches past the module (activation checkpointing: model.set_grad_checkpointing(False); a traced or fx "
+            f"model: hook its leaves), or does not use it in this mode.\nClose names: {', '.join(map(repr, near)) or 'none'}"
+        )
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the bytes of the storages that ops make, and their peak, until the tensors die."""
+
+    def __init__(self, known: Sequence[Any]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._alive: dict[int, int] = {}
+        self._known = {t.untyped_storage()._cdata for t in known if isinstance(t, Tensor)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                self._follow(leaf)
+        return out
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        if key not in self._alive:
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            self._alive[key] = 0
+        self._alive[key] += 1
+        weakref.finalize(tensor, self._released, key, storage.nbytes())
+
+    def _released(self, key: int, nbytes: int) -> None:
+        self._alive[key] -= 1
+        if not self._alive[key]:
+            del self._alive[key]
+            self.live -= nbytes
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda" and torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = _available_ram()
+    for limit, usage in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(usage).read_text()))
+        except (OSError, ValueError):
+            continue
+    return max(free, 1 << 28)
+
+
+def _available_ram() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):
+        return 4 << 30

@@ -1,0 +1,194 @@
+"""What is measured, and on what: the resolved layers and source of a model, and a batch of its inputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.shapes import Tensor
+
+Transform = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A model with the modules to hook; resolved once, run many times."""
+
+    model: nn.Module
+    layers: Mapping[str, nn.Module]
+    source_name: str | None = None
+    source: nn.Module | None = None
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+
+    def leaves(self, layer: str, output: Any) -> list[Tensor]:
+        """The floating tensors of a layer's output, after its transform: together they are its features."""
+        transform = self.transforms.get(layer, self.transforms.get("*"))
+        if transform is not None:
+            output = transform(output)
+        return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+    @contextlib.contextmanager
+    def hooked(
+        self,
+        on_output: Callable[[str, str, Any], None],
+        on_source: Callable[[Any], Any] | None = None,
+    ) -> Iterator[None]:
+        """Attach the hooks for the length of the body: ``on_output(entry, layer, output)``, and the source's replacement.
+
+        An entry is the layer's name, ``name#1`` … for its later calls.  The hooks come after those that the user attached, so they
+        see what the user's hooks make of the output.
+        """
+        calls: Counter[str] = Counter()
+
+        def layer_hook(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                count = calls[name]
+                calls[name] += 1
+                on_output(f"{name}#{count}" if count else name, name, output)
+
+            return hook
+
+        handles = []
+        try:
+            if self.source is not None and on_source is not None:
+                # First, so that a layer hook on the source itself sees what replaces its output.
+                handles.append(self.source.register_forward_hook(lambda module, args, output: on_source(output)))
+            handles += [module.register_forward_hook(layer_hook(name)) for name, module in self.layers.items()]
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def source_value(self, output: Any) -> Tensor:
+        """Return the source's output, which must be one floating tensor."""
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise ProbeError(
+                f"the output of source={self.source_name!r} is {_kind(output)}; the metric is pulled back to one floating tensor.\n"
+                "Name a module whose output is one, such as the model's nn.Embedding."
+            )
+        return output
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A model's arguments for B samples; ``point`` is the floating tensor among them that the metric lives on, or None."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    size: int
+    point: Tensor | None
+
+    @staticmethod
+    def of(x: Any, task: Task) -> Batch:
+        """Read what the user passes as ``x``: a tensor, a tuple of positional arguments, or a dict of keyword arguments."""
+        args: tuple[Any, ...] = ()
+        kwargs: Mapping[str, Any] = {}
+        if isinstance(x, Tensor):
+            args = (x,)
+        elif isinstance(x, (tuple, list)):
+            args = tuple(x)
+        elif isinstance(x, Mapping):
+            kwargs = dict(x)
+        else:
+            raise ProbeError(
+                f"x is a {type(x).__name__}.\n"
+                "Pass a batch as a tensor [B, ...], a tuple of the model's positional arguments, or a dict of its keyword arguments."
+            )
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        if not tensors:
+            raise ProbeError("x holds no tensor.\nPass a batch [B, ...] of inputs:  probe.measure(x)")
+        if any(t.ndim == 0 for t in tensors) or any(t.shape[0] == 0 for t in tensors):
+            shapes = [tuple(t.shape) for t in tensors]
+            raise ProbeError(f"x has shape {shapes[0] if len(shapes) == 1 else shapes}: no sample to measure at.\nPass a batch [B, ...].")
+        batch = Batch(args, kwargs, tensors[0].shape[0], None)
+        batch._refuse_other_device(task.model, tensors)
+        if task.source is not None:
+            return batch
+        floating = [t for t in tensors if t.is_floating_point()]
+        if len(floating) != 1:
+            embeddings = [n for n, m in task.model.named_modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+            line = f"GeometryProbe(model, ..., source={embeddings[0] if embeddings else 'embedding'!r})"
+            if not floating:
+                raise ProbeError(
+                    f"x is of integer type ({', '.join(str(t.dtype) for t in tensors)}): nothing can be differentiated with respect to it.\n"
+                    f"For token ids, pull back to the embeddings:  {line}\nFor pixels, convert them:  x.float() / 255"
+                )
+            raise ProbeError(
+                f"x holds {len(floating)} floating tensors, so it is not clear which one the metric is pulled back to.\n"
+                f"Name a module inside the model whose output is meant:  {line}"
+            )
+        return Batch(args, kwargs, floating[0].shape[0], floating[0].detach())
+
+    def _refuse_other_device(self, model: nn.Module, tensors: list[Tensor]) -> None:
+        weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+        if weight is None:
+            return
+        for tensor in tensors:
+            if tensor.device != weight.device:
+                raise ProbeError(f"x is on {tensor.device}, the model on {weight.device}.\nMove it:  x.to({str(weight.device)!r})")
+            if tensor.is_floating_point() and tensor.dtype != weight.dtype:
+                raise ProbeError(
+                    f"x is {tensor.dtype}, the model's parameters are {weight.dtype}.\nConvert it:  x.to({weight.dtype})"
+                )
+
+    def chunk(self, start: int, stop: int) -> Batch:
+        """Samples ``start … stop`` of every argument that has the batch axis."""
+
+        def cut(value: Any) -> Any:
+            return value[start:stop] if isinstance(value, Tensor) and value.ndim and value.shape[0] == self.size else value
+
+        point = None if self.point is None else self.point[start:stop]
+        return Batch(
+            tuple(point if v is not None and self._is_point(v) else cut(v) for v in self.args),
+            {k: point if self._is_point(v) else cut(v) for k, v in self.kwargs.items()},
+            min(stop, self.size) - start,
+            point,
+        )
+
+    def _is_point(self, value: Any) -> bool:
+        return self.point is not None and isinstance(value, Tensor) and value.is_floating_point()
+
+    def run(self, model: nn.Module, point: Any = None) -> Any:
+        """Call the model, with ``point`` in the place of the batch's own."""
+        if point is None:
+            return model(*self.args, **self.kwargs)
+        args = tuple(point if self._is_point(v) else v for v in self.args)
+        return model(*args, **{k: point if self._is_point(v) else v for k, v in self.kwargs.items()})
+
+
+def features(leaves: list[Tensor], *, layer: str, batch: int) -> list[Tensor]:
+    """Flatten a layer's output per sample, [B, n_i] each, after checking that its first axis is the samples."""
+    for leaf in leaves:
+        if leaf.ndim == 0 or leaf.shape[0] != batch:
+            raise ProbeError(
+                f"layer {layer!r} puts out a tensor of shape {tuple(leaf.shape)}, whose first axis is not the batch of {batch} samples.\n"
+                f"Say where the samples are:  transform={{{layer!r}: lambda out: out.transpose(0, 1)}}  (or out.unflatten(0, (B, -1)) "
+                "for windows of one sample that follow each other)"
+            )
+    if not leaves:
+        raise ProbeError(
+            f"layer {layer!r} puts out no floating tensor, so it has no features to differentiate.\n"
+            "Pick another layer, or make one of its output:  transform=lambda out: ..."
+        )
+    return [leaf.flatten(1) if leaf.ndim > 1 else leaf.unsqueeze(1) for leaf in leaves]
+
+
+def no_tangent(layer: str, task: Task, why: str) -> ProbeError:
+    """Return the error for a layer whose output carries no derivative."""
+    start = f"the output of source={task.source_name!r}" if task.source is not None else "the input"
+    return ProbeError(
+        f"the tangent was lost: the output of layer {layer!r} carries no derivative with respect to {start}: {why}.\n"
+        "Measure a layer before that point, or take the cut out of the forward pass; a missing tangent is never read as zero."
+    )
+
+
+def _kind(thing: Any) -> str:
+    return f"{thing.dtype} {tuple(thing.shape)}" if isinstance(thing, torch.Tensor) else f"a {type(thing).__name__}"

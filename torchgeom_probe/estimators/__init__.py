@@ -1,0 +1,7 @@
+"""Estimators: small frozen dataclasses, one file for each quantity that goes by the name of a volume element."""
+
+from torchgeom_probe.estimators.base import Estimator
+from torchgeom_probe.estimators.exact import Exact
+from torchgeom_probe.estimators.subspace import Subspace
+
+__all__ = ["Estimator", "Exact", "Subspace"]

@@ -1,0 +1,59 @@
+"""What an estimator is, and the last step that all share: a factor becomes a LayerGeometry."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+
+from torchgeom_probe.engines.linearization import Linearization
+from torchgeom_probe.factor import Factor, log_volume, rank_tolerance
+from torchgeom_probe.report import LayerGeometry
+
+
+class Estimator(ABC):
+    """A frozen dataclass that names an estimand and computes it from the Jacobians of all layers at once."""
+
+    @abstractmethod
+    def num_rows(self, linear_features: dict[str, int], num_inputs: int) -> int:
+        """How many tangent rows one sample needs at once: what samples are chunked by."""
+
+    @abstractmethod
+    def estimate(self, linear: Linearization, *, normalize: bool) -> dict[str, LayerGeometry]:
+        """Measure every layer at the samples of one chunk."""
+
+
+def geometry(
+    entry: str,
+    factor: Factor,
+    *,
+    estimand: str,
+    engine: str,
+    num_features: int,
+    num_inputs: int,
+    num_directions: int,
+    full_rank: int,
+    dtype: torch.dtype,
+    normalize: bool,
+) -> LayerGeometry:
+    """Singular values, rank and log-volume of one layer from the factor of its tangents."""
+    sigma = factor.singular_values()
+    if normalize:
+        sigma = sigma / math.sqrt(num_features)
+    tolerance = rank_tolerance(dtype)
+    volume, rank, pseudo = log_volume(sigma, num_directions=full_rank, tolerance=tolerance)
+    return LayerGeometry(
+        name=entry,
+        estimand=estimand,
+        engine=engine,
+        log_volume=volume,
+        singular_values=sigma,
+        rank=rank,
+        log_pseudo_volume=pseudo,
+        num_features=num_features,
+        num_inputs=num_inputs,
+        num_directions=num_directions,
+        normalized=normalize,
+        rank_tolerance=tolerance,
+    )

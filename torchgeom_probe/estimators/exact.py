@@ -1,0 +1,85 @@
+"""All d input directions: the metric itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from torchgeom_probe.directions import basis
+from torchgeom_probe.engines.linearization import Linearization
+from torchgeom_probe.estimators.base import Estimator, geometry
+from torchgeom_probe.factor import Factor
+from torchgeom_probe.report import LayerGeometry
+from torchgeom_probe.shapes import Tensor
+
+FULL = "log √det g, all d directions"
+FEW_FEATURES = "log √det JJᵀ (n < d: g is singular, √det g = 0)"
+
+
+@dataclass(frozen=True)
+class Exact(Estimator):
+    """The exact volume element: √det g where n ≥ d; where n < d, g is singular and √det JJᵀ is reported, flagged as such.
+
+    Definition: Σ_i log σ_i over all min(n, d) singular values of J (of J/√n when normalised), in nats.  Where n ≥ d this is
+    log √det g, g = JᵀJ.  Where n < d, √det g is 0; ``estimand`` says that √det JJᵀ stands in its place: the volume magnification
+    of the n-dimensional orthogonal complement of J's kernel.
+
+    Cost: one dual pass over d directions per sample, for all layers; or, if all layers together have fewer than d features,
+    one pullback per feature.  Bias and variance: none but rounding.
+
+    >>> import torch, torchgeom_probe as tgp
+    >>> scale = torch.nn.Linear(3, 3, bias=False)
+    >>> _ = scale.weight.data.copy_(2 * torch.eye(3))
+    >>> report = tgp.measure(scale, torch.zeros(5, 3), layers="", estimator=tgp.Exact(), normalize=False)
+    >>> torch.allclose(report[""].log_volume.exp(), torch.tensor(8.0, dtype=torch.float64))       # 2³
+    True
+    """
+
+    def num_rows(self, linear_features: dict[str, int], num_inputs: int) -> int:
+        """Rows that one sample needs at once: all d directions."""
+        return num_inputs
+
+    def estimate(self, linear: Linearization, *, normalize: bool) -> dict[str, LayerGeometry]:
+        """Measure every layer at the samples of one chunk."""
+        plan = linear.plan
+        num_inputs = plan.num_inputs
+        # A pullback costs about what a row of the dual pass costs (benchmarks, "reverse mode"), so the smaller count wins.
+        reverse = linear.engine in ("auto", "vjp") and sum(plan.features.values()) < num_inputs
+        if reverse or linear.engine == "vjp":
+            engine, factors = "vjp", _by_rows(linear)
+        else:
+            like = torch.empty(linear.batch.size, 0, dtype=plan.dtype, device=linear.device)
+            factors = linear.factors(num_inputs, lambda start, stop: basis(start, stop, plan.space, like=like))
+            engine = linear.engine
+        return {
+            entry: geometry(
+                entry,
+                factors[entry],
+                estimand=FULL if n >= num_inputs else FEW_FEATURES,
+                engine=engine,
+                num_features=n,
+                num_inputs=num_inputs,
+                num_directions=num_inputs,
+                full_rank=min(n, num_inputs),
+                dtype=plan.dtype,
+                normalize=normalize,
+            )
+            for entry, n in plan.features.items()
+        }
+
+
+def _by_rows(linear: Linearization) -> dict[str, Factor]:
+    """Rows of J by pullbacks, in chunks that fit; the rows are kept, for their inner products are what is asked for."""
+    plan = linear.plan
+    factors: dict[str, Factor] = {}
+    for group in plan.layer_groups(plan.num_inputs):
+        with linear.only([entry.split("#")[0] for entry in group]).pullback() as back:
+            for entry in group:
+                n = plan.features[entry]
+                at_once = plan.directions_at_once(n, linear.batch.size)
+                rows: list[Tensor] = [
+                    back.rows(entry, start, min(start + at_once, n)).flatten(2) for start in range(0, n, at_once)
+                ]
+                factors[entry] = Factor.of([torch.cat(rows)])
+    return factors
