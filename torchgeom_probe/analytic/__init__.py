@@ -1,4 +1,4 @@
-"""Closed forms for one hidden layer: with given weights (``shallow``), and with infinitely many Gaussian ones (``infinite``).
+"""Closed forms for one hidden layer: of given weights (``shallow``), of Gaussian ones (``infinite``).
 
 Nothing in here differentiates a model, so it is also what the rest of the package is tested against.
 """
