@@ -8,6 +8,7 @@ import torch
 
 from torchgeom_probe.directions import basis
 from torchgeom_probe.engines.linearization import Linearization
+from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators.base import Estimator, geometry
 from torchgeom_probe.factor import Factor
 from torchgeom_probe.report import LayerGeometry
@@ -45,10 +46,16 @@ class Exact(Estimator):
         plan = linear.plan
         num_inputs = plan.num_inputs
         # A pullback costs about what a row of the dual pass costs (benchmarks, "reverse mode"), so the smaller count wins.
-        reverse = linear.engine in ("auto", "vjp") and sum(plan.features.values()) < num_inputs
-        if reverse or linear.engine == "vjp":
-            engine, factors = "vjp", _by_rows(linear)
-        else:
+        reverse = linear.engine == "vjp" or (linear.engine == "auto" and sum(plan.features.values()) < num_inputs)
+        factors: dict[str, Factor] = {}
+        engine = "vjp"
+        if reverse:
+            try:
+                factors = _by_rows(linear)
+            except ProbeError:
+                if linear.engine == "vjp":
+                    raise  # asked for by name; under "auto" the dual pass may do what reverse mode cannot
+        if not factors:
             like = torch.empty(linear.batch.size, 0, dtype=plan.dtype, device=linear.device)
             factors = linear.factors(num_inputs, lambda start, stop: basis(start, stop, plan.space, like=like))
             engine = linear.engine

@@ -1,0 +1,366 @@
+"""Bad input: each refusal says what was seen and the line to write."""
+
+import models
+import pytest
+import torch
+from torch import nn
+
+import torchgeom_probe as tgp
+
+X = torch.randn(4, 5)
+
+
+def _refused(match, model, x=X, *, layers="", estimator=None, **options):
+    with pytest.raises(tgp.ProbeError, match=match):
+        tgp.measure(model, x, layers=layers, estimator=estimator or tgp.Subspace(k=2), **options)
+
+
+# ------------------------------------------------------------------------------------------------------------- layers
+
+
+def test_a_misspelt_layer_lists_the_close_names():
+    _refused(r"no layer 'layer33'.*\n.*'layer3'", models.cifar_resnet(), torch.zeros(1, 3, 8, 8), layers="layer33")
+
+
+def test_a_glob_that_matches_nothing():
+    _refused(r"no layer matches 'block\*'.*stays within one level", models.mlp(), layers="block*")
+
+
+def test_no_layers():
+    _refused(r"layers=\[\] asks for no layer", models.mlp(), layers=[])
+
+
+def test_a_module_of_another_model():
+    _refused("is no part of this model", models.mlp(), layers=nn.Linear(2, 3))
+
+
+def test_a_type_that_the_model_has_not():
+    _refused("no module of type Conv2d", models.mlp(), layers=nn.Conv2d)
+
+
+def test_a_callable_that_accepts_nothing():
+    _refused("accepted none of the model's 6 modules", models.mlp(), layers=lambda name, module: False)
+
+
+def test_layers_of_a_wrong_kind():
+    _refused("layers= got 3 of type int", models.mlp(), layers=3)
+
+
+def test_a_layer_that_never_fires():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = nn.Linear(5, 3), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    _refused(r"layer 'spare' never fired.*\nLikely", Unused(), layers=["used", "spare"])
+
+
+def test_a_checkpointed_container_never_fires():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet10t", num_classes=3)
+    model.set_grad_checkpointing(True)
+    model.train()  # checkpoints even so: the model asks for the flag alone
+    _refused(r"set_grad_checkpointing\(False\)", model, torch.zeros(1, 3, 32, 32), layers="layer2")
+
+
+# -------------------------------------------------------------------------------------------------------------- input
+
+
+def test_an_integer_input_points_to_the_embedding():
+    _refused("of integer type.*\n.*source='embed'", models.Tokens(), torch.zeros(2, 3, dtype=torch.long))
+
+
+def test_several_floating_inputs():
+    class Sum(nn.Module):
+        def forward(self, a, b):
+            return a + b
+
+    _refused("2 floating tensors", Sum(), (X, X))
+
+
+def test_no_tensor_and_no_sample():
+    _refused("x is a str", models.mlp(), "image.png")
+    _refused("x holds no tensor", models.mlp(), ())
+    _refused("no sample to measure at", models.mlp(), X[:0])
+
+
+def test_another_dtype_or_a_wrong_shape():
+    _refused(r"Convert it:  x.to\(torch.float32\)", models.mlp(), X.double())
+    _refused(r"own forward pass fails on x of shape \(4, 7\)", models.mlp(), torch.zeros(4, 7))
+
+
+def test_another_device():
+    _refused(r"x is on meta, the model on cpu.*\nMove it", models.mlp(), X.to("meta"))
+
+
+def test_more_directions_than_inputs():
+    _refused(r"k=8 orthonormal directions.*d=5.*\nWrite Subspace\(k=5\)", models.mlp(), estimator=tgp.Subspace(k=8))
+    _refused("k=0 directions", models.mlp(), estimator=tgp.Subspace(k=0))
+
+
+def test_directions_of_a_wrong_shape_or_with_another_estimator():
+    _refused(r"directions= has shape \(4, 5\)", models.mlp(), directions=X)
+    _refused("must be a floating tensor", models.mlp(), directions=torch.ones(1, 4, 5, dtype=torch.long))
+    _refused("go with the estimator Subspace", models.mlp(), directions=X[None], estimator=tgp.Exact())
+
+
+# -------------------------------------------------------------------------------------------------------- the tangent
+
+
+class Cut(nn.Module):
+    """Two linear maps with something in between that no derivative survives."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.a, self.b, self.cut = nn.Linear(5, 3), nn.Linear(3, 7), cut
+
+    def forward(self, x):
+        return self.b(self.cut(self.a(x)))
+
+
+@pytest.mark.parametrize("engine", ["auto", "fused", "functorch", "vjp"])
+@pytest.mark.parametrize("cut", [lambda h: h.detach(), lambda h: h.data], ids=["detach", "data"])
+def test_a_cut_tangent(cut, engine):
+    _refused(r"the tangent was lost.*(detach|data)", Cut(cut), layers="b", engine=engine)
+
+
+def test_a_half_cut_tangent_is_no_constant():
+    """x + (f(x) - x).detach() has a value that moves with x: reading the cut as a constant would be silently wrong."""
+    for engine in ("auto", "fused", "functorch", "vjp"):
+        _refused("the tangent was lost", Cut(lambda h: h + (h.sin() - h).detach()), layers="b", engine=engine)
+
+
+def test_a_detached_statistic_on_the_side_is_no_cut():
+    class Logged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(5, 3)
+
+        def forward(self, x):
+            h = self.a(x)
+            self.norm = h.detach().norm()
+            return h
+
+    model = Logged()
+    g = tgp.measure(model, X, layers="a", estimator=tgp.Exact(), normalize=False)["a"]
+    assert torch.allclose(g.singular_values, torch.linalg.svdvals(model.a.weight.detach().double()).expand(4, 3), rtol=1e-5)
+    assert not hasattr(model, "norm")  # nothing stays behind
+
+
+def test_numbers_taken_out_of_torch():
+    _refused(r"\.item\(\) takes numbers", Cut(lambda h: h * h.max().item()), layers="b")
+    _refused(r"\.numpy\(\) takes numbers", Cut(lambda h: torch.from_numpy(h.numpy() * 2)), layers="b")
+
+
+def test_inference_mode_and_no_grad_inside_the_model():
+    def inferred(h):
+        with torch.inference_mode():
+            return h * 2
+
+    def ungraded(h):
+        with torch.no_grad():
+            return h * 2
+
+    for cut in (inferred, ungraded):
+        model = Cut(cut)
+        _refused("the tangent was lost.*under torch.no_grad", model, layers="b", engine="vjp")
+        product = model.b.weight @ (2 * model.a.weight)  # forward mode does not mind
+        g = tgp.measure(model, X, layers="b", estimator=tgp.Subspace(k=5), normalize=False)["b"]
+        assert torch.allclose(g.singular_values[0, :3], torch.linalg.svdvals(product.detach().double())[:3], rtol=1e-4)
+
+
+def test_a_layer_that_does_not_depend_on_the_input():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(4, 3)
+
+        def forward(self, x):
+            return x[:, :3] + self.table(torch.arange(x.shape[0], device=x.device))
+
+    for engine in ("fused", "functorch", "vjp"):
+        _refused("the tangent was lost.*does not depend on it", Table(), layers="table", engine=engine)
+
+
+class OldFunction(torch.autograd.Function):
+    """An op with neither a forward derivative nor a vmap rule, and a C-level body that no rule can look into."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.from_numpy(x.detach().numpy() ** 3)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grad
+
+
+def test_an_op_without_forward_derivative():
+    model = Cut(OldFunction.apply)
+    _refused(r"\.numpy\(\)|\.detach\(\)", model, layers="b", engine="fused")
+    assert torch.isfinite(model(X)).all()
+
+
+def test_an_op_with_no_forward_derivative_is_named():
+    def quantised(h):
+        return torch.fake_quantize_per_tensor_affine(h, 0.1, 0, -9, 9).sin()
+
+    _refused("no forward derivative", Cut(quantised), layers="b", engine="fused")
+
+
+def test_auto_goes_on_to_the_next_engine():
+    """Writing a dual into a plain tensor: refused by the dual pass, fine elsewhere."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(5, 3)
+
+        def forward(self, x):
+            out = torch.zeros(x.shape[0], 2, 3)
+            for step in range(2):
+                out[:, step] = torch.tanh(self.a(x)) * (step + 1)
+            return out
+
+    model = Recurrent()
+    _refused("writes a tensor that depends on the input into a plain one", model, engine="fused")
+    g = tgp.measure(model, X, layers="", estimator=tgp.Subspace(k=5), normalize=False)[""]
+    assert g.engine == "functorch"
+    stacked = torch.stack([torch.func.jacrev(lambda s: torch.tanh(model.a(s)).repeat(2) * torch.tensor([1.0] * 3 + [2.0] * 3))(s) for s in X])
+    assert torch.allclose(g.singular_values[:, :3], torch.linalg.svdvals(stacked.detach().double())[:, :3], rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------- the batch
+
+
+def test_train_mode_batch_norm():
+    model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).train()
+    _refused("couples the samples.*\n.*mode='eval'", model, mode="as_is")
+    no_statistics = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    _refused("couples the samples.*\n.*track_running_stats=True", no_statistics)
+    functional = Cut(lambda h: nn.functional.batch_norm(h, None, None, training=True))
+    _refused("couples the samples", functional, engine="fused")
+
+
+def test_a_first_axis_that_is_not_the_batch():
+    class Sequence(nn.Module):
+        def forward(self, x):
+            return x.view(-1, 5, 1).transpose(0, 1)
+
+    _refused(r"first axis is not the batch of \d samples.*\n.*transform=", Sequence())
+    g = tgp.measure(
+        Sequence(), X, layers="", transform=lambda out: out.transpose(0, 1), estimator=tgp.Exact(), normalize=False
+    )[""]
+    assert g.log_volume.abs().max() < 1e-6
+
+
+def test_check_finds_coupled_samples_that_no_shape_gives_away():
+    class Centred(nn.Module):
+        def forward(self, x):
+            return x - x.mean(0)
+
+    report = tgp.GeometryProbe(Centred(), layers="").check(X)
+    assert report.coupled_layers == [""]
+    assert not report.ok
+    assert "samples depend on each other" in str(report)
+
+
+def test_check_finds_a_wrong_derivative():
+    from torchgeom_probe.dual import RULES, DualTensor
+
+    right = RULES[torch.tanh]
+    RULES[torch.tanh] = RULES[torch.Tensor.tanh] = lambda x: DualTensor(x.buffer.tanh())
+    try:
+        report = tgp.GeometryProbe(nn.Sequential(nn.Linear(5, 3), nn.Tanh()), layers="*").check(3 * X)
+    finally:
+        RULES[torch.tanh] = RULES[torch.Tensor.tanh] = right
+    assert not report.ok
+    assert report.adjoint_errors["0"] <= report.tolerance < report.adjoint_errors["1"]
+    assert "TOO LARGE" in str(report)
+
+
+def test_check_names_what_it_would_use():
+    report = tgp.GeometryProbe(nn.Sequential(nn.Linear(5, 3), nn.Softmin(1)), layers="*").check(X)
+    assert report.ok
+    assert "linear" in report.fused
+    refused = tgp.GeometryProbe(Cut(lambda h: h.detach()), layers="b").check(X)
+    assert not refused.ok
+    assert "detach" in str(refused)
+
+
+# -------------------------------------------------------------------------------------------------------- the options
+
+
+def test_options():
+    model = models.mlp()
+    _refused("engine='fast' is unknown", model, engine="fast")
+    _refused("mode='train' is unknown", model, mode="train")
+    _refused("estimator='exact' is no estimator", model, estimator="exact")
+    _refused("memory_budget=0", model, memory_budget=0)
+    _refused("model is a function", lambda x: x)
+    _refused(r"source='\*' names 5 modules", model, source="*")
+    _refused("transform= has the key '1'", model, layers="3", transform={"1": torch.tanh})
+    _refused("the model has no layer 'a'", model, layers="3", transform={"a": torch.tanh})
+
+
+def test_a_source_that_does_not_serve():
+    _refused("source='0' runs more than once", _Repeated(), source="0")
+    _refused("of source='embed' is torch.int64", _Integers(), torch.zeros(2, 3, dtype=torch.long), source="embed")
+
+
+class _Repeated(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(5, 5))
+
+    def forward(self, x):
+        return self[0](self[0](x))
+
+
+class _Integers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Identity()
+
+    def forward(self, ids):
+        return self.embed(ids).float()
+
+
+def test_no_features():
+    class Labels(nn.Module):
+        def forward(self, x):
+            return x.argmax(1)
+
+    _refused("puts out no floating tensor", Labels())
+
+
+def test_a_jacobian_beyond_the_budget():
+    _refused(r"GiB, and the memory budget is.*\n.*memory_budget=", nn.Linear(5, 10**6), estimator=tgp.Exact(), memory_budget=1000)
+
+
+def test_a_closed_probe_and_models_that_cannot_be_hooked():
+    with tgp.GeometryProbe(models.mlp(), layers="1") as probe:
+        probe.measure(X[:, :5], directions=torch.randn(2, 4, 5))
+    with pytest.raises(tgp.ProbeError, match="this probe is closed"):
+        probe.measure(X)
+    with pytest.warns(FutureWarning):
+        traced = torch.jit.trace(models.mlp(), X)
+    _refused("is a ScriptModule", traced)
+    _refused("'0.weight' is a lazy parameter", nn.Sequential(nn.LazyLinear(3)))
+
+
+def test_the_models_own_error_is_told_as_such():
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise ValueError("no such head")
+
+    _refused(r"own forward pass fails .*ValueError: no such head", Broken())
+
+
+def test_unknown_report_key():
+    report = tgp.measure(models.mlp(), X, layers="1", estimator=tgp.Exact())
+    with pytest.raises(KeyError, match=r"'2' was not measured; the report has \['1'\]"):
+        report["2"]
