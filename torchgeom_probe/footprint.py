@@ -186,9 +186,10 @@ def _process_set() -> Iterator[None]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        # Both are torch speaking of its own decompositions, not of the user's model.
+        # Each is torch speaking of its own decompositions, or of gradients that a measurement does not want.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
         warnings.filterwarnings("ignore", message=".*performance drop because we have not yet implemented the batching rule.*")
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True.*")
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for device_type in ("cpu", "cuda", "xpu", "mps"):

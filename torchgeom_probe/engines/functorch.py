@@ -30,8 +30,11 @@ def push(task: Task, batch: Batch, directions: Tensor, sink: Sink) -> None:
                 raise no_tangent(entry, task, "it does not depend on it, or was cut off (detach, .data)")
             outputs[entry] = [flat.clone() for flat in flats]  # the next layer may write over it
 
+        # Copies made inside the transform, or a forward pass that writes to a buffer could not be transformed.
+        copies = {name: buffer.clone() for name, buffer in task.model.named_buffers()}
         with task.hooked(on_output, lambda output: z):
-            batch.run(task.model, None if batch.point is None else z)
+            args, kwargs = batch.arguments(None if batch.point is None else z)
+            torch.func.functional_call(task.model, copies, args, kwargs)
         return outputs
 
     def pushed(direction: Tensor) -> dict[str, list[Tensor]]:

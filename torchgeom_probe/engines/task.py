@@ -158,10 +158,15 @@ class Batch:
 
     def run(self, model: nn.Module, point: Any = None) -> Any:
         """Call the model, with ``point`` in the place of the batch's own."""
+        args, kwargs = self.arguments(point)
+        return model(*args, **kwargs)
+
+    def arguments(self, point: Any = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the positional and keyword arguments, with ``point`` in the place of the batch's own."""
         if point is None:
-            return model(*self.args, **self.kwargs)
+            return self.args, dict(self.kwargs)
         args = tuple(point if self._is_point(v) else v for v in self.args)
-        return model(*args, **{k: point if self._is_point(v) else v for k, v in self.kwargs.items()})
+        return args, {k: point if self._is_point(v) else v for k, v in self.kwargs.items()}
 
 
 def features(leaves: list[Tensor], *, layer: str, batch: int) -> list[Tensor]:

@@ -55,11 +55,12 @@ def pullback(task: Task, batch: Batch) -> Iterator[Pullback]:
         outputs[entry] = whole
 
     # A fresh non-leaf: a model whose first op is in place must not write to a leaf that requires a gradient.
-    with frozen(task.model), torch.enable_grad(), GradientsOff(), refused_cuts(lambda t: t.requires_grad):
-        z = point.view_as(point).clone()
-        with task.hooked(on_output, lambda output: z):
-            batch.run(task.model, None if batch.point is None else z)
-    yield Pullback(point, outputs)
+    with frozen(task.model):  # until the last pullback: activation checkpointing runs the forward pass again in each
+        with torch.enable_grad(), GradientsOff(), refused_cuts(lambda t: t.requires_grad):
+            z = point.view_as(point).clone()
+            with task.hooked(on_output, lambda output: z):
+                batch.run(task.model, None if batch.point is None else z)
+        yield Pullback(point, outputs)
 
 
 def push(task: Task, batch: Batch, directions: Tensor, sink: Sink) -> None:
