@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,6 +44,8 @@ class LayerGeometry:
         error_bound: [B] bound on the error of ``log_volume``, in nats, or None.
         log_det: [B], log det(g + εI), or None.
         trace: [B], tr g, or None.
+        num_products: [B], how many Jv and Jᵀu a matrix-free estimator formed for each sample, or None.
+        right_singular_vectors: [B, q, d], the leading ones, for ``measure(x, warm=...)``, or None; not exported.
 
     Tensors stay on the model's device.
     """
@@ -64,6 +66,8 @@ class LayerGeometry:
     error_bound: Float[Tensor, "batch"] | None = None  # noqa: F821
     log_det: Float[Tensor, "batch"] | None = None  # noqa: F821
     trace: Float[Tensor, "batch"] | None = None  # noqa: F821
+    num_products: Int[Tensor, "batch"] | None = None  # noqa: F821
+    right_singular_vectors: Float[Tensor, "batch q d"] | None = field(default=None, repr=False, metadata={"export": False})
 
     @property
     def log10_volume(self) -> Float[Tensor, "batch"]:  # noqa: F821
@@ -164,7 +168,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
     def to_csv(self, path: str | os.PathLike[str]) -> Path:
         """Write one row per layer and sample (log-volumes in nats); returns the path."""
         fields = ("layer", "sample", "log_volume", "log10_volume", "log_pseudo_volume", "rank", "sigma_max", "sigma_min")
-        extras = [f for f in ("std_error", "error_bound", "log_det", "trace") if any(getattr(g, f) is not None for g in self.values())]
+        extras = [f for f in ("std_error", "error_bound", "log_det", "trace", "num_products") if any(getattr(g, f) is not None for g in self.values())]
         constants = ("num_features", "num_inputs", "num_directions", "normalized", "engine", "estimand")
         target = _parent_made(path)
         with target.open("w", newline="", encoding="utf-8") as file:
@@ -185,9 +189,11 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         layers = []
         for layer in self.values():
             entry: dict[str, Any] = {}
-            for field in LayerGeometry.__dataclass_fields__:
-                value = getattr(layer, field)
-                entry[field] = _finite_or_null(value.tolist()) if isinstance(value, Tensor) else value
+            for name, spec in LayerGeometry.__dataclass_fields__.items():
+                if not spec.metadata.get("export", True):
+                    continue
+                value = getattr(layer, name)
+                entry[name] = _finite_or_null(value.tolist()) if isinstance(value, Tensor) else value
             entry["nonfinite"] = int((~layer.log_volume.isfinite()).sum())
             layers.append(entry)
         target = _parent_made(path)
@@ -225,19 +231,20 @@ class CSVWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._file: Any = None
+        self._begun = False
 
     def write(self, step: int, report: GeometryReport) -> None:
-        """Append the statistics of every layer at this step."""
-        if self._file is None:
-            self._file = self._resumed_at(step)
-        rows = csv.writer(self._file)
-        for name, layer in report.items():
-            statistics = layer.statistics()
-            rows.writerow([step, name, *(statistics[key] for key in STATISTICS)])
-        self._file.flush()
+        """Append the statistics of every layer at this step; they are on disk when it returns."""
+        if not self._begun:
+            self._resume_at(step)
+            self._begun = True
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            for name, layer in report.items():
+                statistics = layer.statistics()
+                rows.writerow([step, name, *(statistics[key] for key in STATISTICS)])
 
-    def _resumed_at(self, step: int) -> Any:
+    def _resume_at(self, step: int) -> None:
         header = ["step", "layer", *STATISTICS]
         kept: list[list[str]] = []
         if self.path.exists() and self.path.stat().st_size:
@@ -249,15 +256,14 @@ class CSVWriter:
                     "Write to another file:  CSVWriter('geometry.csv')"
                 )
             kept = [row for row in found[1:] if len(row) == len(header) and int(row[0]) < step]
-        file = _parent_made(self.path).open("w", newline="", encoding="utf-8")
-        csv.writer(file).writerows([header, *kept])
-        return file
+        # Written beside and moved into place: a process killed here leaves the earlier log whole.
+        beside = _parent_made(self.path).with_suffix(".partial")
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *kept])
+        beside.replace(self.path)
 
     def close(self) -> None:
-        """Close the file; writing again reopens it."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Nothing is held open between writes; writing again continues the file."""
 
 
 def _parent_made(path: str | os.PathLike[str]) -> Path:

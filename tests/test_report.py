@@ -1,0 +1,92 @@
+"""Reports and the writers that the core carries."""
+
+import csv
+import json
+import math
+
+import models
+import pytest
+import torch
+from torch import nn
+
+import torchgeom_probe as tgp
+
+
+@pytest.fixture
+def report():
+    return tgp.measure(models.mlp(), torch.randn(7, 5), layers=["1", "4"], estimator=tgp.Exact())
+
+
+def test_summary_says_units_conventions_and_counts(report):
+    text = str(report)
+    for phrase in ("log-volume [nat]", "log √det g, all d directions", "√det JJᵀ (n < d", "J divided by √n", "engine fused", "0 of 7"):
+        assert phrase in text
+    assert repr(report) == "GeometryReport(['1', '4'])"
+    assert len(report) == 2
+
+
+def test_statistics_drop_and_count_what_is_not_finite(report):
+    g = report["1"]
+    volume = g.log_volume.clone()
+    volume[2], volume[5] = -torch.inf, torch.nan
+    s = tgp.LayerGeometry(**{**vars(g), "log_volume": volume}).statistics()
+    finite = volume[volume.isfinite()]
+    assert s["nonfinite"] == 2
+    assert s["median"] == finite.median().item()  # five values
+    assert s["p10"] < s["median"] < s["p90"]
+    assert math.isclose(s["mean"], finite.mean().item())
+    nothing = tgp.LayerGeometry(**{**vars(g), "log_volume": torch.full_like(volume, -torch.inf)}).statistics()
+    assert math.isnan(nothing["median"])
+    assert nothing["nonfinite"] == 7
+
+
+def test_csv_and_json_hold_the_same_numbers(report, tmp_path):
+    with report.to_csv(tmp_path / "new" / "report.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    document = json.loads(report.to_json(tmp_path / "report.json").read_text())
+    assert len(rows) == 2 * 7
+    for layer in document["layers"]:
+        mine = [r for r in rows if r["layer"] == layer["name"]]
+        assert [float(r["log_volume"]) for r in mine] == layer["log_volume"] == report[layer["name"]].log_volume.tolist()
+        assert [float(r["sigma_max"]) for r in mine] == [s[0] for s in layer["singular_values"]]
+        assert {r["estimand"] for r in mine} == {layer["estimand"]}
+    assert document["units"] == "natural log"
+
+
+def test_json_has_null_where_a_number_is_not_finite(tmp_path):
+    singular = nn.Sequential(nn.Linear(5, 2), nn.Linear(2, 7))
+    path = tgp.measure(singular, torch.randn(3, 5), layers="", estimator=tgp.Exact()).to_json(tmp_path / "r.json")
+    (layer,) = json.loads(path.read_text())["layers"]
+    assert layer["log_volume"] == [None] * 3
+    assert layer["nonfinite"] == 3
+    assert layer["rank"] == [2] * 3
+
+
+def test_csv_writer_appends_flushes_and_resumes_without_doubles(report, tmp_path):
+    path = tmp_path / "geometry.csv"
+    assert isinstance(tgp.CSVWriter(path), tgp.Writer)
+
+    def steps():
+        with path.open(newline="", encoding="utf-8") as file:
+            return [int(r["step"]) for r in csv.DictReader(file) if r["layer"] == "1"]
+
+    writer = tgp.CSVWriter(path)
+    for step in (0, 10, 20):
+        writer.write(step, report)
+        assert steps()[-1] == step  # on disk at once: a killed run loses nothing
+    resumed = tgp.CSVWriter(path)  # the first writer was never closed: the run was killed
+    resumed.write(20, report)
+    resumed.write(30, report)
+    resumed.close()
+    assert steps() == [0, 10, 20, 30]
+    with path.open(newline="", encoding="utf-8") as file:
+        row = list(csv.DictReader(file))[-1]
+    assert float(row["median"]) == report["4"].statistics()["median"]
+
+
+def test_csv_writer_leaves_a_strangers_file_alone(report, tmp_path):
+    path = tmp_path / "thesis.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(tgp.ProbeError, match="is no geometry log"):
+        tgp.CSVWriter(path).write(0, report)
+    assert path.read_text() == "a,b\n1,2\n"
