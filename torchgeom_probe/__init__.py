@@ -5,7 +5,7 @@ layer and sample.
 """
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators import Estimator, Exact, Subspace
+from torchgeom_probe.estimators import Estimator, Exact, Subspace, TopK
 from torchgeom_probe.probe import CheckReport, GeometryProbe, measure
 from torchgeom_probe.report import CSVWriter, GeometryReport, LayerGeometry, Writer
 
@@ -21,6 +21,7 @@ __all__ = [
     "LayerGeometry",
     "ProbeError",
     "Subspace",
+    "TopK",
     "Writer",
     "measure",
 ]

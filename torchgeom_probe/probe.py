@@ -20,8 +20,9 @@ from torchgeom_probe.engines.linearization import EngineName, Linearization
 from torchgeom_probe.engines.plan import Plan, make_plan
 from torchgeom_probe.engines.task import Batch, Task, Transform, features
 from torchgeom_probe.errors import EngineRefusal, ProbeError
-from torchgeom_probe.estimators import Estimator, Subspace
+from torchgeom_probe.estimators import Estimator, Subspace, TopK
 from torchgeom_probe.estimators.subspace import along
+from torchgeom_probe.estimators.topk import start_from
 from torchgeom_probe.footprint import Mode, measuring, unwrapped
 from torchgeom_probe.layers import LayerSpec, close_names, resolve
 from torchgeom_probe.report import GeometryReport, LayerGeometry
@@ -122,13 +123,21 @@ class GeometryProbe:
         self._closed = True
         self._plans.clear()
 
-    def measure(self, x: Any, *, directions: Tensor | None = None, progress: bool | None = None) -> GeometryReport:
+    def measure(
+        self,
+        x: Any,
+        *,
+        directions: Tensor | None = None,
+        warm: GeometryReport | None = None,
+        progress: bool | None = None,
+    ) -> GeometryReport:
         """Measure every layer at a batch of samples.
 
         Args:
             x: [B, ...], or a tuple of the model's positional arguments, or a dict of its keyword arguments; exactly one floating
                 tensor among them, unless the probe has a ``source``.
             directions: [k, B, *x.shape[1:]], the caller's own tangents (with the estimator Subspace): the volume of what they span.
+            warm: the report of an earlier measurement of the same samples (with the estimator TopK), to start from its singular vectors.
             progress: show a progress bar over the chunks; by default only on a terminal and only if it takes more than a second.
 
         Raises:
@@ -141,14 +150,20 @@ class GeometryProbe:
                 f"directions= go with the estimator Subspace; this probe has {self.estimator}.\n"
                 "Write GeometryProbe(model, ..., estimator=Subspace())"
             )
+        if warm is not None and not isinstance(self.estimator, TopK):
+            raise ProbeError(
+                f"warm= goes with the estimator TopK; this probe has {self.estimator}.\n"
+                "Leave it out, or write GeometryProbe(model, ..., estimator=TopK())"
+            )
         task = self._task
         batch = Batch.of(x, task)
         with measuring(task.model, mode=self.mode):
             plan = self._planned(batch)
+            start_vectors = None if warm is None else start_from(warm, plan, batch.size)
             if directions is not None:
                 like = torch.empty((batch.size, *plan.space), dtype=plan.dtype, device=_device(batch))
                 directions = tangents.checked(directions, like)
-            rows = self.estimator.num_rows(plan.features, plan.num_inputs) if directions is None else directions.shape[0]
+            rows = self.estimator.num_rows(plan) if directions is None else directions.shape[0]
             at_once = plan.samples_at_once(rows, batch.size)
             parts: list[dict[str, LayerGeometry]] = []
             with _bar(batch.size, progress) as bar:
@@ -156,7 +171,7 @@ class GeometryProbe:
                 while start < batch.size:
                     stop = min(start + at_once, batch.size)
                     try:
-                        parts.append(self._measured(batch.chunk(start, stop), plan, directions, start, stop))
+                        parts.append(self._measured(batch.chunk(start, stop), plan, directions, start_vectors, start, stop))
                     except torch.OutOfMemoryError as error:
                         if at_once == 1:
                             raise ProbeError(
@@ -170,10 +185,19 @@ class GeometryProbe:
         return GeometryReport({entry: _joined([part[entry] for part in parts]) for entry in parts[0]})
 
     def _measured(
-        self, chunk: Batch, plan: Plan, directions: Tensor | None, start: int, stop: int
+        self,
+        chunk: Batch,
+        plan: Plan,
+        directions: Tensor | None,
+        start_vectors: Mapping[str, Tensor] | None,
+        start: int,
+        stop: int,
     ) -> dict[str, LayerGeometry]:
         linear = Linearization(self._task, chunk, plan, self._engine_that_runs)
-        if directions is None:
+        if start_vectors is not None and isinstance(self.estimator, TopK):
+            warm = {entry: vectors[start:stop] for entry, vectors in start_vectors.items()}
+            measured = self.estimator.estimate(linear, normalize=self.normalize, warm=warm)
+        elif directions is None:
             measured = self.estimator.estimate(linear, normalize=self.normalize)
         else:
             measured = along(directions[:, start:stop], linear, normalize=self.normalize)

@@ -80,19 +80,30 @@ class Linearization:
             for entry, tangents in kept.items():
                 yield entry, Factor.of([tangents])
 
-    def push(self, directions: Tensor, sink: fused.Sink) -> None:
-        """JV of every layer, handed to the sink layer by layer as blocks [k, B, n_i]."""
+    def push(self, directions: Tensor, sink: fused.Sink, *, until: str | None = None) -> None:
+        """JV of every layer, handed to the sink layer by layer as blocks [k, B, n_i].
+
+        ``until`` names the last entry that is wanted: the dual pass ends there, and what comes after it in the model is not run.
+        """
+        if until is not None:
+            with contextlib.suppress(_Reached):
+                self.push(directions, _ending_at(until, sink))
+            return
         if self.engine != "auto":
             _guarded(self.engine, self.task, self.batch, directions, sink)
             return
         refusals = []
-        for engine in ("fused", "functorch", "vjp"):
+        names: tuple[EngineName, ...] = ("fused", "functorch", "vjp")
+        for engine in names:
             try:
                 _guarded(engine, self.task, self.batch, directions, sink)
             except EngineRefusal as refusal:
                 refusals.append(f"  {engine}: {_first_line(refusal)}")
                 continue
-            self.engine = engine  # type: ignore[assignment]
+            except _Reached:
+                self.engine = engine
+                raise
+            self.engine = engine
             return
         raise ProbeError(
             "no engine can differentiate this model:\n" + "\n".join(refusals) + "\n"
@@ -105,7 +116,7 @@ class Linearization:
         try:
             with vjp.pullback(self.task, self.batch) as back:
                 yield back
-        except ProbeError:
+        except (ProbeError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
             raise EngineRefusal(
@@ -119,6 +130,19 @@ class Linearization:
         return Linearization(
             replace(self.task, layers=modules), self.batch, replace(self.plan, features=features), self.engine
         )
+
+
+class _Reached(BaseException):  # no Exception: neither the model's nor our own error handling may take it for a failure
+    pass
+
+
+def _ending_at(entry: str, sink: fused.Sink) -> fused.Sink:
+    def ending(fired: str, blocks: list[Tensor]) -> None:
+        sink(fired, blocks)
+        if fired == entry:
+            raise _Reached
+
+    return ending
 
 
 def _guarded(engine: str, task: Task, batch: Batch, directions: Tensor, sink: fused.Sink) -> None:

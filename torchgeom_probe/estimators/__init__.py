@@ -3,5 +3,6 @@
 from torchgeom_probe.estimators.base import Estimator
 from torchgeom_probe.estimators.exact import Exact
 from torchgeom_probe.estimators.subspace import Subspace
+from torchgeom_probe.estimators.topk import TopK
 
-__all__ = ["Estimator", "Exact", "Subspace"]
+__all__ = ["Estimator", "Exact", "Subspace", "TopK"]

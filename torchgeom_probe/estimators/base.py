@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from torchgeom_probe.engines.linearization import Linearization
+from torchgeom_probe.engines.plan import Plan
 from torchgeom_probe.factor import Factor, log_volume, rank_tolerance
 from torchgeom_probe.report import LayerGeometry
 
@@ -16,7 +17,7 @@ class Estimator(ABC):
     """A frozen dataclass that names an estimand and computes it from the Jacobians of all layers at once."""
 
     @abstractmethod
-    def num_rows(self, linear_features: dict[str, int], num_inputs: int) -> int:
+    def num_rows(self, plan: Plan) -> int:
         """How many tangent rows one sample needs at once: what samples are chunked by."""
 
     @abstractmethod

@@ -8,6 +8,7 @@ import torch
 
 from torchgeom_probe.directions import basis
 from torchgeom_probe.engines.linearization import Linearization
+from torchgeom_probe.engines.plan import Plan
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators.base import Estimator, geometry
 from torchgeom_probe.factor import Factor
@@ -37,9 +38,9 @@ class Exact(Estimator):
     True
     """
 
-    def num_rows(self, linear_features: dict[str, int], num_inputs: int) -> int:
+    def num_rows(self, plan: Plan) -> int:
         """Rows that one sample needs at once: all d directions."""
-        return num_inputs
+        return plan.num_inputs
 
     def estimate(self, linear: Linearization, *, normalize: bool) -> dict[str, LayerGeometry]:
         """Measure every layer at the samples of one chunk."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torchgeom_probe.directions import for_every_sample, orthonormal_frame
 from torchgeom_probe.engines.linearization import Linearization
+from torchgeom_probe.engines.plan import Plan
 from torchgeom_probe.estimators.base import Estimator, geometry
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Tensor
@@ -42,7 +43,7 @@ class Subspace(Estimator):
     k: int = 8
     seed: int = 0
 
-    def num_rows(self, linear_features: dict[str, int], num_inputs: int) -> int:
+    def num_rows(self, plan: Plan) -> int:
         """Rows that one sample needs at once: k directions."""
         return self.k
 

@@ -1,0 +1,166 @@
+"""Block Golub-Kahan with full reorthogonalisation: the leading singular values of J from products Jv and Jᵀu alone.
+
+Legend of axes: B samples, b the block, m the Krylov dimension, k the values wanted, D inputs, N features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from torchgeom_probe.estimators.products import LayerJacobian, orthonormal
+from torchgeom_probe.shapes import Bool, Float, Int, Tensor
+
+#: Vectors beyond the k wanted that a warm start keeps.
+SPARE = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Leading:
+    """The k leading singular values of every sample, and how far off they may be.
+
+    Attributes:
+        values: [B, k] float64, descending; lower bounds of the true ones.
+        bound: [B] on the sum of the errors of their logarithms, in nats.
+        converged: [B], whether the stopping rule was met.
+        products: [B], Jv and Jᵀu together.
+        vectors: [B, q, D], right singular vectors, q = k and a few spare ones (or fewer where d is).
+    """
+
+    values: Float[Tensor, "B k"]
+    bound: Float[Tensor, "B"]  # noqa: F821 - jaxtyping names the axis
+    converged: Bool[Tensor, "B"]  # noqa: F821
+    products: Int[Tensor, "B"]  # noqa: F821
+    vectors: Float[Tensor, "B q D"]
+
+
+def leading(
+    jacobian: LayerJacobian,
+    start: Float[Tensor, "B b D"],
+    *,
+    k: int,
+    block: int,
+    tolerance: float,
+    max_products: int,
+    generator: torch.Generator,
+) -> Leading:
+    """Expand until every sample meets the stopping rule, or the next round would go beyond ``max_products``.
+
+    Right and left Krylov bases V and U with J V = U B exactly; from B = P S Q, u = U P_i and v = V Q_i, the residual of a Ritz pair is
+    r_i = Jᵀu_i − S_i v_i.  The next block is what the residuals, each relative to its value, span best: for a cold start that is the
+    block Krylov space; for a warm one it goes where the old vectors fail.  A sample's result is the one of its own stopping round,
+    whatever its neighbours need.
+    """
+    eps, full = jacobian.eps, min(jacobian.num_features, jacobian.num_inputs)
+    device, samples = start.device, start.shape[0]
+    right = start.new_zeros(samples, 0, jacobian.num_inputs)
+    left = start.new_zeros(samples, 0, jacobian.num_features)
+    pulled = right  # Jᵀ U
+    cross = start.new_zeros(samples, 0, 0)  # UᵀJV, m x m
+    done = torch.zeros(samples, dtype=torch.bool, device=device)
+    size = torch.zeros(samples, dtype=torch.long, device=device)
+    products = torch.zeros(samples, dtype=torch.long, device=device)
+    bound = torch.full((samples,), torch.inf, dtype=torch.float64, device=device)
+    fresh = orthonormal(start, None, eps=eps)
+    while True:
+        image = jacobian.push(fresh)
+        scale = image.norm(dim=2).amax(1)[:, None, None]
+        fresh_left = orthonormal(image, left, eps=eps, noise=8 * eps * scale)
+        fresh_pulled = jacobian.pull(fresh_left)
+        cross = torch.cat([torch.cat([cross, pulled @ fresh.mT], dim=2), fresh_pulled @ torch.cat([right, fresh], dim=1).mT], dim=1)
+        right, left, pulled = (
+            torch.cat([right, fresh], dim=1),
+            torch.cat([left, fresh_left], dim=1),
+            torch.cat([pulled, fresh_pulled], dim=1),
+        )
+        reached = right.shape[1]
+        vectors_left, values, vectors_right = torch.linalg.svd(torch.nan_to_num(cross))
+        count = min(reached, max(k + 1, block) + 2 * block)
+        residuals = vectors_left.mT[:, :count] @ pulled - values[:, :count, None] * (vectors_right[:, :count] @ right)
+        new_bound, met = _stopping_rule(values[:, :count], residuals, k=k, tolerance=tolerance, eps=eps, exhausted=reached >= full)
+        met = met | ~image.isfinite().all(-1).all(-1)
+        bound = torch.where(done, bound, new_bound)
+        size = torch.where(done, size, reached)
+        products = torch.where(done, products, jacobian.products)
+        done = done | met
+        if bool(done.all()) or jacobian.products + 2 * block > max_products:  # the round's one synchronisation
+            break
+        fresh = _expansion(values[:, :count], residuals, right, block, eps, generator)
+    values, vectors = _left_values(pulled, size, k)
+    return Leading(values, bound, done, products, vectors)
+
+
+def _stopping_rule(
+    values_Bc: Tensor, residuals_BcD: Tensor, *, k: int, tolerance: float, eps: float, exhausted: bool
+) -> tuple[Tensor, Tensor]:
+    """Return ([B] bound in nats on Σ log σ_i, [B] whether each of the k is within ``tolerance`` of log10).
+
+    Linear: |σ − S_i| ≤ |r_i| for some σ.  Quadratic, for any split j ≥ k of the Ritz values: in the basis of the first j Ritz vectors and
+    the rest, g is [[Θ, Rᵀ], [R, C]] with Θ = diag S_i² and columns S_i r_i of R, so λ_i ≤ eig_i(Θ + RᵀR/(S_k² − μ)), μ = λ_max(C), for i ≤ k
+    (Schur complement).  μ is taken to be (S_{j+1} + |r_{j+1}|)²; the best j is used: the gap to a far value may be wide where the
+    one to σ_{k+1} is narrow.
+    """
+    top = values_Bc[:, :1]
+    count = values_Bc.shape[1]
+    floor = (16 * eps * top).clamp_min(1e-300)
+    if count < k or (count == k and not exhausted):
+        return torch.full_like(top[:, 0], torch.inf), torch.zeros_like(top[:, 0], dtype=torch.bool)
+    norms = residuals_BcD.norm(dim=2)
+    wanted, slack = values_Bc[:, :k], norms[:, :k]
+    zero = wanted <= floor
+    rounding = torch.where(zero, 0.0, 8 * eps * top / wanted.clamp_min(1e-300)).sum(1)
+    if exhausted:
+        return rounding, torch.ones_like(zero[:, 0])
+    linear = torch.where(zero & (slack <= floor), 0.0, (slack / wanted.clamp_min(1e-300)).log1p())
+    # One matrix per split j = k … c−1, relative to the largest value; j beyond the split is uncoupled and smaller.
+    theta = (values_Bc / top.clamp_min(1e-300)).square()
+    coupling = torch.nan_to_num(residuals_BcD * (values_Bc / top.clamp_min(1e-300).square())[:, :, None])
+    coupling = coupling @ coupling.mT
+    split = torch.arange(k, count, device=top.device)
+    within = torch.arange(count, device=top.device)[None, :] < split[:, None]
+    beyond = ((values_Bc + norms)[:, k:] / top.clamp_min(1e-300)).square()
+    gap = theta[:, k - 1 : k] - beyond
+    matrix = (within[:, :, None] & within[:, None, :]) * coupling[:, None] / gap.clamp_min(1e-12)[:, :, None, None]
+    matrix = matrix + torch.diag_embed(theta)[:, None]
+    above = torch.linalg.eigvalsh(torch.nan_to_num(matrix)).flip(-1)[:, :, :k]
+    each = (above / theta[:, None, :k].clamp_min(1e-300)).clamp_min(1.0).log() / 2
+    each = torch.where((gap > 1e-12)[:, :, None], torch.where(zero[:, None], 0.0, each), torch.inf)
+    best = each.sum(2).argmin(1)
+    quadratic = each.gather(1, best[:, None, None].expand(-1, 1, k))[:, 0]
+    # A value that is zero has no logarithm: its residual, or the linear bound, must say so.
+    quadratic = torch.where(zero, torch.inf, quadratic)
+    error = torch.minimum(linear, quadratic)
+    return error.sum(1) + rounding, (error < tolerance * 2.302585092994046).all(1)
+
+
+def _expansion(
+    values_Bc: Tensor, residuals_BcD: Tensor, right: Tensor, block: int, eps: float, generator: torch.Generator
+) -> Tensor:
+    """The block that spans the relative residuals best; random directions where they hold nothing but rounding."""
+    top = values_Bc[:, :1]
+    weights = 1 / torch.maximum(values_Bc, 16 * eps * top).clamp_min(1e-300)
+    weighted = torch.nan_to_num(residuals_BcD * weights[:, :, None])
+    energies, mixing = torch.linalg.eigh(weighted @ weighted.mT)
+    energies, mixing = energies.flip(-1)[:, :block], mixing.flip(-1)[:, :, :block]
+    rounding = (mixing.square() * (8 * eps * top * weights)[:, :, None].square()).sum(1)
+    candidates = torch.where((energies > rounding)[:, :, None], mixing.mT @ weighted, 0.0)
+    if candidates.shape[1] < block:
+        missing = candidates.new_zeros(candidates.shape[0], block - candidates.shape[1], candidates.shape[2])
+        candidates = torch.cat([candidates, missing], dim=1)
+    candidates = orthonormal(candidates, right, eps=eps)
+    random = torch.randn(block, right.shape[2], generator=generator, dtype=torch.float64).to(right.device)
+    empty = candidates.square().sum(2, keepdim=True) < 0.5
+    filled = torch.where(empty, random / random.norm(dim=1, keepdim=True), candidates)
+    return orthonormal(filled, right, eps=eps)
+
+
+def _left_values(pulled: Tensor, size: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Singular values and right vectors of JᵀU, more accurate than those of UᵀJV at the same price."""
+    within = torch.arange(pulled.shape[1], device=pulled.device)[None, :, None] < size[:, None, None]
+    matrix = torch.nan_to_num(torch.where(within, pulled, 0.0))
+    basis, triangle = torch.linalg.qr(matrix.mT)
+    rotation, values, _ = torch.linalg.svd(triangle)
+    kept = min(k + SPARE, values.shape[1])
+    values = torch.where(pulled.isfinite().all(-1).all(-1)[:, None], values, torch.nan)
+    return values[:, :k], (basis @ rotation[:, :, :kept]).mT
