@@ -212,6 +212,13 @@ def test_tiny_slopes_do_not_underflow():
     expected = shallow.log_volume(x, W, torch.zeros_like(b), "exp") - 2 * 600
     b = torch.full_like(b, -600.0)
     torch.testing.assert_close(shallow.log_volume(x, W, b, "exp"), expected, rtol=1e-12, atol=0)
+    # LAPACK rescales by itself; a batched QR that squares float32 numbers of 1e-30 does not, so it gets none
+    # of these.
+    J = torch.full((2, 3, 2), 1e-30) * torch.tensor([[1.0, 2.0], [3.0, 5.0], [7.0, 11.0]])
+    scaled, scale, defect = shallow.regular(J)
+    assert scaled.abs().amax((1, 2)).tolist() == [1, 1]
+    torch.testing.assert_close(scaled * scale[:, None, None], J)
+    assert defect.tolist() == [0, 0]
 
 
 def test_volume_in_float32_survives_an_ill_conditioned_layer():

@@ -362,7 +362,7 @@ def named(activation: str | Elementwise) -> Activation:
             "Write activation='erf' or activation=torch.nn.GELU()."
         )
     if type(activation) is nn.LeakyReLU:
-        return _leaky_relu(activation.negative_slope)
+        return _leaky_relu(float(activation.negative_slope))
     if type(activation) is nn.GELU and activation.approximate == "none":
         return _by_name("gelu")
     if type(activation) is nn.Softplus and activation.beta == 1:
@@ -406,7 +406,7 @@ def _monomial(q: int) -> Activation:
     def second(z: Tensor) -> Tensor:
         return q * (q - 1) * z ** (q - 2) if q > 1 else torch.zeros_like(z)
 
-    return Activation(f"z^{q}", lambda z: q * z ** (q - 1), second, q)
+    return Activation(f"z^{q}", lambda z: q * z ** (q - 1), second, float(q))
 
 
 def derivative(f: Elementwise) -> Elementwise:
