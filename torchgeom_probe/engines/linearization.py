@@ -14,6 +14,7 @@ import torch
 
 from torchgeom_probe.engines import functorch, fused, vjp
 from torchgeom_probe.engines.plan import Plan
+from torchgeom_probe.engines.stream import streamed_factor
 from torchgeom_probe.engines.task import Batch, Task
 from torchgeom_probe.errors import EngineRefusal, ProbeError
 from torchgeom_probe.factor import Factor
@@ -63,7 +64,11 @@ class Linearization:
     def _factors_in_chunks(
         self, num_directions: int, directions: Callable[[int, int], Tensor], at_once: int
     ) -> Iterator[tuple[str, Factor]]:
-        for group in self.plan.layer_groups(num_directions):
+        for group in self.plan.layer_groups(num_directions, self.batch.size):
+            length = self.plan.features[group[0]]
+            if num_directions * length * self.plan.itemsize * self.batch.size > self.plan.budget:
+                yield group[0], self._streamed(group[0], num_directions, directions, at_once)
+                continue
             kept: dict[str, Tensor] = {}
             for start in range(0, num_directions, at_once):
                 stop = min(start + at_once, num_directions)
@@ -79,6 +84,29 @@ class Linearization:
                 self.push(directions(start, stop), keep)
             for entry, tangents in kept.items():
                 yield entry, Factor.of([tangents])
+
+    def _streamed(
+        self, entry: str, num_directions: int, directions: Callable[[int, int], Tensor], at_once: int
+    ) -> Factor:
+        def tangents(start: int, stop: int) -> Tensor:
+            made: list[Tensor] = []
+
+            def keep(fired: str, blocks: list[Tensor]) -> None:
+                if fired == entry:
+                    made.append(torch.cat(blocks, dim=2))  # a copy: the next layer may write over it
+
+            self.push(directions(start, stop), keep, until=entry)
+            return made[0]
+
+        return streamed_factor(
+            tangents,
+            count=num_directions,
+            length=self.plan.features[entry],
+            at_once=at_once,
+            batch=self.batch.size,
+            budget=self.plan.budget,
+            itemsize=self.plan.itemsize,
+        )
 
     def push(self, directions: Tensor, sink: fused.Sink, *, until: str | None = None) -> None:
         """JV of every layer, handed to the sink layer by layer as blocks [k, B, n_i].

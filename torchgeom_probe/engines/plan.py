@@ -59,26 +59,42 @@ class Plan:
     def _rows(self) -> int:
         return int(self.budget / (_ROWS_OVER_PLAIN * max(self.row_bytes, 1)))
 
-    def layer_groups(self, num_directions: int) -> Iterator[list[str]]:
-        """Split the entries so that the kept tangents of one sample fit: they are all needed at once for their cross terms."""
-        itemsize = torch.empty(0, dtype=self.dtype).element_size()
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number of the tangents."""
+        return torch.empty(0, dtype=self.dtype).element_size()
+
+    def layer_groups(self, num_directions: int, samples: int = 1) -> Iterator[list[str]]:
+        """Split the entries so that their kept tangents fit: all directions are needed at once for their cross terms.
+
+        An entry whose tangents do not fit comes alone, and is streamed (``engines.stream``).
+
+        Raises:
+            ProbeError: not even two directions of an entry fit.
+        """
         group: list[str] = []
         used = 0
         for entry, n in self.features.items():
-            need = num_directions * n * itemsize
-            if need > self.budget:
-                raise ProbeError(
-                    f"the Jacobian of layer {entry!r} at one sample is {n} x {num_directions} numbers, {need / 2**30:.2f} GiB, and the memory "
-                    f"budget is {self.budget / 2**30:.2f} GiB.\nRaise it:  GeometryProbe(model, ..., memory_budget={need * 2}); "
-                    "pool the features:  transform=...; or take fewer directions:  estimator=Subspace(k=8)"
-                )
-            if group and used + need > self.budget / 2:
+            self.refuse_too_long(entry, n, num_directions)
+            need = num_directions * n * self.itemsize * samples
+            if group and used + need > self.budget:
                 yield group
                 group, used = [], 0
             group.append(entry)
             used += need
         if group:
             yield group
+
+    def refuse_too_long(self, entry: str, length: int, count: int) -> None:
+        """Raise where the budget has no room for even two rows of a Jacobian of ``count`` rows of this length."""
+        if 2 * length * self.itemsize > self.budget:
+            whole = count * length * self.itemsize
+            raise ProbeError(
+                f"the Jacobian of layer {entry!r} at one sample is {count} x {length} numbers, {whole / 2**30:.2f} GiB, "
+                f"and the memory budget is {self.budget / 2**30:.2f} GiB, too little for two of its rows.\n"
+                f"Raise it:  GeometryProbe(model, ..., memory_budget={whole * 2}); "
+                "pool the features:  transform=...; or take fewer directions:  estimator=Subspace(k=8)"
+            )
 
 
 def make_plan(task: Task, batch: Batch, *, memory_budget: int | None) -> Plan:

@@ -18,20 +18,24 @@ def streamed_factor(
 ) -> Factor:
     """Factor of ``count`` rows of a given length; ``rows(start, stop)`` makes some of them, [·, B, length], ``at_once`` at most.
 
-    Where all rows fit into half the budget each is made once.  Where not, a block of them is held while the later ones pass by, made
+    Where all rows fit into the budget each is made once.  Where not, a block of them is held while the later ones pass by, made
     again for every block: (1 + count/block)/2 times the products, and never more than the budget.  The inner products are summed in
     float64, a block of columns at a time.
     """
     per_row = batch * length * itemsize
-    held = min(count, max(1, int(budget / 2 // per_row)))
-    if held == count:
-        pieces = [rows(start, min(start + at_once, count)) for start in range(0, count, at_once)]
-        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        del pieces
-        if whole.dtype == torch.float64:
+    if count * per_row <= budget:
+        whole = rows(0, min(at_once, count))
+        if at_once < count:
+            first, whole = whole, whole.new_empty(count, *whole.shape[1:])
+            whole[:at_once] = first
+            for start in range(at_once, count, at_once):
+                whole[start : start + at_once] = rows(start, min(start + at_once, count))
+        if whole.dtype == torch.float64 or length < count:
             return Factor.of([whole])
         return Factor(gram=inner_products(whole, whole))
-    held = max(1, held // 2)
+    if length < count:
+        return Factor(gram=_columns_gram(rows, count, min(at_once, max(1, int(budget / 2 // per_row)))))
+    held = max(1, int(budget / 4 // per_row))
     passing = max(1, min(at_once, held))
     gram: Tensor | None = None
     for start in range(0, count, held):
@@ -56,6 +60,16 @@ def streamed_factor(
                 gram[:, a:b, start:stop] = products.mT
     assert gram is not None
     return Factor(gram=gram)
+
+
+def _columns_gram(rows: Callable[[int, int], Tensor], count: int, at_once: int) -> Tensor:
+    """[B, length, length] of the columns, which needs every row once."""
+    total: Tensor | None = None
+    for start in range(0, count, at_once):
+        wide_BRN = rows(start, min(start + at_once, count)).double().transpose(0, 1)
+        total = wide_BRN.mT @ wide_BRN if total is None else total + wide_BRN.mT @ wide_BRN
+    assert total is not None
+    return total
 
 
 def inner_products(left_PBN: Tensor, right_QBN: Tensor) -> Tensor:

@@ -13,6 +13,10 @@ from torchgeom_probe.factor import Factor, log_volume, rank_tolerance
 from torchgeom_probe.report import LayerGeometry
 
 
+#: Below this share of the largest a singular value taken from a float64 Gram matrix is rounding.
+GRAM_RESOLUTION = 1e-7
+
+
 class Estimator(ABC):
     """A frozen dataclass that names an estimand and computes it from the Jacobians of all layers at once."""
 
@@ -43,6 +47,8 @@ def geometry(
     if normalize:
         sigma = sigma / math.sqrt(num_features)
     tolerance = rank_tolerance(dtype)
+    if factor.gram is not None:
+        tolerance = max(tolerance, GRAM_RESOLUTION)  # float64 tangents that did not fit into memory together
     volume, rank, pseudo = log_volume(sigma, num_directions=full_rank, tolerance=tolerance)
     return LayerGeometry(
         name=entry,

@@ -9,11 +9,11 @@ import torch
 from torchgeom_probe.directions import basis
 from torchgeom_probe.engines.linearization import Linearization
 from torchgeom_probe.engines.plan import Plan
+from torchgeom_probe.engines.stream import streamed_factor
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators.base import Estimator, geometry
 from torchgeom_probe.factor import Factor
 from torchgeom_probe.report import LayerGeometry
-from torchgeom_probe.shapes import Tensor
 
 FULL = "log √det g, all d directions"
 FEW_FEATURES = "log √det JJᵀ (n < d: g is singular, √det g = 0)"
@@ -29,6 +29,11 @@ class Exact(Estimator):
 
     Cost: one dual pass over d directions per sample, for all layers; or, if all layers together have fewer than d features,
     one pullback per feature.  Bias and variance: none but rounding.
+
+    Memory: the probe's ``memory_budget`` is kept at any size.  Where the Jacobian of one sample fits (512 features of 224 x 224 images:
+    0.3 GiB) its rows are made once; where it does not, its Gram matrix is accumulated in float64 block by block, and rows that
+    had to be forgotten are made again: with room for a c-th of them, about (c + 1)/2 times the products (and, in float64, σ below 1e-8
+    of the largest are then lost).
 
     >>> import torch, torchgeom_probe as tgp
     >>> scale = torch.nn.Linear(3, 3, bias=False)
@@ -78,16 +83,19 @@ class Exact(Estimator):
 
 
 def _by_rows(linear: Linearization) -> dict[str, Factor]:
-    """Rows of J by pullbacks, in chunks that fit; the rows are kept, for their inner products are what is asked for."""
+    """Rows of J by pullbacks over one saved pass; where they do not fit together, in blocks (``engines.stream``)."""
     plan = linear.plan
     factors: dict[str, Factor] = {}
-    for group in plan.layer_groups(plan.num_inputs):
-        with linear.only([entry.split("#")[0] for entry in group]).pullback() as back:
-            for entry in group:
-                n = plan.features[entry]
-                at_once = plan.directions_at_once(n, linear.batch.size)
-                rows: list[Tensor] = [
-                    back.rows(entry, start, min(start + at_once, n)).flatten(2) for start in range(0, n, at_once)
-                ]
-                factors[entry] = Factor.of([torch.cat(rows)])
+    with linear.pullback() as back:
+        for entry, n in plan.features.items():
+            plan.refuse_too_long(entry, plan.num_inputs, n)
+            factors[entry] = streamed_factor(
+                lambda start, stop, entry=entry: back.rows(entry, start, stop).flatten(2),  # type: ignore[misc]
+                count=n,
+                length=plan.num_inputs,
+                at_once=plan.directions_at_once(n, linear.batch.size),
+                batch=linear.batch.size,
+                budget=plan.budget,
+                itemsize=plan.itemsize,
+            )
     return factors

@@ -93,16 +93,17 @@ class LayerJacobian:
             linear.push(directions, keep, until=self.entry)
             return kept[0]
 
-        count = min(self.num_features, self.num_inputs)
+        count, length = sorted((self.num_features, self.num_inputs))
+        plan.refuse_too_long(self.entry, length, count)
         self.products += count
         return streamed_factor(
             rows,
             count=count,
-            length=max(self.num_features, self.num_inputs),
+            length=length,
             at_once=plan.directions_at_once(count, self.batch),
             batch=self.batch,
             budget=plan.budget,
-            itemsize=torch.empty(0, dtype=plan.dtype).element_size(),
+            itemsize=plan.itemsize,
         )
 
 
