@@ -4,24 +4,44 @@ Attach a :class:`GeometryProbe` to the layers of a model that you already have; 
 layer and sample.
 """
 
+from torchgeom_probe import analytic
+from torchgeom_probe.boundary import BoundaryPoints, Magnification, boundary_points, magnification
+from torchgeom_probe.curvature import scalar_curvature
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators import Estimator, Exact, Subspace, TopK
+from torchgeom_probe.monitor import Budget, Every, LogSpaced, Monitor, Schedule
 from torchgeom_probe.probe import CheckReport, GeometryProbe, measure
 from torchgeom_probe.report import CSVWriter, GeometryReport, LayerGeometry, Writer
+from torchgeom_probe.slices import Line, Plane, SliceScan, scan
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BoundaryPoints",
+    "Budget",
     "CSVWriter",
     "CheckReport",
     "Estimator",
+    "Every",
     "Exact",
     "GeometryProbe",
     "GeometryReport",
     "LayerGeometry",
+    "Line",
+    "LogSpaced",
+    "Magnification",
+    "Monitor",
+    "Plane",
     "ProbeError",
+    "Schedule",
+    "SliceScan",
     "Subspace",
     "TopK",
     "Writer",
+    "analytic",
+    "boundary_points",
+    "magnification",
     "measure",
+    "scalar_curvature",
+    "scan",
 ]
