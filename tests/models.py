@@ -20,7 +20,9 @@ def _calibrated(model, size):
 
 def cifar_resnet():
     """The paper's ResNet, narrow: 3x3 stem, no max-pool, GELU."""
-    model = timm.create_model("resnet18", num_classes=7, act_layer="gelu", channels=(8, 12, 16, 20), zero_init_last=False)
+    model = timm.create_model(
+        "resnet18", num_classes=7, act_layer="gelu", channels=(8, 12, 16, 20), zero_init_last=False
+    )
     model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     model.maxpool = nn.Identity()
     return _calibrated(model, 8)
@@ -39,7 +41,11 @@ def vit():
 #: name → (factory, input shape, hooked layers): inner modules, containers and the head, all hooked at once.
 CASES = {
     "mlp": (mlp, (5,), ["1", "3", "4"]),
-    "cifar_resnet": (cifar_resnet, (3, 8, 8), ["conv1", "layer1", "layer2.0.bn1", "layer3", "layer4.1", "global_pool", "fc"]),
+    "cifar_resnet": (
+        cifar_resnet,
+        (3, 8, 8),
+        ["conv1", "layer1", "layer2.0.bn1", "layer3", "layer4.1", "global_pool", "fc"],
+    ),
     "timm_resnet18": (resnet18, (3, 16, 16), ["maxpool", "layer1.0.act1", "layer2", "layer4", "fc"]),
     "vit": (vit, (3, 12, 12), ["patch_embed", "blocks.0.attn", "blocks.1.norm1", "blocks.2", "norm", "head"]),
 }

@@ -19,7 +19,9 @@ def _refused(match, model, x=X, *, layers="", estimator=None, **options):
 
 
 def test_a_misspelt_layer_lists_the_close_names():
-    _refused(r"no layer 'layer33'.*\n.*'layer3'", models.cifar_resnet(), torch.zeros(1, 3, 8, 8), layers="layer33")
+    _refused(
+        r"no layer 'layer33'.*\n.*'layer3'", models.cifar_resnet(), torch.zeros(1, 3, 8, 8), layers="layer33"
+    )
 
 
 def test_a_glob_that_matches_nothing():
@@ -97,7 +99,9 @@ def test_another_device():
 
 
 def test_more_directions_than_inputs():
-    _refused(r"k=8 orthonormal directions.*d=5.*\nWrite Subspace\(k=5\)", models.mlp(), estimator=tgp.Subspace(k=8))
+    _refused(
+        r"k=8 orthonormal directions.*d=5.*\nWrite Subspace\(k=5\)", models.mlp(), estimator=tgp.Subspace(k=8)
+    )
     _refused("k=0 directions", models.mlp(), estimator=tgp.Subspace(k=0))
 
 
@@ -146,7 +150,9 @@ def test_a_detached_statistic_on_the_side_is_no_cut():
 
     model = Logged()
     g = tgp.measure(model, X, layers="a", estimator=tgp.Exact(), normalize=False)["a"]
-    assert torch.allclose(g.singular_values, torch.linalg.svdvals(model.a.weight.detach().double()).expand(4, 3), rtol=1e-5)
+    assert torch.allclose(
+        g.singular_values, torch.linalg.svdvals(model.a.weight.detach().double()).expand(4, 3), rtol=1e-5
+    )
     assert not hasattr(model, "norm")  # nothing stays behind
 
 
@@ -169,7 +175,9 @@ def test_inference_mode_and_no_grad_inside_the_model():
         _refused("the tangent was lost.*under torch.no_grad", model, layers="b", engine="vjp")
         product = model.b.weight @ (2 * model.a.weight)  # forward mode does not mind
         g = tgp.measure(model, X, layers="b", estimator=tgp.Subspace(k=5), normalize=False)["b"]
-        assert torch.allclose(g.singular_values[0, :3], torch.linalg.svdvals(product.detach().double())[:3], rtol=1e-4)
+        assert torch.allclose(
+            g.singular_values[0, :3], torch.linalg.svdvals(product.detach().double())[:3], rtol=1e-4
+        )
 
 
 def test_a_layer_that_does_not_depend_on_the_input():
@@ -230,8 +238,17 @@ def test_auto_goes_on_to_the_next_engine():
     _refused("writes a tensor that depends on the input into a plain one", model, engine="fused")
     g = tgp.measure(model, X, layers="", estimator=tgp.Subspace(k=5), normalize=False)[""]
     assert g.engine == "functorch"
-    stacked = torch.stack([torch.func.jacrev(lambda s: torch.tanh(model.a(s)).repeat(2) * torch.tensor([1.0] * 3 + [2.0] * 3))(s) for s in X])
-    assert torch.allclose(g.singular_values[:, :3], torch.linalg.svdvals(stacked.detach().double())[:, :3], rtol=1e-4)
+    stacked = torch.stack(
+        [
+            torch.func.jacrev(
+                lambda s: torch.tanh(model.a(s)).repeat(2) * torch.tensor([1.0] * 3 + [2.0] * 3)
+            )(s)
+            for s in X
+        ]
+    )
+    assert torch.allclose(
+        g.singular_values[:, :3], torch.linalg.svdvals(stacked.detach().double())[:, :3], rtol=1e-4
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- the batch
@@ -253,7 +270,12 @@ def test_a_first_axis_that_is_not_the_batch():
 
     _refused(r"first axis is not the batch of \d samples.*\n.*transform=", Sequence())
     g = tgp.measure(
-        Sequence(), X, layers="", transform=lambda out: out.transpose(0, 1), estimator=tgp.Exact(), normalize=False
+        Sequence(),
+        X,
+        layers="",
+        transform=lambda out: out.transpose(0, 1),
+        estimator=tgp.Exact(),
+        normalize=False,
     )[""]
     assert g.log_volume.abs().max() < 1e-6
 
@@ -309,7 +331,9 @@ def test_options():
 
 def test_a_source_that_does_not_serve():
     _refused("source='0' runs more than once", _Repeated(), source="0")
-    _refused("of source='embed' is torch.int64", _Integers(), torch.zeros(2, 3, dtype=torch.long), source="embed")
+    _refused(
+        "of source='embed' is torch.int64", _Integers(), torch.zeros(2, 3, dtype=torch.long), source="embed"
+    )
 
 
 class _Repeated(nn.Sequential):
@@ -338,7 +362,12 @@ def test_no_features():
 
 
 def test_a_jacobian_beyond_the_budget():
-    _refused(r"GiB, and the memory budget is.*\n.*memory_budget=", nn.Linear(5, 10**6), estimator=tgp.Exact(), memory_budget=1000)
+    _refused(
+        r"GiB, and the memory budget is.*\n.*memory_budget=",
+        nn.Linear(5, 10**6),
+        estimator=tgp.Exact(),
+        memory_budget=1000,
+    )
 
 
 def test_a_closed_probe_and_models_that_cannot_be_hooked():

@@ -26,7 +26,10 @@ class Stateful(nn.Module):
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(
-            nn.utils.parametrizations.spectral_norm(nn.Linear(5, 7)), nn.BatchNorm1d(7), nn.Dropout(0.5), nn.ReLU(inplace=True)
+            nn.utils.parametrizations.spectral_norm(nn.Linear(5, 7)),
+            nn.BatchNorm1d(7),
+            nn.Dropout(0.5),
+            nn.ReLU(inplace=True),
         )
         self.head = nn.Linear(7, 3)
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
@@ -55,7 +58,10 @@ def _state(model):
         flags,
         {name: (id(t), t.clone(), t.requires_grad, t.grad) for name, t in tensors.items()},
         {name: sorted(vars(module)) for name, module in model.named_modules()},
-        {name: (dict(m._forward_hooks), dict(m._forward_pre_hooks), dict(m._backward_hooks)) for name, m in model.named_modules()},
+        {
+            name: (dict(m._forward_hooks), dict(m._forward_pre_hooks), dict(m._backward_hooks))
+            for name, m in model.named_modules()
+        },
         (list(model.cache), model.last, model.count),
     )
 
@@ -75,7 +81,11 @@ def _process():
             torch.backends.cuda.cudnn_sdp_enabled(),
         ),
         "mha": torch.backends.mha.get_fastpath_enabled(),
-        "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "cudnn": (
+            torch.backends.cudnn.enabled,
+            torch.backends.cudnn.benchmark,
+            torch.backends.cudnn.deterministic,
+        ),
         "dtype": torch.get_default_dtype(),
     }
 
@@ -124,10 +134,17 @@ def test_nothing_is_different_afterwards(estimator, engine, fails):
 def test_inside_autocast_inference_mode_and_no_grad(engine):
     model, x = models.mlp(), torch.randn(4, 5)
     expected = tgp.measure(model, x, layers="3", estimator=tgp.Subspace(k=2), engine=engine)["3"].log_volume
-    for context in (torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
+    for context in (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.inference_mode(),
+        torch.no_grad(),
+        torch.enable_grad(),
+    ):
         with context:
             before = _process()
-            got = tgp.measure(model, x, layers="3", estimator=tgp.Subspace(k=2), engine=engine)["3"].log_volume
+            got = tgp.measure(model, x, layers="3", estimator=tgp.Subspace(k=2), engine=engine)[
+                "3"
+            ].log_volume
             assert _same(before, _process())
         assert torch.equal(got, expected)
 
@@ -167,7 +184,9 @@ def test_a_users_hook_that_edits_the_output_is_measured_as_edited():
     plain = tgp.measure(model, x, layers="1", estimator=tgp.Exact())["1"].log_volume
     model[1].register_forward_hook(lambda module, args, out: 3 * out)
     edited = tgp.measure(model, x, layers="1", estimator=tgp.Exact())["1"].log_volume
-    assert torch.allclose(edited - plain, torch.tensor(5.0, dtype=torch.float64) * torch.tensor(3.0).double().log(), atol=1e-10)
+    assert torch.allclose(
+        edited - plain, torch.tensor(5.0, dtype=torch.float64) * torch.tensor(3.0).double().log(), atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -178,13 +197,17 @@ def test_activation_checkpointing(engine):
             self.a, self.b, self.reentrant = nn.Linear(5, 7), nn.Linear(7, 3), reentrant
 
         def forward(self, x):
-            h = torch.utils.checkpoint.checkpoint(lambda z: torch.tanh(self.a(z)), x, use_reentrant=self.reentrant)
+            h = torch.utils.checkpoint.checkpoint(
+                lambda z: torch.tanh(self.a(z)), x, use_reentrant=self.reentrant
+            )
             return self.b(h)
 
     x = torch.randn(4, 5)
     for reentrant in (False, True):
         model = Checkpointed(reentrant)
-        expected = tgp.measure(nn.Sequential(model.a, nn.Tanh(), model.b), x, layers="", estimator=tgp.Subspace(k=2))[""]
+        expected = tgp.measure(
+            nn.Sequential(model.a, nn.Tanh(), model.b), x, layers="", estimator=tgp.Subspace(k=2)
+        )[""]
         if reentrant and engine != "fused":
             continue  # torch refuses it under its own transforms
         got = tgp.measure(model, x, layers="", estimator=tgp.Subspace(k=2), engine=engine)[""]
@@ -221,7 +244,9 @@ def test_data_parallel_wrappers_are_looked_through(tmp_path):
     try:
         wrapped = nn.parallel.DistributedDataParallel(model)
         for name in ("3", "module.3"):
-            assert torch.equal(tgp.measure(wrapped, x, layers=name, estimator=tgp.Subspace(k=2))["3"].log_volume, expected)
+            assert torch.equal(
+                tgp.measure(wrapped, x, layers=name, estimator=tgp.Subspace(k=2))["3"].log_volume, expected
+            )
         wrapped(x).sum().backward()
     finally:
         dist.destroy_process_group()
@@ -251,11 +276,24 @@ def test_measuring_restores_flags_set_by_hand():
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
-FORBIDDEN = ("timm", "lightly", "lightning", "pytorch_lightning", "tensorboard", "matplotlib", "sklearn", "skimage", "torchvision")
+FORBIDDEN = (
+    "timm",
+    "lightly",
+    "lightning",
+    "pytorch_lightning",
+    "tensorboard",
+    "matplotlib",
+    "sklearn",
+    "skimage",
+    "torchvision",
+)
 LOADED = "import sys; print([m for m in {names!r} if m in sys.modules])"
 
 
-@pytest.mark.parametrize(("line", "expected"), [("import torchgeom_probe", []), ("import torchgeom_probe, matplotlib", ["matplotlib"])])
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("import torchgeom_probe", []), ("import torchgeom_probe, matplotlib", ["matplotlib"])],
+)
 def test_import_loads_none_of_the_optional_packages(line, expected):
     """The second case shows that the check can fail."""
     code = f"{line}\n{LOADED.format(names=FORBIDDEN)}"

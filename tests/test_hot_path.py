@@ -14,7 +14,17 @@ from torchgeom_probe.engines.task import Batch, Task
 from torchgeom_probe.factor import Factor
 from torchgeom_probe.footprint import measuring
 
-SYNCHRONISING = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "unique2", "_unique2", "is_pinned"}
+SYNCHRONISING = {
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "unique2",
+    "_unique2",
+    "is_pinned",
+}
 
 
 class NoHostSynchronisation(TorchDispatchMode):
@@ -26,7 +36,9 @@ class NoHostSynchronisation(TorchDispatchMode):
         before = {a.device.type for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)}
         after = {o.device.type for o in tree_leaves(out) if isinstance(o, torch.Tensor)}
         assert name not in SYNCHRONISING, f"{name} waits for the device"
-        assert not name.startswith(("linalg_svd", "_linalg_svd", "linalg_eig", "_linalg_eigh", "linalg_cholesky")), f"{name} waits"
+        assert not name.startswith(
+            ("linalg_svd", "_linalg_svd", "linalg_eig", "_linalg_eigh", "linalg_cholesky")
+        ), f"{name} waits"
         assert not ("cuda" in before and "cpu" in after), f"{name} copies to the host"
         return out
 
@@ -34,7 +46,11 @@ class NoHostSynchronisation(TorchDispatchMode):
 def _task(case):
     factory, shape, layers = models.CASES[case]
     model = factory()
-    return Task(model, {name: model.get_submodule(name) for name in layers}), torch.randn(2, *shape), torch.randn(3, 2, *shape)
+    return (
+        Task(model, {name: model.get_submodule(name) for name in layers}),
+        torch.randn(2, *shape),
+        torch.randn(3, 2, *shape),
+    )
 
 
 def _pass(task, x, v):
@@ -82,7 +98,9 @@ def test_no_mixed_devices_on_cuda(case, dtype):
         for module in model.modules():
             for name, p in list(module._parameters.items()):
                 if p is not None:
-                    module._parameters[name] = torch.nn.Parameter(torch.empty_like(mode.from_tensor(p), device="cuda"))
+                    module._parameters[name] = torch.nn.Parameter(
+                        torch.empty_like(mode.from_tensor(p), device="cuda")
+                    )
             for name, b in list(module._buffers.items()):
                 if b is not None:
                     module._buffers[name] = torch.empty_like(mode.from_tensor(b), device="cuda")
@@ -121,7 +139,9 @@ def test_traced_by_make_fx_equals_eager(case, dtype):
             eager, traced = _pass(task, x, v), graph(x, v)
             for layer in eager:
                 scale = eager[layer].abs().max()
-                assert (eager[layer] - traced[layer]).abs().max() <= (1e-12 if dtype == torch.float64 else 1e-5) * scale
+                assert (eager[layer] - traced[layer]).abs().max() <= (
+                    1e-12 if dtype == torch.float64 else 1e-5
+                ) * scale
             x, v = torch.randn_like(x), torch.randn_like(v)
 
 

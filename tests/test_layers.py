@@ -5,7 +5,8 @@ import pytest
 import timm
 from torch import nn
 
-from torchgeom_probe.layers import close_names, resolve, stages
+from torchgeom_probe.layers import close_names, resolve
+from torchgeom_probe.stages import stage_layers
 
 MODEL = nn.Sequential()
 MODEL.add_module("stem", nn.Linear(2, 3))
@@ -24,10 +25,13 @@ MODEL.add_module("layer2", nn.Sequential(nn.Linear(7, 11), nn.Sequential(nn.ReLU
         ("**.1", ["layer1.1", "layer1.1.1", "layer2.1", "layer2.1.1"]),
         ("layer1.**", ["layer1.0", "layer1.1", "layer1.1.0", "layer1.1.1"]),
         ("layer?", ["layer1", "layer2"]),
-        ("auto", ["stem", "layer1", "layer2"]),
+        ("auto", ["layer1", "layer2"]),
         (nn.ReLU, ["layer1.1.0", "layer2.1.0"]),
         (MODEL.layer2, ["layer2"]),
-        (lambda name, module: isinstance(module, nn.Linear) and module.out_features > 6, ["layer1.1.1", "layer2.0", "layer2.1.1"]),
+        (
+            lambda name, module: isinstance(module, nn.Linear) and module.out_features > 6,
+            ["layer1.1.1", "layer2.0", "layer2.1.1"],
+        ),
         (["layer2", MODEL.stem, "layer1*"], ["stem", "layer1", "layer2"]),
         (["layer1", "layer1", MODEL.layer1], ["layer1"]),
         ("module.layer1", ["layer1"]),
@@ -49,11 +53,11 @@ def test_a_module_under_two_names_is_hooked_once():
 
 
 def test_stages_of_timm_models_of_wrapped_ones_and_of_a_lone_layer():
-    assert stages(timm.create_model("resnet10t")) == ["act1", "layer1", "layer2", "layer3", "layer4"]
-    assert stages(models.vit()) == [f"blocks.{i}" for i in range(3)]
-    assert stages(nn.Sequential(MODEL)) == ["0.stem", "0.layer1", "0.layer2"]
-    assert stages(nn.Linear(2, 3)) == [""]
-    assert stages(nn.ReLU()) == [""]
+    assert stage_layers(timm.create_model("resnet10t")) == ["act1", "layer1", "layer2", "layer3", "layer4"]
+    assert stage_layers(models.vit()) == [f"blocks.{i}" for i in range(3)]
+    assert stage_layers(nn.Sequential(MODEL)) == ["0.layer1", "0.layer2"]
+    assert stage_layers(nn.Linear(2, 3)) == [""]
+    assert stage_layers(nn.ReLU()) == [""]
 
 
 def test_close_names():

@@ -43,7 +43,9 @@ def _expected(case, model, layers, x, v):
 def test_every_layer_at_once_on_given_directions(case, engine, dtype):
     factory, shape, layers = models.CASES[case]
     model, x, v = factory(), torch.randn(2, *shape), torch.randn(4, 2, *shape)
-    report = tgp.measure(model.to(dtype), x.to(dtype), layers=layers, directions=v, engine=engine, normalize=False)
+    report = tgp.measure(
+        model.to(dtype), x.to(dtype), layers=layers, directions=v, engine=engine, normalize=False
+    )
     expected = _expected(case, model, layers, x, v)
     assert list(report) == layers
     for layer in layers:
@@ -52,7 +54,9 @@ def test_every_layer_at_once_on_given_directions(case, engine, dtype):
 
 
 # The slow engine, which holds all d tangents of all layers, on the small model alone.
-EXACT_CASES = [("mlp", e) for e in (*ENGINES, "auto")] + [(c, e) for c in ("cifar_resnet", "vit") for e in ("fused", "vjp", "auto")]
+EXACT_CASES = [("mlp", e) for e in (*ENGINES, "auto")] + [
+    (c, e) for c in ("cifar_resnet", "vit") for e in ("fused", "vjp", "auto")
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -66,7 +70,9 @@ def test_exact(case, engine, dtype):
         n, d = g.num_features, math.prod(shape)
         assert (g.num_inputs, g.singular_values.shape[1]) == (d, min(n, d))
         assert ("JJᵀ" in g.estimand) == (n < d)
-        keep = expected > 1e-6 * expected[:, :1]  # a pooled stage has directions that reach it only through rounding
+        keep = (
+            expected > 1e-6 * expected[:, :1]
+        )  # a pooled stage has directions that reach it only through rounding
         error = ((g.singular_values - expected).abs() / expected[:, :1] * keep).max()
         assert error <= (1e-10 if dtype == torch.float64 else 1e-4)
         if dtype == torch.float64:
@@ -78,7 +84,11 @@ def test_normalised_is_divided_by_root_n():
     model, x = models.mlp().double(), torch.randn(3, 5, dtype=torch.float64)
     plain = tgp.measure(model, x, layers=["1"], estimator=tgp.Exact(), normalize=False)["1"]
     scaled = tgp.measure(model, x, layers=["1"], estimator=tgp.Exact())["1"]
-    assert torch.allclose(plain.log_volume - scaled.log_volume, torch.tensor(5 * 0.5 * math.log(13), dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(
+        plain.log_volume - scaled.log_volume,
+        torch.tensor(5 * 0.5 * math.log(13), dtype=torch.float64),
+        atol=1e-12,
+    )
     assert torch.allclose(scaled.log10_volume, scaled.log_volume / math.log(10))
 
 
@@ -113,14 +123,20 @@ def test_results_do_not_depend_on_the_chunking(case, estimator):
     probe = tgp.GeometryProbe(model, layers=layers, estimator=estimator)
     whole = probe.measure(x)
     (plan,) = probe._plans.values()
-    largest_jacobian = 8 * (5 if isinstance(estimator, tgp.Subspace) else plan.num_inputs) * max(plan.features.values())
+    largest_jacobian = (
+        8 * (5 if isinstance(estimator, tgp.Subspace) else plan.num_inputs) * max(plan.features.values())
+    )
     # From one sample at a time down to two or three rows at a time, where the directions are split as well.
     for rows in (60, 12, 6, 2):
         budget = max(int(2 * plan.row_bytes * rows), largest_jacobian)
-        chunked = tgp.GeometryProbe(model, layers=layers, estimator=estimator, memory_budget=budget).measure(x)
+        chunked = tgp.GeometryProbe(model, layers=layers, estimator=estimator, memory_budget=budget).measure(
+            x
+        )
         for layer in layers:
             a, b = whole[layer], chunked[layer]
-            assert torch.allclose(a.singular_values, b.singular_values, rtol=1e-12, atol=1e-12 * a.singular_values.max().item())
+            assert torch.allclose(
+                a.singular_values, b.singular_values, rtol=1e-12, atol=1e-12 * a.singular_values.max().item()
+            )
             assert torch.equal(a.rank, b.rank)
 
 
@@ -133,7 +149,9 @@ def test_directions_are_really_split():
     probe.measure(x)
     once = len(passes)
     (plan,) = probe._plans.values()
-    tgp.measure(model, x, layers=["layer4.1"], estimator=tgp.Subspace(k=6), memory_budget=2 * plan.row_bytes * 3)
+    tgp.measure(
+        model, x, layers=["layer4.1"], estimator=tgp.Subspace(k=6), memory_budget=2 * plan.row_bytes * 3
+    )
     assert once == 2  # the plan's and the dual pass
     assert len(passes) - once == 1 + 3  # 6 directions, two at a time beside the primal
 
@@ -164,7 +182,9 @@ def test_a_singular_metric_is_minus_infinity_with_its_rank(dtype):
         assert g.log_volume.eq(-torch.inf).all()
         assert g.rank.tolist() == [3] * 5
     expected = sigma[:, :3].log().sum(1)
-    assert torch.allclose(report["3"].log_pseudo_volume, expected, atol=1e-4 if dtype == torch.float32 else 1e-10)
+    assert torch.allclose(
+        report["3"].log_pseudo_volume, expected, atol=1e-4 if dtype == torch.float32 else 1e-10
+    )
 
 
 def test_zero_dead_and_constant_layers():
@@ -206,12 +226,22 @@ def test_random_frame_is_haar_in_its_moments():
     layer = nn.Linear(5, 5, bias=False).double()
     layer.weight.data.copy_(torch.diag(torch.tensor(golden["lambda"], dtype=torch.float64).sqrt()))
     for k in (1, 2, 3, 5):
-        dets = torch.stack(
-            [
-                tgp.measure(layer, torch.zeros(1, 5).double(), layers="", estimator=tgp.Subspace(k, seed), normalize=False)[""].log_volume
-                for seed in range(400)
-            ]
-        ).mul(2).exp()
+        dets = (
+            torch.stack(
+                [
+                    tgp.measure(
+                        layer,
+                        torch.zeros(1, 5).double(),
+                        layers="",
+                        estimator=tgp.Subspace(k, seed),
+                        normalize=False,
+                    )[""].log_volume
+                    for seed in range(400)
+                ]
+            )
+            .mul(2)
+            .exp()
+        )
         error = max(4 * dets.std().item() / 20, 1e-9)
         assert abs(dets.mean().item() - golden["E_det_k1..5"][k - 1]) <= error
 
@@ -271,10 +301,18 @@ def test_transform_per_layer_and_for_all(engine):
         return out.mean((-2, -1))
 
     by_layer = tgp.measure(
-        model, x, layers=["layer1", "layer2"], transform={"layer1": pool}, directions=v, engine=engine, normalize=False
+        model,
+        x,
+        layers=["layer1", "layer2"],
+        transform={"layer1": pool},
+        directions=v,
+        engine=engine,
+        normalize=False,
     )
     assert [g.num_features for g in by_layer.values()] == [8, 12 * 4 * 4]
-    for_all = tgp.measure(model, x, layers=["layer1", "layer2"], transform=pool, directions=v, engine=engine, normalize=False)
+    for_all = tgp.measure(
+        model, x, layers=["layer1", "layer2"], transform=pool, directions=v, engine=engine, normalize=False
+    )
     expected = oracle.singular_values(model, ["layer1", "layer2"], x, directions=v, transform=pool)
     assert torch.allclose(by_layer["layer1"].singular_values, expected["layer1"], rtol=1e-10)
     assert torch.allclose(for_all["layer2"].singular_values, expected["layer2"], rtol=1e-10)
@@ -284,7 +322,15 @@ def test_transform_per_layer_and_for_all(engine):
 def test_source_pulls_back_to_embeddings(engine):
     model = models.Tokens().double().eval()
     ids = torch.randint(0, 19, (3, 5))
-    report = tgp.measure(model, ids, layers=["block", "head"], source="embed", estimator=tgp.Exact(), engine=engine, normalize=False)
+    report = tgp.measure(
+        model,
+        ids,
+        layers=["block", "head"],
+        source="embed",
+        estimator=tgp.Exact(),
+        engine=engine,
+        normalize=False,
+    )
     embedded = model.embed(ids).detach()
 
     def rest(h):
@@ -303,13 +349,17 @@ def test_source_pulls_back_to_embeddings(engine):
 def test_source_as_a_module_with_keyword_arguments_and_one_block_to_the_next():
     model = models.Tokens().double()
     ids, mask = torch.randint(0, 19, (3, 5)), torch.zeros(3, 5, dtype=torch.bool)
-    a = tgp.measure(model, {"ids": ids, "mask": mask}, layers="head", source=model.embed, estimator=tgp.Exact())
+    a = tgp.measure(
+        model, {"ids": ids, "mask": mask}, layers="head", source=model.embed, estimator=tgp.Exact()
+    )
     b = tgp.measure(model, (ids, mask), layers="head", source="embed", estimator=tgp.Exact())
     assert torch.equal(a["head"].log_volume, b["head"].log_volume)
     chain = models.mlp().double()
     x = torch.randn(4, 5, dtype=torch.float64)
     step = tgp.measure(chain, x, layers="4", source="3", estimator=tgp.Exact(), normalize=False)["4"]
-    assert torch.allclose(step.singular_values, torch.linalg.svdvals(chain[4].weight.detach()).expand(4, 3), atol=1e-12)
+    assert torch.allclose(
+        step.singular_values, torch.linalg.svdvals(chain[4].weight.detach()).expand(4, 3), atol=1e-12
+    )
 
 
 def test_channels_last_bf16_and_parametrisations():
@@ -317,7 +367,10 @@ def test_channels_last_bf16_and_parametrisations():
     v = torch.randn(3, 2, 3, 8, 8)
     plain = tgp.measure(model, x, layers=["layer3"], directions=v)["layer3"]
     last = tgp.measure(
-        model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last), layers=["layer3"], directions=v
+        model.to(memory_format=torch.channels_last),
+        x.to(memory_format=torch.channels_last),
+        layers=["layer3"],
+        directions=v,
     )["layer3"]
     assert torch.allclose(plain.log_volume, last.log_volume, atol=1e-4)
     half = tgp.measure(model.bfloat16(), x.bfloat16(), layers=["layer3"], directions=v)["layer3"]
@@ -325,7 +378,9 @@ def test_channels_last_bf16_and_parametrisations():
     assert (half.log_volume - plain.log_volume).abs().max() < 0.2
 
     wrapped = nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Linear(3, 7)), nn.Tanh(), nn.utils.parametrizations.spectral_norm(nn.Linear(7, 5))
+        nn.utils.parametrizations.weight_norm(nn.Linear(3, 7)),
+        nn.Tanh(),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(7, 5)),
     ).double()
     x = torch.randn(4, 3, dtype=torch.float64)
     sigma = tgp.measure(wrapped, x, layers="", estimator=tgp.Exact(), normalize=False)[""].singular_values
@@ -341,7 +396,9 @@ def test_one_sample_one_feature_and_one_direction():
     assert g.singular_values.shape == (1, 1)
     exact = tgp.measure(model, x, layers="1", estimator=tgp.Exact(), normalize=False)["1"]
     slope = 1 - model(x).item() ** 2
-    assert math.isclose(exact.log_volume.item(), math.log(slope * model[0].weight.norm().item()), rel_tol=1e-12)
+    assert math.isclose(
+        exact.log_volume.item(), math.log(slope * model[0].weight.norm().item()), rel_tol=1e-12
+    )
 
 
 def test_algebra_of_the_volume():
@@ -352,7 +409,9 @@ def test_algebra_of_the_volume():
     q = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q
 
     def log_volume(*modules, at=x):
-        return tgp.measure(nn.Sequential(*modules), at, layers="", estimator=tgp.Exact(), normalize=False)[""].log_volume
+        return tgp.measure(nn.Sequential(*modules), at, layers="", estimator=tgp.Exact(), normalize=False)[
+            ""
+        ].log_volume
 
     def linear(matrix):
         layer = nn.Linear(d, d, bias=False).double()
@@ -362,6 +421,10 @@ def test_algebra_of_the_volume():
     base = log_volume(first, nn.Tanh(), second)
     assert torch.allclose(log_volume(linear(q), first, nn.Tanh(), second, at=x @ q), base, atol=1e-11)
     assert torch.allclose(log_volume(first, nn.Tanh(), second, linear(q)), base, atol=1e-11)
-    assert torch.allclose(log_volume(linear(3 * torch.eye(d)), first, nn.Tanh(), second, at=x / 3), base + d * math.log(3), atol=1e-11)
+    assert torch.allclose(
+        log_volume(linear(3 * torch.eye(d)), first, nn.Tanh(), second, at=x / 3),
+        base + d * math.log(3),
+        atol=1e-11,
+    )
     inner = nn.Sequential(first, nn.Tanh())
     assert torch.allclose(log_volume(*inner) + log_volume(second, at=inner(x).detach()), base, atol=1e-11)

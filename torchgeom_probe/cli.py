@@ -16,8 +16,9 @@ from torch import nn
 from torchgeom_probe import __version__
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.estimators import Estimator, Exact, Subspace
-from torchgeom_probe.layers import resolve, stages
+from torchgeom_probe.layers import resolve
 from torchgeom_probe.probe import GeometryProbe
+from torchgeom_probe.stages import stage_layers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,24 +30,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"torchgeom-probe: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        kept = f"; what was computed so far is under {arguments.out}" if getattr(arguments, "out", None) else ""
+        kept = (
+            f"; what was computed so far is under {arguments.out}" if getattr(arguments, "out", None) else ""
+        )
         print(f"\ntorchgeom-probe: stopped{kept}", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"torchgeom-probe: {error}\nGive another directory with --out, or make room on this one.", file=sys.stderr)
+        print(
+            f"torchgeom-probe: {error}\nGive another directory with --out, or make room on this one.",
+            file=sys.stderr,
+        )
         return 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="torchgeom-probe", description="How much each layer of a PyTorch model magnifies its input space."
+        prog="torchgeom-probe",
+        description="How much each layer of a PyTorch model magnifies its input space.",
     )
     parser.add_argument("--version", action="version", version=f"torchgeom-probe {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    demo = verbs.add_parser("demo", help="train a shallow network on handwritten digits and watch √det g (needs the extra 'all')")
-    demo.add_argument("--data", choices=("digits", "mnist"), default="digits", help="digits: offline (default); mnist: through torchvision")
-    demo.add_argument("--data-root", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is or goes")
+    demo = verbs.add_parser(
+        "demo", help="train a shallow network on handwritten digits and watch √det g (needs the extra 'all')"
+    )
+    demo.add_argument(
+        "--data",
+        choices=("digits", "mnist"),
+        default="digits",
+        help="digits: offline (default); mnist: through torchvision",
+    )
+    demo.add_argument(
+        "--data-root", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is or goes"
+    )
     demo.add_argument("--width", type=int, default=None, help="sigmoid units (default 512; for mnist 2000)")
     demo.add_argument("--epochs", type=int, default=200)
     demo.add_argument("--grid", type=int, default=40, help="points along a side of the plane (default 40)")
@@ -68,27 +84,54 @@ def _parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=help_line)
         _add_model(verb)
         _add_input(verb)
-        verb.add_argument("--layers", nargs="+", default=["auto"], metavar="NAME", help="names or globs (default: the stages)")
+        verb.add_argument(
+            "--layers",
+            nargs="+",
+            default=["auto"],
+            metavar="NAME",
+            help="names or globs (default: the stages)",
+        )
         verb.add_argument("--engine", choices=("auto", "fused", "functorch", "vjp"), default="auto")
         verb.add_argument("--source", default=None, metavar="NAME", help="pull back to this module's output")
         verb.set_defaults(run=function)
         if name == "measure":
             verb.add_argument("--estimator", choices=("subspace", "exact"), default="subspace")
-            verb.add_argument("-k", type=int, default=8, help="random directions of the estimator subspace (default 8)")
+            verb.add_argument(
+                "-k", type=int, default=8, help="random directions of the estimator subspace (default 8)"
+            )
             verb.add_argument("--no-normalize", action="store_true", help="do not divide the Jacobian by √n")
-            verb.add_argument("--out", type=Path, default=None, metavar="DIR", help="also write report.csv and report.json there")
+            verb.add_argument(
+                "--out",
+                type=Path,
+                default=None,
+                metavar="DIR",
+                help="also write report.csv and report.json there",
+            )
     return parser
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="SPEC", help="timm:NAME | torchvision:NAME | path.py:factory")
+    parser.add_argument(
+        "--model", required=True, metavar="SPEC", help="timm:NAME | torchvision:NAME | path.py:factory"
+    )
     parser.add_argument("--pretrained", action="store_true", help="with the library's weights (fetched once)")
     parser.add_argument("--checkpoint", type=Path, default=None, metavar="FILE", help="weights to load")
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", nargs="+", default=None, metavar="PATH", help="image files or a directory (default: random numbers)")
-    parser.add_argument("--input-shape", default=None, metavar="C,H,W", help="shape of one random sample (default: the model's own)")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        default=None,
+        metavar="PATH",
+        help="image files or a directory (default: random numbers)",
+    )
+    parser.add_argument(
+        "--input-shape",
+        default=None,
+        metavar="C,H,W",
+        help="shape of one random sample (default: the model's own)",
+    )
     parser.add_argument("--batch", type=int, default=4, help="random samples (default 4)")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -114,17 +157,23 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _layers(arguments: argparse.Namespace) -> None:
     model, _ = _model(arguments)
-    chosen = set(stages(model))
-    print("  name                                      type                 parameters   (* = a stage, what 'auto' takes)")
+    chosen = set(stage_layers(model))
+    print(
+        "  name                                      type                 parameters   (* = a stage, what 'auto' takes)"
+    )
     for name, module in resolve(model, ["", arguments.match]).items():
         count = sum(p.numel() for p in module.parameters())
-        print(f"{'*' if name in chosen else ' '} {name or '(model: layers=)':<41} {type(module).__name__:<20} {count:>10}")
+        print(
+            f"{'*' if name in chosen else ' '} {name or '(model: layers=)':<41} {type(module).__name__:<20} {count:>10}"
+        )
 
 
 def _measure(arguments: argparse.Namespace) -> None:
     model, loaded = _model(arguments)
     x = _input(arguments, model, loaded)
-    estimator: Estimator = Exact() if arguments.estimator == "exact" else Subspace(k=arguments.k, seed=arguments.seed)
+    estimator: Estimator = (
+        Exact() if arguments.estimator == "exact" else Subspace(k=arguments.k, seed=arguments.seed)
+    )
     began = time.perf_counter()
     with GeometryProbe(
         model,
@@ -138,13 +187,17 @@ def _measure(arguments: argparse.Namespace) -> None:
     print(report.summary())
     print(f"{len(x)} samples in {time.perf_counter() - began:.2f} s")
     if arguments.out is not None:
-        print(f"Wrote {report.to_csv(arguments.out / 'report.csv')} and {report.to_json(arguments.out / 'report.json')}")
+        print(
+            f"Wrote {report.to_csv(arguments.out / 'report.csv')} and {report.to_json(arguments.out / 'report.json')}"
+        )
 
 
 def _check(arguments: argparse.Namespace) -> int:
     model, loaded = _model(arguments)
     x = _input(arguments, model, loaded)
-    with GeometryProbe(model, layers=arguments.layers, engine=arguments.engine, source=arguments.source) as probe:
+    with GeometryProbe(
+        model, layers=arguments.layers, engine=arguments.engine, source=arguments.source
+    ) as probe:
         report = probe.check(x)
     print(report)
     return 0 if report.ok else 1
@@ -175,7 +228,9 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
         try:
             model.load_state_dict(torch.load(arguments.checkpoint, map_location="cpu", weights_only=True))
         except (OSError, RuntimeError) as error:
-            raise ProbeError(f"--checkpoint {arguments.checkpoint} cannot be loaded into {arguments.model}: {error}") from error
+            raise ProbeError(
+                f"--checkpoint {arguments.checkpoint} cannot be loaded into {arguments.model}: {error}"
+            ) from error
     return model, None
 
 
@@ -187,9 +242,13 @@ def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
         import difflib
 
         near = difflib.get_close_matches(name, models.list_models(), n=5)
-        raise ProbeError(f"torchvision has no model {name!r}.\nDid you mean {' or '.join(near) or 'one of torchvision.models.list_models()'}?") from error
+        raise ProbeError(
+            f"torchvision has no model {name!r}.\nDid you mean {' or '.join(near) or 'one of torchvision.models.list_models()'}?"
+        ) from error
     except OSError as error:
-        raise ProbeError(f"the weights of torchvision:{name} could not be fetched: {error}\nGive a file:  --checkpoint weights.pth") from error
+        raise ProbeError(
+            f"the weights of torchvision:{name} could not be fetched: {error}\nGive a file:  --checkpoint weights.pth"
+        ) from error
 
 
 def _from_file(path: Path, factory: str) -> nn.Module:
@@ -215,7 +274,9 @@ def _from_file(path: Path, factory: str) -> nn.Module:
 def _input(arguments: argparse.Namespace, model: nn.Module, loaded: Any) -> torch.Tensor:
     if arguments.images is not None:
         if loaded is None:
-            raise ProbeError("--images needs a model that knows its own preprocessing.\nWrite --model timm:NAME")
+            raise ProbeError(
+                "--images needs a model that knows its own preprocessing.\nWrite --model timm:NAME"
+            )
         read_images = optional("torchgeom_probe.integrations.timm", extra="timm").read_images
         return loaded.batch([image for path in arguments.images for image in read_images(path)])
     generator = torch.Generator().manual_seed(arguments.seed)
@@ -227,7 +288,9 @@ def _sample_shape(arguments: argparse.Namespace, model: nn.Module) -> tuple[int,
         try:
             return tuple(int(size) for size in arguments.input_shape.split(","))
         except ValueError:
-            raise ProbeError(f"--input-shape {arguments.input_shape!r} is no list of sizes.\nWrite, for instance, --input-shape 3,224,224") from None
+            raise ProbeError(
+                f"--input-shape {arguments.input_shape!r} is no list of sizes.\nWrite, for instance, --input-shape 3,224,224"
+            ) from None
     config = getattr(model, "pretrained_cfg", None)
     if config and "input_size" in config:
         return tuple(config["input_size"])
@@ -236,7 +299,9 @@ def _sample_shape(arguments: argparse.Namespace, model: nn.Module) -> tuple[int,
     first = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
     if first is not None and not any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules()):
         return (first.in_features,)
-    raise ProbeError(f"the input of {arguments.model} is not known.\nSay the shape of one sample:  --input-shape 3,224,224")
+    raise ProbeError(
+        f"the input of {arguments.model} is not known.\nSay the shape of one sample:  --input-shape 3,224,224"
+    )
 
 
 if __name__ == "__main__":

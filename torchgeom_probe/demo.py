@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -67,7 +67,9 @@ def load_mnist(root: Path) -> Digits:
     datasets = optional("torchvision.datasets", extra="figures")
     try:
         train, test = (datasets.MNIST(str(root), train=part, download=True) for part in (True, False))
-    except Exception as error:  # torchvision raises what its mirrors raise: URLError, RuntimeError, OSError, …
+    except (
+        Exception
+    ) as error:  # torchvision raises what its mirrors raise: URLError, RuntimeError, OSError, …
         raise ProbeError(
             f"MNIST is not under {root} and could not be fetched ({type(error).__name__}: {error}).\n"
             f"Copy its four files into {root / 'MNIST' / 'raw'} (train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, "
@@ -147,8 +149,8 @@ def run(
     writers = [tensorboard.TensorBoardWriter(out / "events"), CSVWriter(out / "geometry.csv")]
     accuracy = _train(model, digits, probed=probed, writers=writers, epochs=epochs, seed=seed)
     torch.save(model.state_dict(), out / "checkpoint.pt")
-    for line in accuracy:
-        say(line)
+    for epoch in accuracy:
+        say(epoch)
 
     report = measure(model, probed, layers=[LAYER], estimator=Exact())
     start = measure(untrained, probed, layers=[LAYER], estimator=Exact())
@@ -159,10 +161,11 @@ def run(
 
     seven, six, one = (_typical(digits, label) for label in (7, 6, 1))
     line, plane = Line(seven, six, steps=4 * grid), Plane(seven, six, one, steps=grid)
-    options = {"class_names": [str(i) for i in range(10)], "relative": True}
+    options: dict[str, Any] = {"class_names": [str(i) for i in range(10)], "relative": True}
     pictures = [image.reshape(digits.side, digits.side) for image in (seven, six, one)]
     scans: dict[str, tuple[SliceScan, SliceScan]] = {}
-    for name, slice in (("line", line), ("plane", plane)):
+    slices: dict[str, Line | Plane] = {"line": line, "plane": plane}
+    for name, slice in slices.items():
         before, after = (
             scan(network, slice, layers=[LAYER], estimator=Exact()) for network in (untrained, model)
         )
@@ -178,12 +181,16 @@ def run(
     )
     figures.save(drawn, out / "plane.png")
 
-    found = {name: after.magnification(LAYER, initial=before, seed=seed) for name, (before, after) in scans.items()}
+    found = {
+        name: after.magnification(LAYER, initial=before, seed=seed) for name, (before, after) in scans.items()
+    }
     say("")
     for name, statistic in found.items():
         say(f"On the {name}: {statistic}.")
     seconds = time.perf_counter() - began
-    say(f"\nWrote {out / 'line.png'}, {out / 'plane.png'}, {out / 'geometry.csv'}, {out / 'report.json'} in {seconds:.0f} s.")
+    say(
+        f"\nWrote {out / 'line.png'}, {out / 'plane.png'}, {out / 'geometry.csv'}, {out / 'report.json'} in {seconds:.0f} s."
+    )
     say(f"Watch the training:  tensorboard --logdir {out / 'events'}")
     statistics = report[LAYER].statistics()
     return {
@@ -214,12 +221,16 @@ def _train(
     steps = epochs * -(-count // batch_size)
     lines = []
     with (
-        Monitor(model, probed, layers=[LAYER], estimator=Exact(), every=max(1, steps // 40), writer=writers).follow(optimizer),
+        Monitor(
+            model, probed, layers=[LAYER], estimator=Exact(), every=max(1, steps // 40), writer=writers
+        ).follow(optimizer),
         tqdm(total=epochs, desc="train", unit="epoch", disable=None) as bar,
     ):
         for epoch in range(epochs):
             for batch in torch.randperm(count, generator=generator).split(batch_size):
-                images, labels = (t[batch].to(probed.device) for t in (digits.train_images, digits.train_labels))
+                images, labels = (
+                    t[batch].to(probed.device) for t in (digits.train_images, digits.train_labels)
+                )
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(images), labels).backward()
                 optimizer.step()

@@ -95,7 +95,9 @@ def _refuse_uninitialised(model: nn.Module) -> None:
 
 def _refuse_batch_statistics(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
             if module.training and module.running_mean is not None:
                 way_out = "Measure in eval mode, the default:  GeometryProbe(model, ..., mode='eval')"
             else:
@@ -138,7 +140,8 @@ def _version(tensor: Tensor) -> int:
 def _snapshot(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     # Two levels are kept: what an attribute is bound to, and what a container bound to it holds (hooks, caches, lists).
     return {
-        key: (value, value.copy() if isinstance(value, _CONTAINERS) else None) for key, value in attributes.items()
+        key: (value, value.copy() if isinstance(value, _CONTAINERS) else None)
+        for key, value in attributes.items()
     }
 
 
@@ -188,7 +191,9 @@ def _process_set() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         # Each is torch speaking of its own decompositions, or of gradients that a measurement does not want.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
-        warnings.filterwarnings("ignore", message=".*performance drop because we have not yet implemented the batching rule.*")
+        warnings.filterwarnings(
+            "ignore", message=".*performance drop because we have not yet implemented the batching rule.*"
+        )
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True.*")
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -196,7 +201,9 @@ def _process_set() -> Iterator[None]:
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
-        if "torch._dynamo" in sys.modules:  # nothing can be compiled before it is imported, and its import takes seconds
+        if (
+            "torch._dynamo" in sys.modules
+        ):  # nothing can be compiled before it is imported, and its import takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_full_float32())
         try:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Sequence
-from typing import Union
+from typing import Union, cast
 
 from torch import nn
 
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.stages import stage_layers
 
 LayerSpec = Union[str, nn.Module, type[nn.Module], Callable[[str, nn.Module], bool], Sequence["LayerSpec"]]  # noqa: UP007
 
@@ -43,25 +44,6 @@ def resolve(model: nn.Module, layers: LayerSpec) -> dict[str, nn.Module]:
     return found
 
 
-def stages(model: nn.Module) -> list[str]:
-    """Return the model's stages: what its ``feature_info`` names (timm), else the outermost modules with parameters.
-
-    >>> stages(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 5)))
-    ['0', '2']
-    """
-    names = _names(model)
-    info = getattr(model, "feature_info", None)
-    if isinstance(info, (list, tuple)) and all(isinstance(i, dict) and i.get("module") in names for i in info) and info:
-        return [i["module"] for i in info]
-    prefix, parent = "", model
-    while True:
-        children = [(n, c) for n, c in parent.named_children() if any(True for _ in c.parameters())]
-        if len(children) != 1 or not any(True for _ in children[0][1].children()):
-            break
-        prefix, parent = f"{prefix}{children[0][0]}.", children[0][1]
-    return [_plain(prefix + name) for name, _ in children] or [""]
-
-
 def close_names(name: str, names: Sequence[str]) -> list[str]:
     """Return up to five names that look like the one given, or share its last component."""
     tail = name.rsplit(".", 1)[-1]
@@ -93,7 +75,11 @@ def _matches(model: nn.Module, names: dict[str, nn.Module], spec: LayerSpec) -> 
     if isinstance(spec, str):
         return _by_name(model, names, spec)
     if isinstance(spec, nn.Module):
-        found = [name for name, module in names.items() if module is spec or getattr(spec, "_orig_mod", None) is module]
+        found = [
+            name
+            for name, module in names.items()
+            if module is spec or getattr(spec, "_orig_mod", None) is module
+        ]
         if not found:
             raise ProbeError(
                 f"the module {type(spec).__name__} given in layers= is no part of this model (a copy of one of its modules?).\n"
@@ -104,10 +90,13 @@ def _matches(model: nn.Module, names: dict[str, nn.Module], spec: LayerSpec) -> 
         found = [name for name, module in names.items() if isinstance(module, spec)]
         if not found:
             kinds = sorted({type(m).__name__ for m in names.values()})
-            raise ProbeError(f"the model has no module of type {spec.__name__}.\nIts types are {_listed(kinds)}.")
+            raise ProbeError(
+                f"the model has no module of type {spec.__name__}.\nIts types are {_listed(kinds)}."
+            )
         return found
     if callable(spec):
-        found = [name for name, module in names.items() if spec(name, module)]
+        accepts = cast("Callable[[str, nn.Module], bool]", spec)
+        found = [name for name, module in names.items() if accepts(name, module)]
         if not found:
             raise ProbeError(
                 f"the callable given in layers= accepted none of the model's {len(names)} modules.\n"
@@ -122,7 +111,7 @@ def _matches(model: nn.Module, names: dict[str, nn.Module], spec: LayerSpec) -> 
 
 def _by_name(model: nn.Module, names: dict[str, nn.Module], spec: str) -> list[str]:
     if spec == "auto":
-        return stages(model)
+        return [_plain(name) for name in stage_layers(model)]
     for candidate in (spec, _plain(spec), spec.removeprefix("module.")):
         if candidate in names:
             return [candidate]
@@ -137,10 +126,16 @@ def _by_name(model: nn.Module, names: dict[str, nn.Module], spec: str) -> list[s
             f"The model has {_listed([n for n in names if n])}."
         )
     near = close_names(spec, [n for n in names if n])
-    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"The model has {_listed([n for n in names if n])}."
+    hint = (
+        f"Did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else f"The model has {_listed([n for n in names if n])}."
+    )
     raise ProbeError(f"the model has no layer {spec!r}.\n{hint}")
 
 
 def _listed(names: Sequence[str], most: int = 12) -> str:
     shown = ", ".join(repr(n) for n in names[:most])
-    return f"{shown}, … ({len(names)} in all)" if len(names) > most else shown or "no submodules: use layers=''"
+    return (
+        f"{shown}, … ({len(names)} in all)" if len(names) > most else shown or "no submodules: use layers=''"
+    )

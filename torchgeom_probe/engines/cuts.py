@@ -44,7 +44,12 @@ class GradientsOff(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.is_floating_point() and not torch.is_grad_enabled() and not out.requires_grad:
+        if (
+            isinstance(out, Tensor)
+            and out.is_floating_point()
+            and not torch.is_grad_enabled()
+            and not out.requires_grad
+        ):
             if any(isinstance(a, Tensor) and a.requires_grad for a in args):
                 raise ProbeError(
                     f"the tangent was lost: the forward pass runs {name_of(func)!r} under torch.no_grad() or torch.inference_mode(), "

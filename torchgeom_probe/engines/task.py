@@ -60,8 +60,12 @@ class Task:
         try:
             if self.source is not None and on_source is not None:
                 # First, so that a layer hook on the source itself sees what replaces its output.
-                handles.append(self.source.register_forward_hook(lambda module, args, output: on_source(output)))
-            handles += [module.register_forward_hook(layer_hook(name)) for name, module in self.layers.items()]
+                handles.append(
+                    self.source.register_forward_hook(lambda module, args, output: on_source(output))
+                )
+            handles += [
+                module.register_forward_hook(layer_hook(name)) for name, module in self.layers.items()
+            ]
             yield
         finally:
             for handle in handles:
@@ -107,18 +111,22 @@ class Batch:
             raise ProbeError("x holds no tensor.\nPass a batch [B, ...] of inputs:  probe.measure(x)")
         if any(t.ndim == 0 for t in tensors) or any(t.shape[0] == 0 for t in tensors):
             shapes = [tuple(t.shape) for t in tensors]
-            raise ProbeError(f"x has shape {shapes[0] if len(shapes) == 1 else shapes}: no sample to measure at.\nPass a batch [B, ...].")
+            raise ProbeError(
+                f"x has shape {shapes[0] if len(shapes) == 1 else shapes}: no sample to measure at.\nPass a batch [B, ...]."
+            )
         batch = Batch(args, kwargs, tensors[0].shape[0], None)
         batch._refuse_other_device(task.model, tensors)
         if task.source is not None:
             return batch
         floating = [t for t in tensors if t.is_floating_point()]
         if len(floating) != 1:
-            embeddings = [n for n, m in task.model.named_modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+            embeddings = [
+                n for n, m in task.model.named_modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+            ]
             line = f"GeometryProbe(model, ..., source={embeddings[0] if embeddings else 'embedding'!r})"
             if not floating:
                 raise ProbeError(
-                    f"x is of integer type ({', '.join(str(t.dtype) for t in tensors)}): nothing can be differentiated with respect to it.\n"
+                    f"x is of integer type ({', '.join(str(t.dtype) for t in tensors)}): no derivative with respect to it exists.\n"
                     f"For token ids, pull back to the embeddings:  {line}\nFor pixels, convert them:  x.float() / 255"
                 )
             raise ProbeError(
@@ -133,7 +141,9 @@ class Batch:
             return
         for tensor in tensors:
             if tensor.device != weight.device:
-                raise ProbeError(f"x is on {tensor.device}, the model on {weight.device}.\nMove it:  x.to({str(weight.device)!r})")
+                raise ProbeError(
+                    f"x is on {tensor.device}, the model on {weight.device}.\nMove it:  x.to({str(weight.device)!r})"
+                )
             if tensor.is_floating_point() and tensor.dtype != weight.dtype:
                 raise ProbeError(
                     f"x is {tensor.dtype}, the model's parameters are {weight.dtype}.\nConvert it:  x.to({weight.dtype})"
@@ -143,7 +153,11 @@ class Batch:
         """Samples ``start … stop`` of every argument that has the batch axis."""
 
         def cut(value: Any) -> Any:
-            return value[start:stop] if isinstance(value, Tensor) and value.ndim and value.shape[0] == self.size else value
+            return (
+                value[start:stop]
+                if isinstance(value, Tensor) and value.ndim and value.shape[0] == self.size
+                else value
+            )
 
         point = None if self.point is None else self.point[start:stop]
         return Batch(
@@ -196,4 +210,8 @@ def no_tangent(layer: str, task: Task, why: str) -> ProbeError:
 
 
 def _kind(thing: Any) -> str:
-    return f"{thing.dtype} {tuple(thing.shape)}" if isinstance(thing, torch.Tensor) else f"a {type(thing).__name__}"
+    return (
+        f"{thing.dtype} {tuple(thing.shape)}"
+        if isinstance(thing, torch.Tensor)
+        else f"a {type(thing).__name__}"
+    )

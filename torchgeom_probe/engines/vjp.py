@@ -28,7 +28,12 @@ class Pullback:
         """Jᵀu for cotangents [c, B, n] → [c, B, *space], every sample's own."""
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(
-                self.features[entry], self.point, cotangents, retain_graph=True, is_grads_batched=True, create_graph=create_graph
+                self.features[entry],
+                self.point,
+                cotangents,
+                retain_graph=True,
+                is_grads_batched=True,
+                create_graph=create_graph,
             )
         return gradient if create_graph else gradient.detach()
 
@@ -49,13 +54,17 @@ def pullback(task: Task, batch: Batch) -> Iterator[Pullback]:
 
     def on_output(entry: str, layer: str, output: Any) -> None:
         flats = features(task.leaves(layer, output), layer=layer, batch=batch.size)
-        whole = flats[0].clone() if len(flats) == 1 else torch.cat(flats, dim=1)  # a copy: the next layer may write over it
+        whole = (
+            flats[0].clone() if len(flats) == 1 else torch.cat(flats, dim=1)
+        )  # a copy: the next layer may write over it
         if not whole.requires_grad:
             raise no_tangent(entry, task, "it does not depend on it, or runs under no_grad or inference_mode")
         outputs[entry] = whole
 
     # A fresh non-leaf: a model whose first op is in place must not write to a leaf that requires a gradient.
-    with frozen(task.model):  # until the last pullback: activation checkpointing runs the forward pass again in each
+    with frozen(
+        task.model
+    ):  # until the last pullback: activation checkpointing runs the forward pass again in each
         with torch.enable_grad(), GradientsOff(), refused_cuts(lambda t: t.requires_grad):
             z = point.view_as(point).clone()
             with task.hooked(on_output, lambda output: z):
@@ -76,7 +85,9 @@ def push(task: Task, batch: Batch, directions: Tensor, sink: Sink) -> None:
             with torch.enable_grad():
                 try:
                     (gradient,) = torch.autograd.grad(y, back.point, u, create_graph=True)
-                    (pushed,) = torch.autograd.grad(gradient, u, tangents_KBd, retain_graph=True, is_grads_batched=True)
+                    (pushed,) = torch.autograd.grad(
+                        gradient, u, tangents_KBd, retain_graph=True, is_grads_batched=True
+                    )
                 except RuntimeError as error:
                     raise EngineRefusal(
                         f"layer {entry!r} has an op with no second derivative, which reverse mode needs for a directional one "
