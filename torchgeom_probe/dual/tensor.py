@@ -5,7 +5,8 @@ primal.  Every call that reaches torch with a DualTensor among its arguments lan
 ``__torch_dispatch__`` (from C++), where one of three things happens:
 
 * a fused rule (:data:`RULES`, filled by ``rules.py``) works on the whole buffer at once;
-* without one, that one op alone goes through ``vmap(jvp(op))``: right for every op that has a forward derivative;
+* a function that torch itself writes in Python (multi-head attention, …) runs its own body, op by op;
+* any other op, that one alone, goes through ``vmap(jvp(op))``: right for every op that has a forward derivative;
 * what has none raises an :class:`EngineRefusal` that names the op.
 
 A tensor that was cut off from its tangents on purpose (``detach``, ``.data``) becomes a :class:`LostTensor`: it computes as usual,
@@ -15,8 +16,11 @@ everything made from it is lost too, and a hook that is handed one refuses.  So 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -32,6 +36,9 @@ RULES: dict[Any, Rule] = {}
 
 #: Ops that ask about a tensor (shape, device, …) and never touch its numbers.
 METADATA: set[Any] = set()
+
+#: Ops that make a tensor by another's shape, type and device.
+MADE_LIKE: set[Any] = set()
 
 #: Ops whose result is piecewise constant in the input (comparisons, argmax, round, random fills): its derivative IS zero.
 CONSTANT: set[Any] = set()
@@ -84,7 +91,7 @@ class DualTensor(torch.Tensor):
         kwargs = kwargs or {}
         rule = RULES.get(func)
         if rule is not None:
-            out = rule(*args, **kwargs)
+            out = _ruled(rule, func, args, kwargs)
             if out is not NotImplemented:
                 _note("fused", func)
                 return out
@@ -139,29 +146,101 @@ class LostTensor(DualTensor):
 
 def _spread(func: Any, args: Any, kwargs: Any) -> Any:
     """Compute with plain values, and mark every floating result, and every tensor written to, as lost."""
-    duals = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, DualTensor)]
-    reason = next(a.reason for a in duals if isinstance(a, LostTensor))
-    if mutates(func, kwargs) and isinstance(args[0], DualTensor) and not isinstance(args[0], LostTensor):
-        # Other views of the same memory cannot be marked as lost: NaN tangents make sure that they are not read.
-        args[0].tangents.fill_(float("nan"))
-        args[0].__class__ = LostTensor
-        args[0].reason = reason  # type: ignore[attr-defined]
-    plain_args, plain_kwargs = tree_map(lambda a: a.primal if isinstance(a, DualTensor) else a, (args, kwargs))
+    lost = next(a for a in tree_flatten((args, kwargs))[0] if isinstance(a, LostTensor))
+    writes = mutates(func, args, kwargs)
+    _refuse_unfollowable_writes(func, args, kwargs, writes)
+    if writes and not isinstance(args[0], LostTensor):
+        _lose_in_place(args[0], lost.reason)
+    plain_args, plain_kwargs = tree_map(_plain, (args, kwargs))
     out = func(*plain_args, **plain_kwargs)
-    if mutates(func, kwargs):
+    if writes:
         return args[0]
-    return tree_map(lambda o: LostTensor.lose(o, reason) if isinstance(o, Tensor) and o.is_floating_point() else o, out)
+    if (
+        func in CONSTANT or func in MADE_LIKE
+    ):  # nothing of the derivative is in these, with or without the cut
+        return out
+    return tree_map(lambda o: LostTensor.lose(o, lost.reason) if _smooth(o) else o, out)
+
+
+def _lose_in_place(x: DualTensor, reason: str) -> None:
+    # Other views of the same memory cannot be marked as lost: NaN tangents make sure that they are not read.
+    x.tangents.fill_(float("nan"))
+    x.__class__ = LostTensor
+    x.reason = reason  # type: ignore[attr-defined]
+
+
+def _plain(a: Any) -> Any:
+    return a.primal if isinstance(a, DualTensor) else a
+
+
+def _smooth(a: Any) -> bool:
+    return isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex())
+
+
+def _ruled(rule: Rule, func: Any, args: Any, kwargs: Any) -> Any:
+    if kwargs.get("out") is not None:
+        return NotImplemented
+    try:
+        return rule(*args, **kwargs)
+    except ProbeError:
+        raise
+    except Exception as error:
+        if isinstance(error, TypeError) and not _binds(rule, args, kwargs):
+            return NotImplemented  # an argument that the rule does not know
+        _raise_if_the_models_own(func, args, kwargs)
+        raise
+
+
+def _binds(rule: Rule, args: Any, kwargs: Any) -> bool:
+    try:
+        inspect.signature(rule).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+@functools.cache
+def _opened(func: Any) -> Callable[..., Any] | None:
+    """A function of torch's Python part without its check for overrides, so that its body runs on DualTensors, op by op."""
+    if not inspect.isfunction(func):
+        return None
+    checks = {name: _never for name in func.__code__.co_names if name.startswith("has_torch_function")}
+    if not checks:
+        return None
+    opened = FunctionType(
+        func.__code__, {**func.__globals__, **checks}, func.__name__, func.__defaults__, func.__closure__
+    )
+    opened.__kwdefaults__ = func.__kwdefaults__
+    return opened
+
+
+def _never(*_: Any) -> bool:
+    return False
 
 
 def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
     if func in CONSTANT:
         _note("fused", func)
-        args, kwargs = tree_map(lambda a: a.primal if isinstance(a, DualTensor) else a, (args, kwargs))
+        args, kwargs = tree_map(_plain, (args, kwargs))
         return func(*args, **kwargs)
     if func in CUTS:
-        return LostTensor.lose(args[0].primal, f".{name_of(func)}()")
+        reason = (
+            f".{name_of(func)}()"
+            if callable(getattr(torch.Tensor, name_of(func), None))
+            else f".{name_of(func)}"
+        )
+        if mutates(func, args, kwargs):
+            _lose_in_place(args[0], reason)
+            return args[0]
+        return LostTensor.lose((args[0] if args else kwargs["input"]).primal, reason)
     if func in ESCAPES:
         raise _escape(func)
+    writes = mutates(func, args, kwargs)
+    _refuse_unfollowable_writes(func, args, kwargs, writes)
+    opened = None if writes else _opened(func)
+    if opened is not None:
+        with contextlib.suppress(Exception):  # then as one op: below, which also finds whose fault it is
+            return opened(*args, **kwargs)
     _note("fallback", func)
     try:
         return _by_jvp(func, args, kwargs)
@@ -178,18 +257,8 @@ def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _by_jvp(func: Any, args: Any, kwargs: Any) -> Any:
     """Run one op by ``vmap(jvp(op))``: the primal once, the k tangents batched."""
-    if kwargs.get("out") is not None:
-        raise EngineRefusal(
-            f"the op {name_of(func)!r} writes to out=, which cannot carry tangents.\n"
-            "Use its return value in the model, or measure with engine='vjp'."
-        )
-    writes = mutates(func, kwargs)
+    writes = mutates(func, args, kwargs)
     target = args[0] if writes else None
-    if writes and not isinstance(target, DualTensor):
-        raise EngineRefusal(
-            f"{name_of(func)!r} writes a tensor that depends on the input into a plain one, which cannot carry tangents.\n"
-            "Make the plain one from the input:  torch.zeros_like(x) or x.new_zeros(...); or measure with engine='vjp'."
-        )
     leaves, spec = tree_flatten((args, kwargs))
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, DualTensor)]
     duals = [leaves[i] for i in where]
@@ -204,7 +273,7 @@ def _by_jvp(func: Any, args: Any, kwargs: Any) -> Any:
             op_args = (op_args[0].clone(), *op_args[1:])
         out = func(*op_args, **op_kwargs)
         flat, out_spec = tree_flatten(op_args[0] if writes else out)
-        smooth = [isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex()) for o in flat]
+        smooth = [_smooth(o) for o in flat]
         layout[:] = [out_spec, smooth, [None if isinstance(o, Tensor) else o for o in flat]]
         rough = [o for o, s in zip(flat, smooth, strict=True) if isinstance(o, Tensor) and not s]
         return [o for o, s in zip(flat, smooth, strict=True) if s], rough
@@ -227,11 +296,32 @@ def _by_jvp(func: Any, args: Any, kwargs: Any) -> Any:
     results_left, rough_left = iter(results), iter(r[0] for r in rough)
     flat: list[Any] = []
     for is_smooth, value in zip(smooth, plain, strict=True):
-        flat.append(next(results_left) if is_smooth else value if value is not None else next(rough_left, None))
+        flat.append(
+            next(results_left) if is_smooth else value if value is not None else next(rough_left, None)
+        )
     return tree_unflatten(flat, out_spec)
 
 
-def mutates(func: Any, kwargs: Any = None) -> bool:
+def _refuse_unfollowable_writes(func: Any, args: Any, kwargs: Any, writes: bool) -> None:
+    if kwargs.get("out") is not None:
+        raise EngineRefusal(
+            f"the op {name_of(func)!r} writes to out=, which cannot carry tangents.\n"
+            "Use its return value in the model, or measure with engine='vjp'."
+        )
+    if writes and not isinstance(args[0], DualTensor):
+        raise EngineRefusal(
+            f"{name_of(func)!r} writes a tensor that depends on the input into a plain one, which cannot carry tangents.\n"
+            "Make the plain one from the input:  torch.zeros_like(x) or x.new_zeros(...); or measure with engine='vjp'."
+        )
+    if getattr(func, "__name__", "") in ("__set__", "__delete__"):
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "an attribute")
+        raise EngineRefusal(
+            f"the forward pass assigns to .{attribute} of a tensor that depends on the input, which a dual pass cannot follow.\n"
+            "Use copy_() in the model, or measure with engine='vjp'."
+        )
+
+
+def mutates(func: Any, args: Any = (), kwargs: Any = None) -> bool:
     """Whether the op writes to its first argument."""
     schema = getattr(func, "_schema", None)
     if schema is not None:
@@ -239,7 +329,22 @@ def mutates(func: Any, kwargs: Any = None) -> bool:
     name = name_of(func)
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in _NOT_IN_PLACE)
-    return name.endswith("_") or bool(kwargs and kwargs.get("inplace"))
+    if name.endswith("_") or (kwargs and kwargs.get("inplace")):
+        return True
+    place = inplace_at(func)
+    return place is not None and len(args) > place and bool(args[place])
+
+
+@functools.cache
+def inplace_at(func: Any) -> int | None:
+    """Where ``inplace`` stands among a function's arguments: modules such as nn.ELU pass it by position."""
+    if not inspect.isfunction(func):
+        return None
+    try:
+        names = list(inspect.signature(func).parameters)
+    except ValueError:  # a wrapper of something written in C
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 _NOT_IN_PLACE = {"__invert__", "__index__", "__int__", "__iter__"}
@@ -278,7 +383,9 @@ def _escape(func: Any) -> ProbeError:
 
 def _raise_if_the_models_own(func: Any, args: Any, kwargs: Any) -> None:
     """Run the op on plain copies: if that fails too, the error is the model's own and is raised as it is."""
-    plain_args, plain_kwargs = tree_map(lambda a: a.primal.clone() if isinstance(a, DualTensor) else a, (args, kwargs))
+    plain_args, plain_kwargs = tree_map(
+        lambda a: a.primal.clone() if isinstance(a, DualTensor) else a, (args, kwargs)
+    )
     func(*plain_args, **plain_kwargs)
 
 

@@ -1,0 +1,133 @@
+"""Convolutions, pooling, padding and resampling: linear maps of a batch, with the rows folded into the batch axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from torchgeom_probe.dual.table import any_dual, named, ndim_of, on_rows, rule
+from torchgeom_probe.dual.tensor import RULES, DualTensor
+from torchgeom_probe.shapes import Tensor
+
+
+def folded(x: DualTensor, ndim: int, op: Callable[[Tensor], Tensor]) -> DualTensor:
+    """Run a batched linear op once, over R·B rows; an input without a batch axis has the rows as its batch."""
+    b = x.buffer
+    if b.ndim == ndim:  # unbatched
+        return DualTensor(op(b))
+    return DualTensor(op(b.flatten(0, 1)).unflatten(0, (b.shape[0], -1)))
+
+
+def _convolution(convolve: Any, spatial: int) -> Callable[..., Any]:
+    def push(input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # (w * x + b)' = w * x'
+        if any_dual(weight, bias):
+            return NotImplemented
+        out = folded(input, spatial + 2, lambda rows: convolve(rows, weight, None, *args, **kwargs))
+        if bias is not None:
+            out.buffer[0].add_(bias.reshape(-1, *[1] * spatial))
+        return out
+
+    return push
+
+
+def _folded_rule(op: Any, ndim: int) -> Callable[..., Any]:
+    def push(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(input, DualTensor) or any_dual(*args, *kwargs.values()):
+            return NotImplemented
+        if ndim_of(input) not in (ndim - 1, ndim):
+            return NotImplemented
+        return folded(input, ndim, lambda rows: op(rows, *args, **kwargs))
+
+    return push
+
+
+for _spatial in (1, 2, 3):
+    for _stem in ("conv", "conv_transpose"):
+        for _op in named(f"{_stem}{_spatial}d"):
+            RULES[_op] = _convolution(_op, _spatial)
+    for _stem in ("avg_pool", "adaptive_avg_pool"):
+        for _op in named(f"{_stem}{_spatial}d"):
+            RULES[_op] = _folded_rule(_op, _spatial + 2)
+
+for _op in named("F.unfold", "nn.im2col", "F.fold", "nn.col2im"):
+    RULES[_op] = _folded_rule(_op, 3 if "fold" == _op.__name__ or "col2im" in _op.__name__ else 4)
+
+# These take any number of axes in front of the last three.
+for _op in named("pixel_shuffle", "pixel_unshuffle"):
+    RULES[_op] = lambda input, factor, _op=_op: DualTensor(_op(input.buffer, factor))
+
+for _op in named("channel_shuffle", "grid_sample", "grid_sampler"):
+    RULES[_op] = on_rows(_op)
+
+
+@rule("interpolate")
+def _interpolate(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
+    # linear in the input in every mode
+    if ndim_of(input) < 3:
+        return NotImplemented
+    rows = input.buffer.shape[0]
+    return DualTensor(F.interpolate(input.buffer.flatten(0, 1), *args, **kwargs).unflatten(0, (rows, -1)))
+
+
+@rule("pad")
+def _pad(input: DualTensor, pad: Any, mode: str = "constant", value: Any = None) -> Any:
+    if mode == "constant":
+        if len(pad) > 2 * ndim_of(input):
+            return NotImplemented
+        out = F.pad(input.buffer, pad)
+        if value:
+            out[0].copy_(F.pad(input.primal, pad, value=value))
+        return DualTensor(out)
+    if ndim_of(input) < len(pad) // 2 + 2:
+        return NotImplemented
+    rows = input.buffer.shape[0]
+    return DualTensor(F.pad(input.buffer.flatten(0, 1), pad, mode=mode).unflatten(0, (rows, -1)))
+
+
+def _max_pooling(pool: Any, spatial: int, *, with_indices: bool) -> Callable[..., Any]:
+    def push(input: DualTensor, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
+        # y = p[argmax]; y' = t[argmax]: the primal's winners, gathered from the tangents
+        if ndim_of(input) != spatial + 2:
+            return NotImplemented
+        value, index = pool(input.primal, *args, return_indices=True, **kwargs)
+        rows, start = input.buffer.shape[0], -spatial
+        out = _like_pooled(value, rows)
+        out[0].copy_(value)
+        winners = index.flatten(start)
+        out[1:] = (
+            input.tangents.flatten(start)
+            .gather(-1, winners.expand(rows - 1, *winners.shape))
+            .view(rows - 1, *index.shape)
+        )
+        return (DualTensor(out), index) if return_indices or with_indices else DualTensor(out)
+
+    return push
+
+
+def _like_pooled(value: Tensor, rows: int) -> Tensor:
+    out = value.new_empty((rows, *value.shape))
+    if (
+        value.ndim == 4
+        and value.is_contiguous(memory_format=torch.channels_last)
+        and not value.is_contiguous()
+    ):
+        return out.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (rows, -1))
+    return out
+
+
+for _spatial in (1, 2, 3):
+    for _stem in ("max_pool", "adaptive_max_pool"):
+        _op = getattr(F, f"{_stem}{_spatial}d")
+        for _twin in named(f"{_stem}{_spatial}d"):
+            if _twin not in (
+                getattr(torch, "adaptive_max_pool1d", None),
+                getattr(torch._C._nn, f"{_stem}{_spatial}d", None),
+            ):
+                RULES[_twin] = _max_pooling(_op, _spatial, with_indices=False)
+        for _twin in named(f"{_stem}{_spatial}d_with_indices"):
+            if _twin.__module__ == "torch.nn.functional":
+                RULES[_twin] = _max_pooling(_op, _spatial, with_indices=True)

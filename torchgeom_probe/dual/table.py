@@ -1,0 +1,171 @@
+"""How a rule gets into the table, and the few moves that the rules share.
+
+A rule is called with the op's own arguments, at least one of them a DualTensor, and returns NotImplemented for what it does not
+cover: the op then takes the per-op fallback, which is right for everything.  So each rule only buys speed.
+
+Legend, for all rules: R = 1 + k rows; ``p`` the primal (row 0), ``t`` the tangents (rows 1 … k), ``f'`` the derivative at p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+
+from torchgeom_probe.dual.tensor import RULES, DualTensor
+from torchgeom_probe.shapes import Tensor
+
+_NAMESPACES = {
+    "torch": torch,
+    "Tensor": torch.Tensor,
+    "F": F,
+    "nn": torch._C._nn,
+    "special": torch.special,
+    "linalg": torch.linalg,
+    "fft": torch.fft,
+}
+
+
+def named(*names: str) -> list[Any]:
+    """Every callable of torch that goes by one of these names; a prefix (``Tensor.``, ``F.``, …) keeps to that namespace."""
+    found = []
+    for name in names:
+        space, _, tail = name.rpartition(".")
+        spaces = [_NAMESPACES[space]] if space else list(_NAMESPACES.values())
+        found += [getattr(s, tail) for s in spaces if callable(getattr(s, tail, None))]
+    return found
+
+
+def getters(*names: str) -> list[Any]:
+    """The ``__get__`` of properties of Tensor: what a property access arrives as."""
+    attributes = [getattr(torch.Tensor, name, None) for name in names]
+    return [a.__get__ for a in attributes if a is not None]
+
+
+def enter(function: Callable[..., Any], *names: str) -> None:
+    """Enter a rule in the table under every op of these names."""
+    for op in named(*names):
+        RULES[op] = function
+
+
+def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter the decorated function in the table under every op of these names."""
+
+    def entered(function: Callable[..., Any]) -> Callable[..., Any]:
+        enter(function, *names)
+        return function
+
+    return entered
+
+
+def in_place_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The in-place form of a rule: its result goes into the first operand's own memory, where its views see it."""
+
+    def push(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(input, DualTensor):
+            return NotImplemented
+        out = function(input, *args, **kwargs)
+        if out is NotImplemented or not isinstance(out, DualTensor) or out.buffer.shape != input.buffer.shape:
+            return NotImplemented
+        input.buffer.copy_(out.buffer)
+        return input
+
+    return push
+
+
+def on_rows(op: Any) -> Callable[..., Any]:
+    """The rule of any op that is linear in its first argument: run it on each row.  A view stays a view."""
+
+    def push(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(input, DualTensor) or any_dual(*tree_leaves((args, kwargs))):
+            return NotImplemented
+        out = torch.func.vmap(lambda row: op(row, *args, **kwargs))(input.buffer)
+        return tree_map(DualTensor, out)
+
+    return push
+
+
+# ---------------------------------------------------------------------------------------------- shapes and alignment
+
+
+def aligned(x: DualTensor, ndim: int) -> Tensor:
+    """The buffer with axes of size 1 put in behind the rows, so that it broadcasts against ``ndim`` primal axes."""
+    missing = ndim - (x.buffer.ndim - 1)
+    return (
+        x.buffer if missing <= 0 else x.buffer.reshape(x.buffer.shape[0], *[1] * missing, *x.buffer.shape[1:])
+    )
+
+
+def operands(a: Any, b: Any) -> tuple[Any, Any]:
+    """Two operands of a binary op, ready to broadcast and of the type that torch promotes their primals to."""
+    ndim = max(ndim_of(a), ndim_of(b))
+    left = aligned(a, ndim) if isinstance(a, DualTensor) else a
+    right = aligned(b, ndim) if isinstance(b, DualTensor) else b
+    if getattr(left, "dtype", None) != getattr(right, "dtype", None):
+        # The rows give a 0-dim primal an axis, which would change what torch promotes to.
+        dtype = torch.result_type(primal_of(a), primal_of(b))
+        left = left.to(dtype) if isinstance(a, DualTensor) else left
+        right = right.to(dtype) if isinstance(b, DualTensor) else right
+    return left, right
+
+
+def ndim_of(a: Any) -> int:
+    """Axes of the primal; 0 for a number."""
+    return a.buffer.ndim - 1 if isinstance(a, DualTensor) else a.ndim if isinstance(a, Tensor) else 0
+
+
+def primal_of(a: Any) -> Any:
+    """Row 0 of a DualTensor; anything else as it is."""
+    return a.buffer[0] if isinstance(a, DualTensor) else a
+
+
+def any_dual(*values: Any) -> bool:
+    """Whether one of the values is a DualTensor."""
+    return any(isinstance(v, DualTensor) for v in values)
+
+
+def rows_of(*values: Any) -> int:
+    """R of the first DualTensor among the values."""
+    return next(v for v in values if isinstance(v, DualTensor)).buffer.shape[0]
+
+
+def with_rows(a: Any, rows: int) -> Tensor:
+    """A buffer for either kind of operand: a plain one gets zero tangents, which is what it has."""
+    if isinstance(a, DualTensor):
+        return a.buffer
+    buffer = a.new_zeros((rows, *a.shape))
+    buffer[0].copy_(a)
+    return buffer
+
+
+def at(dim: int) -> int:
+    """The place of a primal axis in the buffer; negative axes count from the end in both."""
+    return dim + 1 if dim >= 0 else dim
+
+
+def from_end(dim: int, ndim: int) -> int:
+    """An axis as a negative number: the same axis in the primal and in the buffer."""
+    return dim - ndim if dim >= 0 else dim
+
+
+def all_at(dim: int | Sequence[int]) -> list[int]:
+    """The places of primal axes in the buffer."""
+    return [at(d) for d in ((dim,) if isinstance(dim, int) else dim)]
+
+
+def sizes(size: tuple[Any, ...]) -> tuple[int, ...]:
+    """``(2, 3)`` from either way to write sizes: ``f(2, 3)`` or ``f((2, 3))``."""
+    return tuple(size[0]) if len(size) == 1 and isinstance(size[0], (tuple, list)) else size
+
+
+def row_by_row(buffer: Tensor) -> bool:
+    """Whether a loop over the rows beats one broadcasting kernel: eager, on the CPU, with rows that outweigh a call."""
+    if buffer.device.type != "cpu" or torch._C._len_torch_dispatch_stack():
+        return False
+    return buffer.numel() >= _ROW_NUMBERS * buffer.shape[0]
+
+
+_ROW_NUMBERS = 1 << 13
