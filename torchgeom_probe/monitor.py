@@ -26,6 +26,7 @@ from torchgeom_probe.estimators import Estimator, Subspace
 from torchgeom_probe.footprint import Mode
 from torchgeom_probe.layers import LayerSpec
 from torchgeom_probe.probe import GeometryProbe, measure
+from torchgeom_probe.ranks import Ranks
 from torchgeom_probe.report import GeometryReport, Writer
 from torchgeom_probe.shapes import Tensor
 
@@ -196,9 +197,19 @@ class Monitor:
         maps: tag → function of the model that returns a matplotlib figure (a slice map), for the writers that
             have a ``write_figure``; the figure is closed afterwards.
         maps_every: draw the maps at each M-th probe.
+        distributed: None: where ``model`` is a DistributedDataParallel, its ranks share the samples of each
+            probe; True: all ranks of the default process group do (they hold the same weights); False: each
+            process probes for itself.
+
+    With DDP make the monitor on every rank, with the same ``x_probe``, and step it on every rank.  Each measures
+    its share; rank 0 has the reports, ``history`` and the writers, elsewhere they stay empty.  No collective is
+    called, so nothing hangs where some ranks do not reach a probe: rank 0 measures what is missing.  A schedule
+    that goes by the clock (``max_overhead``, one of your own) is due at other steps on other ranks: rank 0
+    measures alone then.
 
     Attributes:
         probes: how many probes were started.
+        last_probed: the step of the latest probe, or None.
         failures: how many times measuring, a writer or a map raised.
         last_error: the latest of those exceptions, or None.
 
@@ -246,6 +257,7 @@ class Monitor:
         keep: int | None = 1000,
         maps: Mapping[str, Callable[[nn.Module], Any]] | None = None,
         maps_every: int = 10,
+        distributed: bool | None = None,
     ) -> None:
         tensors = [leaf for leaf in tree_leaves(x_probe) if isinstance(leaf, Tensor)]
         if not tensors or any(tensor.dim() == 0 or tensor.shape[0] == 0 for tensor in tensors):
@@ -277,8 +289,11 @@ class Monitor:
         self.indices = None if indices is None else [int(i) for i in indices]
         self.on_error = on_error
         self.probes = 0
+        self.last_probed: int | None = None
         self.failures = 0
         self.last_error: Exception | None = None
+        self._ranks = Ranks.of(model, distributed, samples=_fingerprint(self.x_probe))
+        self._alone = not isinstance(self.schedule, Every | LogSpaced)
         self._probe = GeometryProbe(
             model,
             layers=layers,
@@ -314,14 +329,21 @@ class Monitor:
         total = clock.training_seconds + clock.probe_seconds
         return clock.probe_seconds / total if total else 0.0
 
-    def step(self) -> GeometryReport | None:
-        """Count one training step, and probe if it is due; returns the report, or None."""
+    def step(self, *, at: int | None = None) -> GeometryReport | None:
+        """Count one training step, and probe if it is due; returns the report, or None.
+
+        Args:
+            at: how many training steps were made, where the loop keeps its own count.  A count that has not
+                grown (gradient accumulation) is no step; one that grew by several probes once if any of them
+                was due.
+
+        """
         if self._handle is not None:
             raise ProbeError(
                 "this monitor follows an optimizer, which counts the steps; step() would count them twice.\n"
                 "Leave out monitor.step(), or monitor.follow(optimizer)."
             )
-        return self._counted()
+        return self._counted(at)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> Monitor:
         """Probe now if training has not begun, then after each optimizer step that is due; return self."""
@@ -342,19 +364,26 @@ class Monitor:
         return self
 
     def probe_now(self) -> GeometryReport | None:
-        """Probe at once, whatever the schedule says, under the current step; return None if it failed."""
+        """Probe at once, whatever the schedule says, under the current step; return None if it failed.
+
+        With DDP it returns None on all ranks but rank 0.
+        """
         self._refuse_if_closed()
+        if self._ranks is not None and self._ranks.rank and self._alone:
+            return None
         report: GeometryReport | None = None
         self._begin()
         device = self._device()
         _synchronize(device)
         with self._stopwatch.probing():
-            draw = bool(self.maps) and self.probes % self.maps_every == 0
+            draw = bool(self.maps) and self.probes % self.maps_every == 0 and self._writes
             self.probes += 1
+            self.last_probed = self._step
             with self._guarded("measuring"):
                 self.x_probe = tree_map_only(Tensor, lambda tensor: tensor.to(device), self.x_probe)
-                report = _on_cpu(self._probe.measure(self.x_probe, progress=False))
-                self._history.append((self._step, report))
+                report = self._measured()
+                if report is not None:
+                    self._history.append((self._step, report))
             if report is not None:
                 for writer in self.writers:
                     with self._guarded(f"{type(writer).__name__}.write"):
@@ -371,6 +400,7 @@ class Monitor:
         return {
             "step": self._step,
             "probes": self.probes,
+            "last_probed": self.last_probed,
             "failures": self.failures,
             "clock": {field.name: getattr(clock, field.name) for field in fields(clock)},
             "x_probe": _fingerprint(self.x_probe),
@@ -406,6 +436,7 @@ class Monitor:
             )
         self._step = int(state["step"])
         self.probes = int(state["probes"])
+        self.last_probed = state.get("last_probed")
         self.failures = int(state["failures"])
         self.indices = self.indices if state["indices"] is None else [int(i) for i in state["indices"]]
         self._stopwatch = _Stopwatch(Clock(**state["clock"]))
@@ -439,11 +470,25 @@ class Monitor:
     def _after_optimizer_step(self, *_: object) -> None:
         self._counted()
 
-    def _counted(self) -> GeometryReport | None:
+    @property
+    def _writes(self) -> bool:
+        return self._ranks is None or self._ranks.rank == 0
+
+    def _measured(self) -> GeometryReport | None:
+        def measured(x: Any) -> GeometryReport:
+            return _on_cpu(self._probe.measure(x, progress=False))
+
+        if self._ranks is None or self._alone:
+            return measured(self.x_probe)
+        return self._ranks.measured(self.x_probe, self._step, measured)
+
+    def _counted(self, at: int | None = None) -> GeometryReport | None:
         self._refuse_if_closed()
         self._begin()
-        self._step += 1
-        return self.probe_now() if self.schedule.due(self._step, self._stopwatch.read()) else None
+        before, self._step = self._step, max(self._step, self._step + 1 if at is None else at)
+        clock = self._stopwatch.read()
+        due = any(self.schedule.due(step, clock) for step in range(before + 1, self._step + 1))
+        return self.probe_now() if due else None
 
     def _begin(self) -> None:
         if not self._stopwatch.running:
