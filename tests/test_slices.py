@@ -264,7 +264,9 @@ def test_the_batch_is_sized_from_memory(monkeypatch):
 def test_progress_is_shown_only_when_asked_for(capsys):
     scan(mlp(), line(), layers=["1"], progress=False)
     assert capsys.readouterr().err == ""
-    scan(mlp(), line(), layers=["1"])
+    scan(mlp(), line(), layers=["1"])  # the captured output is no terminal
+    assert capsys.readouterr().err == ""
+    scan(mlp(), line(), layers=["1"], progress=True)
     assert "17/17" in capsys.readouterr().err
 
 

@@ -164,7 +164,7 @@ def _layers(arguments: argparse.Namespace) -> None:
     for name, module in resolve(model, ["", arguments.match]).items():
         count = sum(p.numel() for p in module.parameters())
         print(
-            f"{'*' if name in chosen else ' '} {name or '(model: layers=)':<41} {type(module).__name__:<20} {count:>10}"
+            f"{'*' if name in chosen else ' '} {name or '(the whole model)':<41} {type(module).__name__:<20} {count:>10}"
         )
 
 

@@ -357,7 +357,7 @@ def scan(
     source: str | nn.Module | None = None,
     memory_budget: int | None = None,
     batch_size: int | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> SliceScan:
     """Measure every layer's log-volume, and the model's prediction, at every point of a slice.
@@ -382,7 +382,7 @@ def scan(
         source: as for the probe.
         memory_budget: bytes that one chunk's measurement may use, as for the probe.
         batch_size: points a chunk; None: sized from the free memory and the model's activations, at most 256.
-        progress: show a progress bar (on rank 0).
+        progress: show a progress bar (on rank 0); None: only on a terminal.
         path: where the scan is saved when it is done.  Each chunk is stored beside it, in ``<path>.parts``,
             as soon as it is measured; called again after an interruption, the scan goes on where it was and
             ends with the same bytes.  A file there that is the finished scan of this very model and slice is
@@ -458,7 +458,7 @@ def scan(
     size = settings["batch_size"]
     starts = range(0, len(points), size)
     chunks: dict[int, bytes] = {}
-    with probe, tqdm(total=len(points), desc="scan", unit="point", disable=not progress or rank > 0) as bar:
+    with probe, tqdm(total=len(points), desc="scan", unit="point", disable=_no_bar(progress, rank)) as bar:
         for index, start in enumerate(starts):
             x = points[start : start + size]
             if index % ranks == rank:
@@ -535,11 +535,18 @@ def _free_bytes(device: torch.device) -> int:
 # --- layers to tensors and back -----------------------------------------------------------------------------
 
 
+def _no_bar(progress: bool | None, rank: int) -> bool | None:
+    # None lets tqdm decide: no bar where the output is no terminal.
+    return True if rank > 0 else None if progress is None else not progress
+
+
 def _split_layers(report: GeometryReport) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     constants, tensors = [], {}
     for i, layer in enumerate(report.values()):
         entry = {}
         for field in dataclasses.fields(LayerGeometry):
+            if not field.metadata.get("export", True):
+                continue
             value = getattr(layer, field.name)
             if isinstance(value, Tensor):
                 tensors[f"layer{i}/{field.name}"] = value.detach().cpu()
