@@ -551,6 +551,8 @@ CASES |= {
         call(D(5, 7, 3), (slice(None), index(7, 4), 1)),
         call(D(5, 7, 3), (index(5, 4), index(7, 4))),
         call(D(5, 7, 3), (slice(None), index(7, 4), index(3, 4))),
+        call(D(5, 7, 3), (index(5, 4), slice(None), index(3, 4))),
+        call(D(5, 7, 3, 2), (slice(None), index(7, 2, 4), slice(1, None), [1, 0, 1, 1])),
     ],
     "__setitem__": [
         call(D(5, 7, 3), 2, D(7, 3)),
@@ -560,6 +562,9 @@ CASES |= {
         call(D(5, 7, 3), mask(5, 7), P()),
         call(D(5, 7, 3), index(5, 2), D(7, 3)),
         call(D(5, 7, 3), ..., D()),
+        call(D(5, 3, 7, 4), (torch.tensor([0, 2]), slice(None), torch.tensor([3, 1])), D(2, 3, 4)),
+        call(D(5, 3, 7, 4), (torch.tensor([0, 2]), slice(None), torch.tensor([3, 1])), D(3, 1)),
+        call(D(5, 3, 7, 4), (torch.tensor([0, 2]), slice(None), torch.tensor([3, 1])), P(3, 4)),
     ],
     "scatter": [call(D(5, 7), 1, index(7, 5, 1), D(5, 1)), call(D(5, 7), 0, index(5, 1, 7), P(1, 7))],
     "scatter_add": [call(D(5, 7), 1, index(7, 5, 3), D(5, 3)), call(P(5, 7), -1, index(7, 5, 3), D(5, 3))],

@@ -83,6 +83,8 @@ def _elementwise(
         if random and (kwargs.get("training") or (len(args) > 2 and args[2])):
             return NotImplemented  # a random slope per element: the fallback draws it once for all tangents
         p = input.primal
+        if p.is_complex():
+            return NotImplemented  # these are derivatives along the real axis
         if formula is None:
             value, slope = torch.func.jvp(lambda q: op(q, *args, **kwargs), (p,), (torch.ones_like(p),))
             if value.shape != p.shape:  # clamp with a larger bound

@@ -167,7 +167,7 @@ def _rms_norm(input: DualTensor, normalized_shape: Any, weight: Any = None, eps:
 @rule("F.normalize")
 def _normalize(input: DualTensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Any:
     # y = p / m, m = max(|p|, ε);  y' = (t - y m')/m, m' = Σ y t where |p| > ε
-    if p != 2.0 or not isinstance(dim, int):
+    if p != 2.0 or not isinstance(dim, int) or input.buffer.is_complex():
         return NotImplemented
     axis = dim - ndim_of(input) if dim >= 0 else dim
     length = torch.linalg.vector_norm(input.primal, dim=axis, keepdim=True)

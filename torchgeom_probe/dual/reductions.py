@@ -44,7 +44,7 @@ for _op in named("diff", "trace", "trapezoid", "trapz"):
 def _var(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
     # var = Σ c²/m, c = p - mean p;  var' = 2 Σ c t / m
     dims, keepdim, correction = _moment_arguments(*args, **kwargs)
-    if ndim_of(input) == 0:
+    if ndim_of(input) == 0 or input.buffer.is_complex():
         return NotImplemented
     p = input.primal
     variance = torch.var(p, *args, **kwargs)
@@ -99,7 +99,7 @@ def _vector_norm(
     x: DualTensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Any:
     # y = √Σp²;  y' = Σ p t / y, and 0 at p = 0
-    if ord != 2 or dtype is not None or ndim_of(x) == 0:
+    if ord != 2 or dtype is not None or ndim_of(x) == 0 or x.buffer.is_complex():
         return NotImplemented
     dims = list(range(-ndim_of(x), 0)) if dim is None else [from_end(d, ndim_of(x)) for d in _tuple(dim)]
     y = torch.linalg.vector_norm(x.primal, dim=dims, keepdim=True)

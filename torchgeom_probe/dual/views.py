@@ -269,38 +269,39 @@ def _column_stack(tensors: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------- indexing
 
 
-def _index(index: Any) -> Any:
-    """The same index behind a full slice of the rows; None where advanced indices would move axes about."""
+def _index(index: Any) -> tuple[Any, int] | None:
+    """The same index behind a full slice of the rows, and where the rows end up; None for what is left to the fallback."""
     items = index if isinstance(index, tuple) else (index,)
     if any(isinstance(i, (DualTensor, bool)) for i in items):
         return None
-    advanced = [
-        n for n, i in enumerate(items) if isinstance(i, (Tensor, list, range)) or hasattr(i, "__array__")
-    ]
-    if advanced and advanced[-1] - advanced[0] >= len(advanced):
-        return None  # apart from each other, their joint axis goes to the front
-    return (slice(None), *items)
+    advanced = [n for n, i in enumerate(items) if isinstance(i, (Tensor, list, range)) or hasattr(i, "__array__")]
+    if not advanced or advanced[-1] - advanced[0] < len(advanced):
+        return (slice(None), *items), 0
+    # Apart from each other: the axes that they make together go to the front, before the rows.
+    joint = [torch.as_tensor(items[n]) for n in advanced]
+    if any(i.dtype == torch.bool for i in joint):
+        return None
+    return (slice(None), *items), len(torch.broadcast_shapes(*(i.shape for i in joint)))
 
 
 @rule("Tensor.__getitem__")
 def _getitem(input: Any, index: Any) -> Any:
-    behind = _index(index) if isinstance(input, DualTensor) else None
-    return NotImplemented if behind is None else DualTensor(input.buffer[behind])
+    found = _index(index) if isinstance(input, DualTensor) else None
+    return NotImplemented if found is None else DualTensor(input.buffer[found[0]].movedim(found[1], 0))
 
 
 @rule("Tensor.__setitem__")
 def _setitem(input: Any, index: Any, value: Any) -> Any:
-    behind = _index(index)
-    if not isinstance(input, DualTensor) or behind is None:
+    found = _index(index) if isinstance(input, DualTensor) else None
+    if found is None:
         return NotImplemented
+    behind, place = found
     if isinstance(value, DualTensor):
         ndim = input.buffer[behind].ndim - 1
         source = aligned(value, ndim)
-        while (
-            source.ndim - 1 > ndim and source.shape[1] == 1
-        ):  # leading axes of size 1 are allowed to be too many
+        while source.ndim - 1 > ndim and source.shape[1] == 1:  # leading axes of size 1 are allowed to be too many
             source = source.squeeze(1)
-        input.buffer[behind] = source
+        input.buffer[behind] = source.movedim(0, place)
     else:
         input.buffer[behind] = 0
         input.buffer[0][behind[1:]] = value
