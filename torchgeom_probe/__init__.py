@@ -8,7 +8,7 @@ from torchgeom_probe import analytic
 from torchgeom_probe.boundary import BoundaryPoints, Magnification, boundary_points, magnification
 from torchgeom_probe.curvature import scalar_curvature
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators import Estimator, Exact, LogDet, Subspace, TopK
+from torchgeom_probe.estimators import Estimator, Exact, LogDet, Subspace, TopK, Trace
 from torchgeom_probe.monitor import Budget, Every, LogSpaced, Monitor, Schedule
 from torchgeom_probe.probe import CheckReport, GeometryProbe, measure
 from torchgeom_probe.report import CSVWriter, GeometryReport, LayerGeometry, Writer
@@ -38,6 +38,7 @@ __all__ = [
     "SliceScan",
     "Subspace",
     "TopK",
+    "Trace",
     "Writer",
     "analytic",
     "boundary_points",

@@ -27,6 +27,7 @@ from torchgeom_probe.footprint import Mode, measuring, unwrapped
 from torchgeom_probe.layers import LayerSpec, close_names, resolve
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Tensor
+from torchgeom_probe.spectrum import SpectralDensity
 
 _ENGINES = ("auto", "fused", "functorch", "vjp")
 
@@ -88,9 +89,13 @@ class GeometryProbe:
         if estimator is None:
             estimator = Subspace()
         if not isinstance(estimator, Estimator):
-            raise ProbeError(f"estimator={estimator!r} is no estimator.\nWrite, for instance, estimator=Subspace(k=8) or estimator=Exact().")
+            raise ProbeError(
+                f"estimator={estimator!r} is no estimator.\nWrite, for instance, estimator=Subspace(k=8) or estimator=Exact()."
+            )
         if memory_budget is not None and memory_budget < 1:
-            raise ProbeError(f"memory_budget={memory_budget}: it is a number of bytes.\nWrite, for instance, memory_budget=2 * 2**30.")
+            raise ProbeError(
+                f"memory_budget={memory_budget}: it is a number of bytes.\nWrite, for instance, memory_budget=2 * 2**30."
+            )
         chosen = resolve(model, layers)
         self.estimator = estimator
         self.normalize = normalize
@@ -171,7 +176,11 @@ class GeometryProbe:
                 while start < batch.size:
                     stop = min(start + at_once, batch.size)
                     try:
-                        parts.append(self._measured(batch.chunk(start, stop), plan, directions, start_vectors, start, stop))
+                        parts.append(
+                            self._measured(
+                                batch.chunk(start, stop), plan, directions, start_vectors, start, stop
+                            )
+                        )
                     except torch.OutOfMemoryError as error:
                         if at_once == 1:
                             raise ProbeError(
@@ -215,7 +224,11 @@ class GeometryProbe:
             except ProbeError:
                 raise
             except Exception as error:
-                shapes = [tuple(v.shape) for v in tree_leaves((batch.args, dict(batch.kwargs))) if isinstance(v, Tensor)]
+                shapes = [
+                    tuple(v.shape)
+                    for v in tree_leaves((batch.args, dict(batch.kwargs)))
+                    if isinstance(v, Tensor)
+                ]
                 raise ProbeError(
                     f"the model's own forward pass fails on x of shape {shapes[0] if len(shapes) == 1 else shapes}: "
                     f"{type(error).__name__}: {error}\nRun it by hand:  model.eval(); model(x)"
@@ -330,15 +343,23 @@ class CheckReport:
     @property
     def ok(self) -> bool:
         """Whether a measurement can be trusted."""
-        return self.refusal is None and not self.coupled_layers and all(e <= self.tolerance for e in self.adjoint_errors.values())
+        return (
+            self.refusal is None
+            and not self.coupled_layers
+            and all(e <= self.tolerance for e in self.adjoint_errors.values())
+        )
 
     def __str__(self) -> str:
         lines = [f"{'OK' if self.ok else 'NOT OK'}: engine {self.engine}"]
         for entry, error in self.adjoint_errors.items():
-            verdict = "ok" if error <= self.tolerance else f"TOO LARGE (rounding explains {self.tolerance:.0e})"
+            verdict = (
+                "ok" if error <= self.tolerance else f"TOO LARGE (rounding explains {self.tolerance:.0e})"
+            )
             lines.append(f"  {entry or '(model)'}: adjoint error {error:.1e} {verdict}")
         if self.coupled_layers:
-            lines.append(f"  samples depend on each other in {', '.join(map(repr, self.coupled_layers))}: no metric per sample there")
+            lines.append(
+                f"  samples depend on each other in {', '.join(map(repr, self.coupled_layers))}: no metric per sample there"
+            )
         for kind in ("fused", "fallback", "refused"):
             names = getattr(self, kind)
             if names:
@@ -354,10 +375,14 @@ def _adjoint_errors(
     errors = {}
     with linear.pullback() as back:
         for entry, jv in pushed.items():
-            u = torch.randn(jv.shape, generator=generator, dtype=torch.float64).to(device=jv.device, dtype=jv.dtype)
+            u = torch.randn(jv.shape, generator=generator, dtype=torch.float64).to(
+                device=jv.device, dtype=jv.dtype
+            )
             forward = (u.double() * jv.double()).flatten(2).sum(-1)
             reverse = (back.pull(entry, u).double() * v.double()).flatten(2).sum(-1)
-            scale = (u.double().flatten(2).norm(dim=-1) * jv.double().flatten(2).norm(dim=-1)).clamp_min(1e-300)
+            scale = (u.double().flatten(2).norm(dim=-1) * jv.double().flatten(2).norm(dim=-1)).clamp_min(
+                1e-300
+            )
             errors[entry] = ((forward - reverse).abs() / scale).max().item()
     return errors
 
@@ -384,7 +409,10 @@ def _coupled(task: Task, batch: Batch) -> list[str]:
         return value
 
     alone = replace(
-        batch, args=tuple(map(copies, batch.args)), kwargs={k: copies(v) for k, v in batch.kwargs.items()}, point=None
+        batch,
+        args=tuple(map(copies, batch.args)),
+        kwargs={k: copies(v) for k, v in batch.kwargs.items()},
+        point=None,
     )
     together, apart = outputs(batch), outputs(alone)
     return [
@@ -396,7 +424,9 @@ def _coupled(task: Task, batch: Batch) -> list[str]:
 
 def _refuse_unhookable(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
-        raise ProbeError("the model is a ScriptModule: hooks do not fire inside it.\nProbe the nn.Module that it was made from.")
+        raise ProbeError(
+            "the model is a ScriptModule: hooks do not fire inside it.\nProbe the nn.Module that it was made from."
+        )
     sharded = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
     if sharded is not None:
         raise ProbeError(
@@ -442,11 +472,14 @@ def _resolved_transforms(
 def _joined(parts: Sequence[LayerGeometry]) -> LayerGeometry:
     if len(parts) == 1:
         return parts[0]
-    values = {
+    values: dict[str, Any] = {
         f.name: torch.cat([getattr(part, f.name) for part in parts])
         for f in fields(LayerGeometry)
         if isinstance(getattr(parts[0], f.name), Tensor)
     }
+    densities = [part.spectrum for part in parts if part.spectrum is not None]
+    if densities:
+        values["spectrum"] = SpectralDensity.joined(densities)
     return replace(parts[0], **values)
 
 
@@ -457,5 +490,10 @@ def _device(batch: Batch) -> torch.device:
 def _bar(total: int, progress: bool | None) -> tqdm:
     # disable=None: off where the output is no terminal; delay: a bar that would flash by is not drawn.
     return tqdm(
-        total=total, desc="measure", unit="sample", leave=False, delay=0 if progress else 1, disable=None if progress is None else not progress
+        total=total,
+        desc="measure",
+        unit="sample",
+        leave=False,
+        delay=0 if progress else 1,
+        disable=None if progress is None else not progress,
     )

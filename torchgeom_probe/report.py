@@ -18,6 +18,7 @@ import torch
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.shapes import Float, Int, Tensor
+from torchgeom_probe.spectrum import SpectralDensity
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,9 @@ class LayerGeometry:
         log_det: [B], log det(g + εI), or None.
         trace: [B], tr g, or None.
         num_products: [B], how many Jv and Jᵀu a matrix-free estimator formed for each sample, or None.
+        trace_std_error: [B] standard error of ``trace``, or None.
+        interval: [B, 2], 95 % confidence interval of ``log_volume``, or None.
+        spectrum: the spectral density of g, or None; see :meth:`GeometryReport.density`; not exported.
         right_singular_vectors: [B, q, d], the leading ones, for ``measure(x, warm=...)``, or None; not exported.
 
     Tensors stay on the model's device.
@@ -53,24 +57,29 @@ class LayerGeometry:
     name: str
     estimand: str
     engine: str
-    log_volume: Float[Tensor, "batch"]  # noqa: F821 - jaxtyping names the axis
+    log_volume: Float[Tensor, " batch"]
     singular_values: Float[Tensor, "batch r"]
-    rank: Int[Tensor, "batch"]  # noqa: F821
-    log_pseudo_volume: Float[Tensor, "batch"]  # noqa: F821
+    rank: Int[Tensor, " batch"]
+    log_pseudo_volume: Float[Tensor, " batch"]
     num_features: int
     num_inputs: int
     num_directions: int
     normalized: bool
     rank_tolerance: float
-    std_error: Float[Tensor, "batch"] | None = None  # noqa: F821
-    error_bound: Float[Tensor, "batch"] | None = None  # noqa: F821
-    log_det: Float[Tensor, "batch"] | None = None  # noqa: F821
-    trace: Float[Tensor, "batch"] | None = None  # noqa: F821
-    num_products: Int[Tensor, "batch"] | None = None  # noqa: F821
-    right_singular_vectors: Float[Tensor, "batch q d"] | None = field(default=None, repr=False, metadata={"export": False})
+    std_error: Float[Tensor, " batch"] | None = None
+    error_bound: Float[Tensor, " batch"] | None = None
+    log_det: Float[Tensor, " batch"] | None = None
+    trace: Float[Tensor, " batch"] | None = None
+    trace_std_error: Float[Tensor, " batch"] | None = None
+    interval: Float[Tensor, "batch 2"] | None = None
+    spectrum: SpectralDensity | None = field(default=None, repr=False, metadata={"export": False})
+    num_products: Int[Tensor, " batch"] | None = None
+    right_singular_vectors: Float[Tensor, "batch q d"] | None = field(
+        default=None, repr=False, metadata={"export": False}
+    )
 
     @property
-    def log10_volume(self) -> Float[Tensor, "batch"]:  # noqa: F821
+    def log10_volume(self) -> Float[Tensor, " batch"]:
         """[B], the log-volume to base 10, as in the paper's figures."""
         return self.log_volume / math.log(10.0)
 
@@ -128,9 +137,34 @@ class GeometryReport(Mapping[str, LayerGeometry]):
     def __str__(self) -> str:
         return self.summary()
 
+    def density(self, layer: str) -> SpectralDensity:
+        """The spectral density of g at one layer, where the estimator found it: ``LogDet`` or ``Exact``.
+
+        Raises:
+            ProbeError: another estimator, which knows no more than a part of the spectrum.
+        """
+        found = self[layer].spectrum
+        if found is None:
+            raise ProbeError(
+                f"layer {layer!r} was measured as {self[layer].estimand!r}, which says nothing of the whole spectrum.\n"
+                "Measure with estimator=LogDet(eps=...) or estimator=Exact()"
+            )
+        return found
+
     def summary(self) -> str:
         """A table for people: per layer n, k, the log-volume's median and spread in nats, rank and σ_max."""
-        header = ("layer", "n", "d", "k", "log-volume [nat]", "p10 … p90", "log10", "rank", "σ_max", "not finite")
+        header = (
+            "layer",
+            "n",
+            "d",
+            "k",
+            "log-volume [nat]",
+            "p10 … p90",
+            "log10",
+            "rank",
+            "σ_max",
+            "not finite",
+        )
         rows = [header]
         for name, layer in self.items():
             s = layer.statistics()
@@ -150,7 +184,10 @@ class GeometryReport(Mapping[str, LayerGeometry]):
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = [
-            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in rows
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
@@ -167,8 +204,21 @@ class GeometryReport(Mapping[str, LayerGeometry]):
 
     def to_csv(self, path: str | os.PathLike[str]) -> Path:
         """Write one row per layer and sample (log-volumes in nats); returns the path."""
-        fields = ("layer", "sample", "log_volume", "log10_volume", "log_pseudo_volume", "rank", "sigma_max", "sigma_min")
-        extras = [f for f in ("std_error", "error_bound", "log_det", "trace", "num_products") if any(getattr(g, f) is not None for g in self.values())]
+        fields = (
+            "layer",
+            "sample",
+            "log_volume",
+            "log10_volume",
+            "log_pseudo_volume",
+            "rank",
+            "sigma_max",
+            "sigma_min",
+        )
+        extras = [
+            f
+            for f in ("std_error", "error_bound", "log_det", "trace", "trace_std_error", "num_products")
+            if any(getattr(g, f) is not None for g in self.values())
+        ]
         constants = ("num_features", "num_inputs", "num_directions", "normalized", "engine", "estimand")
         target = _parent_made(path)
         with target.open("w", newline="", encoding="utf-8") as file:
@@ -176,7 +226,12 @@ class GeometryReport(Mapping[str, LayerGeometry]):
             rows.writerow([*fields, *extras, *constants])
             for layer in self.values():
                 sigma = layer.singular_values
-                columns: list[Any] = [layer.log_volume, layer.log10_volume, layer.log_pseudo_volume, layer.rank]
+                columns: list[Any] = [
+                    layer.log_volume,
+                    layer.log10_volume,
+                    layer.log_pseudo_volume,
+                    layer.rank,
+                ]
                 columns += [sigma[:, 0] if sigma.shape[1] else None, sigma[:, -1] if sigma.shape[1] else None]
                 columns += [getattr(layer, f) for f in extras]
                 lists = [[""] * len(layer.rank) if c is None else c.tolist() for c in columns]
@@ -197,7 +252,10 @@ class GeometryReport(Mapping[str, LayerGeometry]):
             entry["nonfinite"] = int((~layer.log_volume.isfinite()).sum())
             layers.append(entry)
         target = _parent_made(path)
-        target.write_text(json.dumps({"units": "natural log", "layers": layers}, indent=1, allow_nan=False), encoding="utf-8")
+        target.write_text(
+            json.dumps({"units": "natural log", "layers": layers}, indent=1, allow_nan=False),
+            encoding="utf-8",
+        )
         return target
 
 

@@ -69,21 +69,26 @@ class Linearization:
             if num_directions * length * self.plan.itemsize * self.batch.size > self.plan.budget:
                 yield group[0], self._streamed(group[0], num_directions, directions, at_once)
                 continue
-            kept: dict[str, Tensor] = {}
-            for start in range(0, num_directions, at_once):
-                stop = min(start + at_once, num_directions)
-
-                def keep(entry: str, blocks: list[Tensor], start: int = start, stop: int = stop) -> None:
-                    if entry not in group:
-                        return
-                    whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
-                    if entry not in kept:
-                        kept[entry] = whole.new_empty(num_directions, *whole.shape[1:])
-                    kept[entry][start:stop] = whole  # copied: the next layer may write over it
-
-                self.push(directions(start, stop), keep)
-            for entry, tangents in kept.items():
+            for entry, tangents in self._kept(group, num_directions, directions, at_once).items():
                 yield entry, Factor.of([tangents])
+
+    def _kept(
+        self, group: list[str], num_directions: int, directions: Callable[[int, int], Tensor], at_once: int
+    ) -> dict[str, Tensor]:
+        kept: dict[str, Tensor] = {}
+        for start in range(0, num_directions, at_once):
+            stop = min(start + at_once, num_directions)
+
+            def keep(entry: str, blocks: list[Tensor], start: int = start, stop: int = stop) -> None:
+                if entry not in group:
+                    return
+                whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+                if entry not in kept:
+                    kept[entry] = whole.new_empty(num_directions, *whole.shape[1:])
+                kept[entry][start:stop] = whole  # copied: the next layer may write over it
+
+            self.push(directions(start, stop), keep)
+        return kept
 
     def _streamed(
         self, entry: str, num_directions: int, directions: Callable[[int, int], Tensor], at_once: int
@@ -160,7 +165,9 @@ class Linearization:
         )
 
 
-class _Reached(BaseException):  # no Exception: neither the model's nor our own error handling may take it for a failure
+class _Reached(
+    BaseException
+):  # no Exception: neither the model's nor our own error handling may take it for a failure
     pass
 
 
@@ -187,4 +194,8 @@ def _guarded(engine: str, task: Task, batch: Batch, directions: Tensor, sink: fu
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
-    return text.splitlines()[0] if isinstance(error, ProbeError) else f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+    return (
+        text.splitlines()[0]
+        if isinstance(error, ProbeError)
+        else f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+    )

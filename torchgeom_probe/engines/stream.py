@@ -14,7 +14,14 @@ _WIDE_BYTES = {"cpu": 8 << 20}
 
 
 def streamed_factor(
-    rows: Callable[[int, int], Tensor], *, count: int, length: int, at_once: int, batch: int, budget: int, itemsize: int
+    rows: Callable[[int, int], Tensor],
+    *,
+    count: int,
+    length: int,
+    at_once: int,
+    batch: int,
+    budget: int,
+    itemsize: int,
 ) -> Factor:
     """Factor of ``count`` rows of a given length; ``rows(start, stop)`` makes some of them, [·, B, length], ``at_once`` at most.
 

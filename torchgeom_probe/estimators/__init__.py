@@ -2,7 +2,9 @@
 
 from torchgeom_probe.estimators.base import Estimator
 from torchgeom_probe.estimators.exact import Exact
+from torchgeom_probe.estimators.logdet import LogDet
 from torchgeom_probe.estimators.subspace import Subspace
 from torchgeom_probe.estimators.topk import TopK
+from torchgeom_probe.estimators.trace import Trace
 
-__all__ = ["Estimator", "Exact", "Subspace", "TopK"]
+__all__ = ["Estimator", "Exact", "LogDet", "Subspace", "TopK", "Trace"]

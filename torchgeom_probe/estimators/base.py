@@ -11,7 +11,7 @@ from torchgeom_probe.engines.linearization import Linearization
 from torchgeom_probe.engines.plan import Plan
 from torchgeom_probe.factor import Factor, log_volume, rank_tolerance
 from torchgeom_probe.report import LayerGeometry
-
+from torchgeom_probe.spectrum import SpectralDensity
 
 #: Below this share of the largest a singular value taken from a float64 Gram matrix is rounding.
 GRAM_RESOLUTION = 1e-7
@@ -63,4 +63,7 @@ def geometry(
         num_directions=num_directions,
         normalized=normalize,
         rank_tolerance=tolerance,
+        spectrum=SpectralDensity.of_singular_values(sigma, num_inputs)
+        if num_directions == num_inputs
+        else None,
     )

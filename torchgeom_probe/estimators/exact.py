@@ -52,7 +52,9 @@ class Exact(Estimator):
         plan = linear.plan
         num_inputs = plan.num_inputs
         # A pullback costs about what a row of the dual pass costs (benchmarks, "reverse mode"), so the smaller count wins.
-        reverse = linear.engine == "vjp" or (linear.engine == "auto" and sum(plan.features.values()) < num_inputs)
+        reverse = linear.engine == "vjp" or (
+            linear.engine == "auto" and sum(plan.features.values()) < num_inputs
+        )
         factors: dict[str, Factor] = {}
         engine = "vjp"
         if reverse:
@@ -63,7 +65,9 @@ class Exact(Estimator):
                     raise  # asked for by name; under "auto" the dual pass may do what reverse mode cannot
         if not factors:
             like = torch.empty(linear.batch.size, 0, dtype=plan.dtype, device=linear.device)
-            factors = linear.factors(num_inputs, lambda start, stop: basis(start, stop, plan.space, like=like))
+            factors = linear.factors(
+                num_inputs, lambda start, stop: basis(start, stop, plan.space, like=like)
+            )
             engine = linear.engine
         return {
             entry: geometry(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from torchgeom_probe.estimators.products import LayerJacobian, orthonormal
 from torchgeom_probe.shapes import Bool, Float, Int, Tensor
@@ -25,14 +26,16 @@ class Leading:
         bound: [B] on the sum of the errors of their logarithms, in nats.
         converged: [B], whether the stopping rule was met.
         products: [B], Jv and Jᵀu together.
-        vectors: [B, q, D], right singular vectors, q = k and a few spare ones (or fewer where d is).
+        vectors: [B, q, D], right singular vectors, k and two spare ones; zero where there are no more.
+        left: [B, q, N], the left ones.
     """
 
     values: Float[Tensor, "B k"]
-    bound: Float[Tensor, "B"]  # noqa: F821 - jaxtyping names the axis
-    converged: Bool[Tensor, "B"]  # noqa: F821
-    products: Int[Tensor, "B"]  # noqa: F821
+    bound: Float[Tensor, " B"]
+    converged: Bool[Tensor, " B"]
+    products: Int[Tensor, " B"]
     vectors: Float[Tensor, "B q D"]
+    left: Float[Tensor, "B q N"]
 
 
 def leading(
@@ -68,7 +71,13 @@ def leading(
         scale = image.norm(dim=2).amax(1)[:, None, None]
         fresh_left = orthonormal(image, left, eps=eps, noise=8 * eps * scale)
         fresh_pulled = jacobian.pull(fresh_left)
-        cross = torch.cat([torch.cat([cross, pulled @ fresh.mT], dim=2), fresh_pulled @ torch.cat([right, fresh], dim=1).mT], dim=1)
+        cross = torch.cat(
+            [
+                torch.cat([cross, pulled @ fresh.mT], dim=2),
+                fresh_pulled @ torch.cat([right, fresh], dim=1).mT,
+            ],
+            dim=1,
+        )
         right, left, pulled = (
             torch.cat([right, fresh], dim=1),
             torch.cat([left, fresh_left], dim=1),
@@ -77,18 +86,24 @@ def leading(
         reached = right.shape[1]
         vectors_left, values, vectors_right = torch.linalg.svd(torch.nan_to_num(cross))
         count = min(reached, max(k + 1, block) + 2 * block)
-        residuals = vectors_left.mT[:, :count] @ pulled - values[:, :count, None] * (vectors_right[:, :count] @ right)
-        new_bound, met = _stopping_rule(values[:, :count], residuals, k=k, tolerance=tolerance, eps=eps, exhausted=reached >= full)
+        residuals = vectors_left.mT[:, :count] @ pulled - values[:, :count, None] * (
+            vectors_right[:, :count] @ right
+        )
+        new_bound, met = _stopping_rule(
+            values[:, :count], residuals, k=k, tolerance=tolerance, eps=eps, exhausted=reached >= full
+        )
         met = met | ~image.isfinite().all(-1).all(-1)
         bound = torch.where(done, bound, new_bound)
         size = torch.where(done, size, reached)
         products = torch.where(done, products, jacobian.products)
         done = done | met
-        if bool(done.all()) or jacobian.products + 2 * block > max_products:  # the round's one synchronisation
+        if (
+            bool(done.all()) or jacobian.products + 2 * block > max_products
+        ):  # the round's one synchronisation
             break
         fresh = _expansion(values[:, :count], residuals, right, block, eps, generator)
-    values, vectors = _left_values(pulled, size, k)
-    return Leading(values, bound, done, products, vectors)
+    values, vectors, left = _left_values(pulled, left, size, k)
+    return Leading(values, bound, done, products, vectors, left)
 
 
 def _stopping_rule(
@@ -97,7 +112,8 @@ def _stopping_rule(
     """Return ([B] bound in nats on Σ log σ_i, [B] whether each of the k is within ``tolerance`` of log10).
 
     Linear: |σ − S_i| ≤ |r_i| for some σ.  Quadratic, for any split j ≥ k of the Ritz values: in the basis of the first j Ritz vectors and
-    the rest, g is [[Θ, Rᵀ], [R, C]] with Θ = diag S_i² and columns S_i r_i of R, so λ_i ≤ eig_i(Θ + RᵀR/(S_k² − μ)), μ = λ_max(C), for i ≤ k
+    the rest, g is [[Θ, Rᵀ], [R, C]] with Θ = diag S_i² and columns S_i r_i of R, so λ_i ≤ eig_i(Θ + RᵀR/(S_k²
+    − μ)), μ = λ_max(C), for i ≤ k
     (Schur complement).  μ is taken to be (S_{j+1} + |r_{j+1}|)²; the best j is used: the gap to a far value may be wide where the
     one to σ_{k+1} is narrow.
     """
@@ -121,7 +137,9 @@ def _stopping_rule(
     within = torch.arange(count, device=top.device)[None, :] < split[:, None]
     beyond = ((values_Bc + norms)[:, k:] / top.clamp_min(1e-300)).square()
     gap = theta[:, k - 1 : k] - beyond
-    matrix = (within[:, :, None] & within[:, None, :]) * coupling[:, None] / gap.clamp_min(1e-12)[:, :, None, None]
+    matrix = (
+        (within[:, :, None] & within[:, None, :]) * coupling[:, None] / gap.clamp_min(1e-12)[:, :, None, None]
+    )
     matrix = matrix + torch.diag_embed(theta)[:, None]
     above = torch.linalg.eigvalsh(torch.nan_to_num(matrix)).flip(-1)[:, :, :k]
     each = (above / theta[:, None, :k].clamp_min(1e-300)).clamp_min(1.0).log() / 2
@@ -135,7 +153,12 @@ def _stopping_rule(
 
 
 def _expansion(
-    values_Bc: Tensor, residuals_BcD: Tensor, right: Tensor, block: int, eps: float, generator: torch.Generator
+    values_Bc: Tensor,
+    residuals_BcD: Tensor,
+    right: Tensor,
+    block: int,
+    eps: float,
+    generator: torch.Generator,
 ) -> Tensor:
     """The block that spans the relative residuals best; random directions where they hold nothing but rounding."""
     top = values_Bc[:, :1]
@@ -155,12 +178,14 @@ def _expansion(
     return orthonormal(filled, right, eps=eps)
 
 
-def _left_values(pulled: Tensor, size: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Singular values and right vectors of JᵀU, more accurate than those of UᵀJV at the same price."""
+def _left_values(pulled: Tensor, left: Tensor, size: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular values and vectors of JᵀU: the values are more accurate than those of UᵀJV at the same price."""
     within = torch.arange(pulled.shape[1], device=pulled.device)[None, :, None] < size[:, None, None]
     matrix = torch.nan_to_num(torch.where(within, pulled, 0.0))
     basis, triangle = torch.linalg.qr(matrix.mT)
-    rotation, values, _ = torch.linalg.svd(triangle)
+    rotation, values, mixing = torch.linalg.svd(triangle)
     kept = min(k + SPARE, values.shape[1])
     values = torch.where(pulled.isfinite().all(-1).all(-1)[:, None], values, torch.nan)
-    return values[:, :k], (basis @ rotation[:, :, :kept]).mT
+    vectors = (basis @ rotation[:, :, :kept]).mT
+    missing = (0, 0, 0, k + SPARE - kept)
+    return values[:, :k], functional.pad(vectors, missing), functional.pad(mixing[:, :kept] @ left, missing)

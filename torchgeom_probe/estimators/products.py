@@ -141,7 +141,9 @@ def orthonormal(
     or less than ``noise``, held nothing but rounding, and becomes zero: a zero vector adds nothing to either factor.
     """
     scale = rows_BbX.norm(dim=2, keepdim=True)
-    floor = torch.maximum(32 * eps * scale.amax(1, keepdim=True), torch.as_tensor(noise, dtype=scale.dtype, device=scale.device))
+    floor = torch.maximum(
+        32 * eps * scale.amax(1, keepdim=True), torch.as_tensor(noise, dtype=scale.dtype, device=scale.device)
+    )
     rows = _projected(rows_BbX, against_BmX)
     values, basis = torch.linalg.eigh(_finite(rows @ rows.mT))
     keep = values[:, :, None].clamp_min(0).sqrt() > floor
@@ -161,4 +163,8 @@ def _projected(rows_BbX: Tensor, against_BmX: Tensor | None) -> Tensor:
 
 def _finite(gram: Tensor) -> Tensor:
     # LAPACK refuses nan; a diverged sample must not take its neighbours with it.
-    return torch.where(gram.isfinite().all(-1).all(-1)[:, None, None], gram, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+    return torch.where(
+        gram.isfinite().all(-1).all(-1)[:, None, None],
+        gram,
+        torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device),
+    )

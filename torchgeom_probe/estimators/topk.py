@@ -36,10 +36,12 @@ class TopK(Estimator):
     comes at its price, J is formed and decomposed instead; ``estimand`` then says "dense".
 
     Bias: downward, within ``error_bound``; variance: none for a given ``seed`` (the start block, the same for all samples and layers).
-    Cost: ``num_products`` [B] products per sample and layer, half of them Jv and half Jᵀu: 40 to 140 at k = 10, n = 512, d = 3072, against 512
+    Cost: ``num_products`` [B] products per sample and layer, half of them Jv and half Jᵀu: 40 to 140 at k =
+    10, n = 512, d = 3072, against 512
     for the whole Jacobian; about 40 with ``measure(x, warm=previous_report)``, which starts from the previous singular vectors.
 
-    The paper's conventions (Zavatone-Veth et al., arXiv:2301.11375): J/√n, log10, k = 10 or all 512, the stages of a ResNet average-pooled to
+    The paper's conventions (Zavatone-Veth et al., arXiv:2301.11375): J/√n, log10, k = 10 or all 512, the
+    stages of a ResNet average-pooled to
     512 features.  ``paper=True`` divides by √n whatever the probe's ``normalize``; :func:`paper_pool` is the pooling, for ``transform=``.
     Their code sets every log10 σ below a threshold (−8 by default) to zero, which RAISES the sum; here nothing is dropped: a value that
     is zero to rounding makes the volume −inf, with ``rank`` < k and the product of the others in ``log_pseudo_volume``.
@@ -83,9 +85,13 @@ class TopK(Estimator):
                 "Write block=4 or more, or leave it out."
             )
         if not self.tol > 0:
-            raise ProbeError(f"TopK(tol={self.tol}): the tolerance on each log10 σ is a positive number.\nWrite tol=1e-3")
+            raise ProbeError(
+                f"TopK(tol={self.tol}): the tolerance on each log10 σ is a positive number.\nWrite tol=1e-3"
+            )
         if self.max_products is not None and self.max_products < 1:
-            raise ProbeError(f"TopK(max_products={self.max_products}): at least one product is needed.\nLeave it out, or write max_products=200")
+            raise ProbeError(
+                f"TopK(max_products={self.max_products}): at least one product is needed.\nLeave it out, or write max_products=200"
+            )
         if self.method not in ("auto", "krylov", "dense"):
             raise ProbeError(f"TopK(method={self.method!r}) is unknown.\nWrite 'auto', 'krylov' or 'dense'.")
 
@@ -103,7 +109,9 @@ class TopK(Estimator):
         measured = {}
         with jacobians(linear, estimator=f"TopK(k={self.k})") as maps:
             for entry, jacobian in maps.items():
-                measured[entry] = self._layer(jacobian, normalize or self.paper, None if warm is None else warm.get(entry))
+                measured[entry] = self._layer(
+                    jacobian, normalize or self.paper, None if warm is None else warm.get(entry)
+                )
         engine = engine_of(linear)
         return {entry: replace(result, engine=engine) for entry, result in measured.items()}
 
@@ -117,7 +125,13 @@ class TopK(Estimator):
         else:
             how = "block Krylov"
             generator = torch.Generator().manual_seed(self.seed)
-            limit = self.max_products if self.max_products is not None else smaller if self.method == "auto" else 4 * smaller + 4 * block
+            limit = (
+                self.max_products
+                if self.max_products is not None
+                else smaller
+                if self.method == "auto"
+                else 4 * smaller + 4 * block
+            )
             found = leading(
                 jacobian,
                 _start(jacobian, block, warm, generator),
@@ -171,16 +185,17 @@ class TopK(Estimator):
         for entry, n in plan.features.items():
             if self.k > min(n, plan.num_inputs):
                 raise ProbeError(
-                    f"TopK(k={self.k}): the Jacobian of layer {entry!r} is {n} x {plan.num_inputs} and has {min(n, plan.num_inputs)} singular "
-                    f"values.\nWrite TopK(k={min(n, plan.num_inputs)}) or fewer, or take them all:  estimator=Exact()"
+                    f"TopK(k={self.k}): the Jacobian of layer {entry!r} is {n} x {plan.num_inputs} and has "
+                    f"{min(n, plan.num_inputs)} singular values.\n"
+                    f"Write TopK(k={min(n, plan.num_inputs)}) or fewer, or take them all:  estimator=Exact()"
                 )
 
 
 def paper_pool(output: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels h w"]:
     """Average-pool a stage's output [B, C, H, W] to 512 features, as the paper does with every stage of its ResNet-34; for ``transform=``.
 
-    [64, 32, 32] → [64, 2, 4], [128, 16, 16] → [128, 2, 2], [256, 8, 8] → [256, 1, 2], [512, 4, 4] → [512, 1, 1]: the windows (16, 8), 8, (8, 4)
-    and 4 of the authors' ``get_intermeidate_feature_maps``.
+    [64, 32, 32] → [64, 2, 4], [128, 16, 16] → [128, 2, 2], [256, 8, 8] → [256, 1, 2], [512, 4, 4] → [512, 1,
+    1]: the windows (16, 8), 8, (8, 4) and 4 of the authors' ``get_intermeidate_feature_maps``.
 
     Raises:
         ProbeError: not [B, C, H, W], or C does not divide 512, or H or W are too small.
@@ -199,7 +214,8 @@ def paper_pool(output: Float[Tensor, "batch channels height width"]) -> Float[Te
     width = cells // height
     if output.shape[2] % height or output.shape[3] % width:
         raise ProbeError(
-            f"paper_pool cannot pool {tuple(output.shape)} to 512 features: {height} x {width} cells do not divide {output.shape[2]} x {output.shape[3]}.\n"
+            f"paper_pool cannot pool {tuple(output.shape)} to 512 features: {height} x {width} cells "
+            f"do not divide {output.shape[2]} x {output.shape[3]}.\n"
             "Pool by hand:  transform=lambda out: torch.nn.functional.adaptive_avg_pool2d(out, (2, 2))"
         )
     return functional.avg_pool2d(output, (output.shape[2] // height, output.shape[3] // width))
@@ -214,7 +230,8 @@ def start_from(warm: Mapping[str, LayerGeometry], plan: Plan, batch: int) -> dic
     for entry in plan.features:
         if entry not in warm:
             raise ProbeError(
-                f"warm= has no layer {entry!r}; it has {list(warm)}.\nPass the report of the same probe:  report = probe.measure(x, warm=report)"
+                f"warm= has no layer {entry!r}; it has {list(warm)}.\n"
+                "Pass the report of the same probe:  report = probe.measure(x, warm=report)"
             )
         found = warm[entry].right_singular_vectors
         if found is None:
@@ -237,5 +254,7 @@ def _start(jacobian: LayerJacobian, block: int, warm: Tensor | None, generator: 
     """The first block, [B, b, d]: random, the same for every sample; or the previous measurement's singular vectors."""
     if warm is not None:
         return warm.to(device=jacobian.linear.device, dtype=torch.float64)
-    start = torch.randn(block, jacobian.num_inputs, generator=generator, dtype=torch.float64).to(jacobian.linear.device)
+    start = torch.randn(block, jacobian.num_inputs, generator=generator, dtype=torch.float64).to(
+        jacobian.linear.device
+    )
     return start.expand(jacobian.batch, -1, -1)
