@@ -2,6 +2,13 @@
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+# Before anything imports the package: from here on the shapes in these modules' signatures are checked at every call.
+install_import_hook(
+    [f"torchgeom_probe.{module}" for module in ("analytic", "curvature", "directions", "factor", "spectrum")],
+    "beartype.beartype",
+)
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

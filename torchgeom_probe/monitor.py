@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from numbers import Integral
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -49,6 +49,7 @@ class Clock:
     since_last_probe: float = math.inf
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """When to probe: anything with ``due``; it is asked after every training step, so it has to be quick."""
 
