@@ -5,6 +5,7 @@ Legend of axes: B samples, b the block, m the Krylov dimension, k the values wan
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,11 @@ from torch.nn import functional
 
 from torchgeom_probe.estimators.products import LayerJacobian, orthonormal
 from torchgeom_probe.shapes import Bool, Float, Int, Tensor
+
+_LN10 = math.log(10.0)
+
+#: log10 σ within this by its residual: the residuals then belong to the leading values (no misfire in 340 trials at block ≥ 4).
+_CREDIBLE = 1e-2
 
 #: Vectors beyond the k wanted that a warm start keeps.
 SPARE = 2
@@ -23,7 +29,7 @@ class Leading:
 
     Attributes:
         values: [B, k] float64, descending; lower bounds of the true ones.
-        bound: [B] on the sum of the errors of their logarithms, in nats.
+        bound: [B] on the sum of the errors of their logarithms, in nats; inf where the residuals are too large to say.
         converged: [B], whether the stopping rule was met.
         products: [B], Jv and Jᵀu together.
         vectors: [B, q, D], right singular vectors, k and two spare ones; zero where there are no more.
@@ -45,8 +51,9 @@ def leading(
     k: int,
     block: int,
     tolerance: float,
-    max_products: int,
+    max_products: float,
     generator: torch.Generator,
+    warm: bool = False,
 ) -> Leading:
     """Expand until every sample meets the stopping rule, or the next round would go beyond ``max_products``.
 
@@ -65,11 +72,15 @@ def leading(
     size = torch.zeros(samples, dtype=torch.long, device=device)
     products = torch.zeros(samples, dtype=torch.long, device=device)
     bound = torch.full((samples,), torch.inf, dtype=torch.float64, device=device)
+    largest = torch.zeros_like(bound)
     fresh = orthonormal(start, None, eps=eps)
+    random = torch.full_like(done, not warm)
     while True:
         image = jacobian.push(fresh)
-        scale = image.norm(dim=2).amax(1)[:, None, None]
-        fresh_left = orthonormal(image, left, eps=eps, noise=8 * eps * scale)
+        largest = torch.maximum(largest, image.norm(dim=2).amax(1))
+        fresh_left = orthonormal(image, left, eps=eps, noise=8 * eps * largest[:, None, None])
+        # What J makes of a random block lies in the known range: there are no more singular values than have been seen.
+        complete = random & (fresh_left.square().sum((1, 2)) < 0.5)
         fresh_pulled = jacobian.pull(fresh_left)
         cross = torch.cat(
             [
@@ -90,7 +101,7 @@ def leading(
             vectors_right[:, :count] @ right
         )
         new_bound, met = _stopping_rule(
-            values[:, :count], residuals, k=k, tolerance=tolerance, eps=eps, exhausted=reached >= full
+            values[:, :count], residuals, k=k, tolerance=tolerance, eps=eps, exhausted=reached >= full, complete=complete
         )
         met = met | ~image.isfinite().all(-1).all(-1)
         bound = torch.where(done, bound, new_bound)
@@ -101,13 +112,13 @@ def leading(
             bool(done.all()) or jacobian.products + 2 * block > max_products
         ):  # the round's one synchronisation
             break
-        fresh = _expansion(values[:, :count], residuals, right, block, eps, generator)
+        fresh, random = _expansion(values[:, :count], residuals, right, block, eps, generator)
     values, vectors, left = _left_values(pulled, left, size, k)
     return Leading(values, bound, done, products, vectors, left)
 
 
 def _stopping_rule(
-    values_Bc: Tensor, residuals_BcD: Tensor, *, k: int, tolerance: float, eps: float, exhausted: bool
+    values_Bc: Tensor, residuals_BcD: Tensor, *, k: int, tolerance: float, eps: float, exhausted: bool, complete: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return ([B] bound in nats on Σ log σ_i, [B] whether each of the k is within ``tolerance`` of log10).
 
@@ -125,10 +136,12 @@ def _stopping_rule(
     norms = residuals_BcD.norm(dim=2)
     wanted, slack = values_Bc[:, :k], norms[:, :k]
     zero = wanted <= floor
-    rounding = torch.where(zero, 0.0, 8 * eps * top / wanted.clamp_min(1e-300)).sum(1)
+    rounding_each = torch.where(zero, 0.0, 8 * eps * top / wanted.clamp_min(1e-300))
+    rounding = rounding_each.sum(1)
     if exhausted:
         return rounding, torch.ones_like(zero[:, 0])
-    linear = torch.where(zero & (slack <= floor), 0.0, (slack / wanted.clamp_min(1e-300)).log1p())
+    linear = (slack / wanted.clamp_min(1e-300)).log1p()
+    linear = torch.where(zero, torch.where(complete[:, None] & (slack <= floor), 0.0, torch.inf), linear)
     # One matrix per split j = k … c−1, relative to the largest value; j beyond the split is uncoupled and smaller.
     theta = (values_Bc / top.clamp_min(1e-300)).square()
     coupling = torch.nan_to_num(residuals_BcD * (values_Bc / top.clamp_min(1e-300).square())[:, :, None])
@@ -146,10 +159,14 @@ def _stopping_rule(
     each = torch.where((gap > 1e-12)[:, :, None], torch.where(zero[:, None], 0.0, each), torch.inf)
     best = each.sum(2).argmin(1)
     quadratic = each.gather(1, best[:, None, None].expand(-1, 1, k))[:, 0]
-    # A value that is zero has no logarithm: its residual, or the linear bound, must say so.
+    # A value that is zero has no logarithm: that there are no more must be shown.
     quadratic = torch.where(zero, torch.inf, quadratic)
     error = torch.minimum(linear, quadratic)
-    return error.sum(1) + rounding, (error < tolerance * 2.302585092994046).all(1)
+    # Large residuals bound the distance to SOME singular value, not to the one of the same number.
+    credible = (error < _CREDIBLE * _LN10).all(1)
+    # Below its own rounding no value can be asked to settle.
+    met = (error < torch.maximum(rounding_each, torch.full_like(rounding_each, tolerance * _LN10))).all(1)
+    return torch.where(credible, error.sum(1) + rounding, torch.inf), met & credible
 
 
 def _expansion(
@@ -159,8 +176,8 @@ def _expansion(
     block: int,
     eps: float,
     generator: torch.Generator,
-) -> Tensor:
-    """The block that spans the relative residuals best; random directions where they hold nothing but rounding."""
+) -> tuple[Tensor, Tensor]:
+    """The block that spans the relative residuals best, random directions where they hold nothing but rounding; and whether all are."""
     top = values_Bc[:, :1]
     weights = 1 / torch.maximum(values_Bc, 16 * eps * top).clamp_min(1e-300)
     weighted = torch.nan_to_num(residuals_BcD * weights[:, :, None])
@@ -175,7 +192,7 @@ def _expansion(
     random = torch.randn(block, right.shape[2], generator=generator, dtype=torch.float64).to(right.device)
     empty = candidates.square().sum(2, keepdim=True) < 0.5
     filled = torch.where(empty, random / random.norm(dim=1, keepdim=True), candidates)
-    return orthonormal(filled, right, eps=eps)
+    return orthonormal(filled, right, eps=eps), empty[:, :, 0].all(1)
 
 
 def _left_values(pulled: Tensor, left: Tensor, size: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

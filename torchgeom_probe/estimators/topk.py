@@ -52,7 +52,7 @@ class TopK(Estimator):
         block: vectors a round, at least 4 (with fewer the stopping rule misfires); by default 4, and 8 on an accelerator.
         seed: of the start block.
         max_products: per sample and layer; by default the price of the dense Jacobian, which is then formed.  With a number, what has
-            not converged by then is reported with its (large) ``error_bound``.
+            not converged by then is reported with a larger ``error_bound`` (inf where it is still a guess).
         paper: J/√n always.
         method: ``"auto"``, or ``"krylov"`` or ``"dense"`` to insist.
 
@@ -140,6 +140,7 @@ class TopK(Estimator):
                 tolerance=self.tol,
                 max_products=limit,
                 generator=generator,
+                warm=warm is not None,
             )
             values, bound, products, vectors = found.values, found.bound, found.products, found.vectors
             if self.max_products is None and self.method == "auto" and not bool(found.converged.all()):

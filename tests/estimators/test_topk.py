@@ -1,0 +1,327 @@
+"""TopK against the dense float64 SVD, and against a naive twin that builds the same Krylov space densely."""
+
+import copy
+import math
+
+import oracle
+import problems
+import pytest
+import torch
+from torch import nn
+
+import torchgeom_probe as tgp
+from torchgeom_probe.errors import EngineRefusal, ProbeError
+from torchgeom_probe.estimators.topk import paper_pool
+
+LN10 = math.log(10)
+
+
+def _measured(model, x, layer="", **options):
+    settings = {name: options.pop(name) for name in ("normalize", "engine", "memory_budget") if name in options}
+    settings.setdefault("normalize", False)
+    return tgp.measure(model, x, layers=[layer], estimator=tgp.TopK(**options), **settings)[layer]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("k", [1, 6, 10])
+@pytest.mark.parametrize("kind", problems.KINDS)
+def test_every_value_is_within_tol_and_the_bound_covers_the_error(kind, k, dtype):
+    model, layer, x = problems.problem(kind, n=160, d=300, dtype=dtype, batch=2)
+    true = oracle.singular_values(model, [layer], x)[layer][:, :k]
+    g = _measured(model, x, layer, k=k, method="krylov")
+    error = (g.singular_values.log10() - true.log10()).abs()
+    assert error.max() < 1e-3
+    total = (g.log_volume - true.log().sum(1)).abs()
+    assert (total <= g.error_bound).all(), (total, g.error_bound)
+    assert (g.error_bound < k * 1e-3 * LN10 * 1.01).all()
+    eps = torch.finfo(dtype).eps
+    assert (g.singular_values <= true * (1 + 32 * eps) + 32 * eps * true[:, :1]).all()  # Ritz values are lower bounds
+    assert (g.rank == k).all()
+    assert g.std_error is None
+    assert torch.equal(g.log_volume, g.log_pseudo_volume)
+
+
+@pytest.mark.parametrize("kind", ["geometric", "harmonic", "gaussian"])
+def test_naive_twin_the_same_krylov_space_built_densely(kind):
+    """The values of q rounds are those of the space span{V, gV, …, g^(q−1) V}, in plain float64 dense algebra."""
+    model, _, x = problems.problem(kind, n=100, d=150, dtype=torch.float64)
+    rounds, block, k = 4, 4, 6
+    g = _measured(model, x, k=k, block=block, seed=3, method="krylov", tol=1e-14, max_products=2 * block * rounds)
+    assert g.num_products.tolist() == [2 * block * rounds]
+    jacobian = model.weight.detach()
+    generator = torch.Generator().manual_seed(3)
+    basis = torch.linalg.qr(torch.randn(block, 150, generator=generator, dtype=torch.float64).T).Q
+    space = basis
+    for _ in range(rounds - 1):
+        basis = torch.linalg.qr(jacobian.T @ (jacobian @ basis)).Q
+        space = torch.linalg.qr(torch.cat([space, basis], dim=1)).Q
+        basis = space[:, -block:]
+    image = torch.linalg.qr(jacobian @ space).Q
+    twin = torch.linalg.svdvals(jacobian.T @ image)[:k]
+    torch.testing.assert_close(g.singular_values[0], twin, rtol=1e-9, atol=1e-12)
+
+
+def test_more_work_never_lowers_a_value():
+    model, _, x = problems.problem("gaussian", n=100, d=150)
+    volumes = [_measured(model, x, k=5, method="krylov", tol=1e-9, max_products=p).log_volume.item() for p in (16, 32, 64, 128)]
+    assert volumes == sorted(volumes)
+    assert volumes[0] < volumes[-1] - 1e-3
+
+
+def test_what_did_not_converge_says_so_in_its_bound():
+    model, _, x = problems.problem("gaussian", n=160, d=300)
+    true = oracle.singular_values(model, [""], x)[""][:, :10].log().sum()
+    bounds = []
+    for products in range(16, 161, 8):
+        g = _measured(model, x, k=10, method="krylov", max_products=products, tol=1e-8)
+        assert g.num_products.item() <= products
+        assert g.error_bound.item() >= (true - g.log_volume).item()
+        bounds.append(g.error_bound.item())
+    assert math.isinf(bounds[0])
+    assert bounds[-1] < 1e-2
+    assert sum(map(math.isfinite, bounds)) >= 3
+
+
+def test_no_convergence_at_the_dense_price_forms_the_jacobian():
+    model = problems.linear(torch.linspace(1, 0.99, 200), 200, 260)
+    g = _measured(model, torch.zeros(2, 260), k=4, tol=1e-7)
+    true = torch.linalg.svdvals(model.weight.detach().double())[:4]
+    assert "dense" in g.estimand
+    assert (g.num_products >= 200).all()
+    torch.testing.assert_close(g.singular_values[0], true, rtol=1e-6, atol=0)
+    assert ((g.log_volume - true.log().sum()).abs() <= g.error_bound).all()
+
+
+def test_dense_where_it_is_cheaper_and_equal_to_exact():
+    model, x = nn.Sequential(nn.Linear(7, 11), nn.Tanh()), torch.randn(5, 7)
+    g = _measured(model, x, "1", k=7)
+    exact = tgp.measure(model, x, layers=["1"], estimator=tgp.Exact(), normalize=False)["1"]
+    assert "dense" in g.estimand
+    torch.testing.assert_close(g.log_volume, exact.log_volume)
+    assert g.num_products.tolist() == [7] * 5
+
+
+@pytest.mark.parametrize(
+    ("sigma", "k", "rank"),
+    [
+        ([2.0] * 40, 10, 10),  # an isometry: every space is invariant
+        ([3.0] * 4 + [1.0] * 30, 6, 6),  # as many copies as the block holds
+        ([3.0, 2.0, 1.0], 5, 3),
+        ([1.0] * 6, 6, 6),
+        ([5.0], 4, 1),
+    ],
+    ids=["isometry", "clusters", "rank 3", "rank k", "rank 1"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_degenerate_spectra(sigma, k, rank, dtype):
+    model = problems.linear(sigma, 60, 90, dtype=dtype)
+    g = _measured(model, torch.zeros(2, 90, dtype=dtype), k=k, method="krylov")
+    expected = torch.tensor((sigma + [0.0] * k)[:k], dtype=torch.float64)
+    torch.testing.assert_close(g.singular_values, expected.expand(2, -1), rtol=1e-5, atol=1e-5)
+    assert g.rank.tolist() == [rank, rank]
+    assert g.log_volume.isneginf().all() == (rank < k)
+    torch.testing.assert_close(g.log_pseudo_volume, expected[:rank].log().sum().expand(2), rtol=0, atol=1e-4)
+    assert g.error_bound.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["krylov", "dense"])
+def test_zero_jacobian_is_rank_zero(method):
+    model = nn.Linear(90, 60)
+    model.weight.data.zero_()
+    g = _measured(model, torch.randn(2, 90), k=3, method=method)
+    assert g.rank.tolist() == [0, 0]
+    assert g.log_volume.isneginf().all()
+    assert g.log_pseudo_volume.tolist() == [0, 0]
+    assert g.error_bound.tolist() == [0, 0]
+
+
+def test_dead_channels_leave_the_others_alone():
+    model, layer, x = problems.problem("resnet", batch=2)
+    model[1][0].one[1].weight.data[1:].zero_()
+    model[1][0].one[1].bias.data[1:].zero_()
+    true = oracle.singular_values(model, [layer], x)[layer][:, :8]
+    g = _measured(model, x, layer, k=8, method="krylov")
+    assert ((g.log_volume - true.log().sum(1)).abs() <= g.error_bound).all()
+
+
+def test_a_diverged_sample_does_not_take_its_neighbours_with_it():
+    model, layer, x = problems.problem("mlp", n=60, d=90, batch=3)
+    alone = _measured(model, x[:1], layer, k=4, method="krylov")
+    x[1] = torch.nan
+    for method in ("krylov", "dense"):
+        g = _measured(model, x, layer, k=4, method=method)
+        assert g.log_volume.isnan().tolist() == [False, True, False]
+        assert g.rank.tolist() == [4, -1, 4]
+        torch.testing.assert_close(g.log_volume[:1], alone.log_volume, rtol=0, atol=1e-3)
+
+
+def test_a_sample_stops_by_itself_whatever_its_neighbours_need():
+    model, layer, x = problems.problem("mlp", n=120, d=150, batch=4)
+    x = x * torch.tensor([0.1, 1.0, 3.0, 10.0])[:, None]
+    together = _measured(model, x, layer, k=6, method="krylov")
+    apart = [_measured(model, sample[None], layer, k=6, method="krylov") for sample in x]
+    assert together.num_products.tolist() == [g.num_products.item() for g in apart]
+    assert len(set(together.num_products.tolist())) > 1
+    torch.testing.assert_close(together.log_volume, torch.cat([g.log_volume for g in apart]), rtol=0, atol=1e-4)
+
+
+def test_several_layers_each_in_a_space_of_its_own():
+    model, _, x = problems.problem("resnet", batch=2)
+    layers = ["1", "2", "4"]
+    report = tgp.measure(model, x, layers=layers, estimator=tgp.TopK(k=5, method="krylov"), normalize=True)
+    assert list(report) == layers
+    for layer, sigma in oracle.singular_values(model, layers, x).items():
+        g = report[layer]
+        true = (sigma[:, :5] / math.sqrt(g.num_features)).log().sum(1)
+        assert ((g.log_volume - true).abs() <= g.error_bound).all()
+        assert (g.engine, g.normalized, g.num_directions) == ("fused", True, 5)
+
+
+@pytest.mark.parametrize("engine", ["fused", "functorch", "vjp"])
+def test_engines_agree(engine):
+    model, layer, x = problems.problem("mlp", n=50, d=70, batch=2, dtype=torch.float64)
+    true = oracle.singular_values(model, [layer], x)[layer][:, :4].log().sum(1)
+    g = _measured(model, x, layer, k=4, method="krylov", engine=engine, tol=1e-8)
+    assert g.engine == engine
+    torch.testing.assert_close(g.log_volume, true, rtol=0, atol=1e-6)
+
+
+def test_chunks_of_samples_give_the_same():
+    model, layer, x = problems.problem("mlp", n=60, d=90, batch=5)
+    options = {"k": 4, "method": "krylov"}
+    whole = _measured(model, x, layer, **options)
+    chunked = _measured(model, x, layer, memory_budget=300_000, **options)
+    torch.testing.assert_close(chunked.log_volume, whole.log_volume, rtol=0, atol=1e-4)
+    assert chunked.num_products.tolist() == whole.num_products.tolist()
+    assert chunked.right_singular_vectors.shape == whole.right_singular_vectors.shape
+
+
+def test_a_module_called_twice_has_two_entries():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(40, 40)
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.layer(x)))
+
+    model, x = Twice(), torch.randn(2, 40)
+    topk = tgp.measure(model, x, layers=["layer"], estimator=tgp.TopK(k=3, method="krylov", tol=1e-6))
+    exact = tgp.measure(model, x, layers=["layer"], estimator=tgp.Exact())
+    for entry in ("layer", "layer#1"):
+        expected = exact[entry].singular_values[:, :3]
+        torch.testing.assert_close(topk[entry].singular_values, expected, rtol=1e-5, atol=0)
+
+
+def test_warm_start_follows_a_small_change_of_the_weights():
+    model, layer, x = problems.problem("resnet", batch=3)
+    probe = tgp.GeometryProbe(model, layers=[layer], estimator=tgp.TopK(k=6, method="krylov"))
+    cold = probe.measure(x)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1e-3 * p.abs().mean() * torch.randn_like(p))
+    warm, again = probe.measure(x, warm=cold)[layer], probe.measure(x)[layer]
+    assert (warm.num_products <= 32).all()
+    assert (warm.num_products < again.num_products).all()
+    true = oracle.singular_values(model, [layer], x)[layer][:, :6] / math.sqrt(warm.num_features)
+    assert ((warm.log_volume - true.log().sum(1)).abs() <= warm.error_bound).all()
+    assert (warm.singular_values.log10() - true.log10()).abs().max() < 1e-3
+
+
+def test_warm_start_recovers_from_vectors_that_are_all_wrong():
+    model, layer, x = problems.problem("mlp", n=100, d=150, batch=2)
+    probe = tgp.GeometryProbe(model, layers=[layer], estimator=tgp.TopK(k=5, method="krylov"))
+    cold = probe.measure(x)
+    other = copy.deepcopy(model)
+    for p in other.parameters():
+        p.data.normal_(std=0.1)
+    moved = tgp.GeometryProbe(other, layers=[layer], estimator=tgp.TopK(k=5, method="krylov")).measure(x, warm=cold)[layer]
+    true = oracle.singular_values(other, [layer], x)[layer][:, :5] / math.sqrt(moved.num_features)
+    assert ((moved.log_volume - true.log().sum(1)).abs() <= moved.error_bound).all()
+
+
+def test_warm_start_in_chunks_and_where_the_jacobian_was_dense():
+    model, layer, x = problems.problem("mlp", n=60, d=90, batch=5)
+    probe = tgp.GeometryProbe(model, layers=[layer], estimator=tgp.TopK(k=4, method="krylov"), memory_budget=300_000)
+    assert (probe.measure(x, warm=probe.measure(x))[layer].num_products <= 24).all()
+    dense = tgp.GeometryProbe(model, layers=[layer], estimator=tgp.TopK(k=4))
+    assert torch.equal(dense.measure(x, warm=dense.measure(x))[layer].log_volume, dense.measure(x)[layer].log_volume)
+
+
+def test_paper_conventions():
+    output = torch.randn(2, 64, 32, 32)
+    windows = {64: (16, 8), 128: (8, 8), 256: (8, 4), 512: (4, 4)}
+    for channels, side in ((64, 32), (128, 16), (256, 8), (512, 4)):
+        output = torch.randn(2, channels, side, side)
+        expected = nn.functional.avg_pool2d(output, windows[channels])
+        assert torch.equal(paper_pool(output), expected)
+        assert paper_pool(output).flatten(1).shape == (2, 512)
+    model, layer, x = problems.problem("mlp", n=100, d=150)
+    paper = _measured(model, x, layer, k=5, paper=True, normalize=False)
+    usual = _measured(model, x, layer, k=5, normalize=True)
+    assert torch.equal(paper.log_volume, usual.log_volume)
+    assert paper.normalized
+    torch.testing.assert_close(paper.log10_volume, paper.singular_values.log10().sum(1))
+
+
+def test_small_values_are_not_dropped_as_the_official_code_drops_them():
+    model = problems.linear([1.0, 1e-9], 30, 40, dtype=torch.float64)
+    g = _measured(model, torch.zeros(1, 40, dtype=torch.float64), k=2, method="dense")
+    assert abs(g.log10_volume.item() - -9.0) < 1e-6  # theirs: 0, the value below −8 counted as if it were 1
+
+
+def test_csv_and_json_hold_the_bound_and_the_products_but_no_vectors(tmp_path):
+    model, layer, x = problems.problem("mlp", n=60, d=90)
+    report = tgp.measure(model, x, layers=[layer], estimator=tgp.TopK(k=3, method="krylov"))
+    header = report.to_csv(tmp_path / "a.csv").read_text().splitlines()[0]
+    assert "error_bound" in header
+    assert "num_products" in header
+    assert "right_singular_vectors" not in report.to_json(tmp_path / "a.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "at least one singular value"),
+        ({"block": 3}, "fewer than 4 vectors"),
+        ({"tol": 0.0}, "a positive number"),
+        ({"max_products": 0}, "at least one product"),
+        ({"method": "svd"}, "is unknown"),
+    ],
+)
+def test_refused_arguments(options, message):
+    with pytest.raises(ProbeError, match=message):
+        tgp.TopK(**options)
+
+
+def test_refused_measurements():
+    x = torch.randn(2, 20)
+    with pytest.raises(ProbeError, match=r"has 8 singular values.\nWrite TopK\(k=8\)"):
+        _measured(nn.Linear(20, 8), x, k=10)
+    probe = tgp.GeometryProbe(nn.Linear(20, 8), layers="", estimator=tgp.TopK(k=2))
+    other = tgp.GeometryProbe(nn.Sequential(nn.Linear(20, 8)), layers="0", estimator=tgp.TopK(k=2))
+    with pytest.raises(ProbeError, match="warm= has no layer ''"):
+        probe.measure(x, warm=other.measure(x))
+    subspace = tgp.measure(nn.Linear(20, 8), x, layers="", estimator=tgp.Subspace(k=2))
+    with pytest.raises(ProbeError, match="measured by another estimator"):
+        probe.measure(x, warm=subspace)
+    krylov = tgp.GeometryProbe(nn.Linear(20, 8), layers="", estimator=tgp.TopK(k=2, method="krylov"))
+    with pytest.raises(ProbeError, match="the same samples in the same order"):
+        krylov.measure(x, warm=krylov.measure(x[:1]))
+    with pytest.raises(ProbeError, match="warm= goes with the estimator TopK"):
+        tgp.GeometryProbe(nn.Linear(20, 8), layers="", estimator=tgp.Exact()).measure(x, warm=subspace)
+    with pytest.raises(ProbeError, match="whose channels divide 512"):
+        paper_pool(torch.randn(2, 48, 8, 8))
+    with pytest.raises(ProbeError, match="cells do not divide"):
+        paper_pool(torch.randn(2, 64, 3, 3))
+
+
+def test_a_model_without_a_reverse_derivative_is_refused_with_the_way_out():
+    class ForwardOnly(nn.Module):
+        def forward(self, x):
+            with torch.no_grad():
+                return 2 * x
+
+    with pytest.raises(ProbeError, match=r"no_grad|estimator=Subspace"):
+        _measured(nn.Sequential(ForwardOnly()), torch.randn(2, 60), "0", k=3, method="krylov")
+    assert issubclass(EngineRefusal, ProbeError)
