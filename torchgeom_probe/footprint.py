@@ -121,8 +121,10 @@ def _model_restored(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers:
                 # Through .data: it bumps no version counter, so a backward pass that the user has still to make is untouched.
-                # An inference tensor can be written to in inference mode alone.
-                with torch.inference_mode(buffer.is_inference()):
+                if buffer.is_inference():
+                    with torch.inference_mode():
+                        buffer.data.copy_(value)
+                else:
                     buffer.data.copy_(value)
         written = [name for name, p, version in versions if _version(p) != version]
         if written:
@@ -151,7 +153,7 @@ def _put_back(attributes: dict[str, Any], snapshot: dict[str, tuple[Any, Any]]) 
     for key, (value, content) in snapshot.items():
         if attributes.get(key, snapshot) is not value:
             attributes[key] = value
-        if content is not None and not _same(value, content):
+        if content is not None and (value or content) and not _same(value, content):
             value.clear()
             if isinstance(value, (dict, set)):
                 value.update(content)
