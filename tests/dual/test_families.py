@@ -125,9 +125,17 @@ class Recurrent(nn.Module):
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "transformer": lambda: nn.Sequential(
-        nn.Flatten(1, 2), nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
+        nn.Flatten(1, 2),
+        nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False
+        ),
     ),
-    "decoder": lambda: nn.Sequential(nn.ConvTranspose2d(3, 5, 2, 2), nn.InstanceNorm2d(5, affine=True), nn.PReLU(5), nn.Upsample(scale_factor=2)),
+    "decoder": lambda: nn.Sequential(
+        nn.ConvTranspose2d(3, 5, 2, 2),
+        nn.InstanceNorm2d(5, affine=True),
+        nn.PReLU(5),
+        nn.Upsample(scale_factor=2),
+    ),
 }
 
 

@@ -789,7 +789,7 @@ VIEWS = (
 def test_writing_to_a_view_writes_to_the_whole(name: str) -> None:
     op = next(o for o in LABELS if {name, f"Tensor.{name}"} & set(LABELS[o]))
     case = cases_of(op)[0]
-    leaves, spec, where, primals, tangents = drawn(case, 0, 3, strided=False)
+    leaves, spec, _, primals, tangents = drawn(case, 0, 3, strided=False)
 
     def run(x: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
         base = x.clone()

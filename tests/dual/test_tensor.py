@@ -245,7 +245,11 @@ def test_a_gradient_of_its_own_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("cut", "reason"),
-    [(lambda x: x.detach(), ".detach()"), (lambda x: x.data, ".data"), (lambda x: torch.detach(x), ".detach()")],
+    [
+        (lambda x: x.detach(), ".detach()"),
+        (lambda x: x.data, ".data"),
+        (lambda x: torch.detach(x), ".detach()"),
+    ],
     ids=["detach", "data", "torch.detach"],
 )
 def test_what_depends_on_a_cut_tensor_is_lost(cut: Callable[..., Any], reason: str) -> None:
@@ -254,7 +258,14 @@ def test_what_depends_on_a_cut_tensor_is_lost(cut: Callable[..., Any], reason: s
     assert isinstance(lost, LostTensor)
     assert lost.reason == reason
     assert repr(lost) == f"LostTensor(shape=(5, 7), cut by {reason})"
-    for out in (lost * 2, x + lost, torch.cat([x, lost]), F.linear(lost, torch.randn(3, 7).double()), lost[0], lost.to(x)):
+    for out in (
+        lost * 2,
+        x + lost,
+        torch.cat([x, lost]),
+        F.linear(lost, torch.randn(3, 7).double()),
+        lost[0],
+        lost.to(x),
+    ):
         assert isinstance(out, LostTensor)
         assert out.reason == reason
     assert torch.equal((x + lost).primal, 2 * x.primal)
@@ -286,7 +297,9 @@ def test_writing_a_cut_tensor_into_a_dual_loses_it() -> None:
     view, cut = x[:, 1:], x.detach()
     view.mul_(cut[:, 1:])
     assert isinstance(view, LostTensor)
-    assert x.tangents[..., 1:].isnan().all()  # the whole, which knows nothing of it, cannot be read as if it had tangents
+    assert (
+        x.tangents[..., 1:].isnan().all()
+    )  # the whole, which knows nothing of it, cannot be read as if it had tangents
     assert x.tangents[..., 0].isfinite().all()
     y = dual(5, 7)
     y[0] = cut[0]
@@ -399,7 +412,9 @@ def test_arguments_by_keyword() -> None:
 ATTENTION = {
     "self": lambda m, x: m(x, x, x, need_weights=False)[0],
     "weights": lambda m, x: m(x, x, x)[1],
-    "masked": lambda m, x: m(x, x, x, attn_mask=nn.Transformer.generate_square_subsequent_mask(5).double())[0],
+    "masked": lambda m, x: m(x, x, x, attn_mask=nn.Transformer.generate_square_subsequent_mask(5).double())[
+        0
+    ],
     "padding": lambda m, x: m(x, x, x, key_padding_mask=torch.tensor([[False] * 4 + [True]] * 2))[0],
     "cross": lambda m, x: m(x, x[:, :3], x[:, :3])[0],
 }
@@ -422,7 +437,9 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     block = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x = dual(2, 7)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("warnings.warn", lambda *a, **k: None)  # "none of the inputs requires grad": torch.utils.checkpoint
+        patch.setattr(
+            "warnings.warn", lambda *a, **k: None
+        )  # "none of the inputs requires grad": torch.utils.checkpoint
         out = checkpoint(block, x, use_reentrant=reentrant)
     torch.testing.assert_close(out.buffer, pushed(block, x))
 
@@ -478,7 +495,10 @@ def test_make_fx_traces_the_dual_pass() -> None:
     block = Block().eval()
     buffer = torch.randn(4, 2, 3, 8, 6)
     graph = make_fx(lambda b: block(DualTensor(b)).buffer)(buffer)
-    assert all(n.op != "call_function" or "aten" in str(n.target) or "getitem" in str(n.target) for n in graph.graph.nodes)
+    assert all(
+        n.op != "call_function" or "aten" in str(n.target) or "getitem" in str(n.target)
+        for n in graph.graph.nodes
+    )
     other = torch.randn(4, 2, 3, 8, 6)
     torch.testing.assert_close(graph(other), block(DualTensor(other)).buffer)
 

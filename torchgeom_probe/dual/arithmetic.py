@@ -86,7 +86,8 @@ def _mul_in_place(input: Any, other: Any) -> Any:
     if not isinstance(other, DualTensor):
         input.buffer.mul_(other)
         return input
-    if torch._C._is_alias_of(input.buffer, other.buffer) or ndim_of(other) > ndim_of(input):
+    aliased = torch._C._is_alias_of(input.buffer, other.buffer)  # type: ignore[attr-defined]
+    if aliased or ndim_of(other) > ndim_of(input):
         return in_place_of(_mul)(input, other)
     right = operands(input, other)[1]
     input.tangents.mul_(right[0]).addcmul_(right[1:], input.primal)
@@ -212,10 +213,10 @@ def _where(condition: Any, input: Any = None, other: Any = None) -> Any:
     # y' is that of the branch taken; a plain branch has none
     if input is None or isinstance(condition, DualTensor) or not any_dual(input, other):
         return NotImplemented
-    value = torch.where(condition, primal_of(input), primal_of(other))
+    value: Any = torch.where(condition, primal_of(input), primal_of(other))
     zero = value.new_zeros(())
     rows = [_behind(b, value.ndim) if isinstance(b, DualTensor) else zero for b in (input, other)]
-    tangents = torch.where(condition, *rows)
+    tangents: Any = torch.where(condition, rows[0], rows[1])
     out = value.new_empty((tangents.shape[0] + 1, *value.shape))
     out[0].copy_(value)
     out[1:].copy_(tangents)

@@ -151,7 +151,7 @@ def _pushed_heads(
     dk: Tensor | None,
     dv: Tensor | None,
 ) -> Tensor:
-    """o' as [H, L, T, E], from tangents [T, H, L, ·] of some heads: every product is one bmm over H, nothing is repeated."""
+    """Return o' as [H, L, T, E], from tangents [T, H, L, ·] of some heads: every product is one bmm over H, nothing is repeated."""
     heads, length, span = y.shape
     out: Tensor | None = None
     a: Tensor | None = None

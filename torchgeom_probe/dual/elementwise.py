@@ -86,7 +86,7 @@ def _elementwise(
         if p.is_complex():
             return NotImplemented  # these are derivatives along the real axis
         if formula is None:
-            value, slope = torch.func.jvp(lambda q: op(q, *args, **kwargs), (p,), (torch.ones_like(p),))
+            value, slope = torch.func.jvp(lambda q: op(q, *args, **kwargs), (p,), (torch.ones_like(p),))[:2]
             if value.shape != p.shape:  # clamp with a larger bound
                 return NotImplemented
         else:
@@ -137,7 +137,7 @@ def _prelu(input: Any, weight: Any) -> Any:
 @rule("glu")
 def _glu(input: DualTensor, dim: int = -1) -> Any:
     # glu(a, b) = a σ(b), by the rules of its parts
-    a, b = input.chunk(2, dim)  # type: ignore[no-untyped-call]
+    a, b = input.chunk(2, dim)
     return a * b.sigmoid()
 
 

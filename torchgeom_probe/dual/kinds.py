@@ -36,7 +36,7 @@ CONSTANT.update(
     )
 )
 
-CUTS.update([*named("detach", "Tensor.detach_"), torch.Tensor.data.__get__])
+CUTS.update([*named("detach", "Tensor.detach_"), *getters("data")])
 
 ESCAPES.update(
     named(

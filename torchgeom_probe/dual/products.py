@@ -71,7 +71,7 @@ def multilinear(op: Callable[..., Tensor], *factors: Any) -> Any:
     if not any_dual(*factors):
         return NotImplemented
     primals = [primal_of(f) for f in factors]
-    out: Tensor | None = None
+    out: Any = None
     for i, factor in enumerate(factors):
         if not isinstance(factor, DualTensor):
             continue
@@ -119,12 +119,13 @@ def _plus_product(product: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return push
 
 
-for _name, _product in {
+_SUMS: dict[str, Callable[[Any, Any], Any]] = {
     "addmm": torch.mm,
     "baddbmm": torch.bmm,
     "addmv": torch.mv,
     "addr": torch.outer,
-}.items():
+}
+for _name, _product in _SUMS.items():
     enter(_plus_product(_product), _name)
     enter(in_place_of(_plus_product(_product)), f"{_name}_")
 enter(_plus_product(lambda a, b: torch.bmm(a, b).sum(0)), "addbmm")

@@ -59,17 +59,22 @@ def _var(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
 
 def _moment_arguments(*args: Any, **kwargs: Any) -> tuple[Any, bool, float]:
     """Read (dims, keepdim, correction) from the forms of var: ``(unbiased)``, ``(dim, unbiased, keepdim)``, ``(dim, *, correction)``."""
-    args = list(args)  # type: ignore[assignment]
-    if args and isinstance(args[0], bool):
-        args = [None, *args]  # type: ignore[assignment]
-    dim, unbiased, keepdim = (
-        args[i] if len(args) > i else kwargs.get(name, default)
-        for i, (name, default) in enumerate((("dim", None), ("unbiased", True), ("keepdim", False)))
+    given = dict(
+        zip(
+            ("dim", "unbiased", "keepdim"),
+            (None, *args) if args and isinstance(args[0], bool) else args,
+            strict=False,
+        )
     )
-    correction = kwargs.get("correction")
-    if correction is None:
-        correction = int(unbiased)
-    return ((dim,) if isinstance(dim, int) else dim), keepdim, correction
+    given |= kwargs
+    correction = given.get("correction")
+    dim = given.get("dim")
+    dims = (dim,) if isinstance(dim, int) else dim
+    return (
+        dims,
+        given.get("keepdim", False),
+        int(given.get("unbiased", True)) if correction is None else correction,
+    )
 
 
 def _std(input: DualTensor, *args: Any, **kwargs: Any) -> Any:

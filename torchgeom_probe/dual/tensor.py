@@ -64,7 +64,8 @@ class DualTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, buffer: Tensor) -> DualTensor:
-        dual = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        """Wrap a buffer, which the tensor then owns: in-place ops write to it."""
+        dual = torch.Tensor._make_wrapper_subclass(
             cls, buffer.shape[1:], strides=buffer.stride()[1:], dtype=buffer.dtype, device=buffer.device
         )
         dual.buffer = buffer
@@ -83,7 +84,7 @@ class DualTensor(torch.Tensor):
         """Rows 1 … k of the buffer, [k, *shape]."""
         return self.buffer[1:]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DualTensor(shape={tuple(self.buffer.shape[1:])}, k={self.buffer.shape[0] - 1}, dtype={self.buffer.dtype})"
 
     @classmethod
@@ -101,7 +102,7 @@ class DualTensor(torch.Tensor):
         return _unfused(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # Reached only past __torch_function__: from C++ (custom autograd functions, extensions).
         if func in _ALIASES:
             return args[0]
@@ -126,7 +127,7 @@ class LostTensor(DualTensor):
         lost.reason = reason
         return lost
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LostTensor(shape={tuple(self.buffer.shape[1:])}, cut by {self.reason})"
 
     @classmethod
@@ -140,7 +141,7 @@ class LostTensor(DualTensor):
         return _spread(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _spread(func, args, kwargs or {})
 
 
@@ -278,7 +279,7 @@ def _by_jvp(func: Any, args: Any, kwargs: Any) -> Any:
         rough = [o for o, s in zip(flat, smooth, strict=True) if isinstance(o, Tensor) and not s]
         return [o for o, s in zip(flat, smooth, strict=True) if s], rough
 
-    def pushed(*tangents: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def pushed(*tangents: Tensor) -> Any:
         return torch.func.jvp(op, tuple(d.primal for d in duals), tangents, has_aux=True)
 
     values, pushes, rough = torch.func.vmap(pushed, randomness="same")(*(d.tangents for d in duals))

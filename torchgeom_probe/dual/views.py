@@ -274,7 +274,9 @@ def _index(index: Any) -> tuple[Any, int] | None:
     items = index if isinstance(index, tuple) else (index,)
     if any(isinstance(i, (DualTensor, bool)) for i in items):
         return None
-    advanced = [n for n, i in enumerate(items) if isinstance(i, (Tensor, list, range)) or hasattr(i, "__array__")]
+    advanced = [
+        n for n, i in enumerate(items) if isinstance(i, (Tensor, list, range)) or hasattr(i, "__array__")
+    ]
     if not advanced or advanced[-1] - advanced[0] < len(advanced):
         return (slice(None), *items), 0
     # Apart from each other: the axes that they make together go to the front, before the rows.
@@ -299,7 +301,9 @@ def _setitem(input: Any, index: Any, value: Any) -> Any:
     if isinstance(value, DualTensor):
         ndim = input.buffer[behind].ndim - 1
         source = aligned(value, ndim)
-        while source.ndim - 1 > ndim and source.shape[1] == 1:  # leading axes of size 1 are allowed to be too many
+        while (
+            source.ndim - 1 > ndim and source.shape[1] == 1
+        ):  # leading axes of size 1 are allowed to be too many
             source = source.squeeze(1)
         input.buffer[behind] = source.movedim(0, place)
     else:
@@ -344,21 +348,24 @@ def _masked_select(input: Any, mask: Tensor) -> Any:
 
 @rule("broadcast_tensors")
 def _broadcast_tensors(*tensors: Any) -> Any:
-    tensors = sizes(tensors)  # type: ignore[assignment]
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    return tuple(t.expand(shape) for t in tensors)
+    operands = _listed(tensors)
+    shape = torch.broadcast_shapes(*(t.shape for t in operands))
+    return tuple(t.expand(shape) for t in operands)
 
 
 @rule("meshgrid")
 def _meshgrid(*tensors: Any, indexing: str = "ij") -> Any:
-    tensors = sizes(tensors)  # type: ignore[assignment]
-    if any(t.ndim != 1 for t in tensors) or indexing not in ("ij", None):
+    axes = _listed(tensors)
+    if any(t.ndim != 1 for t in axes) or indexing not in ("ij", None):
         return NotImplemented
-    shape = [t.shape[0] for t in tensors]
+    shape = [t.shape[0] for t in axes]
     return tuple(
-        t.reshape([-1 if i == j else 1 for j in range(len(tensors))]).expand(shape)
-        for i, t in enumerate(tensors)
+        t.reshape([-1 if i == j else 1 for j in range(len(axes))]).expand(shape) for i, t in enumerate(axes)
     )
+
+
+def _listed(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(tensors[0]) if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
 
 
 # ---------------------------------------------------------------------------------------------------- copies and types
