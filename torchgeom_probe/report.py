@@ -83,6 +83,26 @@ class LayerGeometry:
         """[B], the log-volume to base 10, as in the paper's figures."""
         return self.log_volume / math.log(10.0)
 
+    @property
+    def lipschitz_bounds(self) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+        """Lower and upper bound [B] of σ_1 of J, the layer's local Lipschitz constant (of J/√n when normalised).
+
+        From ``Exact`` they coincide; from ``TopK`` every Ritz value is a lower bound, and ``error_bound`` says how far off.
+
+        Raises:
+            ProbeError: an estimator that does not bound σ_1.
+        """
+        if self.singular_values.shape[1] and (
+            self.error_bound is not None
+            or self.num_directions == self.num_inputs == self.singular_values.shape[1]
+            or (self.spectrum is not None and self.spectrum.exact)
+        ):
+            largest = self.singular_values[:, 0]
+            return largest, largest if self.error_bound is None else largest * self.error_bound.exp()
+        raise ProbeError(
+            f"layer {self.name!r} was measured as {self.estimand!r}, which does not bound σ_1.\nMeasure with estimator=TopK(k=1)"
+        )
+
     def statistics(self) -> dict[str, float]:
         """Numbers over the batch: percentiles (nats, finite values only), rank, σ_max, and how many were not finite.
 
@@ -279,11 +299,11 @@ class CSVWriter:
     Columns: step, layer, then the statistics of :meth:`LayerGeometry.statistics` (nats).  An existing file is continued:
     rows of an earlier, interrupted run at or after the first step written now are dropped, so a resumed run has no doubles.
 
-    >>> import tempfile, torch, torchgeom_probe as tgp
-    >>> path = tempfile.mkdtemp() + "/geometry.csv"
+    >>> import pathlib, tempfile, torch, torchgeom_probe as tgp
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "geometry.csv")
     >>> writer = tgp.CSVWriter(path)
     >>> writer.write(0, tgp.measure(torch.nn.Linear(2, 3), torch.zeros(4, 2), layers=[""], estimator=tgp.Exact()))
-    >>> writer.close(); open(path).readline().strip()
+    >>> path.read_text().splitlines()[0]
     'step,layer,mean,p10,median,p90,sigma_max,rank,nonfinite'
     """
 

@@ -86,7 +86,7 @@ class Bidiagonalisation:
         norm = vectors.norm(dim=2, keepdim=True)
         self._scale = torch.maximum(self._scale, norm)
         # What is left of an exhausted space is rounding; a zero vector decouples it from the quadrature.
-        alive = norm > 4 * self.jacobian.eps * self._scale
+        alive = ~(norm <= 4 * self.jacobian.eps * self._scale)  # nan is no breakdown: it must show
         return torch.where(alive, vectors / norm.clamp_min(1e-300), 0.0), torch.where(alive, norm, 0.0)
 
     def quadrature(self, *, radau: bool = False) -> tuple[Tensor, Tensor]:
