@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,8 @@ else:
 class GeometryCallback(_Callback):
     """Probe a LightningModule while it trains, and send the reports to the Trainer's own loggers.
 
-    Works with a Trainer of ``pytorch_lightning`` and of ``lightning.pytorch``.  It probes before the first step
+    Works with a Trainer of ``pytorch_lightning`` and of ``lightning.pytorch``; give it in a list:
+    ``Trainer(callbacks=[GeometryCallback(...)])``.  It probes before the first step
     (step 0), after every optimizer step that the schedule picks (``trainer.global_step``: with gradient
     accumulation once an update), at the end of each epoch (``epoch_ends=True``) and of the fit; never in the
     sanity check, never twice at one step.  Weights, gradients, random state and modes stay bit for bit as they
@@ -148,11 +149,6 @@ class GeometryCallback(_Callback):
         self._chosen: Any = None
         self._state: Mapping[str, Any] | None = None
         self._earlier: list[tuple[int, GeometryReport]] = []
-
-    def __iter__(self) -> Iterator[GeometryCallback]:
-        # A Trainer knows its own package's callbacks only and takes anything else for a list of them: so this
-        # also works as Trainer(callbacks=callback) of the package that was imported after this module.
-        yield self
 
     @property
     def history(self) -> list[tuple[int, GeometryReport]]:

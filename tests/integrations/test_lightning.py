@@ -439,11 +439,18 @@ def other_package(tmp_path_factory):
     return root
 
 
+PACKAGES = ("pytorch_lightning", "lightning.pytorch")
+# Outside of a list a Trainer takes callbacks of its own package only: then that one has to be imported first.
+MIXES = [
+    *((trainer, first, "", "[callback]") for trainer in PACKAGES for first in (*PACKAGES, "torch")),
+    *((package, package, "", "callback") for package in PACKAGES),
+    ("lightning.pytorch", "torch", "import lightly.loss", "[callback]"),
+    ("lightning.pytorch", "lightning.pytorch", "import lightly.loss", "callback"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["pytorch_lightning", "lightning.pytorch"])
-@pytest.mark.parametrize("first", ["pytorch_lightning", "lightning.pytorch", "torch"])
-@pytest.mark.parametrize("then", ["", "import lightly.loss"])
-@pytest.mark.parametrize("given", ["[callback]", "callback"])
+@pytest.mark.parametrize(("trainer", "first", "then", "given"), MIXES)
 def test_a_trainer_of_either_package(other_package, tmp_path, trainer, first, then, given):
     code = textwrap.dedent(MIXED).format(first=first, then=then, trainer=trainer, given=given)
     done = subprocess.run(

@@ -1,0 +1,363 @@
+"""lightly modules: backbone and projector as one network to probe, batches of views, expansion along augmentations.
+
+Needs no lightly itself: any module with a ``backbone`` and a ``projection_head`` will do.
+
+Legend of axes: B samples, D augmentation directions (one less than the views of one shape), n features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchgeom_probe.engines.linearization import EngineName
+from torchgeom_probe.engines.task import Transform
+from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.estimators import Estimator, Subspace
+from torchgeom_probe.footprint import unwrapped
+from torchgeom_probe.layers import LayerSpec
+from torchgeom_probe.probe import GeometryProbe
+from torchgeom_probe.report import GeometryReport
+from torchgeom_probe.shapes import Float, Tensor
+from torchgeom_probe.stages import stage_layers
+
+# What lightly's own examples call the trained branch: Barlow Twins, SimCLR, BYOL, VICReg, MoCo …; then DINO.
+_BRANCHES = (("backbone", "projection_head"), ("student_backbone", "student_head"))
+
+
+def views(batch: Any) -> list[Tensor]:
+    """Return the views of a batch as lightly's loaders give it, ``(views, targets, file names)``.
+
+    Also a plain ``(views, targets)``, a bare list of views, and a single tensor: then one view.  A view is a
+    floating tensor [B, ...].
+
+    Raises:
+        ProbeError: no view in the batch.
+
+    >>> first, second = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8)
+    >>> [view is found for view, found in zip([first, second], views([[first, second], torch.arange(5), ("a",)]))]
+    [True, True]
+
+    """
+    found: Any = batch
+    if isinstance(found, Sequence) and not isinstance(found, str) and found:
+        nested = isinstance(found[0], Sequence) and not isinstance(found[0], str)
+        labelled = len(found) > 1 and isinstance(found[0], Tensor) and not _is_view(found[1])
+        found = found[0] if nested or labelled else found
+    found = [found] if isinstance(found, Tensor) else found
+    if isinstance(found, Sequence) and found and all(_is_view(view) for view in found):
+        return list(found)
+    raise ProbeError(
+        f"there are no views in this batch, a {type(batch).__name__}: a view is a floating tensor [B, ...].\n"
+        "Pass the batch of a lightly loader, (views, targets, names), or a list of views:  [x0, x1]"
+    )
+
+
+def encoder(module: nn.Module) -> nn.Module:
+    """Return the trained branch of a module as one network: x → backbone → flatten → projection head.
+
+    The parts are the module's own, under their own names (``backbone``, ``projection_head``; for DINO
+    ``student_backbone``, ``student_head``), so layer names are those of the module.  Momentum branches,
+    prediction heads and prototypes are left out; without a projection head it is the backbone alone.  What it
+    computes, z = head(flatten(backbone(x))), is what lightly's examples have in ``forward``.
+
+    Raises:
+        ProbeError: the module has neither ``backbone`` nor ``student_backbone``.
+
+    >>> module = nn.Module()
+    >>> module.backbone, module.projection_head = nn.Conv2d(3, 2, 4), nn.Linear(2, 5)
+    >>> encoder(module)(torch.randn(7, 3, 4, 4)).shape
+    torch.Size([7, 5])
+
+    """
+    return _Encoder(_branch(module))
+
+
+def embedding_layers(module: nn.Module) -> list[str]:
+    """Return the layers to probe: the backbone's stages, its output, and the end of every projector layer.
+
+    A projector layer is a ``Linear`` with what follows it (normalisation, activation) up to the next one.
+    The names hold for :func:`encoder` and for the module itself.
+
+    Raises:
+        ProbeError: the module has neither ``backbone`` nor ``student_backbone``.
+
+    >>> module = nn.Module()
+    >>> module.backbone = nn.Sequential(nn.Conv2d(3, 2, 4), nn.ReLU(), nn.Conv2d(2, 5, 1))
+    >>> module.projection_head = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> embedding_layers(module)
+    ['backbone.0', 'backbone.2', 'backbone', 'projection_head.1', 'projection_head.2']
+
+    """
+    (backbone_name, backbone), *heads = _branch(module).items()
+    names = [f"{backbone_name}.{name}" for name in stage_layers(backbone) if name]
+    names.append(backbone_name)
+    for head_name, head in heads:
+        names += [f"{head_name}.{name}".rstrip(".") for name in _block_ends(head)]
+    return names
+
+
+@dataclass(frozen=True, eq=False)
+class AugmentationExpansion:
+    """How much one layer stretches the way from one view to another, beside a random direction.
+
+    With J = ∂Φ/∂x at the first view (divided by √n when normalised), log ‖Jv‖ in nats for unit directions v.
+
+    Attributes:
+        name: the layer.
+        along: [D, B], v = (view - first view) / ‖view - first view‖; nan where a view equals the first.
+        random: [D, B], v uniform on the sphere: over such directions ‖Jv‖² is tr(JᵀJ)/d on average.
+
+    """
+
+    name: str
+    along: Float[Tensor, "directions batch"]
+    random: Float[Tensor, "directions batch"]
+
+    @property
+    def difference(self) -> Float[Tensor, "directions batch"]:
+        """[D, B], along - random, in nats: negative where augmentations are squeezed more than noise is."""
+        return self.along - self.random
+
+    def statistics(self) -> dict[str, float]:
+        """Mean over the samples and its standard error, for ``along``, ``random`` and ``difference``, in nats.
+
+        A sample counts with the mean over its D directions, if that is finite for both; ``nonfinite`` counts
+        the others.  The error is the samples' standard deviation / √B, nan for a single one.
+        """
+        per_sample = torch.stack([self.along, self.random, self.difference]).double().mean(1).cpu()
+        finite = per_sample[:, per_sample.isfinite().all(0)]
+        count = finite.shape[1]
+        found = {"nonfinite": float(per_sample.shape[1] - count)}
+        for name, values in zip(("along", "random", "difference"), finite, strict=True):
+            found[name] = values.mean().item() if count else math.nan
+            found[f"{name}_std_error"] = values.std().item() / math.sqrt(count) if count > 1 else math.nan
+        return found
+
+
+class AugmentationReport(Mapping[str, AugmentationExpansion]):
+    """Layer name → :class:`AugmentationExpansion`, in the order in which the layers fired."""
+
+    def __init__(self, layers: Mapping[str, AugmentationExpansion]) -> None:
+        self._layers = dict(layers)
+
+    def __getitem__(self, name: str) -> AugmentationExpansion:
+        if name not in self._layers:
+            raise KeyError(f"{name!r} was not measured; the report has {list(self._layers)}")
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return f"AugmentationReport({list(self._layers)})"
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """A table for people: per layer log ‖Jv‖ along augmentations and noise, in nats, with standard errors."""
+        header = ("layer", "along views [nat]", "random [nat]", "difference", "not finite")
+        rows: list[tuple[str, ...]] = [header]
+        for name, layer in self.items():
+            s = layer.statistics()
+            cells = [f"{s[k]:.3f} ± {s[f'{k}_std_error']:.3f}" for k in ("along", "random", "difference")]
+            rows.append((name, *cells, f"{s['nonfinite']:g} of {layer.along.shape[1]}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(w) if i else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        )
+
+
+class BarlowTwinsProbe:
+    """Probe a lightly-style module, from its batches: SimCLR, BYOL, VICReg and DINO modules as well.
+
+    Args:
+        module: with ``backbone`` and ``projection_head``, or ``student_backbone`` and ``student_head``: the
+            LightningModule or plain module of lightly's examples.  Its batch normalisation, dropout and
+            gradients are left as they are.
+        layers: within the module; by default :func:`embedding_layers`.
+        estimator: of :meth:`measure`; ``Subspace(k=8, seed=0)`` by default.
+        normalize: as in :class:`~torchgeom_probe.GeometryProbe`.
+        transform: as in :class:`~torchgeom_probe.GeometryProbe`.
+        engine: as in :class:`~torchgeom_probe.GeometryProbe`.
+        memory_budget: as in :class:`~torchgeom_probe.GeometryProbe`.
+
+    Raises:
+        ProbeError: no backbone; layers that the module does not have; a batch without views.
+
+    Cost: of :meth:`measure` one dual pass over (1 + k)·B samples, of :meth:`augmentation` over 4·D·B.
+
+    >>> module = nn.Module()
+    >>> module.backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.Tanh())
+    >>> module.projection_head = nn.Sequential(nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 5))
+    >>> x = torch.randn(9, 3, 2, 2)
+    >>> batch = [[x, x + 0.1 * torch.randn(9, 3, 2, 2)], torch.zeros(9), [""] * 9]
+    >>> with BarlowTwinsProbe(module) as probe:
+    ...     report, augmentation = probe.measure(batch), probe.augmentation(batch)
+    >>> list(report) == list(augmentation) == ["backbone.1", "backbone", "projection_head.1", "projection_head.2"]
+    True
+    >>> assert abs(augmentation["backbone"].statistics()["difference"]) < 1  # noise added is noise: no difference
+
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        layers: LayerSpec | None = None,
+        estimator: Estimator | None = None,
+        normalize: bool = True,
+        transform: Transform | Mapping[str, Transform] | None = None,
+        engine: EngineName = "auto",
+        memory_budget: int | None = None,
+    ) -> None:
+        def probe(estimator: Estimator | None) -> GeometryProbe:
+            return GeometryProbe(
+                encoder(module),
+                layers=embedding_layers(module) if layers is None else layers,
+                estimator=estimator,
+                normalize=normalize,
+                transform=transform,
+                engine=engine,
+                memory_budget=memory_budget,
+            )
+
+        self._probe = probe(estimator)
+        self._directional = probe(Subspace(k=1))
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers that are measured."""
+        return self._probe.layers
+
+    def measure(self, batch: Any, *, view: int = 0) -> GeometryReport:
+        """Measure every layer at one view of a batch, as :meth:`GeometryProbe.measure` does.
+
+        Raises:
+            ProbeError: no such view.
+
+        """
+        found = views(batch)
+        if not 0 <= view < len(found):
+            raise ProbeError(f"view={view}: this batch has {len(found)} views, numbered from 0.")
+        return self._probe.measure(found[view], progress=False)
+
+    def augmentation(self, batch: Any, *, seed: int = 0) -> AugmentationReport:
+        """Measure the expansion from the first view towards each other one, against as many random directions.
+
+        Joint-embedding losses ask for invariance to augmentation, so training should squeeze these directions
+        more than others.  The directions are chords, taken at the first view: the crop's shift is in them as a
+        difference of pixels.  Views of another shape than the first (DINO's local crops) are left out.
+
+        Args:
+            batch: with two views or more.
+            seed: of the random directions, drawn on the CPU by a generator of their own.
+
+        Raises:
+            ProbeError: a batch with no second view of the first one's shape.
+
+        """
+        first, *others = views(batch)
+        others = [view for view in others if view.shape == first.shape]
+        if not others:
+            raise ProbeError(
+                f"expansion along augmentations needs a second view of the shape {tuple(first.shape)}, "
+                f"and the batch has none.\nUse a transform with two views:  lightly.transforms.BYOLTransform()"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        chords = torch.stack([view.double() - first.double() for view in others])
+        noise = torch.randn(chords.shape, generator=generator, dtype=torch.float64).to(chords.device)
+        lengths = chords.flatten(2).norm(dim=2)
+        still = lengths == 0
+        # A view that equals the first has no direction; noise keeps its place, and its result is dropped.
+        chords = torch.where(still.view(*still.shape, *[1] * (first.dim() - 1)), noise, chords)
+        directions = torch.cat([chords, noise]).flatten(0, 1)
+        report = self._directional.measure(
+            first.repeat(2 * len(others), *[1] * (first.dim() - 1)),
+            directions=_units(directions).to(first.dtype).unsqueeze(0),
+            progress=False,
+        )
+        layers = {}
+        for name, layer in report.items():
+            along, random = layer.log_volume.unflatten(0, (2, len(others), len(first)))
+            blank = still.to(along.device)
+            layers[name] = AugmentationExpansion(name, along.masked_fill(blank, math.nan), random)
+        return AugmentationReport(layers)
+
+    def close(self) -> None:
+        """Let go of the module; measuring afterwards raises."""
+        self._probe.close()
+        self._directional.close()
+
+    def __enter__(self) -> BarlowTwinsProbe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# One probe for all of them: the names say what a reader of a training script looks for.
+SimCLRProbe = BYOLProbe = VICRegProbe = DINOProbe = BarlowTwinsProbe
+
+
+class _Encoder(nn.Module):
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        backbone, *heads = self.children()
+        z = backbone(x)
+        for head in heads:
+            z = head(z.flatten(1))
+        return z
+
+
+def _branch(module: nn.Module) -> dict[str, nn.Module]:
+    inner = unwrapped(module)
+    for names in _BRANCHES:
+        found = {name: getattr(inner, name, None) for name in names}
+        if isinstance(found[names[0]], nn.Module):
+            return {name: unwrapped(part) for name, part in found.items() if isinstance(part, nn.Module)}
+    children = ", ".join(repr(name) for name, _ in inner.named_children()) or "no submodule"
+    raise ProbeError(
+        f"{type(inner).__name__} has no backbone: it has {children}.\n"
+        "Call the parts backbone and projection_head (for DINO student_backbone and student_head), or probe "
+        "the network itself:  tgp.GeometryProbe(model, ...)"
+    )
+
+
+def _block_ends(head: nn.Module) -> list[str]:
+    linear = [name for name, part in head.named_modules() if isinstance(part, nn.Linear)]
+    inside = tuple(f"{name}." for name in linear)
+    leaves = [
+        name
+        for name, part in head.named_modules()
+        if name in linear or (not any(True for _ in part.children()) and not name.startswith(inside))
+    ]
+    if not linear:
+        return [""]
+    return [leaf for leaf, after in zip(leaves, [*leaves[1:], linear[0]], strict=True) if after in linear]
+
+
+def _is_view(thing: Any) -> bool:
+    return isinstance(thing, Tensor) and thing.is_floating_point() and thing.dim() > 1
+
+
+def _units(directions: Tensor) -> Tensor:
+    flat = directions.flatten(1)
+    return (flat / flat.norm(dim=1, keepdim=True)).view_as(directions)

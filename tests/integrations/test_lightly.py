@@ -1,0 +1,334 @@
+"""lightly-style modules probed; a real Barlow Twins run with and without the callback."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torchgeom_probe.integrations.lightly import (
+    AugmentationExpansion,
+    BarlowTwinsProbe,
+    BYOLProbe,
+    DINOProbe,
+    SimCLRProbe,
+    VICRegProbe,
+    embedding_layers,
+    encoder,
+    views,
+)
+
+import torchgeom_probe as tgp
+
+pytestmark = [  # Lightning's own remarks
+    pytest.mark.filterwarnings(r"ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings(r"ignore:.*is smaller than the logging interval"),
+    pytest.mark.filterwarnings(r"ignore:.*LeafSpec.*is deprecated:FutureWarning"),
+]
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(3, 7, 3, padding=1), nn.BatchNorm2d(7), nn.GELU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    )
+
+
+class TwoParts(nn.Module):
+    def __init__(self, backbone=None, head=None):
+        super().__init__()
+        self.backbone = network() if backbone is None else backbone
+        self.projection_head = (
+            nn.Sequential(nn.Linear(28, 11), nn.BatchNorm1d(11), nn.ReLU(), nn.Linear(11, 5))
+            if head is None
+            else head
+        )
+
+
+def pair(size=6, scale=0.3):
+    x = torch.randn(size, 3, 5, 5)
+    return x, x + scale * torch.randn(size, 3, 5, 5)
+
+
+def test_the_views_of_a_batch():
+    a, b = pair()
+    targets, names = torch.arange(6), ("a",) * 6
+    for batch in ([[a, b], targets, names], ((a, b), targets), [a, b], (a, b)):
+        assert [v is w for v, w in zip(views(batch), (a, b), strict=True)] == [True, True]
+    for batch in (a, [a, targets], [a, targets, names], [a]):
+        assert [v is a for v in views(batch)] == [True]
+
+
+@pytest.mark.parametrize("batch", [[], "text", {"x": 1}, [torch.arange(3)], [["a"], 1], 3])
+def test_a_batch_without_views_is_refused(batch):
+    with pytest.raises(tgp.ProbeError, match=r"no views in this batch, a \w+(.|\n)*\[x0, x1\]"):
+        views(batch)
+
+
+def test_the_encoder_is_the_modules_own_parts():
+    module = TwoParts()
+    x, _ = pair()
+    network = encoder(module)
+    assert network.backbone is module.backbone
+    assert torch.equal(network(x), module.projection_head(module.backbone(x).flatten(1)))
+    module.projection_head = None
+    assert torch.equal(encoder(module)(x), module.backbone(x))
+    assert embedding_layers(module) == ["backbone.0", "backbone.1", "backbone"]
+
+
+def test_compiled_parts_are_probed_as_what_they_are():
+    module = TwoParts()
+    x, _ = pair()
+    plain = BarlowTwinsProbe(module).measure(x)
+    module.backbone = torch.compile(module.backbone, backend="eager")
+    compiled = BarlowTwinsProbe(torch.compile(module, backend="eager")).measure(x)
+    assert list(plain) == list(compiled)
+    for name in plain:
+        assert torch.equal(plain[name].log_volume, compiled[name].log_volume)
+
+
+def test_a_module_without_a_backbone_is_refused():
+    with pytest.raises(tgp.ProbeError, match=r"Sequential has no backbone: it has '0'"):
+        BarlowTwinsProbe(nn.Sequential(nn.Linear(2, 3)))
+
+
+def test_the_report_is_what_measure_gives_on_either_view():
+    module, (a, b) = TwoParts(), pair()
+    estimator = tgp.Subspace(k=3, seed=2)
+    with BarlowTwinsProbe(module, estimator=estimator, normalize=False) as probe:
+        assert sorted(probe.layers) == sorted(embedding_layers(module))
+        for view, x in enumerate((a, b)):
+            report = probe.measure([[a, b], torch.zeros(6), ("",) * 6], view=view)
+            expected = tgp.measure(
+                encoder(module), x, layers=probe.layers, estimator=estimator, normalize=False
+            )
+            for name in expected:
+                assert torch.equal(report[name].log_volume, expected[name].log_volume)
+        with pytest.raises(tgp.ProbeError, match="view=2: this batch has 2 views"):
+            probe.measure([a, b], view=2)
+    with pytest.raises(tgp.ProbeError, match="closed"):
+        probe.measure([a, b])
+
+
+def test_expansion_along_the_views_against_explicit_jacobians():
+    module, (a, b) = TwoParts().double().eval(), [x.double() for x in pair(size=3)]
+    other = a + 0.1 * torch.randn_like(a)
+    with BarlowTwinsProbe(module) as probe:
+        report = probe.augmentation([[a, b, other], torch.zeros(3)], seed=5)
+    noise = torch.randn(2, *a.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for name, features in {
+        "backbone": module.backbone,
+        "projection_head.3": encoder(module),
+        "projection_head.2": lambda x: module.projection_head[:3](module.backbone(x)),
+    }.items():
+        for i in range(3):
+            J = torch.autograd.functional.jacobian(lambda x: features(x[None])[0], a[i]).flatten(1)  # noqa: B023
+            J = J / math.sqrt(J.shape[0])
+            for d, view in enumerate((b, other)):
+                for found, v in ((report[name].along, view[i] - a[i]), (report[name].random, noise[d, i])):
+                    v = v.flatten() / v.norm()
+                    assert found[d, i] == pytest.approx((J @ v).norm().log().item(), abs=1e-9)
+    assert torch.equal(report["backbone"].difference, report["backbone"].along - report["backbone"].random)
+
+
+def test_a_backbone_that_averages_noise_away_shows_it():
+    """Blurring keeps smooth directions and kills white noise: the difference is what the filter does."""
+    module = TwoParts(
+        nn.Sequential(nn.AvgPool2d(5), nn.Flatten(), nn.Linear(3, 3, bias=False)), nn.Identity()
+    )
+    with torch.no_grad():
+        module.backbone[2].weight.copy_(torch.eye(3))
+    x = torch.randn(64, 3, 5, 5)
+    brighter = x + 0.1
+    with BarlowTwinsProbe(module, layers=["backbone"]) as probe:
+        layer = probe.augmentation([x, brighter])["backbone"]
+    s = layer.statistics()
+    assert s["along"] == pytest.approx(math.log(math.sqrt(3 / 75) / math.sqrt(3)), abs=1e-5)
+    assert s["along_std_error"] < 1e-6
+    # ‖Jv‖² = χ²(3)/75/25 · (1/3) over d = 75 numbers: squeezed by more than two nats against brightness.
+    assert s["difference"] - 4 * s["difference_std_error"] > 1
+
+
+def test_statistics_over_the_samples():
+    along = torch.tensor([[1.0, 2.0, 3.0, math.nan, -math.inf], [3.0, 4.0, 5.0, 1.0, 1.0]])
+    layer = AugmentationExpansion("a", along, torch.zeros(2, 5))
+    s = layer.statistics()
+    assert (s["along"], s["random"], s["difference"], s["nonfinite"]) == (3.0, 0.0, 3.0, 2.0)
+    assert s["difference_std_error"] == pytest.approx(1 / math.sqrt(3))
+    empty = AugmentationExpansion("a", along[:, 3:], torch.zeros(2, 2)).statistics()
+    assert math.isnan(empty["along"])
+    assert empty["nonfinite"] == 2
+    one = AugmentationExpansion("a", along[:, :1], torch.zeros(2, 1)).statistics()
+    assert one["along"] == 2.0
+    assert math.isnan(one["along_std_error"])
+
+
+def test_a_view_that_equals_the_first_is_counted_and_the_table_reads():
+    module, (a, b) = TwoParts(), pair()
+    b[2] = a[2]
+    with BarlowTwinsProbe(module) as probe:
+        report = probe.augmentation([a, b])
+    layer = report["backbone"]
+    assert layer.along.isnan().tolist() == [[False, False, True, False, False, False]]
+    assert layer.statistics()["nonfinite"] == 1
+    lines = str(report).splitlines()
+    assert lines[0].split() == "layer along views [nat] random [nat] difference not finite".split()
+    assert len(lines) == 1 + len(report)
+    assert lines[-1].endswith("1 of 6")
+    assert "±" in lines[-1]
+    assert repr(report).startswith("AugmentationReport(['backbone.0'")
+    with pytest.raises(KeyError, match=r"'layer9' was not measured; the report has \['backbone.0'"):
+        report["layer9"]
+
+
+def test_views_of_another_shape_are_left_out():
+    a, b = pair()
+    crop = torch.randn(6, 3, 4, 4)
+    with BarlowTwinsProbe(TwoParts(), layers=["backbone"]) as probe:
+        assert probe.augmentation([a, crop, b])["backbone"].along.shape == (1, 6)
+        for lone in ([a, crop], a):
+            with pytest.raises(tgp.ProbeError, match=r"a second view of the shape \(6, 3, 5, 5\)"):
+                probe.augmentation(lone)
+
+
+def test_a_probe_of_views_leaves_no_trace():
+    module, batch = TwoParts(), pair()
+    module.backbone.eval()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    modes, state = [m.training for m in module.modules()], torch.get_rng_state()
+    with BarlowTwinsProbe(module) as probe:
+        probe.measure(batch)
+        probe.augmentation(batch)
+    assert torch.equal(state, torch.get_rng_state())
+    assert modes == [m.training for m in module.modules()]
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert not any(m._forward_hooks for m in module.modules())
+
+
+@pytest.mark.filterwarnings(r"ignore:.*torch.nn.utils.weight_norm.* is deprecated:FutureWarning")
+def test_lightlys_own_heads():
+    heads = pytest.importorskip("lightly.models.modules.heads")
+    assert BarlowTwinsProbe is SimCLRProbe is BYOLProbe is VICRegProbe is DINOProbe
+    cases = {
+        "projection_head": [
+            (heads.BarlowTwinsProjectionHead(28, 16, 13), ["layers.2", "layers.5", "layers.6"]),
+            (heads.SimCLRProjectionHead(28, 16, 13), ["layers.2", "layers.4"]),
+            (heads.BYOLProjectionHead(28, 16, 13), ["layers.2", "layers.3"]),
+            (heads.VICRegProjectionHead(28, 16, 13), ["layers.2", "layers.5", "layers.6"]),
+        ],
+        "student_head": [
+            (heads.DINOProjectionHead(28, 16, 11, 13), ["layers.1", "layers.3", "layers.4", "last_layer"])
+        ],
+    }
+    for head_name, pairs in cases.items():
+        for head, ends in pairs:
+            module = nn.Module()
+            backbone_name = "student_backbone" if head_name == "student_head" else "backbone"
+            module.add_module(backbone_name, network())
+            module.add_module(head_name, head)
+            module.add_module("teacher_backbone", network())
+            with BarlowTwinsProbe(module) as probe:
+                report = probe.measure(pair())
+                augmentation = probe.augmentation(pair())
+            stages = [f"{backbone_name}.0", f"{backbone_name}.1", backbone_name]
+            assert list(report) == [*stages, *(f"{head_name}.{end}" for end in ends)]
+            assert list(augmentation) == list(report)
+            for layer in report.values():
+                assert layer.singular_values.isfinite().all()
+                assert (layer.rank > 0).all()
+
+
+def barlow_twins(logger, callbacks, tmp_path):
+    """Five real steps: lightly's transform, data set wrapper, head and loss on the paper's ResNet, narrow."""
+    pl = pytest.importorskip("pytorch_lightning")
+    from lightly.loss import BarlowTwinsLoss
+    from lightly.models.modules import BarlowTwinsProjectionHead
+    from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
+    from PIL import Image
+    from torchgeom_probe.integrations.timm import cifar_resnet
+
+    class Photographs(torch.utils.data.Dataset):
+        def __init__(self):
+            pixels = torch.randint(0, 256, (40, 16, 16, 3), generator=torch.Generator().manual_seed(3))
+            self.images = [Image.fromarray(p.to(torch.uint8).numpy()) for p in pixels]
+            self.transform = BYOLTransform(
+                view_1_transform=BYOLView1Transform(input_size=16, gaussian_blur=0.0),
+                view_2_transform=BYOLView2Transform(input_size=16, gaussian_blur=0.0),
+            )
+
+        def __len__(self):
+            return len(self.images)
+
+        def __getitem__(self, index):
+            return self.transform(self.images[index]), 0, f"{index}.png"
+
+    class BarlowTwins(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.backbone = cifar_resnet("resnet18", act="gelu", num_classes=0, channels=(8, 8, 16, 16))
+            self.projection_head = BarlowTwinsProjectionHead(16, 32, 32)
+            self.criterion = BarlowTwinsLoss()
+
+        def training_step(self, batch, index):
+            z0, z1 = (self.projection_head(self.backbone(x).flatten(1)) for x in batch[0])
+            return self.criterion(z0, z1)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    pl.seed_everything(1, verbose=False)
+    module = BarlowTwins()
+    loader = torch.utils.data.DataLoader(Photographs(), batch_size=8, shuffle=True, drop_last=True)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        logger=logger,
+        callbacks=callbacks,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, loader)
+    assert trainer.global_step == 5
+    return module
+
+
+def test_five_real_barlow_twins_steps_with_the_callback(tmp_path):
+    pytest.importorskip("pytorch_lightning")
+    from pytorch_lightning.loggers import TensorBoardLogger
+    from torchgeom_probe.integrations.lightning import GeometryCallback
+
+    logger = TensorBoardLogger(tmp_path, version=0)
+    callback = GeometryCallback(
+        lambda name, module: name in ("backbone.layer2", "backbone", "projection_head.layers.6"),
+        model=encoder,
+        every=2,
+        samples=4,
+        on_error="raise",
+    )
+    without = barlow_twins(False, [], tmp_path)
+    probed = barlow_twins(logger, [callback], tmp_path)
+    for key, value in without.state_dict().items():
+        assert torch.equal(value, probed.state_dict()[key]), key
+
+    assert [step for step, _ in callback.history] == [0, 2, 4, 5]
+    assert callback.monitor.x_probe.shape == (4, 3, 16, 16)
+    events = EventAccumulator(logger.log_dir).Reload()
+    for number, name in enumerate(("backbone.layer2", "backbone", "projection_head.layers.6")):
+        medians = [(step, report[name].statistics()["median"]) for step, report in callback.history]
+        # The running statistics lag behind after two steps, and the projector loses rank: such a point is
+        # counted and not drawn.
+        assert [(e.step, e.value) for e in events.Scalars(f"logvol/{number:02d}_{name}")] == [
+            (step, pytest.approx(median)) for step, median in medians if math.isfinite(median)
+        ]
+        counted = [(e.step, e.value) for e in events.Scalars(f"nonfinite/{number:02d}_{name}")]
+        assert [step for step, _ in counted] == [0, 2, 4, 5]
+        assert {step for step, count in counted if count == 4} == {
+            step for step, median in medians if math.isnan(median)
+        }
+    last = tgp.measure(encoder(probed), callback.monitor.x_probe, layers=["backbone.layer2"])
+    torch.testing.assert_close(
+        last["backbone.layer2"].log_volume, callback.history[-1][1]["backbone.layer2"].log_volume
+    )
