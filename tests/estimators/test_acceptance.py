@@ -64,7 +64,9 @@ def test_topk_on_the_paper_network(steps):
     true = torch.stack([torch.linalg.svdvals(j.double())[:10] for j in jacobians])
     begun = time.perf_counter()
     whole = torch.autograd.functional.jacobian(
-        lambda z: model.global_pool(model.forward_features(z)).sum(0), x[:1].requires_grad_(), create_graph=True
+        lambda z: model.global_pool(model.forward_features(z)).sum(0),
+        x[:1].requires_grad_(),
+        create_graph=True,
     )
     torch.linalg.svdvals(whole.detach().flatten(2).permute(1, 2, 0))
     authors_seconds = time.perf_counter() - begun

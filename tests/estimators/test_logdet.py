@@ -218,7 +218,9 @@ def test_zero_jacobian_and_diverged_sample(method):
 
 def test_density_of_a_lanczos_run():
     model, layer, x = problems.problem("mlp", n=100, d=140, batch=2)
-    report = tgp.measure(model, x, layers=[layer], estimator=tgp.LogDet(eps=1e-3, method="lanczos", probes=64), normalize=False)
+    report = tgp.measure(
+        model, x, layers=[layer], estimator=tgp.LogDet(eps=1e-3, method="lanczos", probes=64), normalize=False
+    )
     density = report.density(layer)
     values = oracle.singular_values(model, [layer], x)[layer].square()
     share = values / values.sum(1, keepdim=True)
@@ -253,7 +255,10 @@ def test_density_of_exact_and_of_chunks():
     torch.testing.assert_close(trace, values.sum(1), rtol=1e-5, atol=0)
     assert error.tolist() == [0] * 5
     small = tgp.GeometryProbe(
-        model, layers=[layer], estimator=tgp.LogDet(eps=0.1, method="lanczos", probes=4), memory_budget=100_000
+        model,
+        layers=[layer],
+        estimator=tgp.LogDet(eps=0.1, method="lanczos", probes=4),
+        memory_budget=100_000,
     )
     assert small.measure(x).density(layer).nodes.shape[:2] == (5, 4)
 

@@ -57,7 +57,9 @@ def test_naive_twin_hutch_plus_plus():
 
 def test_hutch_plus_plus_is_sharper_on_a_steep_spectrum():
     model, _, x = problems.problem("geometric", n=128, d=192)
-    plain, better = (_measured(model, x, method=m, probes=p) for m, p in (("hutchinson", 48), ("hutch++", 12)))
+    plain, better = (
+        _measured(model, x, method=m, probes=p) for m, p in (("hutchinson", 48), ("hutch++", 12))
+    )
     assert plain.num_products.item() == better.num_products.item() == 48
     assert better.trace_std_error.item() < 1e-2 * plain.trace_std_error.item()
 
@@ -137,7 +139,13 @@ def test_frames_estimate_the_mean_of_determinants(n, d, k):
         model = nn.Linear(d, n, bias=False)
         values = torch.linalg.svdvals(model.weight.detach().double()).square()
         expected = math.log(_elementary(values, k) / math.comb(d, k)) / 2
-        g = tgp.measure(model, torch.zeros(1, d), layers="", estimator=tgp.Subspace(k=k, frames=32, seed=seed), normalize=False)[""]
+        g = tgp.measure(
+            model,
+            torch.zeros(1, d),
+            layers="",
+            estimator=tgp.Subspace(k=k, frames=32, seed=seed),
+            normalize=False,
+        )[""]
         low, high = (g.interval[0] + torch.tensor([-1e-4, 1e-4])).tolist()
         covered += low <= expected <= high
         assert abs(g.log_volume.item() - expected) < 5 * g.std_error.item() + 1e-4

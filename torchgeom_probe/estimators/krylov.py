@@ -101,7 +101,13 @@ def leading(
             vectors_right[:, :count] @ right
         )
         new_bound, met = _stopping_rule(
-            values[:, :count], residuals, k=k, tolerance=tolerance, eps=eps, exhausted=reached >= full, complete=complete
+            values[:, :count],
+            residuals,
+            k=k,
+            tolerance=tolerance,
+            eps=eps,
+            exhausted=reached >= full,
+            complete=complete,
         )
         met = met | ~image.isfinite().all(-1).all(-1)
         bound = torch.where(done, bound, new_bound)
@@ -118,7 +124,14 @@ def leading(
 
 
 def _stopping_rule(
-    values_Bc: Tensor, residuals_BcD: Tensor, *, k: int, tolerance: float, eps: float, exhausted: bool, complete: Tensor
+    values_Bc: Tensor,
+    residuals_BcD: Tensor,
+    *,
+    k: int,
+    tolerance: float,
+    eps: float,
+    exhausted: bool,
+    complete: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return ([B] bound in nats on Σ log σ_i, [B] whether each of the k is within ``tolerance`` of log10).
 

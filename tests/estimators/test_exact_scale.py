@@ -1,0 +1,116 @@
+"""Exact inside a memory budget: streamed rows give what whole rows give."""
+
+import math
+
+import oracle
+import problems
+import pytest
+import torch
+from torch import nn
+
+import torchgeom_probe as tgp
+from torchgeom_probe.engines.stream import inner_products, streamed_factor
+from torchgeom_probe.errors import ProbeError
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("share", [2.0, 0.6, 0.3, 0.1])
+@pytest.mark.parametrize(("count", "length"), [(13, 101), (101, 13), (29, 29)])
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_streamed_factor_is_the_whole_one(count, length, share, dtype, at_once):
+    rows = torch.randn(count, 2, length, dtype=dtype)
+    made = 0
+
+    def some(start, stop):
+        nonlocal made
+        assert stop - start <= at_once
+        made += stop - start
+        return rows[start:stop].clone()
+
+    itemsize = rows.element_size()
+    budget = int(share * count * 2 * length * itemsize)
+    factor = streamed_factor(
+        some, count=count, length=length, at_once=at_once, batch=2, budget=budget, itemsize=itemsize
+    )
+    expected = torch.linalg.svdvals(rows.double().transpose(0, 1))
+    accuracy = 1e-12 if dtype == torch.float64 and share > 1 else 2e-7
+    torch.testing.assert_close(
+        factor.singular_values(), expected, rtol=1e-6, atol=accuracy * expected.max().item()
+    )
+    if share > 1 or length < count:
+        assert made == count
+    else:
+        held = max(1, int(budget / 4 // (2 * length * itemsize)))
+        assert made <= (1 + math.ceil(count / held)) / 2 * count + count
+
+
+def test_inner_products_in_blocks_of_columns_are_float64():
+    left, right = torch.randn(5, 3, 200_001), torch.randn(7, 3, 200_001)
+    expected = torch.einsum("pbn,qbn->bpq", left.double(), right.double())
+    torch.testing.assert_close(inner_products(left, right), expected, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("engine", ["fused", "vjp"])
+@pytest.mark.parametrize(("n", "d"), [(24, 300), (300, 24)])
+def test_a_budget_smaller_than_the_jacobian(n, d, engine):
+    model, x = nn.Sequential(nn.Linear(d, n), nn.Tanh()), torch.randn(3, d)
+    true = oracle.singular_values(model, ["1"], x)["1"]
+    options = {"layers": ["1"], "estimator": tgp.Exact(), "normalize": False, "engine": engine}
+    tight = tgp.measure(model, x, memory_budget=n * d * 4 // 3, **options)["1"]
+    torch.testing.assert_close(tight.singular_values, true, rtol=1e-5, atol=1e-6)
+    assert (tight.rank == min(n, d)).all()
+
+
+def test_float64_in_a_small_budget_says_what_it_resolves():
+    model = problems.linear([1.0, 1e-3, 1e-9], 3, 90, dtype=torch.float64)
+    options = {"layers": "", "estimator": tgp.Exact(), "normalize": False, "engine": "vjp"}
+    x = torch.zeros(1, 90, dtype=torch.float64)
+    roomy, tight = (
+        tgp.measure(model, x, **options)[""],
+        tgp.measure(model, x, memory_budget=1500, **options)[""],
+    )
+    assert roomy.rank.item() == 3
+    assert tight.rank.item() == 2
+    assert tight.rank_tolerance > roomy.rank_tolerance
+    torch.testing.assert_close(tight.log_pseudo_volume.item(), math.log(1e-3), rtol=0, atol=1e-6)
+
+
+def test_a_budget_without_room_for_two_rows_is_refused():
+    with pytest.raises(ProbeError, match="too little for two of its rows"):
+        tgp.measure(
+            nn.Linear(1000, 1000), torch.zeros(1, 1000), layers="", estimator=tgp.Exact(), memory_budget=4000
+        )
+    with pytest.raises(ProbeError, match="too little for two of its rows"):
+        tgp.measure(
+            nn.Linear(1000, 3), torch.zeros(1, 1000), layers="", estimator=tgp.TopK(k=2), memory_budget=4000
+        )
+
+
+def _pooled_features():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 7, 4, 3), nn.GELU(), nn.Conv2d(16, 32, 3, 4, 1), nn.GELU()),
+        *(nn.Conv2d(32, 512, 3, 4, 1), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    ).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [32, 224])
+def test_512_features_of_images(side):
+    """√det JJᵀ for n = 512 at d = 3072 and at d = 150528, with room for the Jacobian and for a fifth of it."""
+    model, x = _pooled_features(), torch.randn(1, 3, side, side)
+    whole = 512 * 3 * side * side * 4
+    reports = {
+        share: tgp.measure(
+            model, x, layers=["7"], estimator=tgp.Exact(), memory_budget=int(share * whole) + (32 << 20)
+        )["7"]
+        for share in (2.0, 0.2)
+    }
+    jacobian = torch.func.jacrev(lambda z: model(z[None])[0], chunk_size=64)(x[0]).flatten(1)
+    gram = inner_products(jacobian[:, None], jacobian[:, None])[0]
+    true = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0) / math.sqrt(512)
+    for g in reports.values():
+        assert (g.num_features, g.num_inputs) == (512, 3 * side * side)
+        assert "JJᵀ" in g.estimand
+        assert (g.log_volume - true.log().sum()).abs().item() < 1e-2
+        torch.testing.assert_close(g.singular_values[0], true, rtol=1e-4, atol=0)
