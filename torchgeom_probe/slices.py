@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from torchgeom_probe.boundary import Magnification, logits_of, magnification
 from torchgeom_probe.engines.linearization import EngineName
+from torchgeom_probe.engines.plan import free_memory
 from torchgeom_probe.engines.task import Transform
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators import Estimator
@@ -518,18 +519,9 @@ def _batch_size(model: nn.Module, points: Tensor, tangents: Tensor) -> int:
     # Some eight buffers of the widest activation live at once: input and output, branches, an op's own
     # workspace.
     per_point = 8 * widest * (1 + len(tangents))
-    fitting = int(_free_bytes(points.device) / 4 / per_point)
+    fitting = int(free_memory(points.device) / 4 / per_point)
     # A power of two, so that a little memory more or less gives the same chunks.
     return min(256, 2 ** int(math.log2(max(1, fitting))))
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # no POSIX system
-        return 2 << 30
 
 
 # --- layers to tensors and back -----------------------------------------------------------------------------

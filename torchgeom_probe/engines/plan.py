@@ -134,7 +134,9 @@ def make_plan(task: Task, batch: Batch, *, memory_budget: int | None) -> Plan:
         space=tuple(spaces[0].shape[1:]),
         dtype=spaces[0].dtype,
         row_bytes=live.peak // few.size,
-        budget=memory_budget if memory_budget is not None else int(SHARE_OF_FREE_MEMORY * _free_memory(spaces[0].device)),
+        budget=memory_budget
+        if memory_budget is not None
+        else int(SHARE_OF_FREE_MEMORY * free_memory(spaces[0].device)),
     )
 
 
@@ -188,7 +190,8 @@ class _LiveBytes(TorchDispatchMode):
             self.live -= nbytes
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device; on a CPU within the limits of the control group, too."""
     if device.type == "cuda" and torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
