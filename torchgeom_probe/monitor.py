@@ -481,7 +481,7 @@ class Monitor:
 
         if self._ranks is None or self._alone:
             return measured(self.x_probe)
-        return self._ranks.measured(self.x_probe, self._step, measured)
+        return self._ranks.measured(self.model, self.x_probe, self._step, measured)
 
     def _counted(self, at: int | None = None) -> GeometryReport | None:
         self._refuse_if_closed()
