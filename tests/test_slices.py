@@ -249,10 +249,10 @@ def test_the_batch_is_sized_from_memory(monkeypatch):
     model, surface = mlp(), plane(steps=20)
     assert scan(model, surface, layers=["1"], progress=False).settings["batch_size"] == 256
     row = 13 * 8  # the widest activation, float64
-    monkeypatch.setattr(slices, "_free_bytes", lambda device: 4 * 8 * row * 3 * 20)
+    monkeypatch.setattr(slices, "free_memory", lambda device: 4 * 8 * row * 3 * 20)
     small = scan(model, surface, layers=["1"], progress=False)
     assert small.settings["batch_size"] == 16
-    monkeypatch.setattr(slices, "_free_bytes", lambda device: 0)
+    monkeypatch.setattr(slices, "free_memory", lambda device: 0)
     assert scan(model, line(), layers=["1"], progress=False).settings["batch_size"] == 1
     error = (
         small.log_volume["1"]

@@ -120,7 +120,7 @@ def make_plan(task: Task, batch: Batch, *, memory_budget: int | None) -> Plan:
             )
         if value.shape[0] != few.size:
             raise ProbeError(
-                f"source={task.source_name!r} puts out shape {tuple(value.shape)}, whose first axis is not the batch of {few.size} samples.\n"
+                f"source={task.source_name!r} puts out shape {tuple(value.shape)}, whose first axis is not the batch of {few.size}.\n"
                 "Name a module whose output has the samples first."
             )
         spaces.append(value)
