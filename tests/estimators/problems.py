@@ -1,5 +1,6 @@
 """Jacobians with a known spectrum, as models; MATH sections 5 and 6 name the five kinds."""
 
+import itertools
 import math
 
 import torch
@@ -61,7 +62,7 @@ def resnet(widths=(8, 16, 24, 32), blocks=1):
 def mlp(sizes):
     """A GELU MLP at initialisation."""
     layers = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after), nn.GELU()]
     for layer in layers[::2]:
         nn.init.normal_(layer.weight, std=math.sqrt(2 / layer.in_features))

@@ -30,10 +30,10 @@ class TopK(Estimator):
 
     How: block Golub-Kahan with full reorthogonalisation, all samples of a chunk at once, one Krylov space per layer and sample.  Every
     Ritz value is a LOWER bound of its singular value, so an unconverged volume is too small, never too large.  A sample stops when its
-    residuals put every log10 σ_i within ``tol``; ``error_bound`` [B] bounds the error of ``log_volume`` in nats (linear in the residuals,
-    or quadratic where the gap to σ_{k+1} allows).  What no residual can see is a value that the Krylov space missed altogether: a
-    multiple one with more copies than ``block``.  Where the dense Jacobian is about as cheap (n or d below some 16 k), or no convergence
-    comes at its price, J is formed and decomposed instead; ``estimand`` then says "dense".
+    residuals put every log10 σ_i within ``tol``, confirmed by two rounds in a row; ``error_bound`` [B] bounds the error of ``log_volume``
+    in nats (linear in the residuals, or quadratic where a gap below the k values allows).  What no residual can see is a value that the
+    Krylov space missed altogether: a multiple one with more copies than ``block``.  Where the dense Jacobian is about as cheap
+    (n or d below some 16 k), or no convergence comes at its price, J is formed and decomposed instead; ``estimand`` then says "dense".
 
     Bias: downward, within ``error_bound``; variance: none for a given ``seed`` (the start block, the same for all samples and layers).
     Cost: ``num_products`` [B] products per sample and layer, half of them Jv and half Jᵀu: 40 to 140 at k =
@@ -48,7 +48,7 @@ class TopK(Estimator):
 
     Args:
         k: how many singular values.
-        tol: on each log10 σ_i.
+        tol: on each log10 σ_i; above 3e-3 it acts as 3e-3, since larger residuals say nothing.
         block: vectors a round, at least 4 (with fewer the stopping rule misfires); by default 4, and 8 on an accelerator.
         seed: of the start block.
         max_products: per sample and layer; by default the price of the dense Jacobian, which is then formed.  With a number, what has
