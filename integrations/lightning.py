@@ -238,7 +238,7 @@ class GeometryCallback(_Callback):
             every=self.every,
             writer=self._writers(trainer),
             distributed=trainer.world_size > 1,
-            **self.options,
+            **self._options(trainer),
         )
         self._running = True
         state, self._state = self._resumed.get("monitor"), None
@@ -256,6 +256,11 @@ class GeometryCallback(_Callback):
             # A later fit with the same Trainer goes on counting where this one ended.
             self._state = self.state_dict()
             self.monitor.close()
+
+    def _options(self, trainer: Any) -> dict[str, Any]:
+        # Maps need a writer, and there is none by design on other ranks and in a trial run.
+        unwritten = not trainer.is_global_zero or trainer.fast_dev_run
+        return {k: v for k, v in self.options.items() if not (unwritten and k in ("maps", "maps_every"))}
 
     def _probed_part(self, pl_module: Any) -> nn.Module:
         if not isinstance(self.model, str):

@@ -11,7 +11,8 @@ def main(steps=20, backend="inductor"):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
     model = torch.compile(network, backend=backend)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    assert isinstance(model, nn.Module)  # an OptimizedModule: the monitor finds the network inside
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
 
     x = torch.linspace(-3, 3, 64).unsqueeze(1)
     with tgp.Monitor(model, x, layers=["1", "3"], every=10, estimator=tgp.Exact()).follow(

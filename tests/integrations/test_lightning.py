@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import pickle
 import re
 import shutil
 import subprocess
@@ -321,6 +322,31 @@ def test_a_second_fit_goes_on_and_a_new_trainer_starts_anew(tmp_path):
     assert steps(callback) == [0, 4, 6, 8, 12]
     fit(callback, tmp_path)
     assert steps(callback) == [0, 4, 6]
+
+
+def test_maps_are_images_and_a_trial_run_draws_none(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+
+    def draw(model):
+        drawn.append(model)
+        return figure()
+
+    logger = TensorBoardLogger(tmp_path, version=0)
+    callback = probe(x_probe=X, maps={"map": draw}, maps_every=2)
+    _, module = fit(callback, tmp_path, logger=logger)
+    assert drawn == [module, module]
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
+    assert [event.step for event in events.Images("map")] == [0, 6]
+    fit(probe(x_probe=X, maps={"map": draw}), tmp_path, fast_dev_run=True)
+    assert len(drawn) == 2
+
+
+def test_it_travels_to_spawned_processes():
+    callback = pickle.loads(pickle.dumps(probe(x_probe=X, epoch_ends=True)))
+    assert isinstance(callback, pl.Callback)
+    assert torch.equal(callback.x_probe, X)
+    assert not hasattr(callback, "log"), "Lightning overwrites that name on every callback"
 
 
 def test_two_callbacks_have_states_of_their_own(tmp_path):
