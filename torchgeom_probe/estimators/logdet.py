@@ -168,8 +168,7 @@ class LogDet(Estimator):
                     sample = _Sample(self, jacobian, scale, _leading(jacobian, rank, self.seed))
                     finished = sample.draw(limit)
                     continue
-            # The spread of a few probes is itself known to a third or so.
-            if jacobian.products + 0.7 * price > limit:
+            if jacobian.products + 0.9 * price > limit:
                 finished = False
                 break
             finished = sample.draw(limit)
@@ -323,6 +322,8 @@ class _Sample:
     def probes_needed(self, tol: float, *, without: int = 0) -> int:
         """How many more probes the spread of these asks for; with ``without`` leading directions deflated, as the spectrum predicts."""
         spread = _corrected(torch.cat(self._values, 1), torch.cat(self._masses, 1), self._left()).var(1)
+        # Of a few probes the spread is known badly; the spectrum that they have seen says what to expect of it.
+        spread = torch.maximum(spread, 0.8 * self._predicted(0))
         drawn = sum(v.shape[1] for v in self._values)
         if without:
             spread = spread * (self._predicted(without) / self._predicted(0).clamp_min(1e-300)).clamp_max(1.0)
