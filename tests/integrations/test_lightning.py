@@ -175,6 +175,11 @@ def test_the_sanity_check_gives_the_validation_batch_and_is_not_probed(tmp_path)
     assert steps(callback) == [0, 4, 6]
     trainer.validate(trainer.model, loader(), verbose=False)
     assert steps(callback) == [0, 4, 6]
+    fresh = probe()
+    trainer.callbacks.append(fresh)
+    trainer.validate(trainer.model, loader(), verbose=False)
+    assert fresh.state_dict() == {}
+    assert fresh._chosen is None
 
 
 @pytest.mark.parametrize(
