@@ -949,8 +949,8 @@ def test_a_row_masked_out_entirely_is_zero() -> None:
 
 
 def test_batch_statistics_are_refused() -> None:
-    from torchgeom_probe.errors import EngineRefusal
+    from torchgeom_probe.errors import ProbeError
 
     x = dual(torch.randn(5, 3), torch.randn(2, 5, 3))
-    with pytest.raises(EngineRefusal, match="couples the samples"):
+    with pytest.raises(ProbeError, match="couples the samples"):
         F.batch_norm(x, torch.zeros(3), torch.ones(3), training=True)

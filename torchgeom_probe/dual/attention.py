@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from torchgeom_probe.dual.table import any_dual, enter, from_end, primal_of, row_by_row, rows_of, rule
+from torchgeom_probe.dual.table import any_dual, enter, from_end, row_by_row, rows_of, rule
 from torchgeom_probe.dual.tensor import DualTensor
 from torchgeom_probe.shapes import Tensor
 
@@ -100,48 +101,66 @@ def _attention(
         return NotImplemented
     if any_dual(attn_mask) or not (query.shape[:-2] == key.shape[:-2] == value.shape[:-2]):
         return _attention_by_parts(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-    c = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    rows, batch = rows_of(query, key, value), query.shape[:-2]
-    length, span, width = query.shape[-2], key.shape[-2], value.shape[-1]
-    mask = _mask(attn_mask, is_causal, length, span, batch, primal_of(query))
-
-    q, k, v = (_flat(x, len(batch)) for x in (query, key, value))
-    q_primal, k_primal, v_primal = (
-        x[0] if isinstance(o, DualTensor) else x for x, o in ((q, query), (k, key), (v, value))
-    )
-    q_primal = q_primal * c
-    out = _like_heads(q_primal, rows, batch, length, width)
-    heads = q_primal.shape[0]
-    budget = _SCORE_BYTES.get(q_primal.device.type, _SCORE_BYTES_ELSEWHERE)
-    scores_bytes = length * span * q_primal.element_size()
-    tangents_at_once = max(1, min(rows - 1, budget // scores_bytes))
-    heads_at_once = max(1, min(heads, budget // (scores_bytes * tangents_at_once)))
-    results = q_primal.new_empty((heads, length, rows, width))
-    for start in range(0, heads, heads_at_once):
-        h = slice(start, start + heads_at_once)
-        scores = q_primal[h] @ k_primal[h].mT
+    q, k, v = _Heads(query), _Heads(key), _Heads(value)
+    c = 1 / math.sqrt(q.width) if scale is None else scale
+    rows = rows_of(query, key, value)
+    mask = _mask(attn_mask, is_causal, query.shape[:-2], q, k)
+    # Laid out as [..., L, H, E] under the hood: the model's next step puts the heads side by side.
+    out = q.primal.new_empty((rows, q.samples, q.length, q.heads, v.width)).transpose(2, 3)
+    for samples, heads, tangents in _pieces(q, k, rows - 1):
+        here = (samples, heads)
+        q_here, k_here, v_here = (x.primal[here].flatten(0, 1) for x in (q, k, v))
+        scores = q_here @ (k_here * c).mT
         if mask is not None:
-            scores = scores + (mask[h] if mask.ndim == 3 else mask)
-        y = torch._safe_softmax(scores, -1)
-        o = y @ v_primal[h]
-        results[h, :, 0] = o
-        for first in range(1, rows, tangents_at_once):
-            t = slice(first, min(first + tangents_at_once, rows))
-            results[h, :, t] = _pushed_heads(
-                y,
-                o,
-                q_primal[h],
-                k_primal[h],
-                v_primal[h],
-                q[t, h] * c if isinstance(query, DualTensor) else None,
-                k[t, h] if isinstance(key, DualTensor) else None,
-                v[t, h] if isinstance(value, DualTensor) else None,
+            scores = scores + (mask[here].flatten(0, 1) if mask.ndim == 4 else mask)
+        y = torch.softmax(scores, -1) if attn_mask is None else torch._safe_softmax(scores, -1)
+        o = y @ v_here
+        shape = out[0, samples, heads].shape
+        out[0, samples, heads] = o.view(shape)
+        for t in tangents:
+            pushed = _pushed(
+                y, o, q_here * c, k_here * c, v_here, *(x.tangents_at(t, *here) for x in (q, k, v))
             )
-    out.copy_(results.movedim(2, 0).reshape(rows, *batch, length, width))
-    return DualTensor(out)
+            out[1:][t, samples, heads] = pushed.view(*shape[:3], -1, v.width).permute(3, 0, 1, 2, 4)
+    return DualTensor(out.reshape(rows, *query.shape[:-1], v.width))
 
 
-def _pushed_heads(
+class _Heads:
+    """Queries, keys or values as [samples, heads, length, width], and their tangents where they have some."""
+
+    def __init__(self, x: Any) -> None:
+        buffer = x.buffer if isinstance(x, DualTensor) else x[None]
+        buffer = buffer.unsqueeze(1) if buffer.ndim == 4 else buffer.flatten(1, -4)
+        self.primal, self.tangents = buffer[0], buffer[1:]
+        self.samples, self.heads, self.length, self.width = self.primal.shape
+
+    def tangents_at(self, t: slice, samples: slice, heads: slice) -> Tensor | None:
+        """[T, H, L, E] of some tangents and heads; None without any."""
+        return (
+            self.tangents[t, samples, heads].permute(1, 2, 3, 0, 4).flatten(0, 1)
+            if len(self.tangents)
+            else None
+        )
+
+
+def _pieces(q: _Heads, k: _Heads, tangents: int) -> Iterator[tuple[slice, slice, list[slice]]]:
+    """Samples, heads and groups of tangents whose score tangents fit into the budget together."""
+    budget = _SCORE_BYTES.get(q.primal.device.type, _SCORE_BYTES_ELSEWHERE)
+    fit = budget // (q.length * k.length * q.primal.element_size())
+    tangents_at_once = max(1, min(tangents, fit))
+    heads_at_once = max(1, min(q.heads, fit // tangents_at_once))
+    samples_at_once = max(1, min(q.samples, fit // (tangents_at_once * q.heads)))
+    groups = _slices(tangents, tangents_at_once)
+    for samples in _slices(q.samples, samples_at_once):
+        for heads in _slices(q.heads, heads_at_once):
+            yield samples, heads, groups
+
+
+def _slices(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _pushed(
     y: Tensor,
     o: Tensor,
     q: Tensor,
@@ -151,16 +170,14 @@ def _pushed_heads(
     dk: Tensor | None,
     dv: Tensor | None,
 ) -> Tensor:
-    """Return o' as [H, L, T, E], from tangents [T, H, L, ·] of some heads: every product is one bmm over H, nothing is repeated."""
+    """Return o' as [H, L, T, E], from tangents [H, L, T, E] of some heads: every product is one bmm over H, nothing is repeated."""
     heads, length, span = y.shape
     out: Tensor | None = None
     a: Tensor | None = None
     if dq is not None:
-        a = torch.bmm(dq.permute(1, 2, 0, 3).reshape(heads, -1, dq.shape[-1]), k.mT).view(
-            heads, length, -1, span
-        )
+        a = torch.bmm(dq.flatten(1, 2), k.mT).view(heads, length, -1, span)
     if dk is not None:
-        wide = dk.permute(1, 3, 0, 2).reshape(heads, dk.shape[-1], -1)  # [H, E, T S]
+        wide = dk.transpose(1, 2).flatten(1, 2).mT  # [H, E, T S]
         if a is None:
             a = torch.bmm(q, wide).view(heads, length, -1, span)
         else:
@@ -170,7 +187,7 @@ def _pushed_heads(
         out = torch.bmm(a.view(heads, -1, span), v).view(heads, length, -1, v.shape[-1])
         out.addcmul_(a.sum(-1, keepdim=True), o[:, :, None], value=-1)
     if dv is not None:
-        wide = dv.permute(1, 2, 0, 3).reshape(heads, span, -1)  # [H, S, T E]
+        wide = dv.flatten(2, 3)  # [H, S, T E]
         if out is None:
             out = torch.bmm(y, wide).view(heads, length, -1, dv.shape[-1])
         else:
@@ -179,29 +196,20 @@ def _pushed_heads(
     return out
 
 
-def _flat(x: Any, axes: int) -> Tensor:
-    """[R, H, L, E] or, of a plain tensor, [H, L, E]."""
-    return x.buffer.flatten(1, axes) if isinstance(x, DualTensor) else x.flatten(0, axes - 1)
-
-
-def _like_heads(like: Tensor, rows: int, batch: Any, length: int, width: int) -> Tensor:
-    # Laid out as [..., L, H, E] under the hood, as the model's next step (heads side by side) wants it.
-    *outer, heads = batch
-    return like.new_empty((rows, *outer, length, heads, width)).transpose(-3, -2)
-
-
-def _mask(attn_mask: Any, is_causal: bool, length: int, span: int, batch: Any, like: Tensor) -> Tensor | None:
-    """What is added to the scores: [L, S], or [H, L, S] where it differs between heads."""
-    mask = attn_mask
+def _mask(attn_mask: Any, is_causal: bool, batch: Any, q: _Heads, k: _Heads) -> Tensor | None:
+    """Return what is added to the scores: [L, S], or [samples, heads, L, S] where it differs between them."""
+    mask, like = attn_mask, q.primal
     if is_causal:
-        mask = torch.ones(length, span, dtype=torch.bool, device=like.device).tril()
+        mask = torch.ones(q.length, k.length, dtype=torch.bool, device=like.device).tril()
     if mask is None:
         return None
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, -torch.inf)
-    if mask.ndim > 2 and mask.shape[:-2].numel() == 1:
-        mask = mask.reshape(mask.shape[-2:])
-    return mask if mask.ndim <= 2 else mask.expand(*batch, length, span).flatten(0, -3)
+    if mask.shape[:-2].numel() == 1:
+        return mask.reshape(mask.shape[-2:])
+    if len(batch) > 2:
+        mask = mask.expand(*batch, q.length, k.length).flatten(0, -4)
+    return mask.expand(q.samples, q.heads, q.length, k.length)
 
 
 def _attention_by_parts(
@@ -216,11 +224,9 @@ def _attention_by_parts(
         )
     c = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = query @ key.transpose(-2, -1) * c
-    mask = (
-        _mask(attn_mask, is_causal, query.shape[-2], key.shape[-2], (), primal_of(query))
-        if is_causal
-        else attn_mask
-    )
+    mask = attn_mask
+    if is_causal:
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return torch.softmax(scores, -1) @ value

@@ -1,0 +1,1 @@
+"""What the dual pass costs, measured: ``python -m benchmarks``."""
