@@ -8,6 +8,7 @@ the time is that of the process itself, on one thread, so that other jobs on the
 from __future__ import annotations
 
 import argparse
+import functools
 import platform
 import time
 import warnings
@@ -99,7 +100,7 @@ def ratios(
                 if name == "dual pass" or turn < max(
                     1, turns // 3
                 ):  # the slow ones take their turn less often
-                    best[name] = min(best[name], seconds(lambda push=push: push(model, x, v), device))
+                    best[name] = min(best[name], seconds(functools.partial(push, model, x, v), device))
     return best["limit"], {name: best[name] / best["limit"] for name in CONTENDERS}
 
 

@@ -128,6 +128,11 @@ def _attention(
 class _Heads:
     """Queries, keys or values as [samples, heads, length, width], and their tangents where they have some."""
 
+    samples: int
+    heads: int
+    length: int
+    width: int
+
     def __init__(self, x: Any) -> None:
         buffer = x.buffer if isinstance(x, DualTensor) else x[None]
         buffer = buffer.unsqueeze(1) if buffer.ndim == 4 else buffer.flatten(1, -4)
