@@ -36,7 +36,7 @@ def _resnet(*, steps):
     model.eval()
     with torch.no_grad():
         accuracy = (model(images[1500:1600]).argmax(1) == labels[1500:1600]).float().mean().item()
-    return model, images[1600:1602], accuracy
+    return model, images[1600:1604], accuracy
 
 
 @pytest.mark.parametrize("steps", [0, 40], ids=["random", "trained"])
@@ -45,9 +45,9 @@ def test_topk_on_the_paper_network(steps):
     layer = "global_pool"
     probe = tgp.GeometryProbe(model, layers=[layer], estimator=tgp.TopK(k=10), normalize=False)
     probe.measure(x[:1])
-    begun = time.perf_counter()
+    begun = time.process_time()
     cold = probe.measure(x)
-    seconds = (time.perf_counter() - begun) / len(x)
+    seconds = (time.process_time() - begun) / len(x)
     g = cold[layer]
     assert g.num_features == 512
     assert g.num_inputs == 3072
@@ -57,19 +57,19 @@ def test_topk_on_the_paper_network(steps):
 
     for p in model.parameters():
         p.requires_grad_(False)
-    begun = time.perf_counter()
+    begun = time.process_time()
     jacobians = [torch.func.jacrev(features, chunk_size=32)(sample).flatten(1) for sample in x]
     single = [torch.linalg.svdvals(j) for j in jacobians]
-    dense_seconds = (time.perf_counter() - begun) / len(x)
+    dense_seconds = (time.process_time() - begun) / len(x)
     true = torch.stack([torch.linalg.svdvals(j.double())[:10] for j in jacobians])
-    begun = time.perf_counter()
+    begun = time.process_time()
     whole = torch.autograd.functional.jacobian(
         lambda z: model.global_pool(model.forward_features(z)).sum(0),
         x[:1].requires_grad_(),
         create_graph=True,
     )
     torch.linalg.svdvals(whole.detach().flatten(2).permute(1, 2, 0))
-    authors_seconds = time.perf_counter() - begun
+    authors_seconds = time.process_time() - begun
 
     error = (g.singular_values.log10() - true.log10()).abs().max(1).values
     total = (g.log_volume - true.log().sum(1)).abs()
@@ -80,7 +80,7 @@ def test_topk_on_the_paper_network(steps):
     print(
         f"\n{'trained' if steps else 'random'} (accuracy {accuracy:.2f}): products {g.num_products.tolist()}, "
         f"max |Δ log10 σ| {error.tolist()}, |Δ volume| {total.tolist()} ≤ bound {g.error_bound.tolist()}, "
-        f"σ_10/σ_1 {(true[:, 9] / true[:, 0]).tolist()}; seconds a sample {seconds:.1f}, jacrev + SVD {dense_seconds:.1f} "
+        f"σ_10/σ_1 {(true[:, 9] / true[:, 0]).tolist()}; CPU seconds a sample {seconds:.1f}, jacrev + SVD {dense_seconds:.1f} "
         f"({dense_seconds / seconds:.1f} times), the authors' way {authors_seconds:.1f} ({authors_seconds / seconds:.1f} times); "
         f"warm {warm.num_products.tolist()}, cold {again.num_products.tolist()}"
     )
@@ -91,5 +91,5 @@ def test_topk_on_the_paper_network(steps):
     assert ((warm.log_volume - again.log_volume).abs() <= warm.error_bound + again.error_bound).all()
     assert math.isfinite(single[0].sum().item())
     # A product costs what a row of the dense Jacobian costs, so the ratio of products, 512 to some 90, is what there is to win.
-    assert dense_seconds > 3 * seconds
-    assert authors_seconds > 4 * seconds
+    assert dense_seconds > 4 * seconds
+    assert authors_seconds > 5 * seconds

@@ -46,7 +46,7 @@ def geometry(
     sigma = factor.singular_values()
     if normalize:
         sigma = sigma / math.sqrt(num_features)
-    tolerance = rank_tolerance(dtype)
+    tolerance = rank_tolerance(factor.dtype or dtype)
     if factor.gram is not None:
         tolerance = max(tolerance, GRAM_RESOLUTION)  # float64 tangents that did not fit into memory together
     volume, rank, pseudo = log_volume(sigma, num_directions=full_rank, tolerance=tolerance)
