@@ -102,7 +102,9 @@ def test_more_directions_than_inputs():
     _refused(
         r"k=8 orthonormal directions.*d=5.*\nWrite Subspace\(k=5\)", models.mlp(), estimator=tgp.Subspace(k=8)
     )
-    _refused("k=0 directions", models.mlp(), estimator=tgp.Subspace(k=0))
+    for k in (0, -1):
+        with pytest.raises(tgp.ProbeError, match=f"k={k} directions"):
+            tgp.Subspace(k=k)
 
 
 def test_directions_of_a_wrong_shape_or_with_another_estimator():
@@ -170,7 +172,20 @@ def test_inference_mode_and_no_grad_inside_the_model():
         with torch.no_grad():
             return h * 2
 
-    for cut in (inferred, ungraded):
+    def in_place(h):
+        with torch.no_grad():
+            h.mul_(2)
+        return h
+
+    def by_keyword(h):
+        with torch.no_grad():
+            return torch.mul(input=h, other=2)
+
+    def as_a_tuple(h):
+        with torch.no_grad():
+            return torch.cat((h * 2).chunk(3, 1), 1)
+
+    for cut in (inferred, ungraded, in_place, by_keyword, as_a_tuple):
         model = Cut(cut)
         _refused("the tangent was lost.*under torch.no_grad", model, layers="b", engine="vjp")
         product = model.b.weight @ (2 * model.a.weight)  # forward mode does not mind
@@ -260,7 +275,8 @@ def test_train_mode_batch_norm():
     no_statistics = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3, track_running_stats=False))
     _refused("couples the samples.*\n.*track_running_stats=True", no_statistics)
     functional = Cut(lambda h: nn.functional.batch_norm(h, None, None, training=True))
-    _refused("couples the samples", functional, engine="fused")
+    for engine in ("auto", "fused", "functorch", "vjp"):
+        _refused("couples the samples", functional, engine=engine)
 
 
 def test_a_first_axis_that_is_not_the_batch():
@@ -323,6 +339,7 @@ def test_options():
     _refused("mode='train' is unknown", model, mode="train")
     _refused("estimator='exact' is no estimator", model, estimator="exact")
     _refused("memory_budget=0", model, memory_budget=0)
+    _refused("memory_budget='1GB': it is a number of bytes", model, memory_budget="1GB")
     _refused("model is a function", lambda x: x)
     _refused(r"source='\*' names 5 modules", model, source="*")
     _refused("transform= has the key '1'", model, layers="3", transform={"1": torch.tanh})

@@ -103,3 +103,18 @@ def test_csv_writer_leaves_a_strangers_file_alone(report, tmp_path):
     with pytest.raises(tgp.ProbeError, match="is no geometry log"):
         tgp.CSVWriter(path).write(0, report)
     assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_json_writer_holds_the_same_numbers_and_resumes_without_doubles(report, tmp_path):
+    path = tmp_path / "geometry.jsonl"
+    assert isinstance(tgp.JSONWriter(path), tgp.Writer)
+    for start in (0, 10):  # the second run resumes at 10 what the first had taken to 20
+        writer = tgp.JSONWriter(path)
+        for step in (start, start + 10, start + 20):
+            writer.write(step, report)
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [0, 10, 20, 30]
+    assert entries[-1]["layers"]["4"] == report["4"].statistics()
+    (tmp_path / "notes.txt").write_text("dear diary")
+    with pytest.raises(tgp.ProbeError, match="is no geometry log"):
+        tgp.JSONWriter(tmp_path / "notes.txt").write(0, report)

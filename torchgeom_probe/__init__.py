@@ -11,7 +11,7 @@ from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators import Estimator, Exact, LogDet, Subspace, TopK, Trace
 from torchgeom_probe.monitor import Budget, Every, LogSpaced, Monitor, Schedule
 from torchgeom_probe.probe import CheckReport, GeometryProbe, measure
-from torchgeom_probe.report import CSVWriter, GeometryReport, LayerGeometry, Writer
+from torchgeom_probe.report import CSVWriter, GeometryReport, JSONWriter, LayerGeometry, Writer
 from torchgeom_probe.slices import Line, Plane, SliceScan, scan
 
 __version__ = "0.1.0"
@@ -26,9 +26,10 @@ __all__ = [
     "Exact",
     "GeometryProbe",
     "GeometryReport",
+    "JSONWriter",
     "LayerGeometry",
-    "LogDet",
     "Line",
+    "LogDet",
     "LogSpaced",
     "Magnification",
     "Monitor",

@@ -29,7 +29,7 @@ FeatureMap = Callable[[Tensor], Tensor]
 
 def scalar_curvature(
     model: Callable[..., Any],
-    x: Float[Tensor, "batch *inputs"],  # noqa: F821, UP037 - an expression to ruff, a shape to jaxtyping
+    x: Float[Tensor, "batch *inputs"],  # noqa: F821 - an expression to ruff, a shape to jaxtyping
     *,
     layer: str | nn.Module | None = None,
     chunk_size: int = 1024,

@@ -33,8 +33,8 @@ def orthonormal_frame(num_directions: int, num_inputs: int, *, seed: int) -> Flo
             f"k={num_directions} orthonormal directions were asked for in an input space of d={num_inputs} dimensions.\n"
             f"Write Subspace(k={num_inputs}) or fewer, or take all directions:  estimator=Exact()"
         )
-    generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(num_inputs, num_directions, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    gaussian = torch.randn(num_inputs, num_directions, generator=generator, dtype=torch.float64, device="cpu")
     orthonormal, triangle = torch.linalg.qr(gaussian)
     # The sign that makes QR unique makes the frame Haar distributed (Mezzadri, arXiv:math-ph/0609050).
     return (orthonormal * triangle.diagonal().sign()).T.contiguous()

@@ -11,6 +11,8 @@ import collections
 import contextlib
 import random
 import sys
+import threading
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -25,6 +27,20 @@ from torchgeom_probe.shapes import Tensor
 Mode = Literal["eval", "as_is"]
 
 _CONTAINERS = (dict, list, set, collections.deque)
+#: What a measurement sets is global to the process: two of them in threads would put back each other's settings.
+_ONE_AT_A_TIME = threading.RLock()
+#: How far state is followed that hangs on a module's attributes, through containers and plain objects.
+_DEPTH = 3
+_FRAMEWORKS = {
+    *sys.stdlib_module_names,
+    "torch",
+    "torchvision",
+    "lightning",
+    "pytorch_lightning",
+    "tqdm",
+    "tensorboard",
+}
+_MANY = 1000
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -59,7 +75,7 @@ def measuring(model: nn.Module, *, mode: Mode = "eval") -> Iterator[None]:
     if mode not in ("eval", "as_is"):
         raise ProbeError(f"mode={mode!r} is unknown. Write mode='eval' (the default) or mode='as_is'.")
     _refuse_uninitialised(model)
-    with contextlib.ExitStack() as stack:
+    with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
         stack.enter_context(_model_restored(model))
         if mode == "eval":
             for module in model.modules():
@@ -82,6 +98,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def same_random_numbers(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Give the body the random numbers that every pass of a measurement gets: what it draws is put back after it."""
+    return torch.random.fork_rng(
+        devices=[device] if device.type == "cuda" and torch.cuda.is_initialized() else []
+    )
 
 
 def _refuse_uninitialised(model: nn.Module) -> None:
@@ -110,14 +133,17 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _model_restored(model: nn.Module) -> Iterator[None]:
-    attributes = [(module, _snapshot(vars(module))) for module in model.modules()]
+    state: list[tuple[Any, Any]] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        _keep(vars(module), state, seen, _DEPTH)
     buffers = [(b, b.clone()) for b in model.buffers()]
     versions = [(name, p, _version(p)) for name, p in model.named_parameters()]
     try:
         yield
     finally:
-        for module, snapshot in attributes:
-            _put_back(vars(module), snapshot)
+        for holder, content in state:
+            _put_back(holder, content)
         with torch.no_grad():
             for buffer, value in buffers:
                 # Through .data: it bumps no version counter, so a backward pass that the user has still to make is untouched.
@@ -139,26 +165,41 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _snapshot(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    # Two levels are kept: what an attribute is bound to, and what a container bound to it holds (hooks, caches, lists).
-    return {
-        key: (value, value.copy() if isinstance(value, _CONTAINERS) else None)
-        for key, value in attributes.items()
-    }
+def _keep(holder: Any, state: list[tuple[Any, Any]], seen: set[int], depth: int) -> None:
+    """Note what a container holds, and what the containers and plain objects in it hold."""
+    if id(holder) in seen:
+        return
+    seen.add(id(holder))
+    state.append((holder, holder.copy()))
+    if depth == 0 or len(holder) > _MANY:
+        return
+    for value in list(holder.values() if isinstance(holder, dict) else holder):
+        if isinstance(value, _CONTAINERS):
+            _keep(value, state, seen, depth - 1)
+        elif _is_plain_object(value):
+            _keep(vars(value), state, seen, depth - 1)
 
 
-def _put_back(attributes: dict[str, Any], snapshot: dict[str, tuple[Any, Any]]) -> None:
-    for key in [k for k in attributes if k not in snapshot]:
-        del attributes[key]
-    for key, (value, content) in snapshot.items():
-        if attributes.get(key, snapshot) is not value:
-            attributes[key] = value
-        if content is not None and (value or content) and not _same(value, content):
-            value.clear()
-            if isinstance(value, (dict, set)):
-                value.update(content)
-            else:
-                value.extend(content)
+def _is_plain_object(value: Any) -> bool:
+    # Modules are visited on their own; functions and types hold nothing of a forward pass; and what belongs to a framework (a trainer,
+    # a queue, a logger) may be at work in another thread.
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(
+            value, (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)
+        )
+        and type(value).__module__.split(".")[0] not in _FRAMEWORKS
+    )
+
+
+def _put_back(holder: Any, content: Any) -> None:
+    if not (holder or content) or _same(holder, content):
+        return
+    holder.clear()
+    if isinstance(holder, (dict, set)):
+        holder.update(content)
+    else:
+        holder.extend(content)
 
 
 def _same(now: Any, before: Any) -> bool:
@@ -199,6 +240,7 @@ def _process_set() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True.*")
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
         for device_type in ("cpu", "cuda", "xpu", "mps"):
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))

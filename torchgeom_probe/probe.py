@@ -92,9 +92,9 @@ class GeometryProbe:
             raise ProbeError(
                 f"estimator={estimator!r} is no estimator.\nWrite, for instance, estimator=Subspace(k=8) or estimator=Exact()."
             )
-        if memory_budget is not None and memory_budget < 1:
+        if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
             raise ProbeError(
-                f"memory_budget={memory_budget}: it is a number of bytes.\nWrite, for instance, memory_budget=2 * 2**30."
+                f"memory_budget={memory_budget!r}: it is a number of bytes.\nWrite, for instance, memory_budget=2 * 2**30."
             )
         chosen = resolve(model, layers)
         self.estimator = estimator
@@ -166,7 +166,7 @@ class GeometryProbe:
             plan = self._planned(batch)
             start_vectors = None if warm is None else start_from(warm, plan, batch.size)
             if directions is not None:
-                like = torch.empty((batch.size, *plan.space), dtype=plan.dtype, device=_device(batch))
+                like = torch.empty((batch.size, *plan.space), dtype=plan.dtype, device=batch.device)
                 directions = tangents.checked(directions, like)
             rows = self.estimator.num_rows(plan) if directions is None else directions.shape[0]
             at_once = plan.samples_at_once(rows, batch.size)
@@ -211,6 +211,7 @@ class GeometryProbe:
         else:
             measured = along(directions[:, start:stop], linear, normalize=self.normalize)
         self._engine_that_runs = linear.engine
+        plan.reference.clear()  # compared: the next passes need not wait for it
         return measured
 
     def _planned(self, batch: Batch) -> Plan:
@@ -251,9 +252,11 @@ class GeometryProbe:
             plan = self._planned(batch)
             coupled = _coupled(task, batch)
             linear = Linearization(task, batch, plan, self.engine)
-            generator = torch.Generator().manual_seed(seed)
-            v = torch.randn(1, batch.size, *plan.space, generator=generator, dtype=torch.float64)
-            v = v.to(device=_device(batch), dtype=plan.dtype)
+            generator = torch.Generator("cpu").manual_seed(seed)
+            v = torch.randn(
+                1, batch.size, *plan.space, generator=generator, dtype=torch.float64, device="cpu"
+            )
+            v = v.to(device=batch.device, dtype=plan.dtype)
             pushed: dict[str, Tensor] = {}
             refusal = None
             try:
@@ -375,7 +378,7 @@ def _adjoint_errors(
     errors = {}
     with linear.pullback() as back:
         for entry, jv in pushed.items():
-            u = torch.randn(jv.shape, generator=generator, dtype=torch.float64).to(
+            u = torch.randn(jv.shape, generator=generator, dtype=torch.float64, device="cpu").to(
                 device=jv.device, dtype=jv.dtype
             )
             forward = (u.double() * jv.double()).flatten(2).sum(-1)
@@ -481,10 +484,6 @@ def _joined(parts: Sequence[LayerGeometry]) -> LayerGeometry:
     if densities:
         values["spectrum"] = SpectralDensity.joined(densities)
     return replace(parts[0], **values)
-
-
-def _device(batch: Batch) -> torch.device:
-    return next(v.device for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor))
 
 
 def _bar(total: int, progress: bool | None) -> tqdm:

@@ -293,6 +293,54 @@ class Writer(Protocol):
 STATISTICS = ("mean", "p10", "median", "p90", "sigma_max", "rank", "nonfinite")
 
 
+class JSONWriter:
+    """A :class:`Writer` of one JSON object per step and line (JSON Lines), appended and on disk at once.
+
+    ``{"step": …, "layers": {name: statistics}}`` with the numbers of :meth:`LayerGeometry.statistics` (nats; null where not finite).
+    An existing file is continued as by :class:`CSVWriter`: steps at or after the first one written now are dropped.
+
+    >>> import json, pathlib, tempfile, torch, torchgeom_probe as tgp
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "geometry.jsonl")
+    >>> writer = tgp.JSONWriter(path)
+    >>> writer.write(0, tgp.measure(torch.nn.Linear(2, 3), torch.zeros(4, 2), layers=[""], estimator=tgp.Exact()))
+    >>> json.loads(path.read_text())["layers"][""]["rank"]
+    2.0
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._begun = False
+
+    def write(self, step: int, report: GeometryReport) -> None:
+        """Append the statistics of every layer at this step; they are on disk when it returns."""
+        if not self._begun:
+            self._resume_at(step)
+            self._begun = True
+        layers = {
+            name: {k: _finite_or_null(v) for k, v in g.statistics().items()} for name, g in report.items()
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "layers": layers}, allow_nan=False) + "\n")
+
+    def _resume_at(self, step: int) -> None:
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            try:
+                entry = json.loads(line)
+                kept += [line] if entry["step"] < step else []
+            except (ValueError, TypeError, KeyError) as error:
+                raise ProbeError(
+                    f"{self.path} exists and is no geometry log: it has the line {line[:60]!r}.\n"
+                    "Write to another file:  JSONWriter('geometry.jsonl')"
+                ) from error
+        beside = _parent_made(self.path).with_suffix(".partial")
+        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        beside.replace(self.path)
+
+    def close(self) -> None:
+        """Nothing is held open between writes; writing again continues the file."""
+
+
 class CSVWriter:
     """A :class:`Writer` of one row per step and layer, appended and flushed at once: a killed run loses nothing.
 

@@ -27,9 +27,9 @@ METADATA.add(torch.Tensor.__repr__)
 CONSTANT.update(
     named(
         *"eq ne lt le gt ge equal greater greater_equal less less_equal not_equal isnan isinf isfinite isposinf isneginf isclose"
-        " allclose isin logical_and logical_or logical_not logical_xor any all argmax argmin argsort sign sgn signbit floor ceil"
-        " round trunc fix floor_divide heaviside nonzero count_nonzero searchsorted bucketize bincount histc unique"
-        " unique_consecutive rand_like randn_like randint_like bernoulli multinomial one_hot is_nonzero"
+        " allclose isin logical_and logical_or logical_not logical_xor any all argmax argmin argsort sign signbit floor ceil"
+        " round trunc fix floor_divide heaviside nonzero count_nonzero searchsorted bucketize bincount histc"
+        " rand_like randn_like randint_like bernoulli multinomial one_hot is_nonzero"
         " Tensor.__eq__ Tensor.__ne__ Tensor.__lt__ Tensor.__le__ Tensor.__gt__ Tensor.__ge__ Tensor.__bool__ Tensor.__contains__"
         " Tensor.__floordiv__ Tensor.__rfloordiv__ Tensor.long Tensor.int Tensor.short Tensor.char Tensor.byte Tensor.bool"
         " Tensor.__and__ Tensor.__or__ Tensor.__invert__ Tensor.new_tensor Tensor.nonzero_static".split()

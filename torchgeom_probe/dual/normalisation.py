@@ -8,7 +8,7 @@ import torch
 
 from torchgeom_probe.dual.table import any_dual, ndim_of, row_by_row, rule
 from torchgeom_probe.dual.tensor import DualTensor
-from torchgeom_probe.errors import EngineRefusal
+from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.shapes import Tensor
 
 aten = torch.ops.aten
@@ -27,7 +27,7 @@ def _batch_norm(
 ) -> Any:
     # eval: y = s p + c with s = w / √(var + ε), c = b - s mean;  y' = s t
     if training or running_mean is None:
-        raise EngineRefusal(
+        raise ProbeError(
             "batch normalisation by the statistics of the batch couples the samples: no sample has a metric of its own.\n"
             "Measure in eval mode (mode='eval') with running statistics (track_running_stats=True)."
         )

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import FunctionType
@@ -49,6 +50,10 @@ ESCAPES: set[Any] = set()
 #: Ops that cut a tensor off from its derivative on purpose.
 CUTS: set[Any] = set()
 
+#: The number of the dual pass that is running, 0 between passes.
+_PASS = [0]
+_PASSES = itertools.count(1)
+
 _USED: ContextVar[dict[str, set[str]] | None] = ContextVar("used", default=None)
 
 
@@ -60,7 +65,8 @@ class DualTensor(torch.Tensor):
     True
     """
 
-    buffer: Tensor
+    _buffer: Tensor
+    _made_in: int
 
     @staticmethod
     def __new__(cls, buffer: Tensor) -> DualTensor:
@@ -68,11 +74,22 @@ class DualTensor(torch.Tensor):
         dual = torch.Tensor._make_wrapper_subclass(
             cls, buffer.shape[1:], strides=buffer.stride()[1:], dtype=buffer.dtype, device=buffer.device
         )
-        dual.buffer = buffer
+        dual._buffer = buffer
+        dual._made_in = _PASS[0]
         return dual
 
     def __init__(self, buffer: Tensor) -> None:
         pass
+
+    @property
+    def buffer(self) -> Tensor:
+        """[1 + k, *shape]: the primal and its tangents.  A tensor that outlived its pass is refused, never read."""
+        if self._made_in != _PASS[0]:
+            raise ProbeError(
+                "the model kept a tensor of an earlier measurement (in a list, a cache or an object of its own) and computes with it now.\n"
+                "Keep such state in a buffer or an attribute of the module, which a measurement puts back, or clear it after measuring."
+            )
+        return self._buffer
 
     @property
     def primal(self) -> Tensor:
@@ -119,12 +136,15 @@ class LostTensor(DualTensor):
     """
 
     reason: str
+    #: Whether it shares its memory with a tensor that still has its tangents.
+    alias: bool = False
 
     @staticmethod
-    def lose(value: Tensor, reason: str) -> LostTensor:
+    def lose(value: Tensor, reason: str, *, alias: bool = False) -> LostTensor:
         """Wrap a plain tensor as lost."""
         lost = LostTensor(value.unsqueeze(0))
         lost.reason = reason
+        lost.alias = alias
         return lost
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -150,6 +170,11 @@ def _spread(func: Any, args: Any, kwargs: Any) -> Any:
     lost = next(a for a in tree_flatten((args, kwargs))[0] if isinstance(a, LostTensor))
     writes = mutates(func, args, kwargs)
     _refuse_unfollowable_writes(func, args, kwargs, writes)
+    if writes and isinstance(args[0], LostTensor) and args[0].alias:
+        raise ProbeError(
+            f"the tangent was lost: {name_of(func)!r} writes through {args[0].reason} into a tensor that depends on the input, past its "
+            "derivative.\nWrite to the tensor itself in the model (h.mul_(2) for h.data.mul_(2))."
+        )
     if writes and not isinstance(args[0], LostTensor):
         _lose_in_place(args[0], lost.reason)
     plain_args, plain_kwargs = tree_map(_plain, (args, kwargs))
@@ -160,7 +185,18 @@ def _spread(func: Any, args: Any, kwargs: Any) -> Any:
         func in CONSTANT or func in MADE_LIKE
     ):  # nothing of the derivative is in these, with or without the cut
         return out
-    return tree_map(lambda o: LostTensor.lose(o, lost.reason) if _smooth(o) else o, out)
+    shared = {
+        a.buffer.untyped_storage()._cdata
+        for a in tree_flatten((args, kwargs))[0]
+        if isinstance(a, DualTensor) and (a.alias if isinstance(a, LostTensor) else True)
+    }
+
+    def lose(o: Any) -> Any:
+        return (
+            LostTensor.lose(o, lost.reason, alias=o.untyped_storage()._cdata in shared) if _smooth(o) else o
+        )
+
+    return tree_map(lose, out)
 
 
 def _lose_in_place(x: DualTensor, reason: str) -> None:
@@ -222,8 +258,13 @@ def _never(*_: Any) -> bool:
 def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
     if func in CONSTANT:
         _note("fused", func)
-        args, kwargs = tree_map(_plain, (args, kwargs))
-        return func(*args, **kwargs)
+        plain_args, plain_kwargs = tree_map(_plain, (args, kwargs))
+        out = func(*plain_args, **plain_kwargs)
+        if func is torch.Tensor.new_tensor and any(
+            isinstance(a, DualTensor) for a in (*args[1:], *kwargs.values())
+        ):
+            return LostTensor.lose(out, ".new_tensor()")  # a copy of values that depend on the input
+        return out
     if func in CUTS:
         reason = (
             f".{name_of(func)}()"
@@ -233,7 +274,7 @@ def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
         if mutates(func, args, kwargs):
             _lose_in_place(args[0], reason)
             return args[0]
-        return LostTensor.lose((args[0] if args else kwargs["input"]).primal, reason)
+        return LostTensor.lose((args[0] if args else kwargs["input"]).primal, reason, alias=True)
     if func in ESCAPES:
         raise _escape(func)
     writes = mutates(func, args, kwargs)
@@ -363,6 +404,16 @@ def _note(kind: str, func: Any) -> None:
     used = _USED.get()
     if used is not None:
         used.setdefault(kind, set()).add(name_of(func))
+
+
+@contextlib.contextmanager
+def dual_pass() -> Iterator[None]:
+    """Number the pass that the body is: a DualTensor lives no longer than its pass."""
+    before, _PASS[0] = _PASS[0], next(_PASSES)
+    try:
+        yield
+    finally:
+        _PASS[0] = before
 
 
 @contextlib.contextmanager

@@ -270,15 +270,19 @@ def _column_stack(tensors: Any) -> Any:
 
 
 def _index(index: Any) -> tuple[Any, int] | None:
-    """The same index behind a full slice of the rows, and where the rows end up; None for what is left to the fallback."""
+    """The same index behind a full slice of the rows, and where the rows end up; None where that is not plain."""
     items = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(i, (DualTensor, bool)) for i in items):
+    # Ints are applied before tensors are told apart, 0-dim tensors count as ints, and "..." may cover nothing: where that could
+    # matter each row is indexed by itself.
+    if any(isinstance(i, (DualTensor, bool)) or (isinstance(i, Tensor) and i.ndim == 0) for i in items):
         return None
     advanced = [
         n for n, i in enumerate(items) if isinstance(i, (Tensor, list, range)) or hasattr(i, "__array__")
     ]
     if not advanced or advanced[-1] - advanced[0] < len(advanced):
         return (slice(None), *items), 0
+    if not all(isinstance(i, slice) for n, i in enumerate(items) if n not in advanced):
+        return None
     # Apart from each other: the axes that they make together go to the front, before the rows.
     joint = [torch.as_tensor(items[n]) for n in advanced]
     if any(i.dtype == torch.bool for i in joint):
@@ -288,15 +292,25 @@ def _index(index: Any) -> tuple[Any, int] | None:
 
 @rule("Tensor.__getitem__")
 def _getitem(input: Any, index: Any) -> Any:
-    found = _index(index) if isinstance(input, DualTensor) else None
-    return NotImplemented if found is None else DualTensor(input.buffer[found[0]].movedim(found[1], 0))
+    if not isinstance(input, DualTensor) or any_dual(*(index if isinstance(index, tuple) else (index,))):
+        return NotImplemented
+    found = _index(index)
+    if found is None:
+        return DualTensor(torch.stack([row[index] for row in input.buffer.unbind()]))
+    return DualTensor(input.buffer[found[0]].movedim(found[1], 0))
 
 
 @rule("Tensor.__setitem__")
 def _setitem(input: Any, index: Any, value: Any) -> Any:
-    found = _index(index) if isinstance(input, DualTensor) else None
-    if found is None:
+    if not isinstance(input, DualTensor) or any_dual(*(index if isinstance(index, tuple) else (index,))):
         return NotImplemented
+    found = _index(index)
+    if found is None:  # torch's own indexing, row by row
+        for number, row in enumerate(input.buffer.unbind()):
+            row[index] = (
+                value.buffer[number] if isinstance(value, DualTensor) else value if number == 0 else 0
+            )
+        return input
     behind, place = found
     if isinstance(value, DualTensor):
         ndim = input.buffer[behind].ndim - 1

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from torchgeom_probe.dual import DualTensor, LostTensor
+from torchgeom_probe.dual import DualTensor, LostTensor, dual_pass
 from torchgeom_probe.engines.task import Batch, Task, features, no_tangent
+from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.shapes import Tensor
 
 #: (entry, blocks [k, B, n_i] of the layer's tangents): called inside the forward pass; the blocks may be overwritten after it returns.
 Sink = Callable[[str, list[Tensor]], None]
 
 
-def push(task: Task, batch: Batch, directions: Tensor, sink: Sink) -> None:
-    """Push k directions [k, B, *space] through the model, and hand each layer's tangents to the sink as it fires."""
+def push(
+    task: Task,
+    batch: Batch,
+    directions: Tensor,
+    sink: Sink,
+    *,
+    reference: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Push k directions [k, B, *space] through the model, and hand each layer's tangents to the sink as it fires.
+
+    With ``reference``, plain outputs [m, n] of the first m samples, the primal of every layer is compared with them: a rule that gave
+    another value than torch itself must not be believed for its tangents.
+    """
 
     def on_output(entry: str, layer: str, output: Any) -> None:
         leaves = task.leaves(layer, output)
@@ -25,8 +37,11 @@ def push(task: Task, batch: Batch, directions: Tensor, sink: Sink) -> None:
             raise no_tangent(entry, task, f"it was cut off by {lost.reason}")
         if leaves and not any(isinstance(leaf, DualTensor) for leaf in leaves):
             raise no_tangent(entry, task, "it does not depend on it")
+        flats = features(leaves, layer=layer, batch=batch.size)
+        if reference and entry in reference:
+            _refuse_another_value(entry, leaves, reference[entry])
         blocks = []
-        for leaf, flat in zip(leaves, features(leaves, layer=layer, batch=batch.size), strict=True):
+        for leaf, flat in zip(leaves, flats, strict=True):
             if isinstance(leaf, DualTensor):
                 blocks.append(leaf.tangents.reshape(directions.shape[0], *flat.shape))
             else:  # a constant beside the features (a positional table): its derivative IS zero
@@ -39,5 +54,19 @@ def push(task: Task, batch: Batch, directions: Tensor, sink: Sink) -> None:
     def on_source(output: Any) -> Any:
         return dual(task.source_value(output))
 
-    with task.hooked(on_output, on_source):
+    with dual_pass(), task.hooked(on_output, on_source):
         batch.run(task.model, None if batch.point is None else dual(batch.point))
+
+
+def _refuse_another_value(entry: str, leaves: list[Tensor], reference: Tensor) -> None:
+    plain = [leaf.primal if isinstance(leaf, DualTensor) else leaf for leaf in leaves]
+    value = torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in plain], dim=1)[: len(reference)]
+    expected = reference[: len(value)]
+    scale = expected.abs().amax().nan_to_num(posinf=0.0) if expected.numel() else expected.sum()
+    # Rounding moves a deep network's output by up to some 1e-5 in float32; a wrong value is off by a share of its size.
+    allowed = max(1e-3, 8 * torch.finfo(value.dtype).eps) * scale
+    if ((value - expected).abs() > allowed).any():
+        raise EngineRefusal(
+            f"the dual pass gives layer {entry!r} another value than the model's plain forward pass: an op writes in place through a view "
+            "that the dual pass had to copy.\nMeasure with engine='functorch', or write that op out of place."
+        )

@@ -6,7 +6,7 @@ Engines, chunks of directions and groups of layers are settled here; an estimato
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -18,6 +18,7 @@ from torchgeom_probe.engines.stream import streamed_factor
 from torchgeom_probe.engines.task import Batch, Task
 from torchgeom_probe.errors import EngineRefusal, ProbeError
 from torchgeom_probe.factor import Factor
+from torchgeom_probe.footprint import same_random_numbers
 from torchgeom_probe.shapes import Tensor
 
 EngineName = Literal["auto", "fused", "functorch", "vjp"]
@@ -41,8 +42,7 @@ class Linearization:
     @property
     def device(self) -> torch.device:
         """Where the samples are."""
-        tensors = (*self.batch.args, *self.batch.kwargs.values())
-        return next(t.device for t in tensors if isinstance(t, Tensor))
+        return self.batch.device
 
     def factors(self, num_directions: int, directions: Callable[[int, int], Tensor]) -> dict[str, Factor]:
         """Per entry, the factor of JV for all k directions; ``directions(start, stop)`` gives some of them, [·, B, *space].
@@ -122,14 +122,29 @@ class Linearization:
             with contextlib.suppress(_Reached):
                 self.push(directions, _ending_at(until, sink))
             return
+        fired: set[str] = set()
+
+        def noting(entry: str, blocks: list[Tensor]) -> None:
+            fired.add(entry)
+            sink(entry, blocks)
+
+        self._push(directions, noting)
+        odd = fired ^ self.plan.features.keys()
+        if odd:
+            raise ProbeError(
+                f"{min(odd)!r} fired for some samples only: the model calls a module a different number of times for different "
+                "samples.\nMeasure one sample at a time:  [probe.measure(x[i : i + 1]) for i in range(len(x))]"
+            )
+
+    def _push(self, directions: Tensor, sink: fused.Sink) -> None:
         if self.engine != "auto":
-            _guarded(self.engine, self.task, self.batch, directions, sink)
+            _guarded(self.engine, self.task, self.batch, directions, sink, self.plan.reference)
             return
         refusals = []
         names: tuple[EngineName, ...] = ("fused", "functorch", "vjp")
         for engine in names:
             try:
-                _guarded(engine, self.task, self.batch, directions, sink)
+                _guarded(engine, self.task, self.batch, directions, sink, self.plan.reference)
             except EngineRefusal as refusal:
                 refusals.append(f"  {engine}: {_first_line(refusal)}")
                 continue
@@ -180,10 +195,22 @@ def _ending_at(entry: str, sink: fused.Sink) -> fused.Sink:
     return ending
 
 
-def _guarded(engine: str, task: Task, batch: Batch, directions: Tensor, sink: fused.Sink) -> None:
+def _guarded(
+    engine: str,
+    task: Task,
+    batch: Batch,
+    directions: Tensor,
+    sink: fused.Sink,
+    reference: Mapping[str, Tensor],
+) -> None:
     """Run one engine; what breaks in it, on a model whose plain forward pass is known to run, is a refusal of that engine."""
     try:
-        _PUSHES[engine](task, batch, directions, sink)
+        # The same random numbers in every pass: directions that are pushed apart must be pushed through the same function.
+        with same_random_numbers(directions.device):
+            if engine == "fused":
+                fused.push(task, batch, directions, sink, reference=reference)
+            else:
+                _PUSHES[engine](task, batch, directions, sink)
     except (ProbeError, torch.OutOfMemoryError):
         raise
     except Exception as error:

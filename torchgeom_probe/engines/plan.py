@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchgeom_probe.engines.task import Batch, Task, features
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.footprint import same_random_numbers
 from torchgeom_probe.layers import close_names
 from torchgeom_probe.shapes import Tensor
 
@@ -35,6 +37,7 @@ class Plan:
         dtype: of that tensor, and so of the tangents.
         row_bytes: peak bytes of live activations per sample of a plain forward pass.
         budget: bytes that a measurement may use.
+        reference: entry → plain outputs [≤ 3, n] of the first samples, until a pass was compared with them.
     """
 
     features: dict[str, int]
@@ -42,6 +45,7 @@ class Plan:
     dtype: torch.dtype
     row_bytes: int
     budget: int
+    reference: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_inputs(self) -> int:
@@ -98,13 +102,14 @@ class Plan:
 
 
 def make_plan(task: Task, batch: Batch, *, memory_budget: int | None) -> Plan:
-    """Run the model plainly on a sample or two, hooked, and read off what a measurement needs to know.
+    """Run the model plainly on two samples and on three, hooked, and read off what a measurement needs to know.
 
     Raises:
         ProbeError: a layer that never fires, an output that has no samples axis or no floating numbers.
     """
     few = batch.chunk(0, 2)
     sizes: dict[str, int] = {}
+    reference: dict[str, Tensor] = {}
     spaces: list[Tensor] = [] if few.point is None else [few.point]
 
     def on_output(entry: str, layer: str, output: Any) -> None:
@@ -125,19 +130,36 @@ def make_plan(task: Task, batch: Batch, *, memory_budget: int | None) -> Plan:
             )
         spaces.append(value)
 
-    with _LiveBytes(tree_leaves((list(task.model.parameters()), few.args, dict(few.kwargs)))) as live:
-        with task.hooked(on_output, on_source):
-            few.run(task.model)
-    _refuse_silent(task, sizes, spaces)
+    def on_output_of_three(entry: str, layer: str, output: Any) -> None:
+        # Of another size, so that an axis which happens to be as long as the batch is not taken for it.
+        flats = features(task.leaves(layer, output), layer=layer, batch=3)
+        reference[entry] = torch.cat([flat.detach().clone() for flat in flats], dim=1)[: batch.size]
+
+    with same_random_numbers(batch.device):
+        before = _random_state()
+        with _LiveBytes(tree_leaves((list(task.model.parameters()), few.args, dict(few.kwargs)))) as live:
+            with task.hooked(on_output, on_source):
+                few.run(task.model)
+        _refuse_silent(task, sizes, spaces)
+        with task.hooked(on_output_of_three):
+            batch.repeated(3).run(task.model)
+        # Random outputs are never the same, and a fake tensor has no values to compare.
+        if isinstance(spaces[0], FakeTensor) or not all(map(torch.equal, before, _random_state())):
+            reference.clear()
     return Plan(
         features=sizes,
         space=tuple(spaces[0].shape[1:]),
         dtype=spaces[0].dtype,
         row_bytes=live.peak // few.size,
+        reference=reference,
         budget=memory_budget
         if memory_budget is not None
         else int(SHARE_OF_FREE_MEMORY * free_memory(spaces[0].device)),
     )
+
+
+def _random_state() -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
 
 def _refuse_silent(task: Task, fired: dict[str, int], spaces: Sequence[Tensor]) -> None:

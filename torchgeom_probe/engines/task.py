@@ -29,11 +29,13 @@ class Task:
     transforms: Mapping[str, Transform] = field(default_factory=dict)
 
     def leaves(self, layer: str, output: Any) -> list[Tensor]:
-        """The floating tensors of a layer's output, after its transform: together they are its features."""
+        """The floating tensors of a layer's output (complex ones as pairs), after its transform: its features."""
         transform = self.transforms.get(layer, self.transforms.get("*"))
         if transform is not None:
             output = transform(output)
-        return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+        return [leaf for leaf in real if leaf.is_floating_point()]
 
     @contextlib.contextmanager
     def hooked(
@@ -149,6 +151,11 @@ class Batch:
                     f"x is {tensor.dtype}, the model's parameters are {weight.dtype}.\nConvert it:  x.to({weight.dtype})"
                 )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the samples are."""
+        return next(v.device for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
+
     def chunk(self, start: int, stop: int) -> Batch:
         """Samples ``start … stop`` of every argument that has the batch axis."""
 
@@ -176,11 +183,28 @@ class Batch:
         return model(*args, **kwargs)
 
     def arguments(self, point: Any = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the positional and keyword arguments, with ``point`` in the place of the batch's own."""
-        if point is None:
-            return self.args, dict(self.kwargs)
-        args = tuple(point if self._is_point(v) else v for v in self.args)
-        return args, {k: point if self._is_point(v) else v for k, v in self.kwargs.items()}
+        """Return the positional and keyword arguments, with ``point`` in the place of the batch's own.
+
+        The rest are copies: a model may write to its input, and the user's tensors are not ours to change.
+        """
+
+        def argument(value: Any) -> Any:
+            if point is not None and self._is_point(value):
+                return point
+            return value.detach().clone() if isinstance(value, Tensor) else value
+
+        return tuple(map(argument, self.args)), {k: argument(v) for k, v in self.kwargs.items()}
+
+    def repeated(self, size: int) -> Batch:
+        """A batch of another size: the first samples, over again where there are too few."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim and value.shape[0] == self.size:
+                return torch.cat([value] * -(-size // self.size))[:size]
+            return value
+
+        point = None if self.point is None else cut(self.point)
+        return Batch(tuple(map(cut, self.args)), {k: cut(v) for k, v in self.kwargs.items()}, size, point)
 
 
 def features(leaves: list[Tensor], *, layer: str, batch: int) -> list[Tensor]:
@@ -194,8 +218,8 @@ def features(leaves: list[Tensor], *, layer: str, batch: int) -> list[Tensor]:
             )
     if not leaves:
         raise ProbeError(
-            f"layer {layer!r} puts out no floating tensor, so it has no features to differentiate.\n"
-            "Pick another layer, or make one of its output:  transform=lambda out: ..."
+            f"layer {layer!r} puts out no floating tensor (tuples, lists and dicts are looked into), so it has no features to "
+            "differentiate.\nPick another layer, or make one of its output:  transform=lambda out: out.last_hidden_state"
         )
     return [leaf.flatten(1) if leaf.ndim > 1 else leaf.unsqueeze(1) for leaf in leaves]
 

@@ -13,7 +13,7 @@ from torchgeom_probe.engines.functorch import starting_point
 from torchgeom_probe.engines.fused import Sink
 from torchgeom_probe.engines.task import Batch, Task, features, no_tangent
 from torchgeom_probe.errors import EngineRefusal
-from torchgeom_probe.footprint import frozen
+from torchgeom_probe.footprint import frozen, same_random_numbers
 from torchgeom_probe.shapes import Tensor
 
 
@@ -65,7 +65,13 @@ def pullback(task: Task, batch: Batch) -> Iterator[Pullback]:
     with frozen(
         task.model
     ):  # until the last pullback: activation checkpointing runs the forward pass again in each
-        with torch.enable_grad(), GradientsOff(), refused_cuts(lambda t: t.requires_grad):
+        # The random numbers of every pass are the same, as in forward mode.
+        with (
+            same_random_numbers(point.device),
+            torch.enable_grad(),
+            GradientsOff(),
+            refused_cuts(lambda t: t.requires_grad),
+        ):
             z = point.view_as(point).clone()
             with task.hooked(on_output, lambda output: z):
                 batch.run(task.model, None if batch.point is None else z)
