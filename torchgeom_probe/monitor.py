@@ -632,7 +632,11 @@ def _on_cpu(report: GeometryReport) -> GeometryReport:
             for f in fields(layer)
             if isinstance(getattr(layer, f.name), Tensor)
         }
-        layers[name] = replace(layer, **{key: value.detach().cpu() for key, value in tensors.items()})
+        moved = {key: value.detach().cpu() for key, value in tensors.items()}
+        spectrum = layer.spectrum
+        if spectrum is not None:
+            spectrum = replace(spectrum, nodes=spectrum.nodes.cpu(), weights=spectrum.weights.cpu())
+        layers[name] = replace(layer, **moved, spectrum=spectrum)
     return GeometryReport(layers)
 
 

@@ -38,6 +38,7 @@ class Plan:
         row_bytes: peak bytes of live activations per sample of a plain forward pass.
         budget: bytes that a measurement may use.
         reference: entry → plain outputs [≤ 3, n] of the first samples, until a pass was compared with them.
+        frames: random directions that were drawn for this space.
     """
 
     features: dict[str, int]
@@ -46,6 +47,7 @@ class Plan:
     row_bytes: int
     budget: int
     reference: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    frames: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_inputs(self) -> int:

@@ -28,17 +28,14 @@ class Subspace(Estimator):
 
     NOT an estimate of √det g unless k = d.  Over random frames E det VᵀgV = e_k(λ)/C(d, k), the mean squared magnification of
     k-planes, with e_k the elementary symmetric polynomial of g's eigenvalues λ; and (k/d) log √det g ≤ E log √det VᵀgV: it is biased
-    upward and follows the top of the spectrum (rank correlation .98 with the top-k effective volume, .94 with
-    the true volume, over 60 random
-    metrics).  Compare points, layers and epochs with it, all on the same frames; do not read it as (k/d) of the log-volume.
+    upward and follows the top of the spectrum.  Compare points, layers and epochs with it, all on the same frames; do not read it as
+    (k/d) of the log-volume.
 
-    With ``frames=M`` it estimates that mean, on M independent frames: ``log_volume`` = ½ log E det VᵀgV = ½
-    log(e_k(λ)/C(d, k)), a well defined
-    k-volume (the root mean square magnification of random k-planes), finite for any rank ≥ k.  The logarithms L of the M determinants are
-    taken to be normal: mean(L) + s²/2, ``std_error`` from √(s²/M + s⁴/(2(M − 1))), and ``interval`` [B, 2] the
-    95 % confidence interval (Cox; it
-    covers .94 to .96 for M = 16 … 256).  ``singular_values``, ``rank`` and ``log_pseudo_volume`` are then
-    those of the first frame, which is the frame of ``frames=1``.
+    With ``frames=M`` it estimates that mean, on M independent frames: ``log_volume`` = ½ log E det VᵀgV = ½ log(e_k(λ)/C(d, k)), a well
+    defined k-volume (the root mean square magnification of random k-planes), finite for any rank ≥ k.  The logarithms L of the M
+    determinants are taken to be normal: mean(L) + s²/2, ``std_error`` from √(s²/M + s⁴/(2(M − 1))), and ``interval`` [B, 2] the 95 %
+    confidence interval (Cox).  ``singular_values``, ``rank`` and ``log_pseudo_volume`` are then those of the first frame, which is the
+    frame of ``frames=1``.
 
     Bias: none for one frame's own volume; as an estimate of log √det g upward, second order k(d − k)/(4(d −
     1)(d + 2)) tr ε² for g = λ(I + ε).
@@ -89,8 +86,11 @@ class Subspace(Estimator):
 
     def _on_frame(self, number: int, linear: Linearization, normalize: bool) -> dict[str, LayerGeometry]:
         plan = linear.plan
-        frame = orthonormal_frame(self.k, plan.num_inputs, seed=self.seed + 7919 * number)
-        frame = frame.to(device=linear.device, dtype=plan.dtype)
+        key = (self.k, self.seed, number, linear.device)
+        if key not in plan.frames:  # drawn on the CPU: once, not in every step of a training run
+            drawn = orthonormal_frame(self.k, plan.num_inputs, seed=self.seed + 7919 * number)
+            plan.frames[key] = drawn.to(device=linear.device, dtype=plan.dtype)
+        frame = plan.frames[key]
         directions = for_every_sample(frame, plan.space, linear.batch.size)
         return along(
             directions,
