@@ -10,7 +10,8 @@ install_import_hook(
     "beartype.beartype",
 )
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# The models are small: threads that wait for each other on a busy machine cost more than they give.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
