@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,18 @@ from torch import nn
 
 from torchgeom_probe import __version__
 from torchgeom_probe.errors import ProbeError, optional
-from torchgeom_probe.estimators import Estimator, Exact, Subspace
+from torchgeom_probe.estimators import Estimator, Exact, LogDet, Subspace, TopK, Trace
 from torchgeom_probe.layers import resolve
 from torchgeom_probe.probe import GeometryProbe
 from torchgeom_probe.stages import stage_layers
+
+_ESTIMATORS: dict[str, Callable[[int, int], Estimator]] = {
+    "subspace": lambda k, seed: Subspace(k=k, seed=seed),
+    "exact": lambda k, seed: Exact(),
+    "topk": lambda k, seed: TopK(k=k, seed=seed),
+    "logdet": lambda k, seed: LogDet(seed=seed),
+    "trace": lambda k, seed: Trace(seed=seed),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,9 +103,9 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--source", default=None, metavar="NAME", help="pull back to this module's output")
         verb.set_defaults(run=function)
         if name == "measure":
-            verb.add_argument("--estimator", choices=("subspace", "exact"), default="subspace")
+            verb.add_argument("--estimator", choices=tuple(_ESTIMATORS), default="subspace")
             verb.add_argument(
-                "-k", type=int, default=8, help="random directions of the estimator subspace (default 8)"
+                "-k", type=int, default=8, help="directions of subspace, singular values of topk (default 8)"
             )
             verb.add_argument("--no-normalize", action="store_true", help="do not divide the Jacobian by √n")
             verb.add_argument(
@@ -171,9 +179,7 @@ def _layers(arguments: argparse.Namespace) -> None:
 def _measure(arguments: argparse.Namespace) -> None:
     model, loaded = _model(arguments)
     x = _input(arguments, model, loaded)
-    estimator: Estimator = (
-        Exact() if arguments.estimator == "exact" else Subspace(k=arguments.k, seed=arguments.seed)
-    )
+    estimator = _ESTIMATORS[arguments.estimator](arguments.k, arguments.seed)
     began = time.perf_counter()
     with GeometryProbe(
         model,
