@@ -251,6 +251,16 @@ def test_a_sum_in_bfloat16_inside_a_float32_model_has_the_rank_of_its_precision(
     assert g.log_volume.eq(-torch.inf).all()
 
 
+def test_the_coarsest_of_several_outputs_sets_the_rank_tolerance():
+    class Mixed(nn.Module):
+        def forward(self, x):
+            return x[:, :2] * 1e-2, x[:, 2:].bfloat16()
+
+    report = tgp.measure(Mixed(), torch.randn(3, 4), layers="", estimator=tgp.Exact())[""]
+    assert report.rank_tolerance == 4 * torch.finfo(torch.bfloat16).eps
+    assert report.rank.tolist() == [2, 2, 2]  # 1e-2 of the largest is below what bfloat16 resolves
+
+
 def test_threads_leave_the_process_as_it_was():
     model, x = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).train(), torch.randn(6, 4)
     before = (torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled())
@@ -279,7 +289,7 @@ def test_a_default_device_is_not_taken_for_ours():
 
 def test_anomaly_detection_left_on():
     model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh()), torch.randn(5, 4)
-    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+    with torch.autograd.set_detect_anomaly(True):
         tgp.measure(model, x, layers="1", estimator=tgp.Exact(), engine="vjp")
         assert torch.is_anomaly_enabled()
 

@@ -187,6 +187,24 @@ def test_a_singular_metric_is_minus_infinity_with_its_rank(dtype):
     )
 
 
+@pytest.mark.parametrize("case", ["cifar_resnet", "timm_resnet18", "vit"])
+def test_the_rank_behind_a_bottleneck_is_that_of_the_bottleneck_in_float32(case):
+    """The threshold, 16 eps, stands clear of the rounding that a deep network leaves in the directions that do not reach it."""
+    factory, shape, layers = models.CASES[case]
+    model = nn.Sequential(
+        nn.Linear(20, 3), nn.Linear(3, math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape), factory()
+    )
+    report = tgp.measure(
+        model, torch.randn(4, 20), layers=[f"4.{layer}" for layer in layers[1:]], estimator=tgp.Subspace(k=7)
+    )
+    for g in report.values():
+        if g.num_features >= 7:
+            assert g.rank.tolist() == [3] * 4
+            assert (
+                g.singular_values[:, 3] <= 8 * torch.finfo(torch.float32).eps * g.singular_values[:, 0]
+            ).all()
+
+
 def test_zero_dead_and_constant_layers():
     class Dead(nn.Module):
         def forward(self, x):

@@ -162,16 +162,14 @@ def magnification(
     ``rho`` is Spearman's, with average ranks for ties.  Its p-value must not treat neighbouring points as
     independent. Two nulls that keep the fields' smoothness are computed, and the LARGER p-value is reported:
     (a) shifts of one field against the other over the torus of its mirror images (a plain toroidal shift
-    tears a field that is not periodic at the seam, and rejects up to 11 % of independent smooth fields at the
-    5 % level); (b) the t-test with the effective sample size of Clifford, Richardson and Hémon (1989), which
-    stays honest where a field is so smooth that the shifts are few.  Measured over 300 to 400 draws each on
-    independent fields of 24², 40², 64 and 128 points (Gaussian fields, ridges, fields with a trend, with
-    dropped points) with correlation lengths from half a point to a fifth of the slice, at most 6.0 % were
-    rejected at the 5 % level.
+    tears a field that is not periodic at the seam, and rejects too often); (b) the t-test with the effective
+    sample size of Clifford, Richardson and Hémon (1989), which stays honest where a field is so smooth that
+    the shifts are few.  The tests hold it to at most 7 % of 200 draws of independent, spatially correlated
+    fields rejected at the 5 % level.
 
     ``decile_gap`` has its interval from a bootstrap of whole tiles, of two correlation lengths or more,
-    widened by Student's t for the few tiles that hold the top decile (the plain percentile interval covered
-    only 60 to 90 %).
+    widened by Student's t for the few tiles that hold the top decile (the plain percentile interval is too
+    narrow for them).
 
     ``peak_to_boundary`` = 1 - median|t_p - t*| / median E|t - t*| over the rows and columns that change class
     exactly once, at t*, with t_p where the log-volume peaks and t uniform.  Half a grid step is its

@@ -21,8 +21,8 @@ class Factor:
     """A matrix [B, r, r] per sample whose singular values are those of the tangents: ``triangle`` itself, or √ of ``gram``'s eigenvalues.
 
     float64 tangents are reduced by QR: ``triangle``.  Narrower ones are widened, block by block, to a float64 Gram matrix on the
-    smaller side: it resolves σ/σ_max down to 1e-8, far below the 1e-7 that float32 tangents hold (a float32 Gram matrix would not:
-    a dead channel made one 29 nats wrong).  No step waits for the device.
+    smaller side: it resolves σ/σ_max down to 1e-8, far below the 1e-7 that float32 tangents hold (a float32 Gram matrix
+    would lose everything below 3e-4 σ_max to rounding).  No step waits for the device.
 
     >>> tangents = torch.tensor([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0]]).unsqueeze(1)      # K = 2, B = 1, N = 3
     >>> Factor.of([tangents]).singular_values().round(decimals=6).tolist()
@@ -83,8 +83,8 @@ def _gram(rows_RBM: Tensor) -> Tensor:
 
 def rank_tolerance(dtype: torch.dtype) -> float:
     """Singular values below this share of the largest are the rounding of the tangents, and count as zero."""
-    # Measured on bottlenecks inside ResNets, a DenseNet, a ViT, ConvNeXt and EfficientNet in float32: up to 4 eps.  In half precision
-    # a wider margin would swallow the spectrum itself.
+    # Behind a bottleneck the noise of deep float32 networks is a few eps (tests/test_values.py: under 8).  In half precision a wider
+    # margin would swallow the spectrum itself.
     eps = torch.finfo(dtype).eps
     return (16 if eps < 1e-4 else 4) * eps
 

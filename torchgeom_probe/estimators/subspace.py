@@ -101,7 +101,7 @@ class Subspace(Estimator):
 
 
 def _over_frames(parts: Sequence[LayerGeometry]) -> LayerGeometry:
-    """½ log E det VᵀgV and its interval from the log-volumes of M frames (MATH, Cox's interval for a log-normal mean)."""
+    """½ log E det VᵀgV and its interval from the log-volumes of M frames (Cox's interval for a log-normal mean)."""
     count = len(parts)
     logs = 2 * torch.stack([part.log_volume for part in parts])
     some = logs.isfinite()
