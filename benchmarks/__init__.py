@@ -1,1 +1,1 @@
-"""What the dual pass costs, measured: ``python -m benchmarks``."""
+"""Benchmarks: one file a question, one table each; ``python -m benchmarks`` answers all and writes the page."""

@@ -26,13 +26,18 @@ def test_quick_run_prints_a_table() -> None:
     assert page.read_text(encoding="utf-8") == before
 
 
-def test_the_table_goes_between_the_markers(tmp_path: Path) -> None:
+def test_a_section_goes_between_its_markers(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("benchmarks_main", ROOT / "benchmarks" / "__main__.py")
     assert spec is not None
     assert spec.loader is not None
     command = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(command)
     page = tmp_path / "README.md"
-    page.write_text(f"above\n{command.BEGIN}\nold\n{command.END}\nbelow\n", encoding="utf-8")
-    command.written(page, "new")
-    assert page.read_text(encoding="utf-8") == f"above\n{command.BEGIN}\n\nnew\n\n{command.END}\nbelow\n"
+    page.write_text("above\n", encoding="utf-8")
+    command.written(page, "limit", "old")
+    command.written(page, "memory", "other")
+    command.written(page, "limit", "new")
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("above\n")
+    assert "old" not in text
+    assert text.index("new") < text.index("<!-- end of limit -->") < text.index("other")
