@@ -32,7 +32,9 @@ def written(page: Path, name: str, section: str) -> None:
 
 def finished(page: Path, name: str, under: str) -> tuple[str, ...]:
     """Return the lines of the table that stands on the page, if it was measured under these circumstances."""
-    section = page.read_text(encoding="utf-8").partition(f"<!-- {name}: written by python -m benchmarks -->")[2]
+    section = page.read_text(encoding="utf-8").partition(f"<!-- {name}: written by python -m benchmarks -->")[
+        2
+    ]
     section = section.partition(f"<!-- end of {name} -->")[0]
     return tuple(line for line in section.splitlines() if line.startswith("|")) if under in section else ()
 
@@ -67,7 +69,10 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="these tables alone")
     parser.add_argument(
-        "--families", nargs="*", default=(), help="the models of the table 'limit'; not written without --resume"
+        "--families",
+        nargs="*",
+        default=(),
+        help="the models of the table 'limit'; not written without --resume",
     )
     parser.add_argument(
         "--resume",

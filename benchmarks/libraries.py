@@ -18,24 +18,26 @@ from torchgeom_probe.directions import orthonormal_frame
 from torchgeom_probe.footprint import measuring
 
 TITLE = "Against other libraries"
-NOTE = """`curvlinops` has matrix-free Jacobians of a model with respect to its PARAMETERS, and estimators over linear operators. The input is made
-a parameter here (a module that returns model(self.x) whatever it is called with), so that its Jacobian is the one in question; its check
-for determinism, which runs the model twice more, is off, and it runs under a measurement's settings (no fused attention kernel). One
-sample; the pooled features of the last stage (192 to 1280 of them) alone, since one such operator is one layer. The last column is our time
-over curvlinops', planning included, since `GeometryProbe` is made anew: below 1 is faster.
+NOTE = """`curvlinops` has matrix-free Jacobians of a model with respect to its PARAMETERS, and estimators over linear operators. The input
+is made a parameter here (a module that returns model(self.x) whatever it is called with), so that its Jacobian is the one in
+question; its check for determinism, which runs the model twice more, is off, and it runs under a measurement's settings (no fused
+attention kernel). One sample; the pooled features of the last stage (192 to 1280 of them) alone, since one such operator is one
+layer. The last column is our time over curvlinops', planning included, since `GeometryProbe` is made anew: below 1 is faster.
 
 - "k directions": log √det VᵀgV on the same 8 directions: `JacobianLinearOperator @ V` and a QR, against `Subspace`.
-- "trace": tr g by Hutchinson's estimator with 16 Rademacher probes: `hutchinson_squared_fro(Jᵀ, 16)`, pullbacks of probes of the features,
-  against `Trace("hutchinson", probes=16)`, pushes of probes of the input.
-- "top singular values": the 4 largest of J, to a relative 1e-3: `scipy.sparse.linalg.svds` (ARPACK) on curvlinops' operator, against `TopK(k=4, tol=1e-3)`.
+- "trace": tr g by Hutchinson's estimator with 16 Rademacher probes: `hutchinson_squared_fro(Jᵀ, 16)`, pullbacks of probes of the
+  features, against `Trace("hutchinson", probes=16)`, pushes of probes of the input.
+- "top singular values": the 4 largest of J, to a relative 1e-3: `scipy.sparse.linalg.svds` (ARPACK) on curvlinops' operator,
+  against `TopK(k=4, tol=1e-3)`.
 
-Both results are compared before they are timed: the first and the last must agree; of the random trace both are printed to the standard
-error. The log determinant is left out: curvlinops' Lanczos spectra need a square operator of parameters of a loss (Hessian, GGN), not of g.
+Both results are compared before they are timed: the first and the last must agree; of the random trace both are printed to the
+standard error. The log determinant is left out: curvlinops' Lanczos spectra need a square operator of parameters of a loss
+(Hessian, GGN), not of g.
 
-Tried, and cannot do the task: `nngeometry` 0.4 takes Jacobians with respect to the parameters of a list of known layers (a parameter that is the
-input is refused: "NotImplementedError" from `LayerCollection`); `backpack-for-pytorch` 1.7 extends the backward pass by quantities of the
-parameters of known layers, none of them a Jacobian with respect to the input, and residual or attention blocks need its converter;
-`laplace-torch` builds on these for the posterior over parameters."""
+Others: `nngeometry` 0.4 was tried on a module whose parameter is its input, as above: its list of layers is made of the kinds
+that it knows, and leaves the input out without a word, so that it has no Jacobian with respect to it. `backpack-for-pytorch` and
+`laplace-torch` were not run: by their documentation the one adds quantities of the parameters of known layers to a backward pass,
+the other approximates posteriors over parameters."""
 
 MODELS = ("resnet18", "vit_tiny_patch16_224", "efficientnet_b0")
 QUICK = ("test_resnet",)
@@ -51,6 +53,7 @@ class Constant(nn.Module):
         self.x = nn.Parameter(x.clone())
 
     def forward(self, _: Any) -> Tensor:
+        """Run the model on the parameter, whatever the argument."""
         return self.model(self.x)
 
 

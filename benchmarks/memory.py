@@ -27,20 +27,25 @@ TITLE = "Peak memory"
 METHOD = "peak of one run after a run to warm up, each in a process of its own"
 NOTE = """How far memory rises above what model, inputs and directions take, in one run, over the same rise in the limit: a plain forward
 pass without gradients over (1 + k)·B rows, which it makes itself from inputs and directions, as the dual pass does. "1 layer" and
-"50 layers" (or all that there are) are `GeometryProbe(model, layers=..., estimator=Subspace(k)).measure(x)`; they are convolutions, linear layers
-and normalisations, evenly spread, the last one among them. "vmap(jvp)" and "loop of jvp" keep the tangents of the output alone.
+"50 layers" (or all that there are) are `GeometryProbe(model, layers=..., estimator=Subspace(k)).measure(x)`; they are
+convolutions, linear layers and normalisations, evenly spread, the last one among them. "vmap(jvp)" and "loop of jvp" keep the
+tangents of the output alone.
 
-On the CPU there are two figures. The first is of resident memory: the kernel's own high-water mark of the process (`VmHWM`, set back
-by `/proc/self/clear_refs` just before the run) over its resident memory then; malloc hands every block of 64 KiB and more back at
-once (`MALLOC_MMAP_THRESHOLD_`), so that it is not blurred by what the heap has kept. It counts what the kernels of oneDNN and BLAS
-take for themselves. The second, in brackets, is of the bytes of the tensors alive, counted op by op by a `TorchDispatchMode`: it leaves
-out what a kernel takes for itself and gives back. On CUDA the one figure is `torch.cuda.max_memory_allocated`."""
+On the CPU there are two figures. The first is of resident memory: the kernel's own high-water mark of the process (`VmHWM`, set
+back by `/proc/self/clear_refs` just before the run) over its resident memory then; malloc hands every block of 64 KiB and more
+back at once (`MALLOC_MMAP_THRESHOLD_`), so that it is not blurred by what the heap has kept. It counts what the kernels of oneDNN
+and BLAS take for themselves. The second, in brackets, is of the bytes of the tensors alive, counted op by op by a
+`TorchDispatchMode`: it leaves out what a kernel takes for itself and gives back. On CUDA the one figure is
+`torch.cuda.max_memory_allocated`."""
 
 #: (model, B, k)
 CASES = [
-    (name, batch, k)
-    for name in ("resnet50", "vit_tiny_patch16_224", "convnext_tiny", "densenet121", "efficientnet_b0")
-    for batch, k in ((8, 2), (2, 16))
+    ("resnet50", 8, 2),
+    ("resnet50", 2, 16),
+    ("vit_tiny_patch16_224", 2, 16),
+    ("convnext_tiny", 2, 16),
+    ("densenet121", 2, 16),
+    ("efficientnet_b0", 2, 16),
 ]
 QUICK = [("test_resnet", 2, 3)]
 CONTENDERS = ("limit", "1 layer", "50 layers", "vmap(jvp)", "loop of jvp")

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchgeom_probe.integrations.timm import cifar_resnet
 
 import torchgeom_probe as tgp
 from benchmarks.timing import Settings, seconds
 from torchgeom_probe.dual import DualTensor
 from torchgeom_probe.footprint import measuring
-from torchgeom_probe.integrations.timm import cifar_resnet
 
 TITLE = "Four stages of a ResNet-34: one probe against a Jacobian for each"
 METHOD = "process time (wall time on a GPU) of one run"
-NOTE = """The paper's network (CIFAR ResNet-34, GELU), one 32 × 32 sample, d = 3072; each stage average-pooled to 512 features, as the authors do.
-Seconds, for the Jacobian of each stage and for all four.
+NOTE = """The paper's network (CIFAR ResNet-34, GELU), one 32 × 32 sample, d = 3072; each stage average-pooled to 512 features, as the
+authors do. Seconds, for the Jacobian of each stage and for all four.
 
 - "sequential Jacobian": what the authors' code does, written here from its description: for each stage a forward pass, then
   `torch.autograd.functional.jacobian(..., create_graph=True)`, row after row, then `torch.linalg.svdvals`.
@@ -77,9 +78,7 @@ def batched(model: nn.Module, x: Tensor, names: tuple[str, ...]) -> dict[str, Te
     return found
 
 
-def exact(
-    model: nn.Module, x: Tensor, names: tuple[str, ...], *, engine: Any = "auto"
-) -> dict[str, Tensor]:
+def exact(model: nn.Module, x: Tensor, names: tuple[str, ...], *, engine: Any = "auto") -> dict[str, Tensor]:
     """The same by the library, all stages in one probe."""
     report = tgp.measure(
         model,
@@ -127,13 +126,14 @@ def table(settings: Settings) -> Iterator[str]:
     reference: dict[str, Tensor] = {}
     for way, run in ways.items():
         found: dict[str, Tensor] = {}
-        times = [
-            seconds(lambda run=run, name=name: found.update(run(model, x, (name,))), settings.device)
-            for name in STAGES
-        ]
+
+        def one(names: tuple[str, ...], run: Any = run, found: dict[str, Tensor] = found) -> None:
+            found.update(run(model, x, names))
+
+        times = [seconds(partial(one, (name,)), settings.device) for name in STAGES]
         whole = sum(times)
         if run is exact:  # the point of it: one probe for all
-            whole = seconds(lambda: found.update(exact(model, x, STAGES)), settings.device)
+            whole = seconds(partial(one, STAGES), settings.device)
         reference = reference or found
         agree(found, reference)
         yield f"| {way} | {' | '.join(f'{t:.2f}' for t in times)} | {whole:.2f} |"

@@ -100,7 +100,9 @@ def test_an_interrupted_table_keeps_its_rows_and_goes_on(
     only = command.Settings(turns=3, families=("d",))
     command.measured("limit", only, page=page, resume=True)  # one family more: the others stay
     assert page.read_text(encoding="utf-8").count("| 8 | 1, 2 |") == 4
-    command.measured("limit", command.Settings(turns=4), page=page, resume=True)  # under other circumstances: anew
+    command.measured(
+        "limit", command.Settings(turns=4), page=page, resume=True
+    )  # under other circumstances: anew
     assert ran == ["a", "b", "stop", "c", "d", "a", "b", "c"]
     assert page.read_text(encoding="utf-8").count("| 8 | 1, 2 |") == 3
 

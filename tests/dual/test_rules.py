@@ -394,7 +394,10 @@ CASES |= {
         call(_volume, 2, (3, 5, 1), _random_samples=P(2, 3, 3, low=0, high=1))
     ],
     "max_unpool1d": [call(D(2, 3, 4), places(8, 2, 3, 4), 2)],
-    "max_unpool2d": [call(D(2, 3, 2, 3), places(24, 2, 3, 2, 3), 2), call(D(2, 3, 2, 3), places(24, 2, 3, 2, 3), 2, output_size=(5, 7))],
+    "max_unpool2d": [
+        call(D(2, 3, 2, 3), places(24, 2, 3, 2, 3), 2),
+        call(D(2, 3, 2, 3), places(24, 2, 3, 2, 3), 2, output_size=(5, 7)),
+    ],
     "max_unpool3d": [call(D(2, 3, 2, 2, 1), places(32, 2, 3, 2, 2, 1), 2)],
     "F.unfold": [call(_image, 3, padding=1), call(D(3, 7, 11), (2, 3))],
     "im2col": [call(_image, (3, 3), (1, 1), (1, 1), (2, 2))],

@@ -141,9 +141,7 @@ def _cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any
     # ⟨x/|x|, y/|y|⟩, by the rules of its parts
     if ndim_of(x1) != ndim_of(x2) or x1.shape[dim] != x2.shape[dim]:
         return NotImplemented
-    unit_1, unit_2 = (
-        x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(eps) for x in (x1, x2)
-    )
+    unit_1, unit_2 = (x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(eps) for x in (x1, x2))
     return (unit_1 * unit_2).sum(dim)
 
 
