@@ -13,7 +13,7 @@ import torch
 from torchgeom_probe.shapes import Float, Tensor
 
 #: Bytes that a block may take while it is widened to float64: on a CPU it should stay near the cache.
-_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+_BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +78,7 @@ def _gram(rows_RBM: Tensor) -> Tensor:
         for part in chunk.split(features, dim=2):
             wide = part.double()
             total = wide @ wide.mT if total is None else total.baddbmm_(wide, wide.mT)
+            del wide  # before the next one is made
         assert total is not None
         grams.append(total)
     return grams[0] if len(grams) == 1 else torch.cat(grams)
