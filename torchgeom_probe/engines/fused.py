@@ -24,12 +24,14 @@ def push(
     *,
     reference: Mapping[str, Tensor] | None = None,
     state: Mapping[str, Tensor] | None = None,
+    any_order: bool = False,
 ) -> None:
     """Push k directions [k, B, *space] through the model, and hand each layer's tangents to the sink as it fires.
 
     With ``reference``, plain outputs [m, n] of the first m samples, the primal of every layer is compared with them: a rule that gave
     another value than torch itself must not be believed for its tangents.  ``state``: parameters and buffers by name, to run the model
-    with in the place of its own.
+    with in the place of its own.  ``any_order``: the sink does not mind in which order the features come, so channels that lie last in
+    memory need not be copied.
     """
 
     def on_output(entry: str, layer: str, output: Any) -> None:
@@ -45,7 +47,10 @@ def push(
         blocks = []
         for leaf, flat in zip(leaves, flats, strict=True):
             if isinstance(leaf, DualTensor):
-                blocks.append(leaf.tangents.reshape(directions.shape[0], *flat.shape))
+                tangents = leaf.tangents
+                if any_order and tangents.ndim == 5 and leaf.is_contiguous(memory_format=torch.channels_last):
+                    tangents = tangents.permute(0, 1, 3, 4, 2)
+                blocks.append(tangents.reshape(directions.shape[0], *flat.shape))
             else:  # a constant beside the features (a positional table): its derivative IS zero
                 blocks.append(flat.new_zeros(directions.shape[0], *flat.shape))
         sink(entry, blocks)

@@ -76,7 +76,7 @@ class Linearization:
             def reduce(entry: str, blocks: list[Tensor]) -> None:
                 done[entry] = Factor.of(blocks)
 
-            self.push(pushed, reduce)
+            self.push(pushed, reduce, any_order=True)
             return done
         if self._compiled is not None:
             self._compiled.refuse("not all directions fit into the memory budget at once")
@@ -134,10 +134,13 @@ class Linearization:
             itemsize=self.plan.itemsize,
         )
 
-    def push(self, directions: Tensor, sink: fused.Sink, *, until: str | None = None) -> None:
+    def push(
+        self, directions: Tensor, sink: fused.Sink, *, until: str | None = None, any_order: bool = False
+    ) -> None:
         """JV of every layer, handed to the sink layer by layer as blocks [k, B, n_i].
 
-        ``until`` names the last entry that is wanted: the dual pass ends there, and what comes after it in the model is not run.
+        ``any_order``: the sink does not mind in which order the features come.  ``until`` names the last entry that is wanted: the dual
+        pass ends there, and what comes after it in the model is not run.
         """
         if until is not None:
             with contextlib.suppress(_Reached):
@@ -149,7 +152,7 @@ class Linearization:
             fired.add(entry)
             sink(entry, blocks)
 
-        self._push(directions, noting)
+        self._push(directions, noting, any_order)
         odd = fired ^ self.plan.features.keys()
         if odd:
             raise ProbeError(
@@ -157,15 +160,15 @@ class Linearization:
                 "samples.\nMeasure one sample at a time:  [probe.measure(x[i : i + 1]) for i in range(len(x))]"
             )
 
-    def _push(self, directions: Tensor, sink: fused.Sink) -> None:
+    def _push(self, directions: Tensor, sink: fused.Sink, any_order: bool) -> None:
         if self.engine != "auto":
-            _guarded(self.engine, self.task, self.batch, directions, sink, self.plan.reference)
+            _guarded(self.engine, self.task, self.batch, directions, sink, self.plan.reference, any_order)
             return
         refusals = []
         names: tuple[EngineName, ...] = ("fused", "functorch", "vjp")
         for engine in names:
             try:
-                _guarded(engine, self.task, self.batch, directions, sink, self.plan.reference)
+                _guarded(engine, self.task, self.batch, directions, sink, self.plan.reference, any_order)
             except EngineRefusal as refusal:
                 refusals.append(f"  {engine}: {_first_line(refusal)}")
                 continue
@@ -223,13 +226,14 @@ def _guarded(
     directions: Tensor,
     sink: fused.Sink,
     reference: Mapping[str, Tensor],
+    any_order: bool,
 ) -> None:
     """Run one engine; what breaks in it, on a model whose plain forward pass is known to run, is a refusal of that engine."""
     try:
         # The same random numbers in every pass: directions that are pushed apart must be pushed through the same function.
         with same_random_numbers(directions.device):
             if engine == "fused":
-                fused.push(task, batch, directions, sink, reference=reference)
+                fused.push(task, batch, directions, sink, reference=reference, any_order=any_order)
             else:
                 _PUSHES[engine](task, batch, directions, sink)
     except (ProbeError, torch.OutOfMemoryError):
