@@ -1,0 +1,139 @@
+"""compile=True: the same numbers, one compilation a shape, weights that it follows, and a plain word where it cannot."""
+
+import warnings
+
+import models
+import pytest
+import torch
+from torch import nn
+
+import torchgeom_probe as tgp
+from torchgeom_probe import ProbeError
+
+
+def _small():
+    """A convolution, its norm, a branch and a head: what the fused rules do, in a graph that compiles in seconds."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.GELU(), nn.Flatten(), nn.Linear(5 * 4 * 5, 7)
+    )
+    model[1].running_mean.normal_()
+    return model
+
+
+def _compiled(probe):
+    return probe._compiled._passes
+
+
+def _assert_same(found, expected, tolerance):
+    for layer in expected:
+        assert found[layer].engine == "compiled"
+        assert torch.allclose(found[layer].log_volume, expected[layer].log_volume, atol=tolerance)
+
+
+def test_compiled_equals_eager_and_follows_the_optimizer():
+    model, x = _small(), torch.randn(2, 3, 6, 7)
+    layers, estimator = ["1", "4"], tgp.Subspace(k=3)
+    probe = tgp.GeometryProbe(model, layers=layers, estimator=estimator, compile=True)
+    first = probe.measure(x)
+    assert {g.engine for g in first.values()} == {"fused"}  # the pass that checks the model
+    second = probe.measure(x)
+    _assert_same(second, first, 1e-4)
+    assert len(_compiled(probe)) == 1
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model.train()
+    model(x).square().sum().backward()
+    optimizer.step()
+    moved = probe.measure(x)
+    _assert_same(moved, tgp.measure(model, x, layers=layers, estimator=estimator), 1e-4)
+    assert (moved["4"].log_volume - second["4"].log_volume).abs().min() > 1e-2
+    assert len(_compiled(probe)) == 1  # the weights and the running statistics are inputs of the graph
+    assert model.training
+    assert not model._forward_hooks
+    assert not model[1]._forward_hooks
+
+    # What a trace takes as constant is part of the key.
+    model[1].eps = 3.0
+    _assert_same(probe.measure(x), tgp.measure(model, x, layers=layers, estimator=estimator), 1e-4)
+    assert len(_compiled(probe)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", models.CASES)
+def test_compiled_models_equal_eager_ones(case, dtype):
+    factory, shape, layers = models.CASES[case]
+    model, x = factory().to(dtype), torch.randn(2, *shape, dtype=dtype)
+    estimator = tgp.Exact() if case == "mlp" else tgp.Subspace(k=3)
+    engine = "fused" if case == "mlp" else "auto"
+    probe = tgp.GeometryProbe(model, layers=layers, estimator=estimator, engine=engine, compile=True)
+    eager = probe.measure(x)
+    _assert_same(probe.measure(x), eager, 1e-3 if dtype == torch.float32 else 1e-9)
+
+
+def test_a_last_smaller_chunk_is_no_reason_to_compile():
+    model, x = nn.Sequential(nn.Linear(4, 9), nn.Tanh()), torch.randn(7, 4)
+    plain = tgp.measure(model, x, layers="1", estimator=tgp.Subspace(k=2))
+    probe = tgp.GeometryProbe(model, layers="1", estimator=tgp.Subspace(k=2), compile=True)
+    probe.measure(x)
+    plan = next(iter(probe._plans.values()))
+    object.__setattr__(plan, "budget", int(2.0 * plan.row_bytes * 3 * 3))  # three samples at once
+    assert plan.samples_at_once(2, 7) == 3
+    report = probe.measure(x)
+    assert len(_compiled(probe)) == 1
+    assert torch.allclose(report["1"].log_volume, plain["1"].log_volume, atol=1e-4)
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x * (1 + torch.rand_like(x))
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x.sin() if (x.sum() > 0).item() else x.cos()
+
+
+@pytest.mark.parametrize(("model", "why"), [(Noisy(), "random numbers"), (Branches(), "eagerly: .*")])
+def test_what_cannot_be_compiled_runs_eagerly_and_says_so_once(model, why):
+    probe = tgp.GeometryProbe(model, layers="", estimator=tgp.Subspace(k=2), compile=True)
+    x = torch.randn(3, 4)
+    first = probe.measure(x)
+    with pytest.warns(UserWarning, match=f"compile=True has no effect here.*{why}"):
+        second = probe.measure(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        third = probe.measure(x)
+    assert first[""].engine == second[""].engine == third[""].engine == "fused"
+    assert torch.equal(second[""].log_volume, third[""].log_volume)
+
+
+def test_a_wrong_result_of_the_compiler_is_not_used(monkeypatch):
+    import torch._inductor
+
+    monkeypatch.setattr(
+        torch._inductor, "compile", lambda graph, inputs, options=None: lambda *a: [2 * m for m in graph(*a)]
+    )
+    probe = tgp.GeometryProbe(nn.Linear(3, 5), layers="", estimator=tgp.Subspace(k=2), compile=True)
+    x = torch.randn(2, 3)
+    first = probe.measure(x)
+    with pytest.warns(UserWarning, match="another result than the eager one"):
+        second = probe.measure(x)
+    assert torch.equal(first[""].log_volume, second[""].log_volume)
+
+
+@pytest.mark.parametrize("arguments", [{"estimator": tgp.TopK(2)}, {"engine": "vjp"}])
+def test_compile_is_refused_where_there_is_no_dual_pass_to_compile(arguments):
+    with pytest.raises(ProbeError, match="compile=True compiles the dual pass"):
+        tgp.GeometryProbe(nn.Linear(3, 5), layers="", compile=True, **arguments)
+
+
+@pytest.mark.cuda
+def test_under_cuda_graphs_the_next_call_leaves_earlier_results_alone():
+    model, x = _small().cuda(), torch.randn(2, 3, 6, 7).cuda()
+    probe = tgp.GeometryProbe(model, layers=["1", "4"], estimator=tgp.Subspace(k=3), compile=True)
+    eager = probe.measure(x)
+    reports = [probe.measure(x) for _ in range(4)]
+    probe.measure(2 * x)
+    for report in reports:
+        _assert_same(report, eager, 1e-3)
