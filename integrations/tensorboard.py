@@ -92,7 +92,9 @@ class TensorBoardWriter:
     ) -> None:
         self.histograms = histograms
         self.layout = layout
+        # Imported here, a second or two, and not inside of the first probe, whose cost a budget goes by.
         optional("tensorboard", extra="tensorboard")
+        optional("torch.utils.tensorboard", extra="tensorboard")
         self._labels: dict[str, str] = {}
         self._charted: tuple[str, ...] = ()
         self._conventions = ""
