@@ -234,6 +234,48 @@ def test_an_update_that_the_gradient_scaler_skips_does_not_count():
     assert monitor.steps == 2
 
 
+def test_closures_count_a_step_each_and_the_weights_are_the_same():
+    def fit(monitored):
+        model = mlp()
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4)
+        x = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
+        monitor = Monitor(model, x, layers=["1"], every=2)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        if monitored:
+            monitor.follow(optimizer)
+        for _ in range(5):
+            optimizer.step(closure)
+        return model, monitor
+
+    (bare, _), (followed, monitor) = fit(False), fit(True)
+    assert monitor.steps == 5
+    assert [step for step, _ in monitor.history] == [0, 2, 4]
+    for one, other in zip(bare.parameters(), followed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_two_optimizers_have_a_monitor_each_or_one_of_them_is_followed():
+    generator, critic = mlp(), mlp(1)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (generator, critic)]
+    x = torch.randn(5, 4)
+    monitors = [
+        Monitor(model, x, layers=["1"], every=every).follow(optimizer)
+        for model, optimizer, every in zip((generator, critic), optimizers, (1, 3), strict=True)
+    ]
+    for step in range(6):
+        for model, optimizer in list(zip((generator, critic), optimizers, strict=True))[step % 2 :]:
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    assert [[step for step, _ in monitor.history] for monitor in monitors] == [[0, 1, 2, 3], [0, 3, 6]]
+
+
 def test_closing_detaches_from_the_optimizer_and_closes_the_writers():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -341,6 +383,38 @@ def test_maps_are_drawn_at_each_mth_probe_for_the_writers_that_take_them():
     assert not pyplot.get_fignums()
     with pytest.raises(ProbeError, match="no writer here takes them"):
         Monitor(mlp(), torch.randn(5, 4), writer=plain, maps={"slice": lambda model: None})
+    with pytest.raises(
+        ProbeError, match=r"maps=\{'slice': ...\} takes a slice, or a function(.|\n)*got a Tensor"
+    ):
+        Monitor(mlp(), torch.randn(5, 4), writer=album, maps={"slice": torch.zeros(3)})
+
+
+class Accounts(Recorder):
+    """A writer that takes single numbers too."""
+
+    def __init__(self, fails_at=()):
+        super().__init__(fails_at)
+        self.numbers = []
+
+    def write_scalar(self, tag, value, step):
+        self.numbers.append((tag, step, value))
+
+
+def test_a_writer_is_told_of_the_failures_and_of_the_share():
+    writer = Accounts(fails_at=(2,))
+    monitor = Monitor(mlp(), torch.randn(5, 4), layers=["1"], every=1, writer=[writer, Recorder()])
+    monitor.probe_now()
+    monitor.step()
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        monitor.step()
+    monitor.step()
+    told = [(step, value) for tag, step, value in writer.numbers if tag == "geometry/failures"]
+    assert told == [(0, 0.0), (1, 0.0), (3, 1.0)]  # at 2 it was the writer itself that failed
+    shares = [(step, value) for tag, step, value in writer.numbers if tag == "geometry/overhead"]
+    assert [step for step, _ in shares] == [1, 3]
+    # Read inside of a probe, which is time of the probes already.
+    assert shares[-1][1] == pytest.approx(monitor.overhead, abs=0.2)
+    assert shares[-1][1] > 0.5
 
 
 # Schedules
