@@ -618,10 +618,13 @@ def test_arguments_that_make_no_sense_are_refused_at_once(options, message):
         (torch.zeros(0, 4), "a tensor of shape [0, 4]"),
         (torch.tensor(1.0), "a tensor of shape []"),
         ([], "got a list"),
+        (torch.zeros(3, 4, device="meta"), "and no numbers"),
     ],
 )
 def test_a_probe_batch_of_nothing_is_refused(x_probe, message):
-    with pytest.raises(ProbeError, match=r"x_probe is the batch of samples(.|\n)*" + re.escape(message)):
+    with pytest.raises(
+        ProbeError, match=r"x_probe is (the batch of samples|on the device)(.|\n)*" + re.escape(message)
+    ):
         Monitor(mlp(), x_probe)
 
 

@@ -281,6 +281,11 @@ class Monitor:
                 f"got {what}.\n"
                 "Write:  tgp.Monitor(model, torch.stack([dataset[i][0] for i in range(16)]), ...)"
             )
+        if any(tensor.is_meta for tensor in tensors):
+            raise ProbeError(
+                "x_probe is on the device 'meta': it has a shape and no numbers.\n"
+                "Pass samples of your data:  tgp.Monitor(model, torch.stack([dataset[i][0] for i in range(16)]), ...)"
+            )
         if on_error not in ("warn", "raise"):
             raise ProbeError(f"on_error is 'warn' or 'raise'; got {on_error!r}.")
         if keep is not None:
