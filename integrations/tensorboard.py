@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -231,6 +232,8 @@ class TensorBoardWriter:
         assert self._log_dir is not None
         earlier = sorted(self._log_dir.glob("events.out.tfevents.*"))
         ours_alone = bool(earlier) and all(path.name.endswith(_SUFFIX) for path in earlier)
+        if earlier:
+            _try_bytes(self._log_dir)
         # Everything that a fresh reader needs is written anew: what is purged takes the layout and the text
         # with it.
         self._charted, self._conventions = (), ""
@@ -250,6 +253,13 @@ class TensorBoardWriter:
                 "Likely the disk is full, or the directory is not writable; what was written stays.\n"
                 "Free some space or choose another directory:  TensorBoardWriter('/other/disk/runs')"
             ) from error
+
+
+def _try_bytes(folder: Path) -> None:
+    # On a full disk an event file comes into being empty, and its worker thread dies with a traceback: at every probe.
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(1 << 14))
+        file.flush()
 
 
 def _edges(values: Float[Tensor, " samples"]) -> list[float]:

@@ -322,6 +322,7 @@ def test_a_failing_writer_is_shown_once_and_starves_no_other():
         for _ in range(4):
             monitor.step()
     (shown,) = [w for w in caught if issubclass(w.category, RuntimeWarning)]
+    assert shown.filename == __file__, "the warning points into the training loop"
     assert "step 2: Recorder.write failed" in str(shown.message)
     assert "No space left on device" in str(shown.message)
     assert [step for step, _ in healthy.written] == [1, 2, 3, 4]

@@ -583,7 +583,7 @@ class Monitor:
                     f"(shown once, counted in monitor.failures; on_error='raise' stops here).\n"
                     f"{type(error).__name__}: {error}",
                     RuntimeWarning,
-                    stacklevel=2,
+                    stacklevel=_level_of_the_caller(),
                 )
 
 
@@ -638,6 +638,15 @@ class _Stopwatch:
             self._last_probe_seconds = time.perf_counter() - begin
             self._probe_seconds += self._last_probe_seconds
             self._training_at_probe = training
+
+
+def _level_of_the_caller() -> int:
+    """How many frames up the training loop is: what lies between is ours, the optimizer's hook and contextlib."""
+    between = ("torchgeom_probe", "contextlib", "torch")
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in between:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _schedule(every: int | None, max_overhead: float | None, schedule: Schedule | None) -> Schedule:

@@ -355,13 +355,14 @@ def test_a_full_disk_is_said_to_be_one_and_the_writer_recovers(tmp_path):
     code = textwrap.dedent(
         f"""
         import resource, signal, sys, threading
+        from pathlib import Path
         sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
         from test_tensorboard import ProbeError, TensorBoardWriter, report
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         threading.excepthook = lambda *_: None  # the worker of the event file dies aloud
         writer = TensorBoardWriter({str(tmp_path)!r})
         writer.write(0, report())
-        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))  # less than is tried
         failed = 0
         for step in range(1, 6):
             try:
@@ -369,6 +370,8 @@ def test_a_full_disk_is_said_to_be_one_and_the_writer_recovers(tmp_path):
             except ProbeError as error:
                 message, failed = str(error), failed + 1
         assert failed, "the limit was not reached"
+        files = len(list(Path({str(tmp_path)!r}).iterdir()))
+        assert files == 1, "a full disk gets no empty event file at every probe"
         for words in ("could not be written", "disk is full", "File too large"):
             assert words in message, message
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
