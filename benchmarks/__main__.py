@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.util
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -13,8 +14,9 @@ import torch
 
 from benchmarks.timing import Settings, circumstances
 
-#: The tables, in the order of the page.  Each is a module with TITLE, NOTE and ``table(settings)``, which yields lines.
-TABLES = ("limit", "overhead")
+#: The tables, in the order of the page.  Each is a module with TITLE, NOTE and ``table(settings)``, which yields lines; METHOD, where
+#: it has one, says how it measures in place of the smallest time; RESUMES, if true, that it takes rows from ``settings.finished``.
+TABLES = ("limit", "memory", "stages", "scaling", "libraries", "overhead")
 PAGE = Path(__file__).parent / "README.md"
 
 
@@ -28,14 +30,36 @@ def written(page: Path, name: str, section: str) -> None:
     page.write_text(f"{before}{gap}{begin}\n\n{section}\n\n{end}{after}", encoding="utf-8")
 
 
-def measured(module: ModuleType, settings: Settings) -> str:
-    """Run one table, printing it as it grows, and return its section of the page."""
+def finished(page: Path, name: str, under: str) -> tuple[str, ...]:
+    """Return the lines of the table that stands on the page, if it was measured under these circumstances."""
+    section = page.read_text(encoding="utf-8").partition(f"<!-- {name}: written by python -m benchmarks -->")[
+        2
+    ]
+    section = section.partition(f"<!-- end of {name} -->")[0]
+    return tuple(line for line in section.splitlines() if line.startswith("|")) if under in section else ()
+
+
+def measured(name: str, settings: Settings, *, page: Path | None, resume: bool) -> None:
+    """Run one table, printing it as it grows; with a page each line is on it as soon as it is known."""
+    module: ModuleType = importlib.import_module(f"benchmarks.{name}")
+    under = circumstances(settings, getattr(module, "METHOD", None))
+    if page is not None and resume and getattr(module, "RESUMES", False):
+        settings = replace(settings, finished=finished(page, name, under))
     print(f"\n## {module.TITLE}\n", flush=True)
-    lines = []
+    head = [f"## {module.TITLE}", "", module.NOTE.strip(), "", under, ""]
+    lines: list[str] = []
     for line in module.table(settings):
         print(line, flush=True)
         lines.append(line)
-    return "\n".join([f"## {module.TITLE}", "", module.NOTE.strip(), "", circumstances(settings), "", *lines])
+        same = settings.finished[:1] == tuple(lines[:1])  # the same columns
+        left = [row for row in settings.finished[2:] if same and not row.startswith(_keys(lines))]
+        if page is not None:
+            written(page, name, "\n".join([*head, *lines, *left]))
+
+
+def _keys(lines: list[str]) -> tuple[str, ...]:
+    """What a row is about: its first three cells."""
+    return tuple("|".join(line.split("|")[:4]) + "|" for line in lines)
 
 
 def main() -> None:
@@ -45,7 +69,15 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="these tables alone")
     parser.add_argument(
-        "--families", nargs="*", default=(), help="the models of the table 'limit'; not written"
+        "--families",
+        nargs="*",
+        default=(),
+        help="the models of the table 'limit'; not written without --resume",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows that the page has under the same circumstances, measure the others; rows are written one by one",
     )
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument(
@@ -62,10 +94,9 @@ def main() -> None:
         turns=2 if arguments.quick else arguments.turns,
         families=tuple(arguments.families),
     )
+    writes = not settings.quick and (arguments.resume or not settings.families)
     for name in arguments.only:
-        section = measured(importlib.import_module(f"benchmarks.{name}"), settings)
-        if not (settings.quick or settings.families):
-            written(PAGE, name, section)
+        measured(name, settings, page=PAGE if writes else None, resume=arguments.resume)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ Second table: training with `max_overhead=0.02` and charts written to TensorBoar
 `monitor.step()` over the whole run's, taken from outside with a clock of its own; "share, reported" is `monitor.overhead`. What torch
 imports at its first forward derivative (seconds, once a process) comes before the run."""
 
+METHOD = "first table: process time, smallest of ten turns for each of the others' one; second: wall time of one run"
+
 SHARE = 0.02
 CALLS = 2000
 

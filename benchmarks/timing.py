@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,14 @@ class Settings:
         device: where the models run.
         turns: how often each is timed; the smallest time counts.
         families: the models of the table "limit"; empty for all of them.
+        finished: lines that the page already has of this table, measured under the same circumstances: no need to measure them again.
     """
 
     quick: bool = False
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     turns: int = 6
     families: tuple[str, ...] = ()
+    finished: tuple[str, ...] = ()
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -51,18 +55,35 @@ def smallest(
     *,
     slow_turns: int | None = None,
     quick_ones: tuple[str, ...] = (),
+    inside: Mapping[str, Callable[[], contextlib.AbstractContextManager[Any]]] | None = None,
 ) -> dict[str, float]:
-    """Time each run once a turn, in turn, and return the smallest time of each; with ``slow_turns`` all but ``quick_ones`` take fewer."""
+    """Time each run once a turn, in turn, and return the smallest time of each; with ``slow_turns`` all but ``quick_ones`` take fewer.
+
+    ``inside`` gives a run the context that it needs: entered and left outside of the clock, and for that run alone.
+    """
     best = dict.fromkeys(runs, float("inf"))
     for turn in range(turns):
         for name, run in runs.items():
             if slow_turns is None or name in quick_ones or turn < slow_turns:
-                best[name] = min(best[name], seconds(run, device))
+                with (inside or {}).get(name, contextlib.nullcontext)():
+                    best[name] = min(best[name], seconds(run, device))
     return best
 
 
-def circumstances(settings: Settings) -> str:
-    """Describe versions, hardware and method, in a sentence each."""
+def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Fit log y = slope · log x + constant by least squares: the power with which y grows.
+
+    >>> round(slope([1, 2, 4], [3, 12, 48]), 6)
+    2.0
+    """
+    u, v = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    mean_u, mean_v = sum(u) / len(u), sum(v) / len(v)
+    spread = sum((a - mean_u) ** 2 for a in u)
+    return sum((a - mean_u) * (b - mean_v) for a, b in zip(u, v, strict=True)) / spread
+
+
+def circumstances(settings: Settings, method: str | None = None) -> str:
+    """Describe versions, hardware and method, in a sentence each; ``method`` in place of the smallest time of the turns."""
     cpu = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -73,8 +94,8 @@ def circumstances(settings: Settings) -> str:
     hardware = (
         torch.cuda.get_device_name(settings.device) if on_gpu else f"{cpu}, {torch.get_num_threads()} thread"
     )
-    clock = "wall time" if on_gpu else "process time"
+    clock = f"{'wall' if on_gpu else 'process'} time, smallest of {settings.turns} turns"
     return (
         f"torchgeom_probe {torchgeom_probe.__version__}, torch {torch.__version__}, Python {platform.python_version()}; "
-        f"{hardware}; float32, eval mode; {clock}, smallest of {settings.turns} turns."
+        f"{hardware}; float32, eval mode; {method or clock}."
     )

@@ -13,7 +13,7 @@ import torch
 from torchgeom_probe.shapes import Float, Tensor
 
 #: Bytes that a block may take while it is widened to float64: on a CPU it should stay near the cache.
-_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+_BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,19 +66,22 @@ class Factor:
 
 
 def _gram(rows_RBM: Tensor) -> Tensor:
-    """[B, R, R] float64 inner products of the rows, widened a block of samples at a time."""
+    """[B, R, R] float64 inner products of the rows, widened a block at a time: of samples, and of a large sample's features."""
     rows_BRM = rows_RBM.transpose(0, 1)
     block = _BLOCK_BYTES.get(rows_BRM.device.type, 64 << 20)
-    per_sample = 8 * rows_BRM.shape[1] * max(rows_BRM.shape[2], 1)
-    samples = max(1, block // per_sample)
-    if samples >= rows_BRM.shape[0]:
-        wide = rows_BRM.double()
-        return wide @ wide.mT
+    per_feature = 8 * max(rows_BRM.shape[1], 1)
+    features = max(64, block // per_feature)
+    samples = max(1, block // (per_feature * max(rows_BRM.shape[2], 1)))
     grams = []
     for chunk in rows_BRM.split(samples):
-        wide = chunk.double()
-        grams.append(wide @ wide.mT)
-    return torch.cat(grams)
+        total: Tensor | None = None
+        for part in chunk.split(features, dim=2):
+            wide = part.double()
+            total = wide @ wide.mT if total is None else total.baddbmm_(wide, wide.mT)
+            del wide  # before the next one is made
+        assert total is not None
+        grams.append(total)
+    return grams[0] if len(grams) == 1 else torch.cat(grams)
 
 
 def rank_tolerance(dtype: torch.dtype) -> float:

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from torchgeom_probe import directions as tangents
 from torchgeom_probe.dual import recording
+from torchgeom_probe.engines.compiled import CompiledPasses
 from torchgeom_probe.engines.linearization import EngineName, Linearization
 from torchgeom_probe.engines.plan import Plan, make_plan
 from torchgeom_probe.engines.task import Batch, Task, Transform, features
 from torchgeom_probe.errors import EngineRefusal, ProbeError
-from torchgeom_probe.estimators import Estimator, Subspace, TopK
+from torchgeom_probe.estimators import Estimator, Exact, Subspace, TopK
 from torchgeom_probe.estimators.subspace import along
 from torchgeom_probe.estimators.topk import start_from
 from torchgeom_probe.footprint import Mode, measuring, unwrapped
@@ -51,6 +52,10 @@ class GeometryProbe:
         memory_budget: bytes that a measurement may use; default: half of what is free.  Samples, then directions, are taken in
             chunks to keep to it; the results do not depend on the chunking.
         mode: ``"eval"`` measures in eval mode whatever mode the model is in; ``"as_is"`` keeps it.
+        compile: trace the whole dual pass, hooks and reductions included, and compile it with Inductor (on CUDA, under CUDA graphs).
+            Once per shape: it takes a minute or so, so it pays where one shape is measured many times.  The weights are inputs of the
+            compiled code, which so follows the optimizer.  The first measurement of a shape is still the eager pass, which checks the
+            model; what cannot be compiled runs eagerly, with one warning that says why.
 
     Raises:
         ProbeError: a layer or source that the model does not have, an unknown engine or mode, a model that cannot be hooked.
@@ -75,6 +80,7 @@ class GeometryProbe:
         source: str | nn.Module | None = None,
         memory_budget: int | None = None,
         mode: Mode = "eval",
+        compile: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ProbeError(
@@ -96,6 +102,11 @@ class GeometryProbe:
             raise ProbeError(
                 f"memory_budget={memory_budget!r}: it is a number of bytes.\nWrite, for instance, memory_budget=2 * 2**30."
             )
+        if compile and (engine not in ("auto", "fused") or not isinstance(estimator, (Subspace, Exact))):
+            raise ProbeError(
+                f"compile=True compiles the dual pass of Subspace and Exact; this probe has engine={engine!r} and {estimator}.\n"
+                "Leave it out, or write GeometryProbe(model, ..., estimator=Subspace(), engine='fused', compile=True)"
+            )
         chosen = resolve(model, layers)
         self.estimator = estimator
         self.normalize = normalize
@@ -108,6 +119,7 @@ class GeometryProbe:
             **_resolved_source(model, source),
             transforms=_resolved_transforms(model, chosen, transform),
         )
+        self._compiled = CompiledPasses(self._task) if compile else None
         self._plans: dict[Any, Plan] = {}
         self._engine_that_runs: EngineName = engine
         self._closed = False
@@ -126,6 +138,7 @@ class GeometryProbe:
     def close(self) -> None:
         """Let go of the model; measuring afterwards raises."""
         self._closed = True
+        self._compiled = None
         self._plans.clear()
 
     def measure(
@@ -178,7 +191,13 @@ class GeometryProbe:
                     try:
                         parts.append(
                             self._measured(
-                                batch.chunk(start, stop), plan, directions, start_vectors, start, stop
+                                batch.chunk(start, stop),
+                                plan,
+                                directions,
+                                start_vectors,
+                                start,
+                                stop,
+                                at_once,
                             )
                         )
                     except torch.OutOfMemoryError as error:
@@ -201,8 +220,11 @@ class GeometryProbe:
         start_vectors: Mapping[str, Tensor] | None,
         start: int,
         stop: int,
+        at_once: int,
     ) -> dict[str, LayerGeometry]:
-        linear = Linearization(self._task, chunk, plan, self._engine_that_runs)
+        # A last chunk that is smaller than the others is not worth a compilation of its own.
+        compiled = self._compiled if start == 0 or stop - start == at_once else None
+        linear = Linearization(self._task, chunk, plan, self._engine_that_runs, compiled=compiled)
         if start_vectors is not None and isinstance(self.estimator, TopK):
             warm = {entry: vectors[start:stop] for entry, vectors in start_vectors.items()}
             measured = self.estimator.estimate(linear, normalize=self.normalize, warm=warm)
@@ -212,6 +234,8 @@ class GeometryProbe:
             measured = along(directions[:, start:stop], linear, normalize=self.normalize)
         self._engine_that_runs = linear.engine
         plan.reference.clear()  # compared: the next passes need not wait for it
+        if linear.ran_compiled:
+            measured = {entry: replace(result, engine="compiled") for entry, result in measured.items()}
         return measured
 
     def _planned(self, batch: Batch) -> Plan:

@@ -70,6 +70,14 @@ def index(high: int, *shape: int) -> torch.Tensor:
     return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(5))
 
 
+def places(count: int, *shape: int) -> torch.Tensor:
+    """Places in a plane of so many, none of them twice in one plane."""
+    generator = torch.Generator().manual_seed(7)
+    chosen = [torch.randperm(count, generator=generator) for _ in range(shape[0] * shape[1])]
+    size = torch.Size(shape[2:]).numel()
+    return torch.stack([each[:size] for each in chosen]).reshape(shape)
+
+
 # ------------------------------------------------------------------------------------------------------- the table
 
 #: Elementwise functions: where they are defined, and their further arguments.
@@ -239,6 +247,34 @@ CASES |= {
         call(D(1, 7), mask(5, 7), 0.5),
     ],
     "masked_fill_": [call(D(5, 7), mask(5, 6), 2.5), call(D(3, 5, 7), mask(6), 0.5)],
+    **dict.fromkeys(
+        "atan2 arctan2 hypot logaddexp logaddexp2".split(),
+        [
+            call(D(5, 7), D(5, 7, low=0.5)),
+            call(D(5, 7), P(3, 5, 1, low=0.5)),
+            call(P(3, 5, 7), D(7, low=0.5)),
+            call(D(7), D(3, 5, 1, low=0.5)),
+            call(P(), D(3, 5, low=0.5)),
+        ],
+    ),
+    **dict.fromkeys(
+        ("remainder", "fmod", "__mod__"),
+        [
+            call(D(5, 7, low=-5), 1.3),
+            call(D(5, 7, low=-5), D(7, low=0.5)),
+            call(D(7, low=-5), P(3, 5, 7, low=0.5)),
+            call(P(3, 5, 7, low=-5), D(7, low=0.5)),
+        ],
+    ),
+    **dict.fromkeys(
+        "atan2_ arctan2_ hypot_ remainder_ fmod_".split(),
+        [call(D(5, 7), D(7, low=0.5)), call(D(5, 7), P(5, 1, low=0.5))],
+    ),
+    "bilinear": [
+        call(D(5, 3), D(5, 2), P(7, 3, 2), P(7)),
+        call(D(2, 5, 3), P(2, 5, 2), P(7, 3, 2)),
+        call(P(5, 3), D(5, 2), P(7, 3, 2), P(7)),
+    ],
     # products
     "linear": [call(D(2, 5, 7), P(3, 7), P(3)), call(D(7), P(3, 7)), call(D(5, 7), P(7))],
     "matmul": [
@@ -349,6 +385,20 @@ CASES |= {
     "adaptive_max_pool1d_with_indices": [call(_signal, 3)],
     "adaptive_max_pool2d_with_indices": [call(_image, (3, 2))],
     "adaptive_max_pool3d_with_indices": [call(_volume, (2, 3, 1))],
+    "fractional_max_pool2d": [call(_image, 2, (3, 5), _random_samples=P(2, 3, 2, low=0, high=1))],
+    "fractional_max_pool3d": [call(_volume, 2, (3, 5, 1), _random_samples=P(2, 3, 3, low=0, high=1))],
+    "fractional_max_pool2d_with_indices": [
+        call(_image, 2, (3, 5), _random_samples=P(2, 3, 2, low=0, high=1))
+    ],
+    "fractional_max_pool3d_with_indices": [
+        call(_volume, 2, (3, 5, 1), _random_samples=P(2, 3, 3, low=0, high=1))
+    ],
+    "max_unpool1d": [call(D(2, 3, 4), places(8, 2, 3, 4), 2)],
+    "max_unpool2d": [
+        call(D(2, 3, 2, 3), places(24, 2, 3, 2, 3), 2),
+        call(D(2, 3, 2, 3), places(24, 2, 3, 2, 3), 2, output_size=(5, 7)),
+    ],
+    "max_unpool3d": [call(D(2, 3, 2, 2, 1), places(32, 2, 3, 2, 2, 1), 2)],
     "F.unfold": [call(_image, 3, padding=1), call(D(3, 7, 11), (2, 3))],
     "im2col": [call(_image, (3, 3), (1, 1), (1, 1), (2, 2))],
     "F.fold": [call(D(2, 12, 60), (7, 11), 2), call(D(12, 60), (7, 11), 2)],
@@ -433,6 +483,19 @@ CASES |= {
         call(D(3, 5, 7)),
         call(D(3, 5, 7), 2, 1),
         call(D(3, 5, 7), dim=(0, 2), keepdim=True),
+        call(D(3, 5, 7), 1, -1),
+        call(D(3, 5, 7), 3, (0, 2)),
+        call(D(3, 5, 7), 1.5),
+    ],
+    "cosine_similarity": [
+        call(D(3, 5, 7), D(3, 5, 7)),
+        call(D(3, 5, 7), P(1, 5, 7), dim=-1),
+        call(P(5, 7), D(5, 7), 0, 1.0),
+    ],
+    "pairwise_distance": [
+        call(D(5, 7), D(5, 7)),
+        call(D(5, 7), P(7), 3.0),
+        call(P(5, 7), D(5, 7), 1.0, 1e-3, True),
     ],
     "torch.norm": [call(D(3, 5, 7)), call(D(3, 5, 7), 2, -1, True), call(D(3, 5, 7), "fro", (0, 2))],
     "Tensor.norm": [call(D(3, 5, 7)), call(D(3, 5, 7), p=2, dim=1)],
@@ -604,6 +667,7 @@ CASES |= {
 }
 #: Rules without an exact twin in float64 on the CPU: a test of their own, below.
 ELSEWHERE = {
+    "cdist",
     "grid_sample",
     "grid_sampler",
     "float",
@@ -914,6 +978,20 @@ def test_grid_sampling_is_linear_in_the_image() -> None:
         out = op(dual(x, t), grid, *arguments)
         for row, of in zip(out.buffer, [x, *t], strict=True):
             torch.testing.assert_close(row, op(of, grid, *arguments))
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+def test_distances_of_all_pairs(p: float) -> None:
+    # torch has no forward derivative of cdist: its reverse one is the oracle
+    x, y = torch.randn(2, 5, 7, dtype=torch.float64), torch.randn(2, 3, 7, dtype=torch.float64)
+    t, s = torch.randn(4, *x.shape, dtype=torch.float64), torch.randn(4, *y.shape, dtype=torch.float64)
+    by_x, by_y = torch.autograd.functional.jacobian(lambda a, b: torch.cdist(a, b, p), (x, y))
+    out = torch.cdist(dual(x, t), dual(y, s), p)
+    torch.testing.assert_close(out.primal, torch.cdist(x, y, p))
+    torch.testing.assert_close(
+        out.tangents,
+        torch.einsum("bijcnd,kcnd->kbij", by_x, t) + torch.einsum("bijcnd,kcnd->kbij", by_y, s),
+    )
 
 
 def test_extremes_share_a_tie() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from torchgeom_probe.dual.elementwise import pushed
-from torchgeom_probe.dual.table import any_dual, enter, in_place_of, ndim_of, operands, primal_of, rule
-from torchgeom_probe.dual.tensor import DualTensor
+from torchgeom_probe.dual.table import any_dual, enter, in_place_of, named, ndim_of, operands, primal_of, rule
+from torchgeom_probe.dual.tensor import RULES, DualTensor
 from torchgeom_probe.shapes import Tensor
 
 
@@ -247,3 +247,39 @@ def _masked_fill_in_place(input: Any, mask: Tensor, value: Any) -> Any:
     input.buffer.masked_fill_(mask, 0)
     input.buffer[0].masked_fill_(mask, value)
     return input
+
+
+# ------------------------------------------------------------------------------------------ smooth functions of two numbers
+
+#: name → (∂f/∂a, ∂f/∂b) at a, b with y = f(a, b)
+PARTIALS: dict[str, Callable[..., tuple[Any, Any]]] = {
+    "atan2": lambda a, b, y: (b / (a * a + b * b), -a / (a * a + b * b)),
+    "arctan2": lambda a, b, y: (b / (a * a + b * b), -a / (a * a + b * b)),
+    "hypot": lambda a, b, y: (a / y, b / y),
+    "logaddexp": lambda a, b, y: ((a - y).exp(), (b - y).exp()),
+    "logaddexp2": lambda a, b, y: ((a - y).exp2(), (b - y).exp2()),
+    "remainder": lambda a, b, y: (1, -(a / b).floor()),
+    "Tensor.__mod__": lambda a, b, y: (1, -(a / b).floor()),
+    "fmod": lambda a, b, y: (1, -(a / b).trunc()),
+}
+
+
+def _smooth_binary(op: Any, partials: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
+    def push(input: Any, other: Any) -> Any:
+        # y' = ∂f/∂a a' + ∂f/∂b b'
+        value = op(primal_of(input), primal_of(other))
+        slopes = partials(primal_of(input), primal_of(other), value)
+        tangents: Any = 0
+        for x, aligned, slope in zip((input, other), operands(input, other), slopes, strict=True):
+            if isinstance(x, DualTensor):
+                tangents = tangents + aligned[1:] * slope
+        return DualTensor(torch.cat([value[None], tangents.expand(-1, *value.shape)]))
+
+    return push
+
+
+for _name, _partials in PARTIALS.items():
+    for _op in named(_name):
+        RULES[_op] = _smooth_binary(_op, _partials)
+    if "." not in _name:
+        enter(in_place_of(RULES[getattr(torch.Tensor, _name)]), f"Tensor.{_name}_")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 
 from torchgeom_probe.dual.table import any_dual, named, ndim_of, on_rows, rule
 from torchgeom_probe.dual.tensor import RULES, DualTensor
+from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.shapes import Tensor
 
 
@@ -21,17 +25,116 @@ def folded(x: DualTensor, ndim: int, op: Callable[[Tensor], Tensor]) -> DualTens
     return DualTensor(op(b.flatten(0, 1)).unflatten(0, (b.shape[0], -1)))
 
 
-def _convolution(convolve: Any, spatial: int) -> Callable[..., Any]:
-    def push(input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
-        # (w * x + b)' = w * x'
+@dataclass
+class Convolution:
+    """A convolution that has yet to run: an affine map of its channels right after it costs nothing once its weight takes it in."""
+
+    convolve: Callable[..., Tensor]
+    input: DualTensor
+    weight: Tensor
+    bias: Tensor | None
+    arguments: tuple[Any, ...]
+    #: numbers of the result, and what was written to so far of what it is made from
+    size: int
+    versions: tuple[int, int]
+
+    def __call__(self) -> Tensor:
+        """(w * x + b)' = w * x'."""
+        return self._run(self.weight, self.bias)
+
+    def scaled(self, scale: Tensor, shift: Tensor) -> Tensor:
+        """Make s (w * x + b) + c, per channel, as a convolution with the weight s w."""
+        spread = (-1, *[1] * (self.weight.ndim - 1))
+        return self._run(
+            self.weight * scale.reshape(spread),
+            shift if self.bias is None else torch.addcmul(shift, scale, self.bias),
+        )
+
+    @property
+    def can_be_scaled(self) -> bool:
+        """Whether that costs less than a pass over the result, and its rounding is as small."""
+        narrow = torch.finfo(self.weight.dtype).eps > 1e-6
+        return not narrow and self.size >= 2 * self.weight.numel()
+
+    def _run(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.versions != _versions(self.input, self.weight):
+            raise EngineRefusal(
+                "the model writes in place to the input of a convolution, and uses the convolution's result after that as well as before.\n"
+                "Measure with engine='functorch', or write that op out of place."
+            )
+        out = folded(self.input, weight.ndim, lambda rows: self.convolve(rows, weight, None, *self.arguments))
+        if bias is not None:
+            out.buffer[0].add_(bias.reshape(-1, *[1] * (weight.ndim - 2)))
+        return out.buffer
+
+
+def _versions(x: DualTensor, weight: Tensor) -> tuple[int, int]:
+    return x.buffer._version, -1 if weight.is_inference() else weight._version
+
+
+def _convolution(convolve: Any, spatial: int, *, waits: bool) -> Callable[..., Any]:
+    def push(
+        input: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        *further: Any,
+        **kwargs: Any,
+    ) -> Any:
         if any_dual(weight, bias):
             return NotImplemented
-        out = folded(input, spatial + 2, lambda rows: convolve(rows, weight, None, *args, **kwargs))
-        if bias is not None:
-            out.buffer[0].add_(bias.reshape(-1, *[1] * spatial))
-        return out
+        arguments = (stride, padding, *further)
+        dilation = further[0] if further else kwargs.get("dilation", 1)
+        bound = functools.partial(convolve, **kwargs)
+        shape = _result_shape(input, weight, spatial, stride, padding, dilation) if waits else None
+        if shape is None:
+            out = folded(input, spatial + 2, lambda rows: bound(rows, weight, None, *arguments))
+            if bias is not None:
+                out.buffer[0].add_(bias.reshape(-1, *[1] * spatial))
+            return out
+        rows = input.buffer.shape[0]
+        made = Convolution(
+            bound, input, weight, bias, arguments, rows * math.prod(shape), _versions(input, weight)
+        )
+        return DualTensor.waiting(made, shape, _strides(shape, _channels_last(input, weight)), input.buffer)
 
     return push
+
+
+def _result_shape(
+    input: DualTensor, weight: Tensor, spatial: int, stride: Any, padding: Any, dilation: Any
+) -> tuple[int, ...] | None:
+    """The shape of a batched convolution's result; None for what a batch norm does not follow, or a wrong call: that runs at once."""
+    shape = input.buffer.shape[1:]
+    if len(shape) != spatial + 2 or weight.ndim != spatial + 2 or isinstance(padding, str):
+        return None
+    per_axis = [
+        (v,) * spatial if isinstance(v, int) else tuple(v) * (spatial if len(v) == 1 else 1)
+        for v in (stride, padding, dilation)
+    ]
+    places = [
+        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+        for size, kernel, s, p, d in zip(shape[2:], weight.shape[2:], *per_axis, strict=True)
+    ]
+    if min(places, default=1) < 1 or shape[1] % weight.shape[1] or weight.shape[0] < 1:
+        return None
+    return (shape[0], weight.shape[0], *places)
+
+
+def _channels_last(input: DualTensor, weight: Tensor) -> bool:
+    return weight.ndim == 4 and any(
+        v.is_contiguous(memory_format=torch.channels_last) and not v.is_contiguous() for v in (input, weight)
+    )
+
+
+def _strides(shape: tuple[int, ...], channels_last: bool) -> list[int]:
+    order = [0, 2, 3, 1] if channels_last else list(range(len(shape)))
+    strides, step = [0] * len(shape), 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= shape[axis]
+    return strides
 
 
 def _folded_rule(op: Any, ndim: int) -> Callable[..., Any]:
@@ -48,7 +151,7 @@ def _folded_rule(op: Any, ndim: int) -> Callable[..., Any]:
 for _spatial in (1, 2, 3):
     for _stem in ("conv", "conv_transpose"):
         for _op in named(f"{_stem}{_spatial}d"):
-            RULES[_op] = _convolution(_op, _spatial)
+            RULES[_op] = _convolution(_op, _spatial, waits=_stem == "conv")
     for _stem in ("avg_pool", "adaptive_avg_pool"):
         for _op in named(f"{_stem}{_spatial}d"):
             RULES[_op] = _folded_rule(_op, _spatial + 2)

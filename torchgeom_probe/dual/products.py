@@ -129,3 +129,14 @@ for _name, _product in _SUMS.items():
     enter(_plus_product(_product), _name)
     enter(in_place_of(_plus_product(_product)), f"{_name}_")
 enter(_plus_product(lambda a, b: torch.bmm(a, b).sum(0)), "addbmm")
+
+
+@rule("bilinear")
+def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
+    # y = aᵀ W b + c;  y' = a'ᵀ W b + aᵀ W b'
+    if any_dual(weight, bias):
+        return NotImplemented
+    out = multilinear(lambda a, b: torch.einsum("...i,oij,...j->...o", a, weight, b), input1, input2)
+    if bias is not None:
+        out.buffer[0].add_(bias)
+    return out

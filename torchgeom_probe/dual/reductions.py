@@ -103,12 +103,15 @@ enter(_with_mean(_std), "std_mean")
 def _vector_norm(
     x: DualTensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Any:
-    # y = √Σp²;  y' = Σ p t / y, and 0 at p = 0
-    if ord != 2 or dtype is not None or ndim_of(x) == 0 or x.buffer.is_complex():
+    # y = (Σ|p|^q)^(1/q);  y' = Σ sign(p) (|p|/y)^(q-1) t, and 0 at p = 0; for q = 2 Σ p t / y
+    regular = isinstance(ord, (int, float)) and 1 <= ord < float("inf")
+    if not regular or dtype is not None or ndim_of(x) == 0 or x.buffer.is_complex():
         return NotImplemented
     dims = list(range(-ndim_of(x), 0)) if dim is None else [from_end(d, ndim_of(x)) for d in _tuple(dim)]
-    y = torch.linalg.vector_norm(x.primal, dim=dims, keepdim=True)
-    tangents = (x.tangents * (x.primal / y).masked_fill(y == 0, 0)).sum(dims, keepdim=True)
+    y = torch.linalg.vector_norm(x.primal, ord, dim=dims, keepdim=True)
+    share = (x.primal / y).masked_fill(y == 0, 0)
+    slope = share if ord == 2 else share.sign() * share.abs() ** (ord - 1)
+    tangents = (x.tangents * slope).sum(dims, keepdim=True)
     out = torch.cat([y[None], tangents])
     return DualTensor(out if keepdim else out.squeeze(dims))
 
@@ -131,6 +134,27 @@ def _linalg_norm(
     if ord is not None and not (ord == 2 and (isinstance(dim, int) or A.ndim == 1)):
         return NotImplemented
     return _vector_norm(A, 2, dim, keepdim, dtype=dtype)
+
+
+@rule("cosine_similarity")
+def _cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
+    # ⟨x/|x|, y/|y|⟩, by the rules of its parts
+    if ndim_of(x1) != ndim_of(x2) or x1.shape[dim] != x2.shape[dim]:
+        return NotImplemented
+    unit_1, unit_2 = (x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(eps) for x in (x1, x2))
+    return (unit_1 * unit_2).sum(dim)
+
+
+@rule("pairwise_distance")
+def _pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
+    # |x - y + ε|, by the rules of its parts
+    return torch.linalg.vector_norm(x1 - x2 + eps, p, dim=-1, keepdim=keepdim)
+
+
+@rule("cdist")
+def _cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: Any = None) -> Any:
+    # |x_i - y_j| for all pairs, by the rules of its parts; torch has no forward derivative of it
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
 
 
 def _tuple(dim: Any) -> tuple[int, ...]:

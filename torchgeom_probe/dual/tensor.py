@@ -19,7 +19,7 @@ import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from types import FunctionType
 from typing import Any
@@ -54,6 +54,12 @@ CUTS: set[Any] = set()
 _PASS = [0]
 _PASSES = itertools.count(1)
 
+#: The one tensor, if any, whose buffer waits for the op that takes it (:meth:`DualTensor.waiting`).
+_WAITING: list[DualTensor] = []
+
+#: Ops whose rules take a waiting tensor as it is; every other op has it made first.
+TAKES_WAITING: set[Any] = set()
+
 _USED: ContextVar[dict[str, set[str]] | None] = ContextVar("used", default=None)
 
 
@@ -65,8 +71,10 @@ class DualTensor(torch.Tensor):
     True
     """
 
-    _buffer: Tensor
+    _buffer: Tensor | None
     _made_in: int
+    #: makes the buffer of a tensor that waits for its consumer
+    _make: Any = None
 
     @staticmethod
     def __new__(cls, buffer: Tensor) -> DualTensor:
@@ -81,6 +89,30 @@ class DualTensor(torch.Tensor):
     def __init__(self, buffer: Tensor) -> None:
         pass
 
+    @staticmethod
+    def waiting(
+        make: Callable[[], Tensor], shape: Sequence[int], strides: Sequence[int], like: Tensor
+    ) -> DualTensor:
+        """A tensor whose buffer ``make()`` builds when the next op asks for it, so that this op may have it built otherwise.
+
+        ``shape`` and ``strides`` are the primal's, type and device those of ``like``.
+        """
+        dual = torch.Tensor._make_wrapper_subclass(
+            DualTensor, tuple(shape), strides=tuple(strides), dtype=like.dtype, device=like.device
+        )
+        dual._buffer = None
+        dual._make = make
+        dual._made_in = _PASS[0]
+        _WAITING[:] = [dual]
+        return dual
+
+    def taken(self) -> Any:
+        """What builds the buffer of a tensor that waits, for an op that makes its own result by it; None if it is built."""
+        if self._buffer is not None:
+            return None
+        _WAITING.clear()
+        return self._make
+
     @property
     def buffer(self) -> Tensor:
         """[1 + k, *shape]: the primal and its tangents.  A tensor that outlived its pass is refused, never read."""
@@ -89,6 +121,11 @@ class DualTensor(torch.Tensor):
                 "the model kept a tensor of an earlier measurement (in a list, a cache or an object of its own) and computes with it now.\n"
                 "Keep such state in a buffer or an attribute of the module, which a measurement puts back, or clear it after measuring."
             )
+        if self._buffer is None:
+            if _WAITING and _WAITING[0] is self:
+                _WAITING.clear()
+            self._buffer = self._make()
+            self._make = None
         return self._buffer
 
     @property
@@ -107,6 +144,8 @@ class DualTensor(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _WAITING and func not in METADATA and func not in TAKES_WAITING:
+            _WAITING[0].buffer  # noqa: B018  (built before this op can write to what it is built from)
         rule = RULES.get(func)
         if rule is not None:
             out = _ruled(rule, func, args, kwargs)
@@ -413,6 +452,7 @@ def dual_pass() -> Iterator[None]:
     try:
         yield
     finally:
+        _WAITING.clear()
         _PASS[0] = before
 
 

@@ -23,11 +23,13 @@ def push(
     sink: Sink,
     *,
     reference: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Push k directions [k, B, *space] through the model, and hand each layer's tangents to the sink as it fires.
 
     With ``reference``, plain outputs [m, n] of the first m samples, the primal of every layer is compared with them: a rule that gave
-    another value than torch itself must not be believed for its tangents.
+    another value than torch itself must not be believed for its tangents.  ``state``: parameters and buffers by name, to run the model
+    with in the place of its own.
     """
 
     def on_output(entry: str, layer: str, output: Any) -> None:
@@ -49,13 +51,23 @@ def push(
         sink(entry, blocks)
 
     def dual(value: Tensor) -> DualTensor:
-        return DualTensor(torch.cat([value[None], directions.to(value.dtype)]))
+        buffer = torch.cat([value[None], directions.to(value.dtype)])
+        if value.ndim == 4 and (
+            value.is_contiguous(memory_format=torch.channels_last) or task.convolves(value)
+        ):
+            rows = buffer.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            buffer = rows.unflatten(0, (-1, value.shape[0]))
+        return DualTensor(buffer)
 
     def on_source(output: Any) -> Any:
         return dual(task.source_value(output))
 
     with dual_pass(), task.hooked(on_output, on_source):
-        batch.run(task.model, None if batch.point is None else dual(batch.point))
+        args, kwargs = batch.arguments(None if batch.point is None else dual(batch.point))
+        if state is None:
+            task.model(*args, **kwargs)
+        else:
+            torch.func.functional_call(task.model, dict(state), args, kwargs)
 
 
 def _refuse_another_value(entry: str, leaves: list[Tensor], reference: Tensor) -> None:

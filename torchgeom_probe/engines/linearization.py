@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from torchgeom_probe.engines import functorch, fused, vjp
+from torchgeom_probe.engines.compiled import CompiledPasses
 from torchgeom_probe.engines.plan import Plan
 from torchgeom_probe.engines.stream import streamed_factor
 from torchgeom_probe.engines.task import Batch, Task
@@ -31,13 +32,24 @@ class Linearization:
     Attributes:
         plan: the sizes: entries and their features, the space, the memory budget.
         engine: the engine asked for; after the first push, under ``"auto"``, the one that ran.
+        ran_compiled: whether the factors came from a compiled pass.
     """
 
-    def __init__(self, task: Task, batch: Batch, plan: Plan, engine: EngineName) -> None:
+    def __init__(
+        self,
+        task: Task,
+        batch: Batch,
+        plan: Plan,
+        engine: EngineName,
+        *,
+        compiled: CompiledPasses | None = None,
+    ) -> None:
         self.task = task
         self.batch = batch
         self.plan = plan
         self.engine: EngineName = engine
+        self._compiled = compiled
+        self.ran_compiled = False
 
     @property
     def device(self) -> torch.device:
@@ -52,13 +64,22 @@ class Linearization:
         """
         at_once = self.plan.directions_at_once(num_directions, self.batch.size)
         if at_once == num_directions:
+            pushed = directions(0, num_directions)
+            # The first pass of a plan is eager: it compares with the plain model, and finds the engine that can run it.
+            if self._compiled is not None and self.engine == "fused" and not self.plan.reference:
+                compiled = self._compiled.factors(self.batch, pushed, self.plan)
+                if compiled is not None:
+                    self.ran_compiled = True
+                    return compiled
             done: dict[str, Factor] = {}
 
             def reduce(entry: str, blocks: list[Tensor]) -> None:
                 done[entry] = Factor.of(blocks)
 
-            self.push(directions(0, num_directions), reduce)
+            self.push(pushed, reduce)
             return done
+        if self._compiled is not None:
+            self._compiled.refuse("not all directions fit into the memory budget at once")
         return dict(self._factors_in_chunks(num_directions, directions, at_once))
 
     def _factors_in_chunks(

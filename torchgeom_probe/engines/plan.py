@@ -39,6 +39,7 @@ class Plan:
         budget: bytes that a measurement may use.
         reference: entry → plain outputs [≤ 3, n] of the first samples, until a pass was compared with them.
         frames: random directions that were drawn for this space.
+        random: whether the forward pass draws random numbers.
     """
 
     features: dict[str, int]
@@ -48,6 +49,7 @@ class Plan:
     budget: int
     reference: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     frames: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    random: bool = False
 
     @property
     def num_inputs(self) -> int:
@@ -146,7 +148,8 @@ def make_plan(task: Task, batch: Batch, *, memory_budget: int | None) -> Plan:
         with task.hooked(on_output_of_three):
             batch.repeated(3).run(task.model)
         # Random outputs are never the same, and a fake tensor has no values to compare.
-        if isinstance(spaces[0], FakeTensor) or not all(map(torch.equal, before, _random_state())):
+        draws = not all(map(torch.equal, before, _random_state()))
+        if draws or isinstance(spaces[0], FakeTensor):
             reference.clear()
     return Plan(
         features=sizes,
@@ -154,6 +157,7 @@ def make_plan(task: Task, batch: Batch, *, memory_budget: int | None) -> Plan:
         dtype=spaces[0].dtype,
         row_bytes=live.peak // few.size,
         reference=reference,
+        random=draws,
         budget=memory_budget
         if memory_budget is not None
         else int(SHARE_OF_FREE_MEMORY * free_memory(spaces[0].device)),

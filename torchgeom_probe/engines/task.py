@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,19 @@ class Task:
     source_name: str | None = None
     source: nn.Module | None = None
     transforms: Mapping[str, Transform] = field(default_factory=dict)
+
+    def convolves(self, images: Tensor) -> bool:
+        """Whether these images [B, C, H, W] are for convolutions that run faster with the channels last: oneDNN's, on a CPU."""
+        here = (
+            images.device.type == "cpu"
+            and torch.backends.mkldnn.is_available()
+            and torch.backends.mkldnn.enabled
+        )
+        return here and images.dtype in (torch.float32, torch.bfloat16) and self._has_convolutions
+
+    @functools.cached_property
+    def _has_convolutions(self) -> bool:
+        return any(isinstance(module, nn.Conv2d) for module in self.model.modules())
 
     def leaves(self, layer: str, output: Any) -> list[Tensor]:
         """The floating tensors of a layer's output (complex ones as pairs), after its transform: its features."""

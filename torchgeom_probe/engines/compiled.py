@@ -1,0 +1,183 @@
+"""The dual pass compiled: hooks and reductions included, traced once per shape with ``make_fx`` and compiled by Inductor.
+
+Weights and buffers are inputs of the graph: the next step of a training runs the same compiled code on the new weights.  What the
+trace does bake in (Python numbers on the modules, hooks, the set of modules) is part of the key, so a change of it is traced anew.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from torchgeom_probe.engines import fused
+from torchgeom_probe.engines.plan import Plan
+from torchgeom_probe.engines.task import Batch, Task
+from torchgeom_probe.factor import Factor
+from torchgeom_probe.shapes import Tensor
+
+#: Attributes of nn.Module that hold what is an input of the graph, or is walked on its own.
+_WALKED = {"_parameters", "_buffers", "_modules"}
+_SIMPLE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+
+
+@dataclass
+class _Traced:
+    """What a compiled call gives back, flat: per entry the factor's matrix and what it is."""
+
+    entries: list[tuple[str, bool, torch.dtype | None]] = field(default_factory=list)
+
+    def flat(self, factors: dict[str, Factor]) -> list[Tensor]:
+        self.entries = [(e, f.triangle is not None, f.dtype) for e, f in factors.items()]
+        return [_matrix(f) for f in factors.values()]
+
+    def factors(self, matrices: Sequence[Tensor]) -> dict[str, Factor]:
+        return {
+            entry: Factor(triangle=m, dtype=dtype) if triangular else Factor(gram=m, dtype=dtype)
+            for (entry, triangular, dtype), m in zip(self.entries, matrices, strict=True)
+        }
+
+
+class CompiledPasses:
+    """The compiled passes of one probe, by shape.  What cannot be compiled runs eagerly, with one warning that says why."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._passes: dict[Any, tuple[Callable[..., Any], _Traced]] = {}
+        self._refusal: str | None = None
+
+    def factors(self, batch: Batch, directions: Tensor, plan: Plan) -> dict[str, Factor] | None:
+        """Push the directions and reduce, per entry; None where the eager pass has to do it."""
+        if self._refusal is not None:
+            return None
+        if plan.random:
+            return self.refuse(
+                "the model draws random numbers, which compiled code would draw from another generator"
+            )
+        names, inputs, layout = self._inputs(batch, directions)
+        key = (
+            tuple(_signature(v) for v in inputs),
+            _settings(self._task.model),
+            repr([v for v in tree_flatten((batch.args, dict(batch.kwargs)))[0] if not isinstance(v, Tensor)]),
+        )
+        if key not in self._passes:
+            try:
+                self._passes[key] = self._compiled(names, inputs, layout, batch)
+            except Exception as error:  # whatever breaks in a compiler, the eager pass is there
+                first = str(error).strip().splitlines()
+                return self.refuse(f"{type(error).__name__}: {first[0] if first else ''}")
+        run, traced = self._passes[key]
+        matrices = run(*inputs)
+        # Under CUDA graphs the next replay writes over what this one returned.
+        return traced.factors([m.clone() if m.is_cuda else m for m in matrices])
+
+    def refuse(self, why: str) -> None:
+        """Run eagerly from now on, and say so once."""
+        if self._refusal is None:
+            self._refusal = why
+            warnings.warn(f"compile=True has no effect here, the pass runs eagerly: {why}", stacklevel=5)
+
+    def _inputs(self, batch: Batch, directions: Tensor) -> tuple[list[str], list[Tensor], Any]:
+        model = self._task.model
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        leaves, layout = tree_flatten((batch.args, dict(batch.kwargs)))
+        tensors = [v.detach() for v in leaves if isinstance(v, Tensor)]
+        return list(state), [*(v.detach() for v in state.values()), *tensors, directions], (leaves, layout)
+
+    def _compiled(
+        self, names: list[str], inputs: list[Tensor], layout: Any, batch: Batch
+    ) -> tuple[Callable[..., Any], _Traced]:
+        import torch._inductor
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        leaves, spec = layout
+        traced = _Traced()
+
+        def whole_pass(*tensors: Tensor) -> list[Tensor]:
+            state = dict(zip(names, tensors, strict=False))
+            given = iter(tensors[len(names) : -1])
+            args, kwargs = tree_unflatten([next(given) if isinstance(v, Tensor) else v for v in leaves], spec)
+            point = None
+            if batch.point is not None:
+                point = next(
+                    v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()
+                )
+            factors: dict[str, Factor] = {}
+
+            def reduce(entry: str, blocks: list[Tensor]) -> None:
+                factors[entry] = Factor.of(blocks)
+
+            fused.push(self._task, Batch(args, kwargs, batch.size, point), tensors[-1], reduce, state=state)
+            return traced.flat(factors)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a compiler's own, of its own code
+            graph = make_fx(whole_pass)(*inputs)
+            on_cuda = inputs[-1].is_cuda
+            run = torch._inductor.compile(
+                graph, inputs, options={"triton.cudagraphs": True} if on_cuda else None
+            )
+            eager, compiled = whole_pass(*inputs), run(*inputs)
+        self._refuse_another_result(traced, eager, compiled)
+        return run, traced
+
+    def _refuse_another_result(
+        self, traced: _Traced, eager: list[Tensor], compiled: Sequence[Tensor]
+    ) -> None:
+        """Compare the first result with the eager pass on the same numbers: a compiler's mistake must not become ours."""
+        for (entry, triangular, dtype), expected, found in zip(traced.entries, eager, compiled, strict=True):
+            if triangular:  # the signs of the rows of R are free
+                expected, found = expected.mT @ expected, found.mT @ found
+            eps = torch.finfo(dtype or expected.dtype).eps
+            allowed = 1e-6 if eps < 1e-12 else max(1e-2, 8 * eps)
+            finite = expected.isfinite()
+            if ((found - expected)[finite].abs() > allowed * expected[finite].abs().amax(initial=0)).any():
+                raise RuntimeError(
+                    f"the compiled pass gives layer {entry!r} another result than the eager one"
+                )
+
+
+def _matrix(factor: Factor) -> Tensor:
+    matrix = factor.triangle if factor.triangle is not None else factor.gram
+    assert matrix is not None
+    return matrix
+
+
+def _signature(tensor: Tensor) -> Any:
+    return (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+
+def _settings(model: nn.Module) -> tuple[Any, ...]:
+    """Everything of the modules but their tensors' numbers: what a trace takes as constant."""
+    return tuple(
+        (name, id(module), tuple((k, _fixed(v)) for k, v in vars(module).items() if k not in _WALKED))
+        for name, module in model.named_modules()
+    )
+
+
+def _fixed(value: Any, depth: int = 3) -> Any:
+    if isinstance(value, _SIMPLE):
+        return (type(value), value)
+    if depth and isinstance(value, (list, tuple, set, frozenset)):
+        return (type(value), tuple(_fixed(v, depth - 1) for v in value))
+    if depth and isinstance(value, dict):
+        return tuple((repr(k), _fixed(v, depth - 1)) for k, v in value.items())
+    if isinstance(value, Tensor):  # read where it lies; replaced or written to, it is another
+        return (id(value), _version(value))
+    if (
+        depth
+        and hasattr(value, "__dict__")
+        and not isinstance(value, (type, nn.Module))
+        and not callable(value)
+    ):
+        return (id(value), _fixed(vars(value), depth - 1))
+    return id(value)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
