@@ -312,6 +312,9 @@ class _Medians:
         finite = {key: value for key, value in scalars.items() if abs(value) < float("inf")}
         self.logger.log_metrics(finite, step=step)
 
+    def write_scalar(self, tag: str, value: float, step: int) -> None:
+        self.logger.log_metrics({tag: value}, step=step)
+
     def close(self) -> None:
         """The Trainer finishes its own loggers."""
 

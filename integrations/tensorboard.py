@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +27,24 @@ _SUFFIX = ".geometry"
 # TensorBoard stores float32: what overflows it would come back as inf.
 _FLOAT32_MAX = 3.4028234e38
 
+# Every tag that is written for every report, and what it shows; NN_layer stands for each layer's own name.
+TAGS = {
+    "logvol/NN_layer": "median log-volume over the finite samples, nats (natural log)",
+    "logvol_band/NN_layer/p10": "10th percentile: the lower edge of the band, nats",
+    "logvol_band/NN_layer/median": "the median again: the middle of the band, nats",
+    "logvol_band/NN_layer/p90": "90th percentile: the upper edge of the band, nats",
+    "sigma_max/NN_layer": "largest singular value of any sample",
+    "rank/NN_layer": "median rank",
+    "nonfinite/NN_layer": "how many samples have a log-volume of ±inf or nan",
+    "logvol_histogram/NN_layer": "histogram of the finite log-volumes (histograms=True)",
+    "geometry/conventions": "text: estimand, units, n, d, k, normalised or not; anew on a change",
+}
+# And by a Monitor, once for all layers.
+MONITOR_TAGS = {
+    "geometry/failures": "how many times measuring, a writer or a map raised so far",
+    "geometry/overhead": "the share of the time that probes took so far (from the second probe on)",
+}
+
 # What an estimator adds beside the log-volume: the field, and the tag group of the same name.
 _EXTRAS = ("log_pseudo_volume", "log_det", "trace", "std_error", "error_bound")
 
@@ -40,16 +59,24 @@ class TensorBoardWriter:
 
     =================================  ======================================================================
     ``logvol/NN_layer``                median log-volume over the finite samples, nats (natural log)
-    ``logvol_band/NN_layer/p10``       10th percentile, and ``…/median``, ``…/p90``: the band, nats
+    ``logvol_band/NN_layer/p10``       10th percentile: the lower edge of the band, nats
+    ``logvol_band/NN_layer/median``    the median again: the middle of the band, nats
+    ``logvol_band/NN_layer/p90``       90th percentile: the upper edge of the band, nats
     ``sigma_max/NN_layer``             largest singular value of any sample
     ``rank/NN_layer``                  median rank
     ``nonfinite/NN_layer``             how many samples have a log-volume of ±inf or nan
-    ``logvol_histogram/NN_layer``      histogram of the finite log-volumes (``histograms=True``)
+    ``logvol_histogram/NN_layer``      histogram of the finite log-volumes (histograms=True)
     ``geometry/conventions``           text: estimand, units, n, d, k, normalised or not; anew on a change
-                                       (TensorBoard says ``geometry/conventions/text_summary``)
     =================================  ======================================================================
 
-    and, where the estimator measured them, medians over the finite samples in ``log_det/…``, ``trace/…``,
+    A :class:`~torchgeom_probe.Monitor` adds, once for all layers:
+
+    =================================  ======================================================================
+    ``geometry/failures``              how many times measuring, a writer or a map raised so far
+    ``geometry/overhead``              the share of the time that probes took so far (from the second probe on)
+    =================================  ======================================================================
+
+    Where the estimator measured them there are medians over the finite samples in ``log_det/…``, ``trace/…``,
     ``std_error/…`` and ``error_bound/…``; ``log_pseudo_volume/…`` where a layer has samples of log-volume
     -inf.  The CUSTOM SCALARS tab has all layers in one chart, and one chart with the band per layer.  A
     non-finite number never reaches a chart or a histogram: it is left out, and counted.
@@ -92,7 +119,9 @@ class TensorBoardWriter:
     ) -> None:
         self.histograms = histograms
         self.layout = layout
+        # Imported here, a second or two, and not inside of the first probe, whose cost a budget goes by.
         optional("tensorboard", extra="tensorboard")
+        optional("torch.utils.tensorboard", extra="tensorboard")
         self._labels: dict[str, str] = {}
         self._charted: tuple[str, ...] = ()
         self._conventions = ""
@@ -137,6 +166,12 @@ class TensorBoardWriter:
             if self.layout and self._charted != tuple(self._labels.values()):
                 self._charted = tuple(self._labels.values())
                 events.add_custom_scalars(_layout(self._charted))
+
+    def write_scalar(self, tag: str, value: float, step: int) -> None:
+        """Write one number of the run as a whole; one that is not finite in float32 is left out."""
+        if abs(value) <= _FLOAT32_MAX:
+            with self._opened(step) as events:
+                events.add_scalar(tag, value, step)
 
     def write_figure(self, tag: str, figure: Figure, step: int) -> None:
         """Write a matplotlib figure (a slice map) as an image under ``tag``; the figure stays open."""
@@ -197,6 +232,8 @@ class TensorBoardWriter:
         assert self._log_dir is not None
         earlier = sorted(self._log_dir.glob("events.out.tfevents.*"))
         ours_alone = bool(earlier) and all(path.name.endswith(_SUFFIX) for path in earlier)
+        if earlier:
+            _try_bytes(self._log_dir)
         # Everything that a fresh reader needs is written anew: what is purged takes the layout and the text
         # with it.
         self._charted, self._conventions = (), ""
@@ -216,6 +253,13 @@ class TensorBoardWriter:
                 "Likely the disk is full, or the directory is not writable; what was written stays.\n"
                 "Free some space or choose another directory:  TensorBoardWriter('/other/disk/runs')"
             ) from error
+
+
+def _try_bytes(folder: Path) -> None:
+    # On a full disk an event file comes into being empty, and its worker thread dies with a traceback: at every probe.
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(1 << 14))
+        file.flush()
 
 
 def _edges(values: Float[Tensor, " samples"]) -> list[float]:
@@ -268,4 +312,6 @@ def _conventions(report: GeometryReport, labels: dict[str, str]) -> str:
         "back to; k: tangent directions.  Medians, percentiles and histograms are over the samples with a "
         "finite log-volume; `nonfinite` counts the others."
     )
-    return "\n".join(rows) + "\n\n" + units
+    legend = ["| tag | shows |", "|---|---|"]
+    legend += [f"| {tag} | {meaning} |" for tag, meaning in (TAGS | MONITOR_TAGS).items()]
+    return "\n".join([*rows, "", units, "", *legend])

@@ -125,6 +125,45 @@ def test_measure_exact_of_torchvision_and_of_images_through_timm(tmp_path, capsy
     assert "1 samples" in capsys.readouterr().out
 
 
+def test_a_tag_names_weights_that_are_fetched_or_given(tmp_path, monkeypatch, capsys):
+    import timm
+    import torch
+    from PIL import Image
+
+    asked, create = [], timm.create_model
+
+    def no_network(name, pretrained=False, **options):
+        asked.append(pretrained)
+        if pretrained:
+            raise FileNotFoundError("An error happened while trying to locate the file on the Hub\nmore")
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", no_network)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, size in (("a.png", (40, 30)), ("b.JPG", (9, 50))):
+        Image.new("RGB", size, "red").save(folder / name)
+    (folder / "labels.csv").write_text("no image")
+    command = ["measure", "--images", str(folder), "-k", "2", "--layers", "layer4", "--model"]
+    assert main([*command, "timm:test_resnet.r160_in1k"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "torchgeom-probe: the weights of timm:test_resnet.r160_in1k could not be fetched: FileNot"
+    )
+    assert "--checkpoint model.pth" in said
+    assert "--model timm:test_resnet\n" in said
+
+    assert main([*command, "timm:test_resnet"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 samples in" in printed
+    assert "The weights are random" in printed
+    torch.save(create("test_resnet").state_dict(), tmp_path / "model.pth")
+    assert main([*command, "timm:test_resnet.r160_in1k", "--checkpoint", str(tmp_path / "model.pth")]) == 0
+    assert "weights are random" not in capsys.readouterr().out
+    assert main(["layers", "--model", "timm:test_resnet.r160_in1k"]) == 0
+    assert asked == [True, False, False, False]
+
+
 def test_check_says_ok_or_why_not(model_file, capsys):
     assert main(["check", "--model", f"{model_file}:make", "--layers", "**"]) == 0
     assert "OK: engine fused" in capsys.readouterr().out

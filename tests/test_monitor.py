@@ -234,6 +234,48 @@ def test_an_update_that_the_gradient_scaler_skips_does_not_count():
     assert monitor.steps == 2
 
 
+def test_closures_count_a_step_each_and_the_weights_are_the_same():
+    def fit(monitored):
+        model = mlp()
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4)
+        x = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
+        monitor = Monitor(model, x, layers=["1"], every=2)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        if monitored:
+            monitor.follow(optimizer)
+        for _ in range(5):
+            optimizer.step(closure)
+        return model, monitor
+
+    (bare, _), (followed, monitor) = fit(False), fit(True)
+    assert monitor.steps == 5
+    assert [step for step, _ in monitor.history] == [0, 2, 4]
+    for one, other in zip(bare.parameters(), followed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_two_optimizers_have_a_monitor_each_or_one_of_them_is_followed():
+    generator, critic = mlp(), mlp(1)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (generator, critic)]
+    x = torch.randn(5, 4)
+    monitors = [
+        Monitor(model, x, layers=["1"], every=every).follow(optimizer)
+        for model, optimizer, every in zip((generator, critic), optimizers, (1, 3), strict=True)
+    ]
+    for step in range(6):
+        for model, optimizer in list(zip((generator, critic), optimizers, strict=True))[step % 2 :]:
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    assert [[step for step, _ in monitor.history] for monitor in monitors] == [[0, 1, 2, 3], [0, 3, 6]]
+
+
 def test_closing_detaches_from_the_optimizer_and_closes_the_writers():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -280,6 +322,7 @@ def test_a_failing_writer_is_shown_once_and_starves_no_other():
         for _ in range(4):
             monitor.step()
     (shown,) = [w for w in caught if issubclass(w.category, RuntimeWarning)]
+    assert shown.filename == __file__, "the warning points into the training loop"
     assert "step 2: Recorder.write failed" in str(shown.message)
     assert "No space left on device" in str(shown.message)
     assert [step for step, _ in healthy.written] == [1, 2, 3, 4]
@@ -341,6 +384,51 @@ def test_maps_are_drawn_at_each_mth_probe_for_the_writers_that_take_them():
     assert not pyplot.get_fignums()
     with pytest.raises(ProbeError, match="no writer here takes them"):
         Monitor(mlp(), torch.randn(5, 4), writer=plain, maps={"slice": lambda model: None})
+    with pytest.raises(
+        ProbeError, match=r"maps=\{'slice': ...\} takes a slice, or a function(.|\n)*got a Tensor"
+    ):
+        Monitor(mlp(), torch.randn(5, 4), writer=album, maps={"slice": torch.zeros(3)})
+
+
+class Accounts(Recorder):
+    """A writer that takes single numbers too."""
+
+    def __init__(self, fails_at=()):
+        super().__init__(fails_at)
+        self.numbers = []
+
+    def write_scalar(self, tag, value, step):
+        self.numbers.append((tag, step, value))
+
+
+def test_a_writer_is_told_of_the_failures_and_of_the_share():
+    writer = Accounts(fails_at=(2,))
+    monitor = Monitor(mlp(), torch.randn(5, 4), layers=["1"], every=1, writer=[writer, Recorder()])
+    monitor.probe_now()
+    monitor.step()
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        monitor.step()
+    monitor.step()
+    told = [(step, value) for tag, step, value in writer.numbers if tag == "geometry/failures"]
+    assert told == [(0, 0.0), (1, 0.0), (3, 1.0)]  # at 2 it was the writer itself that failed
+    shares = [(step, value) for tag, step, value in writer.numbers if tag == "geometry/overhead"]
+    assert [step for step, _ in shares] == [1, 3]
+
+
+def test_the_share_that_a_writer_is_told_counts_the_probe_that_it_is_told_in():
+    class Slow(Accounts):
+        def write(self, step, report):
+            time.sleep(0.3)
+
+    writer = Slow()
+    monitor = Monitor(mlp(), torch.randn(5, 4), layers=["1"], every=1, writer=writer)
+    monitor.writers = ()
+    monitor.probe_now()
+    monitor.writers = (writer,)
+    time.sleep(0.3)
+    monitor.step()
+    (told,) = [value for tag, _, value in writer.numbers if tag == "geometry/overhead"]
+    assert told == pytest.approx(monitor.overhead, abs=0.1)
 
 
 # Schedules
@@ -544,10 +632,13 @@ def test_arguments_that_make_no_sense_are_refused_at_once(options, message):
         (torch.zeros(0, 4), "a tensor of shape [0, 4]"),
         (torch.tensor(1.0), "a tensor of shape []"),
         ([], "got a list"),
+        (torch.zeros(3, 4, device="meta"), "and no numbers"),
     ],
 )
 def test_a_probe_batch_of_nothing_is_refused(x_probe, message):
-    with pytest.raises(ProbeError, match=r"x_probe is the batch of samples(.|\n)*" + re.escape(message)):
+    with pytest.raises(
+        ProbeError, match=r"x_probe is (the batch of samples|on the device)(.|\n)*" + re.escape(message)
+    ):
         Monitor(mlp(), x_probe)
 
 

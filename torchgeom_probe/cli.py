@@ -120,7 +120,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, metavar="SPEC", help="timm:NAME | torchvision:NAME | path.py:factory"
+        "--model",
+        required=True,
+        metavar="SPEC",
+        help="timm:NAME (timm:NAME.TAG with the weights of that tag) | torchvision:NAME | path.py:factory",
     )
     parser.add_argument("--pretrained", action="store_true", help="with the library's weights (fetched once)")
     parser.add_argument("--checkpoint", type=Path, default=None, metavar="FILE", help="weights to load")
@@ -192,6 +195,9 @@ def _measure(arguments: argparse.Namespace) -> None:
         report = probe.measure(x)
     print(report.summary())
     print(f"{len(x)} samples in {time.perf_counter() - began:.2f} s")
+    if loaded is not None and not arguments.pretrained and arguments.checkpoint is None:
+        if "." not in arguments.model:
+            print("The weights are random: --pretrained or --checkpoint FILE for trained ones.")
     if arguments.out is not None:
         print(
             f"Wrote {report.to_csv(arguments.out / 'report.csv')} and {report.to_json(arguments.out / 'report.json')}"
@@ -218,7 +224,19 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     torch.manual_seed(getattr(arguments, "seed", 0))
     if library == "timm" and name:
         load = optional("torchgeom_probe.integrations.timm", extra="timm").load
-        loaded = load(name, pretrained=arguments.pretrained, checkpoint=arguments.checkpoint)
+        # resnet50.a1_in1k names weights, resnet50 an architecture; for the names of layers neither is fetched.
+        trained = arguments.pretrained or ("." in name and arguments.run is not _layers)
+        try:
+            loaded = load(name, pretrained=trained, checkpoint=arguments.checkpoint)
+        except ProbeError as error:
+            if trained and arguments.checkpoint is None and "could not be made" in str(error):
+                cause = error.__cause__
+                raise ProbeError(
+                    f"the weights of {arguments.model} could not be fetched: {type(cause).__name__}: {_first_line(cause)}\n"
+                    f"Without network, give a file of weights:  --checkpoint model.pth\n"
+                    f"or, untrained:  --model timm:{name.split('.')[0]}"
+                ) from error
+            raise
         return loaded.model, loaded
     if library == "torchvision" and name:
         model = _from_torchvision(name, arguments.pretrained)
@@ -238,6 +256,10 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
                 f"--checkpoint {arguments.checkpoint} cannot be loaded into {arguments.model}: {error}"
             ) from error
     return model, None
+
+
+def _first_line(error: BaseException | None) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _from_torchvision(name: str, pretrained: bool) -> nn.Module:

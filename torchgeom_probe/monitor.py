@@ -29,6 +29,10 @@ from torchgeom_probe.probe import GeometryProbe, measure
 from torchgeom_probe.ranks import Ranks
 from torchgeom_probe.report import GeometryReport, Writer
 from torchgeom_probe.shapes import Tensor
+from torchgeom_probe.slices import Line, Plane, on_this_rank, scan
+
+# What a map is made from: a slice, or a function that returns a figure.
+MapOf = Line | Plane | Callable[[nn.Module], Any]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,9 @@ class Clock:
     probe_seconds: float = 0.0
     last_probe_seconds: float = 0.0
     since_last_probe: float = math.inf
+
+
+_UNREAD = Clock()
 
 
 @runtime_checkable
@@ -180,7 +187,8 @@ class Monitor:
         schedule: any :class:`Schedule` in place of the two: ``Every``, ``LogSpaced``, ``Budget``, or your
             own.
         writer: a :class:`~torchgeom_probe.Writer`, a sequence of them, or None (then read
-            ``monitor.history``).
+            ``monitor.history``).  One that has a ``write_scalar`` (TensorBoard) also gets ``geometry/failures``
+            and, from the second probe on, ``geometry/overhead``, the share of the time.
         estimator: ``Subspace(k=8, seed=0)`` by default (k = d where d < 8): the same random directions at
             every step.
         normalize: divide J by √n.
@@ -195,8 +203,10 @@ class Monitor:
         indices: where ``x_probe`` stands in your data set; kept in ``state_dict()``, nothing else is done
             with it.
         keep: how many reports ``history`` holds, the latest ones; None for all.
-        maps: tag → function of the model that returns a matplotlib figure (a slice map), for the writers that
-            have a ``write_figure``; the figure is closed afterwards.
+        maps: tag → a :class:`~torchgeom_probe.Line` or :class:`~torchgeom_probe.Plane`, scanned at ``layers``
+            and drawn; or a function of the model that returns a matplotlib figure, such as ``lambda model:
+            tgp.scan(model, plane, readout=...).plot()``.  For the writers that have a ``write_figure``
+            (TensorBoard: an image under the tag); the figure is closed afterwards.
         maps_every: draw the maps at each M-th probe.
         distributed: None: where ``model`` is a DistributedDataParallel, its ranks share the samples of each
             probe; True: all ranks of the default process group do (they hold the same weights); False: each
@@ -256,7 +266,7 @@ class Monitor:
         on_error: Literal["warn", "raise"] = "warn",
         indices: Sequence[int] | None = None,
         keep: int | None = 1000,
-        maps: Mapping[str, Callable[[nn.Module], Any]] | None = None,
+        maps: Mapping[str, MapOf] | None = None,
         maps_every: int = 10,
         distributed: bool | None = None,
     ) -> None:
@@ -271,6 +281,11 @@ class Monitor:
                 f"got {what}.\n"
                 "Write:  tgp.Monitor(model, torch.stack([dataset[i][0] for i in range(16)]), ...)"
             )
+        if any(tensor.is_meta for tensor in tensors):
+            raise ProbeError(
+                "x_probe is on the device 'meta': it has a shape and no numbers.\n"
+                "Pass samples of your data:  tgp.Monitor(model, torch.stack([dataset[i][0] for i in range(16)]), ...)"
+            )
         if on_error not in ("warn", "raise"):
             raise ProbeError(f"on_error is 'warn' or 'raise'; got {on_error!r}.")
         if keep is not None:
@@ -280,6 +295,13 @@ class Monitor:
         self.writers = _writers(writer)
         self.maps = dict(maps or {})
         self.maps_every = maps_every
+        for tag, draw_map in self.maps.items():
+            if not isinstance(draw_map, Line | Plane) and not callable(draw_map):
+                raise ProbeError(
+                    f"maps={{{tag!r}: ...}} takes a slice, or a function of the model that returns a figure; "
+                    f"got a {type(draw_map).__name__}.\n"
+                    f"Write:  maps={{{tag!r}: tgp.Plane(x[0], x[1], x[2])}}"
+                )
         if self.maps and not any(hasattr(w, "write_figure") for w in self.writers):
             raise ProbeError(
                 "maps= draws figures, and no writer here takes them.\n"
@@ -294,17 +316,21 @@ class Monitor:
         self.failures = 0
         self.last_error: Exception | None = None
         self._ranks = Ranks.of(model, distributed, samples=_fingerprint(self.x_probe))
-        self._alone = not isinstance(self.schedule, Every | LogSpaced)
+        # A schedule that goes by the clock is due at other steps on other ranks.
+        self._alone = type(self.schedule) not in (Every, LogSpaced)
+        self._scanned: dict[str, Any] = {
+            "layers": layers,
+            "normalize": normalize,
+            "transform": transform,
+            "engine": engine,
+            "source": source,
+            "memory_budget": memory_budget,
+        }
         self._probe = GeometryProbe(
             model,
-            layers=layers,
             estimator=_eight_directions(tensors, source) if estimator is None else estimator,
-            normalize=normalize,
-            transform=transform,
-            engine=engine,
-            source=source,
-            memory_budget=memory_budget,
             mode=mode,
+            **self._scanned,
         )
         self._history: deque[tuple[int, GeometryReport]] = deque(maxlen=keep)
         self._step = 0
@@ -385,14 +411,20 @@ class Monitor:
                 report = self._measured()
                 if report is not None:
                     self._history.append((self._step, report))
+            working = list(self.writers)
             if report is not None:
                 for writer in self.writers:
+                    before = self.failures
                     with self._guarded(f"{type(writer).__name__}.write"):
                         writer.write(self._step, report)
+                    if self.failures > before:
+                        working.remove(writer)
             if draw:
                 for tag, draw_map in self.maps.items():
                     with self._guarded(f"the map {tag!r}"):
                         self._write_map(tag, draw_map)
+            if self._writes:
+                self._write_own_accounts(working)
         return report
 
     def state_dict(self) -> dict[str, Any]:
@@ -487,7 +519,8 @@ class Monitor:
         self._refuse_if_closed()
         self._begin()
         before, self._step = self._step, max(self._step, self._step + 1 if at is None else at)
-        clock = self._stopwatch.read()
+        # Reading the clock is most of what a step costs here; these schedules do not look at it.
+        clock = self._stopwatch.read() if self._alone else _UNREAD
         due = any(self.schedule.due(step, clock) for step in range(before + 1, self._step + 1))
         return self.probe_now() if due else None
 
@@ -506,8 +539,25 @@ class Monitor:
             return tensor.device
         return next(leaf.device for leaf in tree_leaves(self.x_probe) if isinstance(leaf, Tensor))
 
-    def _write_map(self, tag: str, draw_map: Callable[[nn.Module], Any]) -> None:
-        figure = draw_map(self.model)
+    def _write_own_accounts(self, writers: Sequence[Writer]) -> None:
+        accounts = {"geometry/failures": float(self.failures)}
+        if self.probes > 1 and self._step:  # until then there is no training to take a share of
+            accounts["geometry/overhead"] = self.overhead
+        for writer in writers:
+            write_scalar = getattr(writer, "write_scalar", None)
+            if write_scalar is not None:
+                with self._guarded(f"{type(writer).__name__}.write_scalar"):
+                    for tag, value in accounts.items():
+                        write_scalar(tag, value, self._step)
+
+    def _write_map(self, tag: str, draw_map: MapOf) -> None:
+        with on_this_rank():  # the other ranks draw nothing, and would be waited for
+            if isinstance(draw_map, Line | Plane):
+                figure = scan(self.model, draw_map, progress=False, **self._scanned).plot(
+                    title=f"{tag}, step {self._step}"
+                )
+            else:
+                figure = draw_map(self.model)
         for writer in self.writers:
             write_figure = getattr(writer, "write_figure", None)
             if write_figure is not None:
@@ -533,7 +583,7 @@ class Monitor:
                     f"(shown once, counted in monitor.failures; on_error='raise' stops here).\n"
                     f"{type(error).__name__}: {error}",
                     RuntimeWarning,
-                    stacklevel=2,
+                    stacklevel=_level_of_the_caller(),
                 )
 
 
@@ -547,6 +597,7 @@ class _Stopwatch:
         self._probe_seconds = 0.0
         self._last_probe_seconds = self._before.last_probe_seconds
         self._training_at_probe: float | None = None
+        self._entered: float | None = None
 
     @property
     def running(self) -> bool:
@@ -563,14 +614,15 @@ class _Stopwatch:
         if self._began is None:
             return 0.0
         now = time.perf_counter() if self._stopped is None else self._stopped
-        return now - self._began - self._probe_seconds
+        return (now if self._entered is None else self._entered) - self._began - self._probe_seconds
 
     def read(self) -> Clock:
         training = self._training()
+        running = 0.0 if self._entered is None else time.perf_counter() - self._entered
         since = self._before.since_last_probe + training
         return Clock(
             training_seconds=self._before.training_seconds + training,
-            probe_seconds=self._before.probe_seconds + self._probe_seconds,
+            probe_seconds=self._before.probe_seconds + self._probe_seconds + running,
             last_probe_seconds=self._last_probe_seconds,
             since_last_probe=since if self._training_at_probe is None else training - self._training_at_probe,
         )
@@ -578,13 +630,23 @@ class _Stopwatch:
     @contextlib.contextmanager
     def probing(self) -> Iterator[None]:
         training = self._training()
-        begin = time.perf_counter()
+        self._entered = begin = time.perf_counter()
         try:
             yield
         finally:
+            self._entered = None
             self._last_probe_seconds = time.perf_counter() - begin
             self._probe_seconds += self._last_probe_seconds
             self._training_at_probe = training
+
+
+def _level_of_the_caller() -> int:
+    """How many frames up the training loop is: what lies between is ours, the optimizer's hook and contextlib."""
+    between = ("torchgeom_probe", "contextlib", "torch")
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in between:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _schedule(every: int | None, max_overhead: float | None, schedule: Schedule | None) -> Schedule:

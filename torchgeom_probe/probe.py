@@ -454,10 +454,18 @@ def _refuse_unhookable(model: nn.Module) -> None:
         raise ProbeError(
             "the model is a ScriptModule: hooks do not fire inside it.\nProbe the nn.Module that it was made from."
         )
-    sharded = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    wrapped = next(
+        (n for n, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"), None
+    )
+    parts = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    sharded = None
+    if parts is not None:
+        sharded = f"parameter {parts!r} is a DTensor (FSDP2 or tensor parallel)"
+    elif wrapped is not None:
+        sharded = f"{repr(wrapped) if wrapped else 'the model'} is a FullyShardedDataParallel"
     if sharded is not None:
         raise ProbeError(
-            f"parameter {sharded!r} is a DTensor (FSDP2 or tensor parallel): its ops need every rank at once.\n"
+            f"{sharded}: its ops need every rank at once.\n"
             "Gather the model first (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into a "
             "plain copy, and probe that."
         )

@@ -16,7 +16,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -757,7 +758,22 @@ def _same_slice(one: Line | Plane, other: Line | Plane) -> bool:
 # --- several ranks ------------------------------------------------------------------------------------------
 
 
+_alone: ContextVar[bool] = ContextVar("_alone", default=False)
+
+
+@contextlib.contextmanager
+def on_this_rank() -> Iterator[None]:
+    """Within it a scan is this process's own: no other rank is waited for."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def _rank() -> tuple[int, int]:
+    if _alone.get():
+        return 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

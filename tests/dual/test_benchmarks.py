@@ -58,6 +58,16 @@ def test_quick_run_prints_every_table() -> None:
             assert figures, row
             assert "nan" not in row, row
             assert all(0 < float(figure) < math.inf for figure in figures), row
+    steps, budget = (
+        [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in sections["What a monitor costs a training"]
+        if line.startswith("| MLP")
+    )
+    assert all(
+        float(cell.rstrip("%")) > 0 for cell in steps
+    )  # without, with, ratio, the monitor alone, its share
+    assert int(budget[2]) >= 1  # probes
+    assert all(0 < float(share.rstrip("%")) < 100 for share in budget[-2:])
     assert page.read_text(encoding="utf-8") == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import os
 import subprocess
@@ -71,6 +72,13 @@ alone = tgp.measure(model.module, X, layers=["0", "2"], estimator=tgp.Subspace(k
 made = monitor(model); made.probe_now()
 found["gathered"] = [(r["2"].log_volume, r["0"].rank, r["2"].singular_values) for _, r in made.history]
 found["alone"] = (alone["2"].log_volume, alone["0"].rank, alone["2"].singular_values)
+
+# a slice map: rank 0 draws, and waits for nobody
+plane = tgp.Plane(X[0], X[1], X[2], steps=4)
+maps = {"plane": plane, "own": lambda m: tgp.scan(m, plane, layers=["2"]).plot()}
+made = monitor(model, writer=TensorBoardWriter(f"{out}/maps"), maps=maps)
+made.probe_now(); made.close()
+found["maps"] = made.failures
 
 # only some ranks reach a probe
 ranks.PATIENCE_SECONDS = 0.5
@@ -213,6 +221,14 @@ def test_one_rank_writes(ranks):
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "0", "2", "2", "4", "4"]
 
 
+def test_slice_maps_are_drawn_by_rank_0_alone(ranks):
+    (zero, one), out = ranks
+    assert zero["maps"] == one["maps"] == 0
+    events = EventAccumulator(str(out / "maps")).Reload()
+    for tag in ("plane", "own"):
+        assert [image.step for image in events.Images(tag)] == [0]
+
+
 def test_nothing_hangs_when_only_some_ranks_reach_a_probe(ranks):
     (zero, one), _ = ranks
     sizes, volumes, warned, seconds = zero["only 0"]
@@ -297,7 +313,10 @@ def test_fsdp2_and_tensor_parallel_models_are_refused_by_name(one_process):
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (1,))
-    sharded = fully_shard(nn.Sequential(nn.Linear(5, 3)), mesh=mesh)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    plain = nn.Sequential(nn.Linear(5, 3))
+    sharded = fully_shard(copy.deepcopy(plain), mesh=mesh)
     parallel = parallelize_module(nn.Sequential(nn.Linear(5, 3)), mesh, {"0": ColwiseParallel()})
     for model in (sharded, parallel):
         with pytest.raises(
@@ -306,3 +325,22 @@ def test_fsdp2_and_tensor_parallel_models_are_refused_by_name(one_process):
             tgp.GeometryProbe(model, layers=["0"])
         with pytest.raises(tgp.ProbeError, match="is a DTensor"):
             tgp.Monitor(model, torch.randn(4, 5), layers=["0"])
+    # the way out that the message names
+    gathered = nn.Sequential(nn.Linear(5, 3))
+    gathered.load_state_dict(get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True)))
+    x = torch.randn(4, 5)
+    reports = [tgp.measure(m, x, layers=["0"], estimator=tgp.Exact()) for m in (plain, gathered)]
+    assert torch.equal(reports[0]["0"].log_volume, reports[1]["0"].log_volume)
+    sharded(x).sum().backward()  # and the sharded one still trains
+
+
+@pytest.mark.filterwarnings(r"ignore:.*:DeprecationWarning")
+@pytest.mark.filterwarnings(r"ignore:.*:FutureWarning")
+@pytest.mark.filterwarnings(r"ignore:.*FSDP.*:UserWarning")
+def test_a_first_generation_fsdp_model_is_refused_by_name(one_process):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(nn.Sequential(nn.Linear(5, 3)), device_id=torch.device("cpu"))
+    for made, what in ((model, "the model"), (nn.Sequential(model), "'0'")):
+        with pytest.raises(tgp.ProbeError, match=f"{what} is a FullyShardedDataParallel(.|\n)*plain copy"):
+            tgp.GeometryProbe(made, layers="auto")

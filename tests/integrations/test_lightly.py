@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -239,9 +240,135 @@ def test_lightlys_own_heads():
                 assert (layer.rank > 0).all()
 
 
+class SimCLR(TwoParts):
+    """As lightly's examples have it."""
+
+    def __init__(self):
+        from lightly.loss import NTXentLoss
+        from lightly.models.modules import SimCLRProjectionHead
+
+        super().__init__(head=SimCLRProjectionHead(28, 16, 13))
+        self.criterion = NTXentLoss()
+
+    def loss(self, pictures):
+        return self.criterion(*(self.projection_head(self.backbone(x)) for x in pictures[:2]))
+
+
+class BYOL(TwoParts):
+    """With its momentum branch and prediction head."""
+
+    def __init__(self):
+        from lightly.loss import NegativeCosineSimilarity
+        from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
+        from lightly.models.utils import deactivate_requires_grad
+
+        super().__init__(head=BYOLProjectionHead(28, 16, 13))
+        self.prediction_head = BYOLPredictionHead(13, 16, 13)
+        self.backbone_momentum = copy.deepcopy(self.backbone)
+        self.projection_head_momentum = copy.deepcopy(self.projection_head)
+        deactivate_requires_grad(self.backbone_momentum)
+        deactivate_requires_grad(self.projection_head_momentum)
+        self.criterion = NegativeCosineSimilarity()
+
+    def loss(self, pictures):
+        from lightly.models.utils import update_momentum
+
+        update_momentum(self.backbone, self.backbone_momentum, m=0.9)
+        update_momentum(self.projection_head, self.projection_head_momentum, m=0.9)
+        p0, p1 = (self.prediction_head(self.projection_head(self.backbone(x))) for x in pictures[:2])
+        z0, z1 = (self.projection_head_momentum(self.backbone_momentum(x)).detach() for x in pictures[:2])
+        return (self.criterion(p0, z1) + self.criterion(p1, z0)) / 2
+
+
+class VICReg(TwoParts):
+    """As lightly's examples have it."""
+
+    def __init__(self):
+        from lightly.loss import VICRegLoss
+        from lightly.models.modules.heads import VICRegProjectionHead
+
+        super().__init__(head=VICRegProjectionHead(28, 16, 13, num_layers=2))
+        self.criterion = VICRegLoss()
+
+    def loss(self, pictures):
+        return self.criterion(*(self.projection_head(self.backbone(x)) for x in pictures[:2]))
+
+
+class DINO(nn.Module):
+    """Student and teacher, global views and a local crop."""
+
+    def __init__(self):
+        from lightly.loss import DINOLoss
+        from lightly.models.modules import DINOProjectionHead
+        from lightly.models.utils import deactivate_requires_grad
+
+        super().__init__()
+        self.teacher_backbone = network()
+        self.teacher_head = DINOProjectionHead(28, 16, 11, 13)
+        self.student_backbone = copy.deepcopy(self.teacher_backbone)
+        self.student_head = DINOProjectionHead(28, 16, 11, 13, freeze_last_layer=1)
+        deactivate_requires_grad(self.teacher_backbone)
+        deactivate_requires_grad(self.teacher_head)
+        self.criterion = DINOLoss(output_dim=13, warmup_teacher_temp_epochs=2)
+
+    def loss(self, pictures):
+        from lightly.models.utils import update_momentum
+
+        update_momentum(self.student_backbone, self.teacher_backbone, m=0.9)
+        update_momentum(self.student_head, self.teacher_head, m=0.9)
+        teacher = [self.teacher_head(self.teacher_backbone(x)) for x in pictures[:2]]
+        student = [self.student_head(self.student_backbone(x)) for x in pictures]
+        return self.criterion(teacher, student, epoch=0)
+
+
+@pytest.mark.filterwarnings(r"ignore:.*torch.nn.utils.weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", [SimCLR, BYOL, VICReg, DINO])
+def test_modules_trained_by_lightlys_own_losses(kind):
+    """Three steps with and without the probes: the same weights, and the trained branch is what was measured."""
+    pytest.importorskip("lightly")
+
+    def trained(probed):
+        torch.manual_seed(3)
+        module = kind()
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        generator = torch.Generator().manual_seed(4)
+        for _ in range(3):
+            x = torch.randn(6, 3, 5, 5, generator=generator)
+            pictures = [x, x + 0.3 * torch.randn(x.shape, generator=generator), x[..., :4, :4]]
+            if probed:
+                with BarlowTwinsProbe(module) as probe:
+                    probe.measure([pictures, torch.zeros(6), ("",) * 6])
+                    probe.augmentation([pictures, torch.zeros(6), ("",) * 6])
+            optimizer.zero_grad()
+            module.loss(pictures).backward()
+            optimizer.step()
+        return module.eval(), pictures
+
+    (without, _), (module, pictures) = trained(False), trained(True)
+    for key, value in without.state_dict().items():
+        assert torch.equal(value, module.state_dict()[key]), key
+
+    x, other, _ = (picture[:2] for picture in pictures)
+    with BarlowTwinsProbe(module) as probe:
+        report, along = probe.measure([x, other]), probe.augmentation([x, other])
+    branch = encoder(module)
+    (backbone, body), (head, _) = branch.named_children()
+    assert [name for name in report if name.startswith(f"{head}.")]
+    exact = {backbone: copy.deepcopy(body).double()}
+    if kind is not DINO:  # whose head has an old-style weight norm, which no copy is made of
+        exact[list(report)[-1]] = copy.deepcopy(branch).double()
+    for layer, features in exact.items():
+        for i in range(2):
+            J = torch.autograd.functional.jacobian(lambda z: features(z[None])[0], x[i].double()).flatten(1)  # noqa: B023
+            v = (other[i] - x[i]).double().flatten()
+            stretch = (J @ v / v.norm()).norm() / math.sqrt(J.shape[0])
+            assert along[layer].along[0, i] == pytest.approx(stretch.log().item(), abs=1e-4)
+
+
 def barlow_twins(logger, callbacks, tmp_path):
     """Five real steps: lightly's transform, data set wrapper, head and loss on the paper's ResNet, narrow."""
     pl = pytest.importorskip("pytorch_lightning")
+    from lightly.data import LightlyDataset
     from lightly.loss import BarlowTwinsLoss
     from lightly.models.modules import BarlowTwinsProjectionHead
     from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
@@ -252,21 +379,18 @@ def barlow_twins(logger, callbacks, tmp_path):
         def __init__(self):
             pixels = torch.randint(0, 256, (40, 16, 16, 3), generator=torch.Generator().manual_seed(3))
             self.images = [Image.fromarray(p.to(torch.uint8).numpy()) for p in pixels]
-            self.transform = BYOLTransform(
-                view_1_transform=BYOLView1Transform(input_size=16, gaussian_blur=0.0),
-                view_2_transform=BYOLView2Transform(input_size=16, gaussian_blur=0.0),
-            )
+            self.transform = None  # lightly's wrapper sets it
 
         def __len__(self):
             return len(self.images)
 
         def __getitem__(self, index):
-            return self.transform(self.images[index]), 0, f"{index}.png"
+            return self.transform(self.images[index]), 0
 
     class BarlowTwins(pl.LightningModule):
         def __init__(self):
             super().__init__()
-            self.backbone = cifar_resnet("resnet18", act="gelu", num_classes=0, channels=(8, 8, 16, 16))
+            self.backbone = cifar_resnet("resnet34", act="gelu", num_classes=0, channels=(8, 8, 16, 16))
             self.projection_head = BarlowTwinsProjectionHead(16, 32, 32)
             self.criterion = BarlowTwinsLoss()
 
@@ -279,7 +403,12 @@ def barlow_twins(logger, callbacks, tmp_path):
 
     pl.seed_everything(1, verbose=False)
     module = BarlowTwins()
-    loader = torch.utils.data.DataLoader(Photographs(), batch_size=8, shuffle=True, drop_last=True)
+    transform = BYOLTransform(
+        view_1_transform=BYOLView1Transform(input_size=16, gaussian_blur=0.0),
+        view_2_transform=BYOLView2Transform(input_size=16, gaussian_blur=0.0),
+    )
+    images = LightlyDataset.from_torch_dataset(Photographs(), transform=transform)
+    loader = torch.utils.data.DataLoader(images, batch_size=8, shuffle=True, drop_last=True)
     trainer = pl.Trainer(
         max_epochs=1,
         logger=logger,

@@ -14,13 +14,15 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import MagicMock, call
 
 import numpy as np
 import pytest
 import torch
-from torchgeom_probe.integrations.tensorboard import TensorBoardWriter
+from torchgeom_probe.integrations.tensorboard import MONITOR_TAGS, TAGS, TensorBoardWriter
 
+import torchgeom_probe as tgp
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.report import GeometryReport, LayerGeometry, Writer
 
@@ -353,13 +355,14 @@ def test_a_full_disk_is_said_to_be_one_and_the_writer_recovers(tmp_path):
     code = textwrap.dedent(
         f"""
         import resource, signal, sys, threading
+        from pathlib import Path
         sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
         from test_tensorboard import ProbeError, TensorBoardWriter, report
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         threading.excepthook = lambda *_: None  # the worker of the event file dies aloud
         writer = TensorBoardWriter({str(tmp_path)!r})
         writer.write(0, report())
-        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))  # less than is tried
         failed = 0
         for step in range(1, 6):
             try:
@@ -367,6 +370,8 @@ def test_a_full_disk_is_said_to_be_one_and_the_writer_recovers(tmp_path):
             except ProbeError as error:
                 message, failed = str(error), failed + 1
         assert failed, "the limit was not reached"
+        files = len(list(Path({str(tmp_path)!r}).iterdir()))
+        assert files == 1, "a full disk gets no empty event file at every probe"
         for words in ("could not be written", "disk is full", "File too large"):
             assert words in message, message
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -380,12 +385,48 @@ def test_a_full_disk_is_said_to_be_one_and_the_writer_recovers(tmp_path):
     assert (points[0], points[9]) == (0.0, 1.0)
 
 
+def monitored(log_dir):
+    """A training with probes at 0, 2, …, 8, of which the one at 4 raises, and a map at each third."""
+
+    class Moody(torch.nn.Sequential):
+        broken = False
+
+        def forward(self, x):
+            if self.broken and not self.training:
+                raise ValueError("a probe came by")
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Moody(torch.nn.Linear(4, 11), torch.nn.Tanh(), torch.nn.Linear(11, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(5, 4)
+    options = {"maps": {"slice/plane": tgp.Plane(x[0], x[1], x[2], steps=5)}, "maps_every": 3}
+    options |= {"layers": ["1", "2"], "estimator": tgp.Subspace(k=3), "every": 2}
+    with tgp.Monitor(model, x, writer=TensorBoardWriter(log_dir), **options).follow(optimizer) as monitor:
+
+        def step():
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+        for _ in range(3):
+            step()
+        model.broken = True
+        with pytest.warns(RuntimeWarning, match="a probe came by"):
+            step()
+        model.broken = False
+        for _ in range(4):
+            step()
+    assert monitor.failures == 1, monitor.last_error
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A real TensorBoard over two sessions of one run, the second resumed."""
     log_dir = tmp_path_factory.mktemp("logs")
     written(log_dir / "run", [(step, report(shift=step)) for step in (0, 10, 20)])
     written(log_dir / "run", [(step, report(shift=100 + step)) for step in (20, 30)])
+    monitored(log_dir / "monitored")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -414,7 +455,8 @@ def server(tmp_path_factory):
             deadline = time.monotonic() + 90
             while True:
                 try:
-                    if len(ask("plugin/scalars/tags").get("run", ())) >= 7 * len(LABELS):
+                    tags = ask("plugin/scalars/tags")
+                    if len(tags.get("run", ())) >= 7 * len(LABELS) and len(tags.get("monitored", ())) >= 16:
                         break
                 except (urllib.error.URLError, ConnectionError, TimeoutError):
                     pass
@@ -426,16 +468,43 @@ def server(tmp_path_factory):
             process.terminate()
 
 
-def test_the_server_knows_every_tag_that_the_docstring_promises(server):
-    promised = re.findall(r"``([\w…/]+NN_layer[\w/]*)``", TensorBoardWriter.__doc__)
-    assert len(promised) == 6, promised
-    scalars, histograms = server("plugin/scalars/tags")["run"], server("plugin/histograms/tags")["run"]
-    for label in LABELS.values():
-        for tag in promised:
-            assert tag.replace("NN_layer", label) in {**scalars, **histograms}, tag
-        assert {f"logvol_band/{label}/{part}" for part in ("p10", "median", "p90")} <= set(scalars)
-    assert server("plugin/text/tags") == {"run": ["geometry/conventions/text_summary"]}
-    assert "geometry/conventions/text_summary" in TensorBoardWriter.__doc__
+def test_the_docs_promise_the_tags_that_there_are():
+    rows = re.findall(r"^    ``(\w+/[\w/]+)`` +(\S.*)$", TensorBoardWriter.__doc__, flags=re.MULTILINE)
+    assert dict(rows) == TAGS | MONITOR_TAGS
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    groups = {tag.split("/")[0] for tag in TAGS}
+    named = re.findall(r"`(\w+/\w+)`", readme) + [f"{g}/…" for g in re.findall(r"`(\w+)/…`", readme)]
+    assert named
+    for tag in named:
+        assert tag in TAGS | MONITOR_TAGS or (tag.endswith("/…") and tag[:-2] in groups), tag
+
+
+def test_the_server_knows_every_tag_that_the_docs_promise(server):
+    for run, labels, promised in (
+        ("run", LABELS.values(), TAGS),
+        ("monitored", ["00_1", "01_2"], TAGS | MONITOR_TAGS),
+    ):
+        # the text plugin adds a suffix of its own to every tag
+        texts = [tag.removesuffix("/text_summary") for tag in server("plugin/text/tags")[run]]
+        known = {*server("plugin/scalars/tags")[run], *server("plugin/histograms/tags")[run], *texts}
+        wanted = {tag.replace("NN_layer", label) for tag in promised for label in labels}
+        assert wanted <= known, wanted - known
+        extras = {f"log_pseudo_volume/{LABELS['']}"} if run == "run" else set()
+        assert known - wanted == extras, "a tag that the docs do not mention"
+
+
+def test_the_server_shows_what_failed_the_share_and_a_slice_map_every_mth_probe(server):
+    def points(tag):
+        return [point[1:] for point in server("plugin/scalars/scalars", run="monitored", tag=tag)]
+
+    # probes at 0, 2, 4, 6, 8; the one at 4 raised
+    assert [step for step, _ in points("logvol/00_1")] == [0, 2, 6, 8]
+    assert points("geometry/failures") == [[0, 0.0], [2, 0.0], [4, 1.0], [6, 1.0], [8, 1.0]]
+    shares = points("geometry/overhead")
+    assert [step for step, _ in shares] == [2, 4, 6, 8]
+    assert all(0 < share < 1 for _, share in shares)
+    images = server("plugin/images/images", run="monitored", tag="slice/plane", sample=0)
+    assert [image["step"] for image in images] == [0, 6]  # every 3rd probe
 
 
 def test_the_server_answers_with_the_values_and_the_resumed_run_has_no_doubles(server):
@@ -456,7 +525,7 @@ def test_the_server_answers_with_the_values_and_the_resumed_run_has_no_doubles(s
 def test_the_server_draws_the_charts_of_the_layout(server):
     categories = server("plugin/custom_scalars/layout")["category"]
     charts = {chart["title"]: chart for category in categories for chart in category["chart"]}
-    assert len(charts) == 4 + len(LABELS)
+    assert len(charts) == 4 + len(LABELS) + 2  # the bands of both runs
     (pattern,) = charts["log-volume by layer [nat]"]["multiline"]["tag"]
     answer = server("plugin/custom_scalars/scalars", run="run", tag=pattern)
     assert answer["regex_valid"]
