@@ -1,0 +1,254 @@
+"""Every estimator on one layer: how many products, how many seconds, and how far from the exact value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import torchgeom_probe as tgp
+from benchmarks.timing import Settings, seconds
+from torchgeom_probe.engines.stream import inner_products
+
+TITLE = "What each estimator costs, and how far off it is"
+NOTE = """One small convolutional GELU network at initialisation, its features pooled to n numbers. "products": Jv and Jᵀu per sample, of which
+a whole Jacobian takes min(n, d); for the curvatures, directional derivatives. "seconds": per sample, the smallest of the turns.
+"error": against the exact value of that row's own estimand (nats, or relative for a trace and for a curvature), the largest over the
+samples; exact means float64 singular values of the whole Jacobian (from float64 features, at 224 x 224 pixels from the float32
+Jacobian), and closed forms or quadrature for the curvatures. "claimed": what the estimator itself says of its error, a bound (≤) or a
+standard error (±) in the same unit; an error of some two standard errors is as it should be. "budget": the memory that the probe was
+given, as a share of the Jacobian's own size; where it is below 1 rows are streamed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: an estimator at a model, and what it should have found."""
+
+    label: str
+    products: str
+    seconds: float
+    error: float
+    claimed: str
+    unit: str
+
+    def __str__(self) -> str:
+        cells = (self.label, self.products, f"{self.seconds:.3g}", f"{self.error:.1e} {self.unit}", self.claimed)
+        return f"| {' | '.join(cells)} |"
+
+
+def network(features: int, stride: int) -> nn.Sequential:
+    """Three convolutions with GELU, averaged over the image."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 7, stride, 3), nn.GELU(), nn.Conv2d(16, 32, 3, stride, 1), nn.GELU()),
+        *(nn.Conv2d(32, features, 3, stride, 1), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    ).eval()
+
+
+def dense(model: nn.Module, x: Tensor) -> Tensor:
+    """[B, n, d], one sample after the other."""
+    rows = torch.func.jacrev(lambda z: model(z[None])[0], chunk_size=64)
+    return torch.stack([rows(sample).flatten(1) for sample in x]).detach()
+
+
+def elementary(eigenvalues: Tensor, k: int) -> Tensor:
+    """Log of e_k(λ) by its recursion over the eigenvalues, each divided by their mean so that nothing overflows."""
+    scale = eigenvalues.mean()
+    polynomial = torch.zeros(k + 1, dtype=torch.float64)
+    polynomial[0] = 1
+    for value in eigenvalues / scale:
+        polynomial[1:] = polynomial[1:] + value * polynomial[:-1]
+    return polynomial[k].log() + k * scale.log()
+
+
+def table(settings: Settings) -> Iterator[str]:
+    """Yield the table line by line."""
+    side, features = (8, 24) if settings.quick else (32, 512)
+    model = network(features, 2).to(settings.device)
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1)).to(settings.device)
+    yield f"Features n = {features}, inputs d = {3 * side * side}:"
+    yield ""
+    yield from _head()
+    yield from map(str, _on_features(model, x, settings))
+    side, features = (16, 24) if settings.quick else (224, 512)
+    model = network(features, 4).to(settings.device)
+    x = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1)).to(settings.device)
+    yield ""
+    yield f"Features n = {features}, inputs d = {3 * side * side}:"
+    yield ""
+    yield from _head()
+    yield from map(str, _on_large_images(model, x, settings))
+    yield ""
+    yield "Curvature and closed forms, float64:"
+    yield ""
+    yield from _head()
+    yield from map(str, _curvatures(settings))
+
+
+def _head() -> Iterator[str]:
+    yield "| estimator | products | seconds | error | claimed |"
+    yield "|---|---|---|---|---|"
+
+
+def _timed(run: Callable[[], tgp.GeometryReport], settings: Settings, turns: int) -> tuple[tgp.LayerGeometry, float]:
+    best, report = math.inf, run()
+    for _ in range(turns):
+        best = min(best, seconds(run, settings.device))
+    (g,) = report.values()
+    return g, best / len(g.log_volume)
+
+
+def _row(label: str, g: tgp.LayerGeometry, spent: float, error: Tensor, *, products: int | None = None) -> Row:
+    claimed = "nothing but rounding"
+    if g.error_bound is not None:
+        claimed = f"≤ {g.error_bound.max().item():.1e}"
+    elif g.std_error is not None:
+        claimed = f"± {g.std_error.max().item():.1e}"
+    if g.num_products is not None:
+        counts = sorted(set(g.num_products.tolist()))
+        made = "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    else:
+        made = str(products)
+    return Row(label, made, spent, error.abs().max().item(), claimed, "nats")
+
+
+def _on_features(model: nn.Module, x: Tensor, settings: Settings) -> Iterator[Row]:
+    n, d = model(x[:1]).shape[1], x[0].numel()
+    layer, turns = "7", settings.turns
+    jacobian = dense(network(n, 2).double().to(settings.device), x.double())
+    sigma = torch.linalg.svdvals(jacobian)
+    whole = n * d * 4
+
+    def measured(
+        estimator: tgp.Estimator, warm: tgp.GeometryReport | None = None, budget: int | None = None, times: int = turns
+    ) -> tuple[tgp.LayerGeometry, float]:
+        probe = tgp.GeometryProbe(
+            model, layers=[layer], estimator=estimator, normalize=False, memory_budget=budget
+        )
+        return _timed(lambda: probe.measure(x, warm=warm), settings, times)
+
+    exact = sigma.log().sum(1)
+    g, spent = measured(tgp.Exact(), times=max(1, turns // 3))
+    yield _row("`Exact()`, √det JJᵀ", g, spent, g.log_volume - exact, products=n)
+    g, spent = measured(tgp.Exact(), budget=whole // 2, times=1)
+    yield _row("`Exact()`, budget 0.5", g, spent, g.log_volume - exact, products=_streamed(n, 0.5, 1))
+
+    k = 8
+    g, spent = measured(tgp.Subspace(k=k))
+    frame = tgp.directions.orthonormal_frame(k, d, seed=0).to(jacobian)
+    volume = torch.linalg.svdvals(jacobian @ frame.T).log().sum(1)
+    yield _row(f"`Subspace(k={k})`, its own frame", g, spent, g.log_volume - volume, products=k)
+    g, spent = measured(tgp.Subspace(k=k, frames=16))
+    mean = torch.stack([(elementary(s.square(), k) - _log_choose(d, k)) / 2 for s in sigma])
+    yield _row(f"`Subspace(k={k}, frames=16)`, ½ log(e_k/C(d, k))", g, spent, g.log_volume - mean, products=16 * k)
+
+    top = min(10, n)
+    true = sigma[:, :top].log().sum(1)
+    g, spent = measured(tgp.TopK(k=top, method="krylov"))
+    yield _row(f"`TopK(k={top})`, cold", g, spent, g.log_volume - true)
+    before = tgp.measure(model, x, layers=[layer], estimator=tgp.TopK(k=top, method="krylov"), normalize=False)
+    with torch.no_grad():  # a training step's worth: what follows is of the changed network
+        for parameter in model.parameters():
+            parameter.add_(1e-3 * parameter.abs().mean() * torch.randn_like(parameter))
+    moved = torch.linalg.svdvals(dense(_double(model), x.double()))
+    g, spent = measured(tgp.TopK(k=top, method="krylov"), warm=before)
+    yield _row(f"`TopK(k={top})`, warm after a change of 1e-3", g, spent, g.log_volume - moved[:, :top].log().sum(1))
+    g, spent = measured(tgp.TopK(k=1, method="krylov"))
+    yield _row("`TopK(k=1)`, σ_1: the local Lipschitz constant", g, spent, g.log_volume - moved[:, 0].log())
+
+    for eps in (1e-1, 1e-2, 1e-4):
+        estimator = tgp.LogDet(eps=eps, relative=True)
+        g, spent = measured(estimator)
+        floor = eps * moved[:, :1].square()
+        log_det = (moved.square() + floor).log().sum(1) + (d - n) * floor[:, 0].log()
+        how = "exact" if "exact" in g.estimand else "Lanczos"
+        yield _row(f"`LogDet(eps={eps:g}, relative=True)`: {how}", g, spent, g.log_volume - log_det / 2)
+
+    energy = moved.square().sum(1)
+    for method in ("hutchinson", "hutch++"):
+        g, spent = measured(tgp.Trace(method=method, probes=16))
+        assert g.trace is not None
+        assert g.trace_std_error is not None
+        claimed = (g.trace_std_error / g.trace).max().item()
+        error = ((g.trace - energy) / energy).abs().max().item()
+        products = str(int(g.num_products.max())) if g.num_products is not None else "16"
+        yield Row(f'`Trace("{method}", probes=16)`', products, spent, error, f"± {claimed:.1e}", "relative")
+
+
+def _on_large_images(model: nn.Module, x: Tensor, settings: Settings) -> Iterator[Row]:
+    n, d = model(x[:1]).shape[1], x[0].numel()
+    rows = dense(model, x)[0]
+    gram = inner_products(rows[:, None], rows[:, None])[0]
+    exact = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().log().sum()
+    del rows
+    # Besides the rows a budget has to hold a pass over the model; below one pass nothing can be streamed.
+    room = 8 << 20
+    for share in (2.0, 0.25):
+        probe = tgp.GeometryProbe(
+            *(model,), layers=["7"], estimator=tgp.Exact(), normalize=False, memory_budget=int(share * n * d * 4) + room
+        )
+        g, spent = _timed(lambda probe=probe: probe.measure(x), settings, 1)  # type: ignore[misc]
+        held = (int(share * n * d * 4) + room) / (4 * n * d * 4)
+        products = n if share > 1 else _streamed(n, held * 4, 1)
+        yield _row(f"`Exact()`, budget {share:g}", g, spent, g.log_volume - exact, products=products)
+
+
+def _streamed(rows: int, share: float, batch: int) -> int:
+    """Products of a streamed factor: a block of a quarter of the budget is held while all later rows pass by."""
+    held = max(1, int(share * rows / 4 / batch))
+    return sum(rows - start for start in range(0, rows, held))
+
+
+def _curvatures(settings: Settings) -> Iterator[Row]:
+    width, samples = (50, 4) if settings.quick else (1000, 64)
+    generator = torch.Generator().manual_seed(0)
+    for d in (2, 3, 8):
+        weights = torch.randn(width, d, generator=generator, dtype=torch.float64)
+        biases = torch.randn(width, generator=generator, dtype=torch.float64)
+        points = torch.randn(samples, d, generator=generator, dtype=torch.float64)
+        layer = nn.Linear(d, width, dtype=torch.float64)
+        layer.weight.data.copy_(weights)
+        layer.bias.data.copy_(biases)
+        net = nn.Sequential(layer, nn.Sigmoid())
+        closed, spent_closed = _timed_value(
+            lambda p=points, w=weights, b=biases: tgp.analytic.shallow.scalar_curvature(p, w, b, activation="sigmoid"),  # type: ignore[misc]
+            settings,
+        )
+        # The features of the closed form are divided by √n, which multiplies the curvature by n.
+        gauss, spent = _timed_value(lambda net=net, p=points: tgp.scalar_curvature(net, p) * width, settings)  # type: ignore[misc]
+        error = ((gauss - closed) / closed).abs().max().item()
+        second = d * (d + 1) // 2
+        rounding = "nothing but rounding"
+        yield Row(f"`scalar_curvature`, d = {d}, n = {width}, against the closed form", f"{d} + {second}", spent / samples, error, rounding, "relative")  # fmt: skip
+        volume, spent_volume = _timed_value(
+            lambda p=points, w=weights, b=biases: tgp.analytic.shallow.log_volume(p, w, b, activation="sigmoid"),  # type: ignore[misc]
+            settings,
+        )
+        measured = tgp.measure(net, points, layers=["1"], estimator=tgp.Exact())["1"].log_volume
+        yield Row(f"`analytic.shallow.log_volume`, d = {d}, against `Exact()`", "0", spent_volume / samples, (volume - measured).abs().max().item(), rounding, "nats")  # fmt: skip
+        yield Row(f"`analytic.shallow.scalar_curvature`, d = {d}, against the Gauss equation", "0", spent_closed / samples, error, rounding, "relative")  # fmt: skip
+    points = torch.randn(samples, 3, generator=generator, dtype=torch.float64)
+    closed, spent = _timed_value(lambda: tgp.analytic.infinite.scalar_curvature(points, activation="erf"), settings)
+    quadrature = tgp.analytic.infinite.scalar_curvature(
+        points, activation=lambda z: torch.erf(z / math.sqrt(2))
+    )
+    error = ((closed - quadrature) / closed).abs().max().item()
+    yield Row('`analytic.infinite.scalar_curvature`, "erf", against quadrature', "0", spent / samples, error, "nothing but rounding", "relative")  # fmt: skip
+
+
+def _timed_value(run: Callable[[], Tensor], settings: Settings) -> tuple[Tensor, float]:
+    value = run()
+    return value, min(seconds(run, settings.device) for _ in range(settings.turns))
+
+
+def _double(model: nn.Module) -> nn.Module:
+    copy = network(model[4].out_channels, 2).double()  # type: ignore[index]
+    copy.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    return copy.to(next(model.parameters()).device)
+
+
+def _log_choose(d: int, k: int) -> float:
+    return math.lgamma(d + 1) - math.lgamma(k + 1) - math.lgamma(d - k + 1)
