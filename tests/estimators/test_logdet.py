@@ -203,6 +203,33 @@ def test_relative_floor_is_free_of_scale():
     assert (lanczos.log_det - one.log_det).abs().item() <= 4 * 2 * lanczos.std_error.item()
 
 
+@pytest.mark.parametrize("kind", ["geometric", "harmonic"])
+def test_a_floor_relative_to_the_largest_value_waits_for_that_value(kind):
+    """(d − n) log ε is most of the value, so an ε from a Ritz value that is still rising would be nats off."""
+    n, d = 200, 2000
+    model = problems.linear(problems.spectrum(kind, n), n, d)
+    sigma = torch.linalg.svdvals(model.weight.detach().double())
+    true = _true(sigma, 0.1 * sigma[0].square(), d)
+    hits = 0
+    for seed in range(8):
+        for options in ({"probes": 10}, {"probes": 4, "tol": 8.0}):
+            x = torch.zeros(1, d)
+            g = _measured(model, x, eps=0.1, relative=True, method="lanczos", seed=seed, **options)
+            hits += abs(g.log_det.item() - true.item()) <= 3 * 2 * g.std_error.item()
+    assert hits >= 15, hits
+
+
+def test_few_probes_that_agree_do_not_end_the_search():
+    """Under tol the spread that the spectrum predicts counts, not that of four probes alone."""
+    model, _, x = problems.problem("gaussian", n=300, d=400)
+    sigma = torch.linalg.svdvals(model.weight.detach().double())
+    true = _true(sigma, 0.5, 400)
+    for seed in range(12):
+        g = _measured(model, x, eps=0.5, probes=4, tol=4.0, seed=seed, method="lanczos")
+        assert abs(g.log_det.item() - true.item()) <= 4 * 4.0
+        assert g.num_products.item() >= 2 * 4 * 2
+
+
 @pytest.mark.parametrize("method", ["exact", "lanczos"])
 def test_zero_jacobian_and_diverged_sample(method):
     model = nn.Linear(60, 40)
