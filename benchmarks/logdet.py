@@ -81,4 +81,6 @@ def table(settings: Settings) -> Iterator[str]:
                 )
             products.sort()
             counts = f"{products[len(products) // 2]} ({products[0]}–{products[-1]})"
-            yield f"| {kind} | {eps:g} | {'' if settings.quick else hindsight} | {counts} | {100 * max(errors):.2f} % | {', '.join(sorted(hows))} |"
+            known = "" if settings.quick else hindsight
+            how = ", ".join(sorted(hows))
+            yield f"| {kind} | {eps:g} | {known} | {counts} | {100 * max(errors):.2f} % | {how} |"
