@@ -203,6 +203,49 @@ def test_relative_floor_is_free_of_scale():
     assert (lanczos.log_det - one.log_det).abs().item() <= 4 * 2 * lanczos.std_error.item()
 
 
+@pytest.mark.parametrize("kind", ["geometric", "harmonic"])
+def test_a_floor_relative_to_the_largest_value_waits_for_that_value(kind):
+    """(d − n) log ε is most of the value, so an ε from a Ritz value that is still rising would be nats off."""
+    n, d = 200, 2000
+    model = problems.linear(problems.spectrum(kind, n), n, d)
+    sigma = torch.linalg.svdvals(model.weight.detach().double())
+    true = _true(sigma, 0.1 * sigma[0].square(), d)
+    hits = 0
+    for seed in range(8):
+        for options in ({"probes": 10}, {"probes": 4, "tol": 8.0}):
+            x = torch.zeros(1, d)
+            g = _measured(model, x, eps=0.1, relative=True, method="lanczos", seed=seed, **options)
+            hits += abs(g.log_det.item() - true.item()) <= 3 * 2 * g.std_error.item()
+    assert hits >= 15, hits
+
+
+@pytest.mark.parametrize(
+    ("kind", "eps", "hindsight"),
+    [("geometric", 1e-4, 24), ("geometric", 1e-6, 40), ("harmonic", 1e-2, 12), ("harmonic", 1e-4, 104)],
+)
+def test_one_per_cent_at_about_the_products_of_a_search_with_hindsight(kind, eps, hindsight):
+    """n = 512, d = 3072; at least four probes are drawn where the search knew that one or two are enough, hence the added ones."""
+    model = problems.linear(problems.spectrum(kind, 512), 512, 3072)
+    sigma = torch.linalg.svdvals(model.weight.detach().double())
+    floor = eps * sigma[0].square()
+    one_per_cent = 0.01 * (sigma.square() + floor).log().sum().abs().item()
+    g = _measured(model, torch.zeros(1, 3072), eps=floor.item(), probes=4, tol=one_per_cent / 2)
+    assert "exact" not in g.estimand
+    assert abs(g.log_det.item() - _true(sigma, floor, 3072).item()) <= 1.5 * one_per_cent
+    assert g.num_products.item() <= 2 * hindsight + 4 * 2 * 6, g.num_products
+
+
+def test_few_probes_that_agree_do_not_end_the_search():
+    """Under tol the spread that the spectrum predicts counts, not that of four probes alone."""
+    model, _, x = problems.problem("gaussian", n=300, d=400)
+    sigma = torch.linalg.svdvals(model.weight.detach().double())
+    true = _true(sigma, 0.5, 400)
+    for seed in range(12):
+        g = _measured(model, x, eps=0.5, probes=4, tol=4.0, seed=seed, method="lanczos")
+        assert abs(g.log_det.item() - true.item()) <= 4 * 4.0
+        assert g.num_products.item() >= 2 * 4 * 2
+
+
 @pytest.mark.parametrize("method", ["exact", "lanczos"])
 def test_zero_jacobian_and_diverged_sample(method):
     model = nn.Linear(60, 40)

@@ -342,3 +342,56 @@ def test_a_model_without_a_reverse_derivative_is_refused_with_the_way_out():
     with pytest.raises(ProbeError, match=r"no_grad|estimator=Subspace"):
         _measured(nn.Sequential(ForwardOnly()), torch.randn(2, 60), "0", k=3, method="krylov")
     assert issubclass(EngineRefusal, ProbeError)
+
+
+def _copies(number):
+    """Equal values in groups, each group 0.6 of the one before."""
+    return torch.repeat_interleave(0.6 ** torch.arange(60 // number, dtype=torch.float64), number)
+
+
+#: Spectra on which a Krylov space from four random vectors alone goes wrong, or might.
+AWKWARD = {
+    "pairs": _copies(2),
+    "groups of five": _copies(5),
+    "groups of eight": _copies(8),
+    "twelve copies": torch.tensor([1.0] * 12 + [0.1] * 40),
+    "nine copies, then nearly": torch.tensor([1.0] * 9 + [0.999] * 50),
+    "one part in a thousand": 1 - 1e-3 * torch.arange(60) / 60,
+    "one part in 1e8": 1 - 1e-8 * torch.arange(60, dtype=torch.float64) / 60,
+    "six decades": 10 ** (-torch.arange(60, dtype=torch.float64) / 10),
+    "thirty decades": 10 ** (-torch.arange(60, dtype=torch.float64) / 2),
+    "a spike": torch.tensor([1e6] + [0.9**i for i in range(50)]),
+    "three spikes": torch.tensor([1e4] * 3 + [1 / i for i in range(1, 50)]),
+    "rank one": torch.tensor([3.0]),
+    "rank eleven": torch.ones(11),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k", [1, 10])
+@pytest.mark.parametrize("name", AWKWARD)
+def test_no_silent_wrong_number_on_awkward_spectra(name, k, dtype):
+    model = problems.linear(AWKWARD[name].double(), 70, 90, dtype=dtype, seed=1)
+    true = torch.linalg.svdvals(model.weight.detach().double())[:k]
+    for options in ({"method": "krylov"}, {"method": "krylov", "max_products": 64}, {}):
+        g = _measured(model, torch.zeros(1, 90, dtype=dtype), k=k, **options)
+        counted = true > g.rank_tolerance * true[0]
+        near = ((true / true[0]).clamp_min(1e-300) / g.rank_tolerance).log().abs().min() < 1.5
+        if not near:  # at the threshold itself rounding decides
+            assert g.rank.item() == counted.sum().item() or math.isinf(g.error_bound.item())
+        if g.rank.item() == counted.sum().item():
+            expected = true[counted].log().sum()
+            assert (g.log_pseudo_volume - expected).abs() <= g.error_bound + 1e-9, options
+
+
+def test_patches_that_do_not_overlap_have_every_value_many_times():
+    """The stem of a vision transformer: J is one small matrix for each of 16 patches, so σ_1 comes 16 times."""
+    model, x = nn.Conv2d(3, 20, 4, stride=4, bias=False), torch.randn(2, 3, 16, 16)
+    top = torch.linalg.svdvals(model.weight.detach().double().flatten(1))[0]
+    report = tgp.measure(model, x, layers="", estimator=tgp.TopK(k=10, method="krylov"), normalize=False)
+    g = report[""]
+    assert (g.singular_values.log10() - top.log10()).abs().max() < 1e-3
+    assert ((g.log_volume - 10 * top.log()).abs() <= g.error_bound).all()
+    assert g.error_bound.isfinite().all()
+    few = _measured(model, x, k=10, method="krylov", max_products=48)
+    assert ((few.log_volume - 10 * top.log()).abs() <= few.error_bound).all()

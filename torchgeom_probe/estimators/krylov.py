@@ -6,7 +6,7 @@ Legend of axes: B samples, b the block, m the Krylov dimension, k the values wan
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch.nn import functional
@@ -22,6 +22,11 @@ _LN10 = math.log(10.0)
 _CREDIBLE = 3e-3
 _CLOSE = 0.06
 
+#: A window of as many Ritz values as the block has vectors is crowded where they agree this well, or ten times better than with the next
+#: value: a Krylov space from b random vectors holds b copies of a multiple value and cannot show that there are more.
+_TIGHT = 1e-3
+_ALIKE = 0.05
+
 #: Vectors beyond the k wanted that a warm start keeps.
 SPARE = 2
 
@@ -33,7 +38,8 @@ class Leading:
     Attributes:
         values: [B, k] float64, descending; lower bounds of the true ones.
         bound: [B] on the sum of the errors of their logarithms, in nats; inf where the residuals are too large to say.
-        converged: [B], whether the stopping rule was met.
+        converged: [B], whether the stopping rule was met, and nothing crowded.
+        crowded: [B], whether more copies of a multiple value than the block holds may be missing among the k: a larger block tells.
         products: [B], Jv and Jᵀu together.
         vectors: [B, q, D], right singular vectors, k and two spare ones; zero where there are no more.
         left: [B, q, N], the left ones.
@@ -42,6 +48,7 @@ class Leading:
     values: Float[Tensor, "B k"]
     bound: Float[Tensor, " B"]
     converged: Bool[Tensor, " B"]
+    crowded: Bool[Tensor, " B"]
     products: Int[Tensor, " B"]
     vectors: Float[Tensor, "B q D"]
     left: Float[Tensor, "B q N"]
@@ -60,6 +67,37 @@ def leading(
 ) -> Leading:
     """Expand until every sample meets the stopping rule, or the next round would go beyond ``max_products``.
 
+    Where a value may have more copies than the block holds (a convolution over patches that do not overlap has one for each
+    patch), once more from a block of k + 2 vectors, in which no copy among the k can be missed.
+    """
+    options = {"k": k, "tolerance": tolerance, "max_products": max_products, "generator": generator}
+    found = _expanded(jacobian, start, block=block, warm=warm, **options)  # type: ignore[arg-type]
+    larger = min(max(2 * block, k + 2), jacobian.num_features, jacobian.num_inputs)
+    if jacobian.products + 2 * larger > max_products or not bool(found.crowded.any()):
+        return found
+    rows = torch.randn(larger, jacobian.num_inputs, generator=generator, dtype=torch.float64).to(start.device)
+    again = _expanded(jacobian, rows.expand(len(start), -1, -1), block=larger, **options)  # type: ignore[arg-type]
+
+    def chosen(name: str) -> Tensor:
+        first, second = getattr(found, name), getattr(again, name)
+        return torch.where(found.crowded.view(-1, *(1,) * (first.ndim - 1)), second, first)
+
+    return Leading(*(chosen(field.name) for field in fields(Leading)))
+
+
+def _expanded(
+    jacobian: LayerJacobian,
+    start: Float[Tensor, "B b D"],
+    *,
+    k: int,
+    block: int,
+    tolerance: float,
+    max_products: float,
+    generator: torch.Generator,
+    warm: bool = False,
+) -> Leading:
+    """One Krylov space, from its first block to its end.
+
     Right and left Krylov bases V and U with J V = U B exactly; from B = P S Q, u = U P_i and v = V Q_i, the residual of a Ritz pair is
     r_i = Jᵀu_i − S_i v_i.  The next block is what the residuals, each relative to its value, span best: for a cold start that is the
     block Krylov space; for a warm one it goes where the old vectors fail.  A sample's result is the one of its own stopping round,
@@ -76,6 +114,7 @@ def leading(
     products = torch.zeros(samples, dtype=torch.long, device=device)
     bound = torch.full((samples,), torch.inf, dtype=torch.float64, device=device)
     largest = torch.zeros_like(bound)
+    crowded = torch.zeros_like(done)
     credible_before = torch.zeros_like(done)
     fresh = orthonormal(start, None, eps=eps)
     random = torch.full_like(done, not warm)
@@ -114,12 +153,18 @@ def leading(
             complete=complete,
         )
         # One round's word is not enough: a value that the space has only begun to see shows in the next one.
+        known = complete | (reached >= full)
         credible = new_bound.isfinite()
-        confirmed = credible & (credible_before | complete | (reached >= full))
+        confirmed = credible & (credible_before | known)
         credible_before = credible
+        hidden, in_doubt = _crowding(
+            values[:, :count], residuals, k=k, block=start.shape[1], tolerance=tolerance
+        )
+        new_bound = torch.where(known, new_bound, new_bound + hidden)
         new_bound = torch.where(confirmed, new_bound, torch.inf)
         met = (met & confirmed) | ~image.isfinite().all(-1).all(-1)
         bound = torch.where(done, bound, new_bound)
+        crowded = torch.where(done, crowded, in_doubt & confirmed & ~known)
         size = torch.where(done, size, reached)
         products = torch.where(done, products, jacobian.products)
         done = done | met
@@ -129,7 +174,7 @@ def leading(
             break
         fresh, random = _expansion(values[:, :count], residuals, right, block, eps, generator)
     values, vectors, left = _left_values(pulled, left, size, k)
-    return Leading(values, bound, done, products, vectors, left)
+    return Leading(values, bound, done & ~crowded, crowded, products, vectors, left)
 
 
 def _stopping_rule(
@@ -189,6 +234,35 @@ def _stopping_rule(
     # Below its own rounding no value can be asked to settle.
     met = (error < torch.maximum(rounding_each, torch.full_like(rounding_each, tolerance * _LN10))).all(1)
     return torch.where(credible, error.sum(1) + rounding, torch.inf), met & credible
+
+
+def _crowding(
+    values_Bc: Tensor, residuals_BcD: Tensor, *, k: int, block: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Return ([B] what hidden copies could add to Σ log σ_i, in nats; [B] whether that is too much to be a bound: then it is inf).
+
+    A copy that is missing behind a window of ``block`` values that agree would take the place of each later one: they are lower than the
+    window's first by Σ_j log(S_i/S_j).  Within a window that the polynomial does not resolve a value is no better known than its
+    neighbours are alike.
+    """
+    count = values_Bc.shape[1]
+    top = values_Bc[:, :1].clamp_min(1e-300)
+    logs = (values_Bc / top).clamp_min(1e-300).log()
+    linear = (residuals_BcD.norm(dim=2) / values_Bc.clamp_min(1e-300)).log1p()
+    worst = torch.zeros_like(top[:, 0])
+    for first in range(min(k, max(0, count - block + 1))):
+        last = first + block - 1
+        width = logs[:, first] - logs[:, last]
+        gap = logs[:, last] - logs[:, last + 1] if last + 1 < count else torch.full_like(width, torch.inf)
+        crowded = (width < _TIGHT) | ((width < _ALIKE) & (width < 0.1 * gap))
+        unresolved = 2 * width + 3 * linear[:, first : last + 1].amax(1)
+        # Later values may all be zero to rounding: the copies would then stand in the place of nothing.
+        displaced = (logs[:, first : first + 1] - logs[:, last + 1 : k]).clamp_min(0).sum(1)
+        # Where the value after the window lies far below, the block's own vectors resolve the window's values.
+        extra = displaced + torch.where(width < _TIGHT, (k - first) * unresolved, 0.0)
+        worst = torch.maximum(worst, torch.where(crowded & (logs[:, first] > -60), extra, 0.0))
+    in_doubt = worst > k * tolerance * _LN10
+    return torch.where(in_doubt, torch.inf, worst), in_doubt
 
 
 def _expansion(

@@ -244,6 +244,8 @@ class _Sample:
         self._nodes: list[Tensor] = []
         self._weights: list[Tensor] = []
         self._largest: Tensor | None = None
+        #: [B], what the value still moved by with λ_1 in the last step, where ε is relative to it.
+        self._drift: Tensor | float = 0.0
 
     def draw(self, limit: float) -> bool:
         """Run another set of probes; False where the price of the dense Jacobian was reached first."""
@@ -257,15 +259,22 @@ class _Sample:
         run = Bidiagonalisation(self.jacobian, probes.to(self.jacobian.linear.device), deflated)
         previous = math.inf
         while True:
-            nodes, _ = run.quadrature()
+            nodes, weights = run.quadrature()
             if self.eps is None or not self._values:
                 largest = nodes.amax((1, 2))[:, None] * self.scale
                 if self.top is not None:
                     largest = torch.maximum(largest, self.top.values[:, :1].square() * self.scale)
-                self._largest = largest.sqrt()
-                self.eps = self.estimator._eps(largest)
+                eps, before = self.estimator._eps(largest), self.eps
+                self._largest, self.eps = largest.sqrt(), eps
+                if self.estimator.relative:
+                    # ε moves with the largest Ritz value, and log det by tr ε(g + ε)⁻¹ times as much: up to d times.
+                    share = eps[:, :, None] / (nodes * self.scale + eps[:, :, None])
+                    pull = (self.jacobian.num_inputs - self.smaller) + (weights * share).sum(2).mean(1)
+                    moved = torch.inf if before is None else (eps / before).log().abs()[:, 0]
+                    self._drift = pull * moved
             lower, upper = run.bracket(self._function)
             half = (upper - lower).clamp_min(0).mean(1) / 2
+            half = half + self._drift
             if run.steps >= min(self.estimator.steps, self.smaller):
                 break
             excess = self._excess(half, (lower + upper) / 2, run.mass)
@@ -310,7 +319,11 @@ class _Sample:
         """[B] estimate of tr log(K + ε) outside of what is deflated, and its standard error, the quadrature's included."""
         values = _corrected(torch.cat(self._values, 1), torch.cat(self._masses, 1), self._left())
         half = torch.cat(self._halves, 1).mean(1)
-        variance = values.var(1) / values.shape[1] + half.square()
+        spread = values.var(1)
+        if self.estimator.tol is not None:
+            # A few probes know their own spread badly, and those that happen to agree must not end the search.
+            spread = torch.maximum(spread, 0.8 * self._predicted(0))
+        variance = spread / values.shape[1] + (half + self._drift).square()
         if self.top is not None:
             variance = variance + (2 * self.top.bound).square()
         return values.mean(1), variance.sqrt()
