@@ -5,6 +5,7 @@ x → directions → dual forward pass → per-layer factor → LayerGeometry �
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -25,6 +26,7 @@ from torchgeom_probe.estimators import Estimator, Exact, Subspace, TopK
 from torchgeom_probe.estimators.subspace import along
 from torchgeom_probe.estimators.topk import start_from
 from torchgeom_probe.footprint import Mode, measuring, unwrapped
+from torchgeom_probe.forecast import Forecast
 from torchgeom_probe.layers import LayerSpec, close_names, resolve
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Tensor
@@ -260,6 +262,33 @@ class GeometryProbe:
                 ) from error
         return self._plans[key]
 
+    def plan(self, x: Any) -> Forecast:
+        """Say what ``measure(x)`` will take, without measuring: rows, bytes, seconds, chunks, forward or reverse mode per layer and why.
+
+        The seconds are rows times the time of a row in a plain forward pass, which is run for this on up to eight samples.
+
+        >>> probe = GeometryProbe(nn.Sequential(nn.Linear(5, 3), nn.Tanh()), layers="*", estimator=Subspace(k=2))
+        >>> forecast = probe.plan(torch.randn(7, 5))
+        >>> forecast.rows, forecast.samples_at_once        # 7 samples, the primal and 2 directions each, in one pass
+        (21, 7)
+        >>> print(forecast)                                # doctest: +ELLIPSIS
+        7 samples of d = 5, engine auto
+          rows: 21, in 1 chunk of up to 7 samples x 2 directions at once
+        ...
+          0 (n = 3), 1 (n = 3): 2 directions, one dual pass for all layers
+        """
+        batch = Batch.of(x, self._task)
+        with measuring(self._task.model, mode=self.mode):
+            plan = self._planned(batch)
+            return Forecast.of(
+                self.estimator,
+                plan,
+                batch.size,
+                seconds_per_row=_seconds_per_row(self._task, batch),
+                engine=self._engine_that_runs,
+                compiled=self._compiled is not None,
+            )
+
     def check(self, x: Any, *, seed: int = 0) -> CheckReport:
         """Check the model before a long run: derivatives, samples and ops, on at most four samples.
 
@@ -394,6 +423,18 @@ class CheckReport:
         if self.refusal:
             lines.append(self.refusal)
         return "\n".join(lines)
+
+
+def _seconds_per_row(task: Task, batch: Batch) -> float:
+    few = batch.repeated(8)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        few.run(task.model)
+        if few.device.type != "cpu":
+            torch.accelerator.synchronize(few.device)
+        best = min(best, time.perf_counter() - start)
+    return best / few.size
 
 
 def _adjoint_errors(

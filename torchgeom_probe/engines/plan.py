@@ -64,6 +64,10 @@ class Plan:
         """How many directions fit at once for that many samples (at least 1)."""
         return max(1, min(num_directions, self._rows() // samples - 1))
 
+    def bytes_of(self, samples: int, num_directions: int) -> int:
+        """Peak bytes of a dual pass over so many samples and directions, estimated from that of a plain pass."""
+        return int(_ROWS_OVER_PLAIN * self.row_bytes * samples * (1 + num_directions))
+
     def _rows(self) -> int:
         return int(self.budget / (_ROWS_OVER_PLAIN * max(self.row_bytes, 1)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 
@@ -17,12 +18,46 @@ from torchgeom_probe.spectrum import SpectralDensity
 GRAM_RESOLUTION = 1e-7
 
 
+@dataclass(frozen=True)
+class Work:
+    """The products that an estimator needs of one layer, per sample, and why these.
+
+    Attributes:
+        pushes, pulls: Jv by the dual pass and Jᵀu by reverse mode, as many as are expected.
+        most: products at which it stops at the latest; equal to the sum where the number is fixed.
+        shared: whether the pushes are those of one pass for all layers.
+        why: the choice between forward and reverse mode, and between all directions and some, in words.
+    """
+
+    pushes: int
+    pulls: int
+    most: int
+    shared: bool
+    why: str
+
+
+def dense_work(num_features: int, num_inputs: int, why: str) -> Work:
+    """All of J: by rows or by columns, whichever are fewer."""
+    by_rows = num_features <= num_inputs
+    count = min(num_features, num_inputs)
+    how = (
+        f"{num_features} rows of J by reverse mode, d = {num_inputs} is more"
+        if by_rows
+        else f"{num_inputs} columns of J by forward mode, n = {num_features} is more"
+    )
+    return Work(0 if by_rows else count, count if by_rows else 0, count, False, f"{why}: {how}")
+
+
 class Estimator(ABC):
     """A frozen dataclass that names an estimand and computes it from the Jacobians of all layers at once."""
 
     @abstractmethod
     def num_rows(self, plan: Plan) -> int:
         """How many tangent rows one sample needs at once: what samples are chunked by."""
+
+    @abstractmethod
+    def work(self, plan: Plan) -> dict[str, Work]:
+        """The products that each entry needs of one sample."""
 
     @abstractmethod
     def estimate(self, linear: Linearization, *, normalize: bool) -> dict[str, LayerGeometry]:

@@ -11,7 +11,7 @@ from torchgeom_probe.engines.linearization import Linearization
 from torchgeom_probe.engines.plan import Plan
 from torchgeom_probe.engines.stream import streamed_factor
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.base import Estimator, geometry
+from torchgeom_probe.estimators.base import Estimator, Work, geometry
 from torchgeom_probe.factor import Factor
 from torchgeom_probe.report import LayerGeometry
 
@@ -47,14 +47,20 @@ class Exact(Estimator):
         """Rows that one sample needs at once: all d directions."""
         return plan.num_inputs
 
+    def work(self, plan: Plan) -> dict[str, Work]:
+        """All d directions in one dual pass for all layers, or a pullback a feature where those are fewer."""
+        d, total = plan.num_inputs, sum(plan.features.values())
+        if _by_reverse_mode(plan):
+            why = f"the layers have {total} features in all, fewer than d = {d} directions: a pullback a feature"
+            return {entry: Work(0, n, n, False, why) for entry, n in plan.features.items()}
+        why = f"all d = {d} directions, one dual pass for all layers; they have {total} features"
+        return {entry: Work(d, 0, d, True, why) for entry in plan.features}
+
     def estimate(self, linear: Linearization, *, normalize: bool) -> dict[str, LayerGeometry]:
         """Measure every layer at the samples of one chunk."""
         plan = linear.plan
         num_inputs = plan.num_inputs
-        # A pullback costs about what a row of the dual pass costs (benchmarks, "reverse mode"), so the smaller count wins.
-        reverse = linear.engine == "vjp" or (
-            linear.engine == "auto" and sum(plan.features.values()) < num_inputs
-        )
+        reverse = linear.engine == "vjp" or (linear.engine == "auto" and _by_reverse_mode(plan))
         factors: dict[str, Factor] = {}
         engine = "vjp"
         if reverse:
@@ -84,6 +90,11 @@ class Exact(Estimator):
             )
             for entry, n in plan.features.items()
         }
+
+
+def _by_reverse_mode(plan: Plan) -> bool:
+    # A pullback costs about what a row of the dual pass costs (benchmarks, "stages"), so the smaller count wins.
+    return sum(plan.features.values()) < plan.num_inputs
 
 
 def _by_rows(linear: Linearization) -> dict[str, Factor]:

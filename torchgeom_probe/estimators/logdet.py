@@ -12,7 +12,7 @@ from torch.nn import functional
 from torchgeom_probe.engines.linearization import Linearization
 from torchgeom_probe.engines.plan import Plan
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.base import Estimator
+from torchgeom_probe.estimators.base import Estimator, Work, dense_work
 from torchgeom_probe.estimators.krylov import Leading, leading
 from torchgeom_probe.estimators.lanczos import Bidiagonalisation, rademacher
 from torchgeom_probe.estimators.products import LayerJacobian, engine_of, jacobians
@@ -114,6 +114,26 @@ class LogDet(Estimator):
         )
         return self.probes + 48 + int(krylov_bytes / max(plan.row_bytes, 1) / 2)
 
+    def work(self, plan: Plan) -> dict[str, Work]:
+        """Per layer: Lanczos runs from the probes, at most the products of the dense Jacobian; or that at once."""
+        found = {}
+        for entry, n in plan.features.items():
+            smaller = min(n, plan.num_inputs)
+            if self._exact_at_once(smaller):
+                found[entry] = dense_work(n, plan.num_inputs, "the exact value is cheaper than Lanczos runs")
+            else:
+                most = smaller if self.method == "auto" else 2 * self.probes * self.steps
+                half = min(self.probes * min(self.steps, 16), most // 2)
+                why = (
+                    f"Lanczos runs from {self.probes} probes, Jv and Jᵀu in turn, at most {most} products"
+                    + (", then the exact value" if self.method == "auto" else "")
+                )
+                found[entry] = Work(half, half, most, False, why)
+        return found
+
+    def _exact_at_once(self, smaller: int) -> bool:
+        return self.method == "exact" or (self.method == "auto" and smaller <= 16 * self.probes)
+
     def estimate(self, linear: Linearization, *, normalize: bool) -> dict[str, LayerGeometry]:
         """Measure every layer at the samples of one chunk."""
         with jacobians(linear, estimator=f"LogDet(eps={self.eps:g})") as maps:
@@ -129,7 +149,7 @@ class LogDet(Estimator):
                 "Write fewer, or method='exact'."
             )
         scale = 1 / jacobian.num_features if normalize else 1.0
-        if self.method == "exact" or (self.method == "auto" and smaller <= 16 * self.probes):
+        if self._exact_at_once(smaller):
             found = self._exact(jacobian, scale)
         else:
             found = self._stochastic(jacobian, scale, smaller)

@@ -13,7 +13,7 @@ from torchgeom_probe.directions import for_every_sample, orthonormal_frame
 from torchgeom_probe.engines.linearization import Linearization
 from torchgeom_probe.engines.plan import Plan
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.base import Estimator, geometry
+from torchgeom_probe.estimators.base import Estimator, Work, geometry
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Tensor
 
@@ -76,6 +76,15 @@ class Subspace(Estimator):
     def num_rows(self, plan: Plan) -> int:
         """Rows that one sample needs at once: k directions."""
         return self.k
+
+    def work(self, plan: Plan) -> dict[str, Work]:
+        """One dual pass over k directions a frame, for all layers."""
+        count = self.frames * self.k
+        frames = "" if self.frames == 1 else f" of each of {self.frames} frames"
+        return {
+            entry: Work(count, 0, count, True, f"{self.k} directions{frames}, one dual pass for all layers")
+            for entry in plan.features
+        }
 
     def estimate(self, linear: Linearization, *, normalize: bool) -> dict[str, LayerGeometry]:
         """Measure every layer at the samples of one chunk, on the frames of the seed."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torchgeom_probe.engines.linearization import Linearization
 from torchgeom_probe.engines.plan import Plan
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.base import Estimator
+from torchgeom_probe.estimators.base import Estimator, Work, dense_work
 from torchgeom_probe.estimators.krylov import leading
 from torchgeom_probe.estimators.products import LayerJacobian, engine_of, jacobians
 from torchgeom_probe.factor import log_volume, rank_tolerance
@@ -103,6 +103,28 @@ class TopK(Estimator):
         krylov_bytes = 3 * 8 * expected * (plan.num_inputs + max(plan.features.values()))
         return self._block("cpu") + 48 + int(krylov_bytes / max(plan.row_bytes, 1) / 2)
 
+    def work(self, plan: Plan) -> dict[str, Work]:
+        """Per layer: about 8 k products and at most those of the dense Jacobian; or the dense Jacobian at once."""
+        found = {}
+        for entry, n in plan.features.items():
+            smaller = min(n, plan.num_inputs)
+            if self._dense_at_once(smaller):
+                found[entry] = dense_work(n, plan.num_inputs, "the whole J is about as cheap as an iteration")
+            else:
+                most = self._most_products(smaller)
+                half = min(8 * self.k, most) // 2
+                why = f"block Krylov, Jv and Jᵀu in turn, at most {most} products"
+                found[entry] = Work(half, half, most, False, why)
+        return found
+
+    def _dense_at_once(self, smaller: int) -> bool:
+        return self.method == "dense" or (self.method == "auto" and smaller <= 2 * (8 * self.k + 16))
+
+    def _most_products(self, smaller: int) -> int:
+        if self.max_products is not None:
+            return self.max_products
+        return smaller if self.method == "auto" else 4 * smaller + 4 * self._block("cpu")
+
     def estimate(
         self, linear: Linearization, *, normalize: bool, warm: dict[str, Tensor] | None = None
     ) -> dict[str, LayerGeometry]:
@@ -122,7 +144,7 @@ class TopK(Estimator):
         block = min(self._block(jacobian.linear.device.type), smaller)
         vectors: Tensor | None = None
         how = "dense"
-        if self.method == "dense" or (self.method == "auto" and smaller <= 2 * (8 * self.k + 16)):
+        if self._dense_at_once(smaller):
             values, bound, products = self._dense(jacobian)
         else:
             how = "block Krylov"

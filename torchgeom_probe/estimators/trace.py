@@ -12,7 +12,7 @@ from torchgeom_probe.directions import basis, for_every_sample
 from torchgeom_probe.engines.linearization import Linearization
 from torchgeom_probe.engines.plan import Plan
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.base import Estimator
+from torchgeom_probe.estimators.base import Estimator, Work
 from torchgeom_probe.estimators.lanczos import rademacher
 from torchgeom_probe.estimators.products import LayerJacobian, engine_of, jacobians, orthonormal
 from torchgeom_probe.factor import rank_tolerance
@@ -72,6 +72,21 @@ class Trace(Estimator):
     def num_rows(self, plan: Plan) -> int:
         """Rows that one sample needs at once: the probes, and for hutch++ the graph saved for reverse mode."""
         return min(self.probes, plan.num_inputs) + (48 if self.method == "hutch++" else 0)
+
+    def work(self, plan: Plan) -> dict[str, Work]:
+        """Hutchinson: one dual pass for all layers; Hutch++: per layer a sketch, its span and the probes."""
+        d, p = plan.num_inputs, self.probes
+        if d <= p:
+            return {
+                e: Work(d, 0, d, True, f"all d = {d} directions are no more than the probes")
+                for e in plan.features
+            }
+        if self.method == "hutchinson":
+            return {
+                e: Work(p, 0, p, True, f"{p} probes, one dual pass for all layers") for e in plan.features
+            }
+        why = f"a sketch of {p}, its span by reverse mode, and {p} probes of the rest"
+        return {e: Work(3 * p, p, 4 * p, False, why) for e in plan.features}
 
     def estimate(self, linear: Linearization, *, normalize: bool) -> dict[str, LayerGeometry]:
         """Measure every layer at the samples of one chunk."""
