@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = (
             f"; what was computed so far is under {arguments.out}" if getattr(arguments, "out", None) else ""
         )
+        if getattr(arguments, "resumes", False):
+            kept += ", and the same command goes on from there"
         print(f"\ntorchgeom-probe: stopped{kept}", file=sys.stderr)
         return 130
     except OSError as error:
@@ -79,6 +81,46 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="a small version that takes seconds")
     demo.add_argument("--out", type=Path, default=Path("torchgeom_runs/demo"), metavar="DIR")
     demo.set_defaults(run=_demo)
+
+    reproduce = verbs.add_parser(
+        "reproduce",
+        help="the paper's figures, one command each, with the test of its hypothesis (needs the extra 'all')",
+        description="Trains, scans, tests and draws a figure of the paper.  Stopped or killed, the same command goes on "
+        "where it was, and ends with the same results.",
+    )
+    reproduce.add_argument("figures", nargs="+", metavar="FIGURE", help="fig1 … fig6, or all")
+    reproduce.add_argument(
+        "--preset",
+        choices=("embedded", "paper"),
+        default="embedded",
+        help="embedded: data of the installed packages, minutes on two cores (default); paper: the paper's data and training",
+    )
+    reproduce.add_argument(
+        "--data-root",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where the paper's data sets are or go",
+    )
+    reproduce.add_argument("--epochs", type=int, default=None, help="in place of the figure's own number")
+    reproduce.add_argument("--seed", type=int, default=0)
+    reproduce.add_argument("--device", default="cpu")
+    reproduce.add_argument("--quick", action="store_true", help="a small version that takes seconds a figure")
+    reproduce.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="default torchgeom_runs/reproduce (-paper, -quick); figure N goes to DIR/figN",
+    )
+    reproduce.add_argument(
+        "--gallery",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="also write small PNGs of the main pictures there",
+    )
+    reproduce.set_defaults(run=_reproduce)
 
     layers = verbs.add_parser("layers", help="list the names that --layers takes")
     _add_model(layers)
@@ -161,6 +203,26 @@ def _demo(arguments: argparse.Namespace) -> None:
         quick=arguments.quick,
         device=arguments.device,
     )
+
+
+def _reproduce(arguments: argparse.Namespace) -> None:
+    from torchgeom_probe.reproduce import experiment
+
+    if arguments.out is None:
+        suffix = ("-paper" if arguments.preset == "paper" else "") + ("-quick" if arguments.quick else "")
+        arguments.out = Path(f"torchgeom_runs/reproduce{suffix}")
+    arguments.resumes = True
+    settings = experiment.Settings(
+        preset=arguments.preset,
+        quick=arguments.quick,
+        seed=arguments.seed,
+        device=arguments.device,
+        data_root=arguments.data_root,
+        out=arguments.out,
+        epochs=arguments.epochs,
+        gallery=arguments.gallery,
+    )
+    experiment.reproduce(arguments.figures, settings)
 
 
 def _layers(arguments: argparse.Namespace) -> None:

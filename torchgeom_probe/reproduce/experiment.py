@@ -33,6 +33,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -53,7 +54,8 @@ from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.estimators import Estimator
 from torchgeom_probe.layers import LayerSpec
 from torchgeom_probe.monitor import Monitor
-from torchgeom_probe.report import Writer
+from torchgeom_probe.pictures import animated, rendered, small_png
+from torchgeom_probe.report import CSVWriter, Writer
 from torchgeom_probe.shapes import Int, Tensor
 from torchgeom_probe.slices import Line, Plane, SliceScan, scan
 
@@ -297,13 +299,12 @@ def train(
     ...     optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     ... )
     >>> trained = train(training, Settings(out=Path(tempfile.mkdtemp())), say=lambda line: None)
-    >>> trained.epochs, trained.history[-1]["loss"] < trained.history[1 - 1]["loss"]
+    >>> trained.epochs, trained.history[-1]["loss"] < trained.history[0]["loss"]
     ((0, 3), True)
 
     """
     folder = settings.out / "trainings" / training.name if folder is None else folder
     board = optional("torchgeom_probe.integrations.tensorboard", extra="tensorboard")
-    optional("torchgeom_probe.figures", extra="figures")
     optional("matplotlib", extra="figures")
     _claim(folder, training, settings)
     trained = Trained(training, settings, folder)
@@ -384,8 +385,6 @@ class _Loop:
     def watch(self, stack: contextlib.ExitStack, watch: Watch | None, board: Writer) -> None:
         if watch is None:
             return
-        from torchgeom_probe.report import CSVWriter
-
         self.monitor = Monitor(
             self.model,
             watch.x,
@@ -574,19 +573,16 @@ class Results:
 
     def picture(self, name: str, figure: Figure, *, gallery: bool = False, dpi: int = 160) -> Path:
         """Write ``name.png`` and ``name.pdf``; with ``gallery`` also the small PNG, where one was asked for."""
-        figures = optional("torchgeom_probe.figures", extra="figures")
         path = self.folder / f"{name}.png"
-        write(path, figures.rendered(figure, dpi=dpi))
-        write(path.with_suffix(".pdf"), figures.rendered(figure, ending=".pdf"))
+        write(path, rendered(figure, dpi=dpi))
+        write(path.with_suffix(".pdf"), rendered(figure, ending=".pdf"))
         if gallery and self.settings.gallery is not None:
-            small = figures.small_png(figure, _GALLERY_BYTES)
-            write(self.settings.gallery / f"{self.figure}_{name}.png", small)
+            write(self.settings.gallery / f"{self.figure}_{name}.png", small_png(figure, _GALLERY_BYTES))
         return path
 
     def animation(self, name: str, frames: Iterable[Figure], *, seconds: float = 0.6) -> Path:
         """Write ``name.gif``, one frame a figure, the last one held."""
-        figures = optional("torchgeom_probe.figures", extra="figures")
-        return write(self.folder / f"{name}.gif", figures.animated(frames, seconds=seconds))
+        return write(self.folder / f"{name}.gif", animated(frames, seconds=seconds))
 
     def finish(self) -> Results:
         """Say where the hypothesis holds and where it fails, and write ``results.json``."""
@@ -615,6 +611,43 @@ class Results:
                 "Likely a defect of this package or of this machine's arithmetic: please report it with that file."
             )
         return self
+
+
+#: What ``all`` is.
+FIGURES = ("fig1", "fig2", "fig3", "fig4", "fig5", "fig6")
+
+
+def reproduce(names: Sequence[str], settings: Settings, *, say: Say = print) -> None:
+    """Make figures by their names; ``"all"`` is all of them, in their order.
+
+    Raises:
+        ProbeError: an unknown name, before anything is begun; whatever a figure refuses.
+
+    >>> try:
+    ...     reproduce(["fig9"], Settings())
+    ... except ProbeError as error:
+    ...     assert "fig1" in str(error)
+    """
+    unknown = [name for name in names if name not in (*FIGURES, "all")]
+    if unknown or not names:
+        raise ProbeError(
+            f"there is no figure {', '.join(map(repr, unknown)) or 'named'}.\n"
+            f"Write one or more of {' '.join(FIGURES)}, or all:  torchgeom-probe reproduce fig1"
+        )
+    chosen = list(dict.fromkeys(f for name in names for f in (FIGURES if name == "all" else [name])))
+    began = time.perf_counter()
+    for name in chosen:
+        module = importlib.import_module(f"torchgeom_probe.reproduce.{name}")
+        start = time.perf_counter()
+        say(f"{'' if name == chosen[0] else chr(10)}{name}: {module.TITLE}")
+        module.run(settings, say)
+        say(f"{name} took {_duration(time.perf_counter() - start)}.")
+    if len(chosen) > 1:
+        say(f"\n{len(chosen)} figures in {_duration(time.perf_counter() - began)}, under {settings.out}.")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
 # --- files --------------------------------------------------------------------------------------------------
