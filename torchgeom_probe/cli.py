@@ -192,6 +192,7 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from torchgeom_probe import demo
 
+    arguments.resumes = True
     demo.run(
         out=arguments.out,
         data=arguments.data,

@@ -422,7 +422,6 @@ def plot_grid(
     class_names: Sequence[str] | None = None,
     classes_of: Sequence[SliceScan] | None = None,
     corners: bool = True,
-    axis_names: tuple[str, str] | None = None,
     title: str | None = None,
     note: str | None = None,
     panel: float = 2.45,
@@ -439,7 +438,6 @@ def plot_grid(
         class_names: the name of each class index.
         classes_of: the scans whose classes are on the class bar; None: those of the maps.
         corners: mark the samples of the slice.
-        axis_names: of the two coordinates; None: none.
         title: above the figure.
         note: below it, in small letters.
         panel: the side of a map in inches.
@@ -519,13 +517,8 @@ def plot_grid(
             axes.tick_params(labelsize=_SMALL, labelbottom=r == len(grid) - 1, labelleft=c == 0)
             if r == 0 and column_names is not None:
                 axes.set_title(column_names[c], fontsize=_NORMAL + 0.5)
-            if axis_names is not None and r == len(grid) - 1:
-                axes.set_xlabel(axis_names[0], fontsize=_SMALL)
-        lines = [] if row_names is None else [row_names[r]]
-        if axis_names is not None:
-            lines.append(axis_names[1])
-        if lines:
-            panels[r][0].set_ylabel("\n".join(lines), fontsize=_LARGE - 1)
+        if row_names is not None:
+            panels[r][0].set_ylabel(row_names[r], fontsize=_LARGE - 1)
     _finish(figure, title, note)
     return figure
 

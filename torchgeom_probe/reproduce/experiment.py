@@ -38,6 +38,7 @@ import io
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -273,6 +274,7 @@ def train(
     views: Sequence[View] = (),
     watch: Watch | None = None,
     folder: Path | None = None,
+    replace: bool = False,
     say: Say = print,
 ) -> Trained:
     """Train, or go on where an earlier run was killed, or find it done; scan the views of every snapshot on the way.
@@ -286,6 +288,7 @@ def train(
         views: slices that are scanned at every snapshot.
         watch: a Monitor beside it.
         folder: None: ``<out>/trainings/<name>``.
+        replace: a training of other settings in the folder is deleted, not refused.
         say: prints a line.
 
     Raises:
@@ -306,7 +309,7 @@ def train(
     folder = settings.out / "trainings" / training.name if folder is None else folder
     board = optional("torchgeom_probe.integrations.tensorboard", extra="tensorboard")
     optional("matplotlib", extra="figures")
-    _claim(folder, training, settings)
+    _claim(folder, training, settings, replace=replace)
     trained = Trained(training, settings, folder)
     writer = board.TensorBoardWriter(folder / "events")
     loop = _Loop(training, settings, trained)
@@ -445,10 +448,18 @@ class _Loop:
 
     def _initial_loss(self) -> float:
         # Of the first batch, on a copy: a loss may move running statistics.
-        torch.manual_seed(_step_seed(self.settings.seed, 0))
+        self._seed(0)
         return float(
             self.training.loss(copy.deepcopy(self.model), self._order(0)[: self.training.batch_size])
         )
+
+    def _seed(self, step: int) -> None:
+        # torch.manual_seed would, without a GPU, queue a call with its stack trace at every step.
+        seed = _step_seed(self.settings.seed, step)
+        torch.default_generator.manual_seed(seed)
+        device = torch.device(self.settings.device)
+        if device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
 
     def _order(self, epoch: int) -> Tensor:
         count = self.training.num_samples
@@ -466,7 +477,7 @@ class _Loop:
         training = self.training
         if self.step % training.steps_per_epoch == 0:
             self.loss_sum.zero_()
-        torch.manual_seed(_step_seed(self.settings.seed, self.step))
+        self._seed(self.step)
         if training.schedule is not None:
             factor = training.schedule(self.step / (training.epochs * training.steps_per_epoch))
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -574,6 +585,9 @@ class Results:
     def picture(self, name: str, figure: Figure, *, gallery: bool = False, dpi: int = 160) -> Path:
         """Write ``name.png`` and ``name.pdf``; with ``gallery`` also the small PNG, where one was asked for."""
         path = self.folder / f"{name}.png"
+        # The layout is found once, not anew for every file.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         write(path, rendered(figure, dpi=dpi))
         write(path.with_suffix(".pdf"), rendered(figure, ending=".pdf"))
         if gallery and self.settings.gallery is not None:
@@ -702,8 +716,8 @@ def _saved(state: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _claim(folder: Path, training: Training, settings: Settings) -> None:
-    """Say whose folder it is, or refuse one of another training: it is never overwritten."""
+def _claim(folder: Path, training: Training, settings: Settings, *, replace: bool) -> None:
+    """Say whose folder it is, and refuse or empty one of another training."""
     wanted = _plain(
         {
             "name": training.name,
@@ -723,14 +737,34 @@ def _claim(folder: Path, training: Training, settings: Settings) -> None:
     if file.exists():
         stored = json.loads(file.read_text())
         different = [key for key in {**wanted, **stored} if stored.get(key) != wanted.get(key)]
-        if different:
+        if different and replace:
+            _emptied(folder)
+        elif different:
             key = different[0]
             raise ProbeError(
                 f"{folder} holds another training: its {', '.join(different)} differ ({key}={stored.get(key)!r}, now "
                 f"{wanted.get(key)!r}).\nGive another directory with --out, or delete that one."
             )
-        return
+        else:
+            return
     write_json(file, wanted)
+
+
+def _emptied(folder: Path) -> None:
+    """Delete what a training wrote, and nothing else."""
+    ours = [
+        "settings.json",
+        "checkpoint.pt",
+        "history.json",
+        "geometry.csv",
+        "epoch_*.pt",
+        "events/*.geometry",
+    ]
+    for pattern in [*ours, "*/epoch_*.safetensors"]:
+        for file in folder.glob(pattern):
+            file.unlink()
+    for parts in folder.glob("*/epoch_*.safetensors.parts"):
+        shutil.rmtree(parts)
 
 
 # --- randomness ---------------------------------------------------------------------------------------------

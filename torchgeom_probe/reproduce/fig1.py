@@ -127,14 +127,13 @@ def run(settings: Settings, say: Say = print) -> Results:
     results = Results("fig1", TITLE, settings, quirks=QUIRKS, say=say)
     steps = settings.choose(embedded=40, paper=40, quick=20)
     widths = settings.choose(embedded=WIDTHS, paper=WIDTHS, quick=(5, 200))
-    tasks = [("sinusoid", sinusoid(seed=settings.seed), width, the_plane(1.5, steps)) for width in widths]
-    tasks.append(("xor", noisy_xor(seed=settings.seed), widths[-1], the_plane(2.0, steps)))
+    plane = the_plane(1.5, steps)
+    tasks = [("sinusoid", sinusoid(seed=settings.seed), width, ("below", "above")) for width in widths]
+    tasks.append(("xor", noisy_xor(seed=settings.seed), widths[-1], ("one sign", "two signs")))
     found: dict[str, tuple[Trained, View]] = {}
     worst = 0.0
-    for task, points, width, plane in tasks:
-        view = View(
-            "plane", plane, layers=[LAYER], batch_size=256, class_names=("below", "above"), images=None
-        )
+    for task, points, width, class_names in tasks:
+        view = View("plane", plane, layers=[LAYER], batch_size=256, class_names=class_names, images=None)
         trained = train(_training(task, points, width, settings), settings, views=[view], say=say)
         results.training(trained)
         name = f"{task}, {width} sigmoid units"
@@ -166,7 +165,7 @@ def _training(task: str, points: Points, width: int, settings: Settings) -> Trai
     def accuracy(model: nn.Module) -> dict[str, float]:
         return {"accuracy": (model(inputs).argmax(1) == labels).double().mean().item()}
 
-    tenths = [epochs * i // 10 for i in range(1, 10)]
+    parts = settings.choose(embedded=10, paper=10, quick=2)
     return Training(
         f"{task}_{width}",
         model=lambda: network(width),
@@ -174,7 +173,7 @@ def _training(task: str, points: Points, width: int, settings: Settings) -> Trai
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         num_samples=len(labels),
         epochs=epochs,
-        snapshots=tenths,
+        snapshots=[epochs * i // parts for i in range(1, parts)],
         evaluate=accuracy,
         describe={"data": task, "width": width, "activation": "sigmoid", "learning_rate": 0.1},
     )
@@ -208,9 +207,8 @@ def _maps(figures, trained: Trained, view: View, *, title: str):  # type: ignore
         column_names=["prediction", "entropy", "√det g, measured", "√det g, closed form", "Ricci scalar"],
         class_names=view.class_names,
         corners=False,
-        axis_names=("x", "y"),
         title=title,
-        note="lines: the network's own decision boundary; g = JᵀJ / n, per unit of the input plane",
+        note="lines: the network's own decision boundary; g = JᵀJ / n, per unit of the input plane (x to the right, y up)",
     )
 
 
@@ -231,7 +229,7 @@ def _overview(figures, found: dict[str, tuple[Trained, View]]):  # type: ignore[
         column_names=[f"epoch {epoch}" for epoch in epochs],
         corners=False,
         title="√det g of one hidden layer of sigmoid units",
-        note="lines: the network's own decision boundary; g = JᵀJ / n, per unit of the input plane",
+        note="lines: the network's own decision boundary; g = JᵀJ / n, per unit of the input plane (x to the right, y up)",
         panel=2.0,
     )
 
