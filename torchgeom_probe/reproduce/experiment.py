@@ -544,7 +544,7 @@ class Results:
         """Store and say whether a number is at most its bound; a figure whose check fails ends with a failure."""
         ok = value <= bound
         self.numbers["checks"][name] = {"value": value, "bound": bound, "ok": ok, "what": what}
-        self.say(f"{'ok  ' if ok else 'FAIL'}  {what}: {value:.2g} (at most {bound:.0e})")
+        self.say(f"{'ok  ' if ok else 'FAIL'}  {what}: {value:.2g} (at most {bound:g})")
         return ok
 
     def test(
