@@ -14,7 +14,7 @@ import torch
 from benchmarks.timing import Settings, circumstances
 
 #: The tables, in the order of the page.  Each is a module with TITLE, NOTE and ``table(settings)``, which yields lines.
-TABLES = ("limit",)
+TABLES = ("limit", "slices")
 PAGE = Path(__file__).parent / "README.md"
 
 

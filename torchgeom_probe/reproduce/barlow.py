@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -66,7 +67,7 @@ def without_labels(images: Images, settings: Settings) -> Training:
     two_views = _two_views()
     pictures = (images.train_images * 255).round().to(torch.uint8)
     papers = settings.preset == "paper"
-    epochs = settings.epochs or settings.choose(embedded=8, paper=1000, quick=2)
+    epochs = settings.epochs or settings.choose(embedded=8, paper=1000, quick=1)
     embedding = settings.choose(embedded=64, paper=256, quick=16)
     rate = 0.01 if papers else 0.05
 
@@ -142,6 +143,12 @@ def linear_readout(model: nn.Module, images: Images, *, penalty: float = 1e-3) -
     return readout.requires_grad_(False)
 
 
+@functools.cache
+def _readout_of(images: Images) -> Callable[[nn.Module], nn.Module]:
+    # One function for all views: each snapshot is then fitted once, not once a view.
+    return lambda model: linear_readout(model, images)
+
+
 def line_views(images: Images, settings: Settings) -> list[View]:
     """The lines from the clearest test image of class c to those of two others (for CIFAR-10 car → dog, car → frog)."""
     steps = settings.choose(embedded=128, paper=160, quick=24)
@@ -151,7 +158,7 @@ def line_views(images: Images, settings: Settings) -> list[View]:
             f"line_{images.class_names[start]}_{images.class_names[end]}",
             Line(images.clearest(start), images.clearest(end), steps=steps),
             layers=list(LAYERS),
-            readout=lambda model: linear_readout(model, images),
+            readout=_readout_of(images),
             class_names=images.class_names,
         )
         for end in images.line_ends
@@ -165,7 +172,7 @@ def plane_view(images: Images, settings: Settings) -> View:
         "plane",
         plane.slice,
         layers=list(LAYERS),
-        readout=lambda model: linear_readout(model, images),
+        readout=_readout_of(images),
         class_names=images.class_names,
         batch_size=plane.batch_size,
     )

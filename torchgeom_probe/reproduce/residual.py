@@ -155,7 +155,7 @@ def by_labels(images: Images, settings: Settings, act: str) -> Training:
     """The training of figures 3 and 4: cross-entropy on mirrored images, as QUIRKS says."""
     x, y = images.train_images.to(settings.device), images.train_labels.to(settings.device)
     test = images.test_images.to(settings.device), images.test_labels.to(settings.device)
-    epochs = settings.epochs or settings.choose(embedded=8, paper=200, quick=2)
+    epochs = settings.epochs or settings.choose(embedded=8, paper=200, quick=1)
     papers = settings.preset == "paper"
     rate = 0.01 if papers else 0.02
 
