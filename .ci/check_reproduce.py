@@ -15,6 +15,7 @@ figures = sys.argv[3:] or [f"fig{i}" for i in range(1, 7)]
 
 
 def refuse(constant):
+    """NaN and Infinity are no JSON."""
     raise ValueError(f"{constant} in a JSON file")
 
 
