@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,9 +56,7 @@ def expected_inputs(work, *names):
     for name in names:
         image = PIL.open(work / f"{name}.png").convert("RGB")
         image = transforms.functional.center_crop(image, [min(image.size)]).resize((20, 20), PIL.BICUBIC)
-        pixels = (
-            torch.tensor(list(image.getdata()), dtype=torch.float32).reshape(20, 20, 3).permute(2, 0, 1) / 255
-        )
+        pixels = torch.from_numpy(np.array(image)).float().permute(2, 0, 1) / 255
         mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         made.append((pixels - mean.view(3, 1, 1)) / deviation.view(3, 1, 1))
     return made

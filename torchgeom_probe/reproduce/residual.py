@@ -111,13 +111,18 @@ def load_images(settings: Settings) -> Images:
             line_ends=(index("cat"), index("flower")),
         )
     train, test = _cifar10(settings.data_root)
-    parts: list[Tensor] = []
-    for part in (train, test):
-        parts += [
-            torch.from_numpy(part.data).permute(0, 3, 1, 2).float() / 255,
-            torch.tensor(part.targets, dtype=torch.long),
-        ]
-    return Images("cifar10", *parts, class_names=tuple(train.classes), corners=(7, 6, 1), line_ends=(5, 6))
+    pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).float() / 255 for part in (train, test)]
+    labels = [torch.tensor(part.targets, dtype=torch.long) for part in (train, test)]
+    return Images(
+        "cifar10",
+        train_images=pixels[0],
+        train_labels=labels[0],
+        test_images=pixels[1],
+        test_labels=labels[1],
+        class_names=tuple(train.classes),
+        corners=(7, 6, 1),
+        line_ends=(5, 6),
+    )
 
 
 def _cifar10(root: Path) -> tuple:
@@ -210,12 +215,17 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return right / len(labels)
 
 
+def _plane(images: Images, steps: int) -> Plane:
+    a, b, c = (images.clearest(label) for label in images.corners)
+    return Plane(a, b, c, steps=steps)
+
+
 def plane_view(images: Images, settings: Settings, *, layers: Sequence[str] = STAGES) -> View:
     """The plane of the three classes' clearest test images, every block in one scan."""
     grid = settings.choose(embedded=24, paper=40, quick=8)
     return View(
         "plane",
-        Plane(*(images.clearest(label) for label in images.corners), steps=grid),
+        _plane(images, grid),
         layers=list(layers),
         class_names=images.class_names,
         batch_size=64,
@@ -227,7 +237,7 @@ def papers_view(images: Images, settings: Settings, *, epochs: Sequence[int]) ->
     grid = settings.choose(embedded=6, paper=20, quick=4)
     return View(
         "plane_top10",
-        Plane(*(images.clearest(label) for label in images.corners), steps=grid),
+        _plane(images, grid),
         layers=list(STAGES),
         estimator=TopK(k=10, tol=3e-3, paper=True),
         transform=paper_pool,
