@@ -1,5 +1,6 @@
 """``torchgeom-probe scan``: two or three photographs, any network, maps and honest sentences; it resumes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 import torchgeom_probe as tgp
 from torchgeom_probe.cli import main
+from torchgeom_probe.photographs import _few_classes
 
 PIL = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -118,6 +120,19 @@ def test_stopped_in_the_middle_it_ends_with_the_same_bytes(work, monkeypatch, ca
     assert main([*command(work, "a", "b", "c", out="stopped"), *extra]) == 0
     for name in ("scan.safetensors", "plane.png", "plane.pdf", "magnification.json"):
         assert (work / "straight" / name).read_bytes() == (work / "stopped" / name).read_bytes()
+
+
+def test_of_many_classes_the_commonest_are_drawn():
+    plane = tgp.Plane(*torch.eye(3), steps=6)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 40))
+    found = tgp.scan(model, plane, layers=["0"], progress=False)
+    labels = torch.tensor([7] * 12 + [30] * 10 + [2] * 6 + [9, 9, 9, 5, 5, 1, 1, 3])
+    found = dataclasses.replace(found, predictions=labels.reshape(6, 6))
+    shown, names = _few_classes(found, [3, 7], [f"name {i}" for i in range(40)])
+    assert names == ["name 3", "name 7", "name 30", "name 2", "name 9", "other"]
+    expected = [1] * 12 + [2] * 10 + [3] * 6 + [4, 4, 4, 5, 5, 5, 5, 0]
+    assert shown.predictions.flatten().tolist() == expected
+    assert found.predictions.flatten().tolist() == labels.tolist()
 
 
 def test_refusals(work, capsys):

@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         "--grid",
         type=int,
         default=None,
-        help="points of the line (default 64), or along a side of the plane (16)",
+        help="points of the line (default 64), or along a side of the plane (24)",
     )
     scan.add_argument(
         "--size",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # ImageNet's, which torchvision's weights are trained with.
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# More names do not fit under a map, and more outlines hide it.
+_DRAWN_CLASSES = 6
 
 
 def scan_photographs(
@@ -52,7 +55,7 @@ def scan_photographs(
             torchvision's weights.
         trained: whether the weights are trained ones; only said.
         layers: which; "auto": the stages.
-        grid: points of the line (64), or along a side of the plane (16).
+        grid: points of the line (64), or along a side of the plane (24).
         batch_size: points a chunk.
         size: of the input of a model without a preprocessing of its own.
         device: where.
@@ -72,12 +75,13 @@ def scan_photographs(
     if len(samples) == 2:
         on: Line | Plane = Line(samples[0], samples[1], steps=grid or 64)
     else:
-        on = Plane(samples[0], samples[1], samples[2], steps=grid or 16)
+        on = Plane(samples[0], samples[1], samples[2], steps=grid or 24)
     kind = type(on).__name__.lower()
     found = scan(model, on, layers=layers, batch_size=batch_size, path=out / "scan.safetensors")
 
     names = _class_names(loaded)
-    for letter, path, label in zip("abc", images, _classes(model, samples), strict=False):
+    own = _classes(model, samples)
+    for letter, path, label in zip("abc", images, own, strict=False):
         say(f"{letter}: {Path(path).name}, predicted {names[label] if names else f'class {label}'}")
     statistics = {}
     for layer in found.report:
@@ -98,10 +102,11 @@ def scan_photographs(
         else "These weights are untrained: what correlates here does so without any training."
     )
     say(note)
+    shown, names = _few_classes(found, own, names)
     options: dict[str, Any] = {"images": pictures, "class_names": names, "unit": "log10"}
     if isinstance(on, Plane):
         options["log_entropy"] = True
-    drawn = found.plot(title=_title(images), **options)
+    drawn = shown.plot(title=_title(images), **options)
     written = [figures.save(drawn, out / f"{kind}{ending}") for ending in (".png", ".pdf")]
     record = {"images": [Path(p).name for p in images], "magnification": statistics, "note": note}
     (out / "magnification.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
@@ -141,6 +146,22 @@ def _normalised(pictures: Sequence[Tensor]) -> Float[Tensor, "samples 3 height w
 @torch.no_grad()
 def _classes(model: nn.Module, samples: Tensor) -> list[int]:
     return model(samples).argmax(1).tolist()
+
+
+def _few_classes(
+    found: SliceScan, own: Sequence[int], names: list[str] | None
+) -> tuple[SliceScan, list[str] | None]:
+    """A scan of many predicted classes as one of few to draw: the photographs' own, the commonest, and "other"."""
+    present, counts = found.predictions.unique(return_counts=True)
+    if len(present) <= _DRAWN_CLASSES:
+        return found, names
+    common = present[counts.argsort(descending=True, stable=True)].tolist()
+    kept = list(dict.fromkeys([*own, *common]))[: _DRAWN_CLASSES - 1]
+    drawn = torch.full_like(found.predictions, len(kept))
+    for index, label in enumerate(kept):
+        drawn[found.predictions == label] = index
+    words = [names[label] if names and label >= 0 else f"class {label}" for label in kept]
+    return dataclasses.replace(found, predictions=drawn), [*words, "other"]
 
 
 def _class_names(loaded: PretrainedModel | None) -> list[str] | None:
