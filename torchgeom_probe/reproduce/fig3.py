@@ -23,7 +23,9 @@ def run(settings: Settings, say: Say = print) -> Results:
         results.test(trained, plane, layers=["layer4"])
         scans = [trained.scan(plane, epoch) for epoch in trained.epochs]
         names = [f"epoch {epoch}" for epoch in trained.epochs]
+        # Training moves the level of log √det g by more than its pattern's range: each map is shown about its median.
         options = {
+            "relative": True,
             "layers": ["layer4"],
             "class_names": images.class_names,
             "unit": "log10",

@@ -29,7 +29,13 @@ def run(settings: Settings, say: Say = print) -> Results:
     networks = train_by_labels(images, settings, say, results)
     for trained in networks.values():
         results.test(trained, plane)
-    options = {"class_names": images.class_names, "unit": "log10", "log_entropy": True}
+    # The blocks' and networks' levels differ by more than a pattern's range: each map is shown about its median.
+    options = {
+        "class_names": images.class_names,
+        "unit": "log10",
+        "log_entropy": True,
+        "relative": True,
+    }
     drawn = figures.plot_maps(
         [trained.scan(plane, trained.epochs[-1]) for trained in networks.values()],
         names=[act.upper() for act in networks],

@@ -29,6 +29,7 @@ def run(settings: Settings, say: Say = print) -> Results:
             names=names,
             class_names=images.class_names,
             unit="log10",
+            relative=True,
             title=f"Barlow Twins: from a {start} to a {end}",
         )
         results.picture(line.name, drawn, gallery=line.name == line_views(images, settings)[0].name)

@@ -24,7 +24,9 @@ def run(settings: Settings, say: Say = print) -> Results:
     results.test(trained, plane)
     scans = [trained.scan(plane, epoch) for epoch in trained.epochs]
     names = [f"epoch {epoch}" for epoch in trained.epochs]
+    # Training moves the level of log √det g by more than its pattern's range: each map is shown about its median.
     options = {
+        "relative": True,
         "class_names": images.class_names,
         "unit": "log10",
         "log_entropy": True,
