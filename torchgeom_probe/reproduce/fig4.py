@@ -50,8 +50,8 @@ def run(settings: Settings, say: Say = print) -> Results:
     drawn = figures.plot_maps(
         [trained.scan(top, epoch) for epoch in (0, last)],
         names=["epoch 0", f"epoch {last}"],
-        title=f"The paper's volume, TopK(10) of 512 pooled features: {title_of(images)}",
+        title=f"The paper's volume, {3 if settings.quick else 10} largest σ of 512 pooled features: {title_of(images)}",
         **options,
     )
-    results.picture("blocks_top10", drawn)
+    results.picture("blocks_top", drawn)
     return results.finish()
