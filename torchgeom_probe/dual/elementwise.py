@@ -34,9 +34,12 @@ def _one(p: Tensor) -> Tensor:
 
 #: name → f'(p, y, *args) with y = f(p).  The in-place forms (``name_`` and ``inplace=True``) come with the name.
 SLOPES: dict[str, Callable[..., Tensor]] = {
-    "sigmoid": lambda p, y: y * (1 - y),
-    "expit": lambda p, y: y * (1 - y),
-    "tanh": lambda p, y: 1 - y * y,
+    # σ(p) σ(-p), not y (1 - y): that cancels where the unit saturates at 1, and leaves no digit of a small slope.
+    "sigmoid": lambda p, y: y * torch.sigmoid(-p),
+    "expit": lambda p, y: y * torch.sigmoid(-p),
+    "tanh": lambda p, y: (
+        4 * torch.sigmoid(2 * p) * torch.sigmoid(-2 * p)
+    ),  # 1 - y² cancels where a unit saturates
     "exp": lambda p, y: y,
     "log": lambda p, y: p.reciprocal(),
     "sqrt": lambda p, y: 0.5 / y,

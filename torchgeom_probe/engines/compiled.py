@@ -56,9 +56,10 @@ class CompiledPasses:
         if self._refusal is not None:
             return None
         if plan.random:
-            return self.refuse(
+            self.refuse(
                 "the model draws random numbers, which compiled code would draw from another generator"
             )
+            return None
         names, inputs, layout = self._inputs(batch, directions)
         key = (
             tuple(_signature(v) for v in inputs),
@@ -70,7 +71,8 @@ class CompiledPasses:
                 self._passes[key] = self._compiled(names, inputs, layout, batch)
             except Exception as error:  # whatever breaks in a compiler, the eager pass is there
                 first = str(error).strip().splitlines()
-                return self.refuse(f"{type(error).__name__}: {first[0] if first else ''}")
+                self.refuse(f"{type(error).__name__}: {first[0] if first else ''}")
+                return None
         run, traced = self._passes[key]
         matrices = run(*inputs)
         # Under CUDA graphs the next replay writes over what this one returned.
@@ -120,9 +122,8 @@ class CompiledPasses:
             warnings.simplefilter("ignore")  # a compiler's own, of its own code
             graph = make_fx(whole_pass)(*inputs)
             on_cuda = inputs[-1].is_cuda
-            run = torch._inductor.compile(
-                graph, inputs, options={"triton.cudagraphs": True} if on_cuda else None
-            )
+            options = {"triton.cudagraphs": True} if on_cuda else None
+            run = torch._inductor.compile(graph, list(inputs), options=options)
             eager, compiled = whole_pass(*inputs), run(*inputs)
         self._refuse_another_result(traced, eager, compiled)
         return run, traced
