@@ -1,0 +1,89 @@
+"""probe.plan(x): what it promises is what a measurement does."""
+
+import models
+import pytest
+import torch
+from torch import nn
+
+import torchgeom_probe as tgp
+from torchgeom_probe.dual import DualTensor
+
+ESTIMATORS = [
+    tgp.Subspace(k=3),
+    tgp.Subspace(k=2, frames=4),
+    tgp.Exact(),
+    tgp.TopK(k=2),
+    tgp.TopK(k=2, method="dense"),
+    tgp.LogDet(eps=1e-2),
+    tgp.LogDet(eps=1e-2, method="exact"),
+    tgp.Trace(probes=4, method="hutchinson"),
+    tgp.Trace(probes=4),
+]
+
+
+def _mlp():
+    return nn.Sequential(nn.Linear(41, 53), nn.Tanh(), nn.Linear(53, 47), nn.Tanh())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("layers", [["1", "3"], ["3"]], ids=str)
+def test_the_products_are_those_of_the_measurement(estimator, layers):
+    probe = tgp.GeometryProbe(_mlp(), layers=layers, estimator=estimator)
+    x = torch.randn(3, 41)
+    forecast, report = probe.plan(x), probe.measure(x)
+    for entry, work in forecast.work.items():
+        assert work.pushes + work.pulls <= work.most
+        products = report[entry].num_products
+        if products is not None:
+            # A round in hand may still be finished when the most is reached, and the dense Jacobian then formed.
+            assert products.max() <= 2 * work.most + 16
+            if work.most == work.pushes + work.pulls:
+                assert products.max() == work.most
+        elif not work.shared:
+            assert report[entry].engine == "vjp"
+            assert work.pulls == report[entry].num_features
+
+
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+def test_the_rows_are_those_that_pass_through_the_model(k, chunks):
+    model, x = _mlp(), torch.randn(10, 41)
+    rows = []
+
+    def counted(module, args, output):
+        if isinstance(output, DualTensor):
+            rows.append(output.buffer.shape[:2].numel())
+
+    model[0].register_forward_hook(counted)
+    probe = tgp.GeometryProbe(model, layers=["3"], estimator=tgp.Subspace(k=k))
+    probe.plan(x)
+    plan = next(iter(probe._plans.values()))
+    object.__setattr__(plan, "budget", -(-10 // chunks) * (1 + k) * 2 * plan.row_bytes)
+    forecast = probe.plan(x)
+    assert not rows  # nothing is measured
+    probe.measure(x)
+    assert sum(rows) == forecast.rows == 10 * (1 + k)
+    assert len(rows) == -(-forecast.samples // forecast.samples_at_once) == chunks
+    assert forecast.bytes <= forecast.budget
+
+
+def test_forward_or_reverse_mode_is_said_and_done():
+    narrow = nn.Sequential(nn.Linear(41, 53), nn.Tanh(), nn.Linear(53, 5))
+    x = torch.randn(3, 41)
+    probe = tgp.GeometryProbe(narrow, layers=["2"], estimator=tgp.Exact())
+    assert "5 features in all, fewer than d = 41 directions: a pullback a feature" in str(probe.plan(x))
+    assert probe.measure(x)["2"].engine == "vjp"
+    probe = tgp.GeometryProbe(narrow, layers=["1", "2"], estimator=tgp.Exact())
+    assert "all d = 41 directions, one dual pass for all layers" in str(probe.plan(x))
+    assert {g.engine for g in probe.measure(x).values()} == {"fused"}
+
+
+def test_in_words():
+    factory, shape, layers = models.CASES["cifar_resnet"]
+    model, x = factory(), torch.randn(6, *shape)
+    text = str(tgp.GeometryProbe(model, layers=layers, estimator=tgp.TopK(k=2)).plan(x))
+    assert "6 samples of d = 192" in text
+    assert "block Krylov" in text
+    assert "the whole J is about as cheap" in text
+    assert "fc (n = 7)" in text
+    assert not any(m._forward_hooks for m in model.modules())
