@@ -53,7 +53,7 @@ def test_before_training_batch_norm_has_the_statistics_of_the_data(images):
     seen = {}
     for name in ("bn1", "layer4.1.bn2"):
         module = model.get_submodule(name)
-        module.register_forward_hook(lambda m, a, out, name=name: seen.update({name: out}))
+        module.register_forward_hook(lambda m, a, out, name=name: seen.update({name: out.clone()}))
     with torch.no_grad():
         model(images.train_images)
     assert len(images.train_images) <= 256
