@@ -165,7 +165,7 @@ def network(settings: Settings, images: Images, act: str, *, num_classes: int = 
         model.train()(images.train_images[::every][:256])
     for norm, momentum in zip(norms, usual, strict=True):
         norm.momentum = momentum
-        norm.num_batches_tracked.zero_()
+        norm.get_buffer("num_batches_tracked").zero_()
     return model
 
 
