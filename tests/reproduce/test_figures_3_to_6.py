@@ -36,15 +36,36 @@ class Pooled(nn.Module):
         return self.mix(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
-def test_the_networks_of_both_presets():
-    paper = residual.network(Settings(preset="paper"), "gelu")
+def test_the_networks_of_both_presets(images):
+    few = dataclasses.replace(images, train_images=images.train_images[:8])
+    paper = residual.network(Settings(preset="paper"), few, "gelu")
     assert sum(p.numel() for p in paper.parameters()) == 21_282_122
     assert not any(isinstance(m, nn.ReLU) for m in paper.modules())
-    narrow = residual.network(Settings(), "relu").eval()
+    narrow = residual.network(Settings(), images, "relu").eval()
     assert any(isinstance(m, nn.ReLU) for m in narrow.modules())
     with tgp.GeometryProbe(narrow, layers=residual.STAGES, estimator=tgp.Subspace(k=1)) as probe:
         report = probe.measure(torch.rand(1, 3, 32, 32))
     assert [g.num_features for g in report.values()] == [8 * 1024, 16 * 256, 32 * 64, 64 * 16]
+
+
+def test_before_training_batch_norm_has_the_statistics_of_the_data(images):
+    model = residual.network(Settings(quick=True), images, "gelu").eval()
+    seen = {}
+    for name in ("bn1", "layer4.1.bn2"):
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda m, a, out, name=name: seen.update({name: out.clone()}))
+    with torch.no_grad():
+        model(images.train_images)
+    assert len(images.train_images) <= 256
+    for (
+        out
+    ) in seen.values():  # normalised by its own statistics, before a weight and a bias that are still 1 and 0
+        assert (
+            out.mean((0, 2, 3)).abs().max() < 5e-3
+        )  # the variances in eval mode are n / (n - 1) of those in train mode
+        assert (out.std((0, 2, 3)) - 1).abs().max() < 2e-2
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(norm.momentum == 0.1 and norm.num_batches_tracked == 0 for norm in norms)
 
 
 def test_the_three_images_are_of_three_classes_and_have_the_largest_contrast(images):

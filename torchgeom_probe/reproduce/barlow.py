@@ -72,7 +72,7 @@ def without_labels(images: Images, settings: Settings) -> Training:
     rate = 0.01 if papers else 0.05
 
     def make() -> nn.Module:
-        backbone = network(settings, "gelu", num_classes=0)
+        backbone = network(settings, images, "gelu", num_classes=0)
         return BarlowTwins(backbone, head(residual.channels(settings)[-1], embedding, embedding))
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:

@@ -58,6 +58,11 @@ QUIRKS = (
         "decision": "pixels in [0, 1]; mirrored at random in training, nothing else",
     },
     {
+        "quirk": "in eval mode an untrained network has BatchNorm statistics, 0 and 1, that belong to no data: its volumes are those of "
+        "another network than the one that training starts from",
+        "decision": "mended: before training the statistics are set to those of 256 training images, so that epoch 0 is a fair control",
+    },
+    {
         "quirk": "which horse, frog and car are shown is not in what we have",
         "decision": "of each class the test image with the largest contrast: no look at any network",
     },
@@ -139,15 +144,29 @@ def _cifar10(root: Path) -> tuple:
         ) from error
 
 
-def network(settings: Settings, act: str, *, num_classes: int = 10) -> nn.Module:
-    """Make the ResNet-34 of the CIFAR form; narrow but for the preset ``paper`` (and shallower for ``--quick``)."""
+def network(settings: Settings, images: Images, act: str, *, num_classes: int = 10) -> nn.Module:
+    """Make the ResNet-34 of the CIFAR form; narrow but for the preset ``paper`` (and shallower for ``--quick``).
+
+    Its BatchNorm statistics are those of 256 training images.
+    """
     cifar_resnet = optional("torchgeom_probe.integrations.timm", extra="timm").cifar_resnet
-    return cifar_resnet(
+    model = cifar_resnet(
         settings.choose(embedded="resnet34", paper="resnet34", quick="resnet18"),
         act=act,
         num_classes=num_classes,
         channels=channels(settings),
     )
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    usual = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # the statistics of the next batch, whole
+    every = max(1, len(images.train_images) // 256)
+    with torch.no_grad():
+        model.train()(images.train_images[::every][:256])
+    for norm, momentum in zip(norms, usual, strict=True):
+        norm.momentum = momentum
+        norm.get_buffer("num_batches_tracked").zero_()
+    return model
 
 
 def channels(settings: Settings) -> tuple[int, int, int, int]:
@@ -171,7 +190,7 @@ def by_labels(images: Images, settings: Settings, act: str) -> Training:
 
     return Training(
         f"{images.name}_{act}",
-        model=lambda: network(settings, act),
+        model=lambda: network(settings, images, act),
         loss=loss,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=1e-4),
         num_samples=len(y),
