@@ -38,6 +38,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.slow  # CI runs it by name
 def test_quick_run_prints_every_table() -> None:
     pytest.importorskip("timm")
     page = ROOT / "benchmarks" / "README.md"
