@@ -84,6 +84,61 @@ def test_a_last_smaller_chunk_is_no_reason_to_compile():
     assert torch.allclose(report["1"].log_volume, plain["1"].log_volume, atol=1e-4)
 
 
+def test_a_monitor_compiles_once_for_a_training(monkeypatch):
+    import torch._inductor
+
+    calls = []
+    monkeypatch.setattr(
+        torch._inductor, "compile", lambda graph, inputs, options=None: calls.append(1) or graph
+    )
+    model, x = nn.Sequential(nn.Linear(4, 9), nn.Tanh()), torch.randn(6, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reference = tgp.GeometryProbe(model, layers=["1"], estimator=tgp.Subspace(k=2))
+    with tgp.Monitor(
+        model, x, layers=["1"], every=1, estimator=tgp.Subspace(k=2), compile=True, on_error="raise"
+    ).follow(optimizer) as monitor:
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+            report, expected = monitor.history[-1][1]["1"], reference.measure(x)["1"]
+            assert torch.allclose(report.log_volume, expected.log_volume.cpu(), atol=1e-4)
+    assert report.engine == "compiled"
+    assert len(calls) == 1
+
+
+class Counts(nn.Module):
+    """An attribute that is another at every measurement."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.steps = nn.Linear(4, 5), 0
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_an_attribute_that_always_changes_does_not_compile_for_ever(monkeypatch):
+    import torch._inductor
+
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options=None: graph)
+    model, x = Counts(), torch.randn(2, 4)
+    probe = tgp.GeometryProbe(model, layers="", estimator=tgp.Subspace(k=2), compile=True)
+    first = probe.measure(x)
+
+    def measured():
+        model.steps += 1
+        return probe.measure(x)[""].log_volume
+
+    for _ in range(4):
+        assert torch.allclose(measured(), first[""].log_volume)
+    with pytest.warns(UserWarning, match="attributes of the model's modules change"):
+        fifth = measured()
+    assert torch.allclose(fifth, first[""].log_volume)
+    assert torch.allclose(measured(), first[""].log_volume)  # without a second warning
+    assert len(_compiled(probe)) == 4
+
+
 class Noisy(nn.Module):
     def forward(self, x):
         return x * (1 + torch.rand_like(x))

@@ -23,6 +23,10 @@ from torchgeom_probe.shapes import Tensor
 
 #: Attributes of nn.Module that hold what is an input of the graph, or is walked on its own.
 _WALKED = {"_parameters", "_buffers", "_modules"}
+#: How often the same shapes are compiled anew because something else changed.
+_MOST_VERSIONS = 4
+#: Containers longer than this are known by who they are and how long.
+_MANY = 1000
 _SIMPLE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -67,6 +71,12 @@ class CompiledPasses:
             repr([v for v in tree_flatten((batch.args, dict(batch.kwargs)))[0] if not isinstance(v, Tensor)]),
         )
         if key not in self._passes:
+            if sum(known[0] == key[0] for known in self._passes) >= _MOST_VERSIONS:
+                self.refuse(
+                    f"the same shapes were compiled {_MOST_VERSIONS} times, because attributes of the model's modules change between "
+                    "measurements (a counter, say); a tensor that changes belongs into a buffer"
+                )
+                return None
             try:
                 self._passes[key] = self._compiled(names, inputs, layout, batch)
             except Exception as error:  # whatever breaks in a compiler, the eager pass is there
@@ -165,6 +175,8 @@ def _settings(model: nn.Module) -> tuple[Any, ...]:
 def _fixed(value: Any, depth: int = 3) -> Any:
     if isinstance(value, _SIMPLE):
         return (type(value), value)
+    if isinstance(value, (list, tuple, set, frozenset, dict)) and len(value) > _MANY:
+        return (id(value), len(value))
     if depth and isinstance(value, (list, tuple, set, frozenset)):
         return (type(value), tuple(_fixed(v, depth - 1) for v in value))
     if depth and isinstance(value, dict):
