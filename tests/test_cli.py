@@ -271,6 +271,8 @@ def test_ctrl_c_says_where_things_are_and_loses_nothing(tmp_path):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        # Under a shell that runs the tests in the background, SIGINT is ignored by all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = tmp_path / "run" / "geometry.csv"
     deadline = time.monotonic() + 120
