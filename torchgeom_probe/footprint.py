@@ -31,7 +31,8 @@ _CONTAINERS = (dict, list, set, collections.deque)
 _ONE_AT_A_TIME = threading.RLock()
 #: How far state is followed that hangs on a module's attributes, through containers and plain objects.
 _DEPTH = 3
-_FRAMEWORKS = {
+#: Packages whose objects are none of a model's own state, and may be at work in another thread.
+FRAMEWORKS = {
     *sys.stdlib_module_names,
     "torch",
     "torchvision",
@@ -188,7 +189,7 @@ def _is_plain_object(value: Any) -> bool:
         and not isinstance(
             value, (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)
         )
-        and type(value).__module__.split(".")[0] not in _FRAMEWORKS
+        and type(value).__module__.split(".")[0] not in FRAMEWORKS
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torchgeom_probe.engines.plan import Plan
 from torchgeom_probe.estimators import Estimator
@@ -20,6 +20,7 @@ class Forecast:
         features: entry → n.
         num_inputs: d.
         rows: forward and reverse rows over all samples and layers: the primal rows, the pushes and the pulls.
+        split: whether a sample's directions do not fit at once, so that what had to be forgotten is made again.
         most_rows: the same where every layer takes the most products that it may.
         bytes: peak memory of a chunk, estimated from that of a plain pass.
         budget: what it may be.
@@ -36,6 +37,7 @@ class Forecast:
     num_inputs: int
     rows: int
     most_rows: int
+    split: bool
     bytes: int
     budget: int
     seconds: float
@@ -47,10 +49,12 @@ class Forecast:
         estimator: Estimator, plan: Plan, batch: int, *, seconds_per_row: float, engine: str, compiled: bool
     ) -> Forecast:
         """Work out the chunks as a measurement does, and add up what they cost."""
-        work = estimator.work(plan)
+        work = {entry: _by_engine(w, engine) for entry, w in estimator.work(plan, engine=engine).items()}
         wanted = estimator.num_rows(plan)
         at_once = plan.samples_at_once(wanted, batch)
-        directions = plan.directions_at_once(wanted, at_once)
+        directions = min(
+            plan.directions_at_once(wanted, at_once), max(w.pushes + w.pulls for w in work.values())
+        )
         shared = max((w.pushes for w in work.values() if w.shared), default=0)
         passes = -(-shared // directions)
         own = [w for w in work.values() if not w.shared]
@@ -67,15 +71,18 @@ class Forecast:
             num_inputs=plan.num_inputs,
             rows=rows,
             most_rows=most,
+            split=directions < shared,
             bytes=plan.bytes_of(at_once, directions),
             budget=plan.budget,
             seconds=rows * seconds_per_row,
             engine=engine,
-            compiled=compiled,
+            compiled=compiled and not own and directions >= shared,
         )
 
     def __str__(self) -> str:
-        most = "" if self.most_rows == self.rows else f" (at most {self.most_rows})"
+        most = "" if self.most_rows == self.rows else f" (about {self.most_rows} at the most)"
+        if self.split:
+            most += ", or several times that: the tangents do not fit the budget together, and some are made again"
         chunks = -(-self.samples // self.samples_at_once)
         lines = [
             f"{self.samples} samples of d = {self.num_inputs}, engine {self.engine}{', compiled' if self.compiled else ''}",
@@ -89,6 +96,13 @@ class Forecast:
             reasons.setdefault(work.why, []).append(f"{entry or '(model)'} (n = {self.features[entry]})")
         lines += [f"  {', '.join(entries)}: {why}" for why, entries in reasons.items()]
         return "\n".join(lines)
+
+
+def _by_engine(work: Work, engine: str) -> Work:
+    """What is one dual pass for all layers is a pass per layer in reverse mode."""
+    if engine != "vjp" or not work.shared:
+        return work
+    return replace(work, shared=False, why=f"{work.pushes} directions by reverse mode, layer by layer")
 
 
 def _amount(count: int) -> str:

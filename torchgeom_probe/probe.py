@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 from tqdm import tqdm
 
 from torchgeom_probe import directions as tangents
@@ -241,9 +241,13 @@ class GeometryProbe:
         return measured
 
     def _planned(self, batch: Batch) -> Plan:
-        key = tuple(
-            (tuple(v.shape[1:]), v.shape[0] == 1, v.dtype, v.device) if isinstance(v, Tensor) else repr(v)
-            for v in tree_leaves((batch.args, dict(batch.kwargs)))
+        leaves, spec = tree_flatten((batch.args, dict(batch.kwargs)))
+        key = (
+            str(spec),
+            *(
+                (tuple(v.shape[1:]), v.shape[0] == 1, v.dtype, v.device) if isinstance(v, Tensor) else repr(v)
+                for v in leaves
+            ),
         )
         if key not in self._plans:
             try:
@@ -277,6 +281,8 @@ class GeometryProbe:
         ...
           0 (n = 3), 1 (n = 3): 2 directions, one dual pass for all layers
         """
+        if self._closed:
+            raise ProbeError("this probe is closed.\nMake a new one:  GeometryProbe(model, layers=...)")
         batch = Batch.of(x, self._task)
         with measuring(self._task.model, mode=self.mode):
             plan = self._planned(batch)

@@ -1,8 +1,11 @@
 """compile=True: the same numbers, one compilation a shape, weights that it follows, and a plain word where it cannot."""
 
+import math
+import types
 import warnings
 
 import models
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -192,3 +195,86 @@ def test_under_cuda_graphs_the_next_call_leaves_earlier_results_alone():
     probe.measure(2 * x)
     for report in reports:
         _assert_same(report, eager, 1e-3)
+
+
+class Scales(nn.Module):
+    """Numbers in every place where a trace would take them for constant."""
+
+    kind = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 5)
+        self.array, self.nested = np.ones(1), {"a": [{"b": 1.0}]}
+        self.other = types.SimpleNamespace(value=1.0)
+        self.call = _Times()
+
+    def forward(self, x, mask=None, bias=None):
+        h = self.inner(x) * self.kind * float(self.array[0]) * self.nested["a"][0]["b"] * self.other.value
+        h = self.call(h)
+        h = h if mask is None else h * mask
+        return h if bias is None else h.sin() + bias
+
+
+class _Times:
+    __slots__ = ("by",)
+
+    def __init__(self):
+        self.by = 1.0
+
+    def __call__(self, h):
+        return h * self.by
+
+
+CHANGES = {
+    "class attribute": lambda m: setattr(Scales, "kind", 3.0),
+    "array in place": lambda m: m.array.fill(3.0),
+    "nested": lambda m: m.nested["a"][0].update(b=3.0),
+    "object": lambda m: setattr(m.other, "value", 3.0),
+    "slots of a callable": lambda m: setattr(m.call, "by", 3.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_of_what_a_trace_takes_as_constant_is_seen(change, monkeypatch):
+    import torch._inductor
+
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options=None: graph)
+    monkeypatch.setattr(Scales, "kind", 1.0)
+    model, x = Scales(), torch.randn(2, 4)
+    probe = tgp.GeometryProbe(model, layers="", estimator=tgp.Subspace(k=2), compile=True)
+    probe.measure(x)
+    before = probe.measure(x)[""]
+    assert probe.measure(x)[""].engine == "compiled"
+    assert len(_compiled(probe)) == 1
+    change(model)
+    after = probe.measure(x)[""]
+    assert torch.allclose(after.log_volume, before.log_volume + 2 * math.log(3.0), atol=1e-4)
+
+
+def test_arguments_of_the_same_shape_under_another_name(monkeypatch):
+    import torch._inductor
+
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options=None: graph)
+    model, x, third = Scales(), torch.randn(2, 4), torch.arange(10).reshape(2, 5)
+    probe = tgp.GeometryProbe(model, layers="", estimator=tgp.Subspace(k=2), compile=True)
+    for arguments in ({"x": x, "mask": third}, {"x": x, "bias": third}, {"bias": third, "x": x}):
+        probe.measure(arguments)
+        found = probe.measure(arguments)[""]
+        expected = tgp.measure(model, arguments, layers="", estimator=tgp.Subspace(k=2))[""]
+        assert torch.allclose(found.log_volume, expected.log_volume, atol=1e-4)
+
+
+def test_weights_tied_otherwise(monkeypatch):
+    import torch._inductor
+
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options=None: graph)
+    model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), torch.randn(2, 4)
+    first = [layer.weight for layer in model]
+    probe = tgp.GeometryProbe(model, layers="", estimator=tgp.Subspace(k=2), compile=True)
+    for tied, loose in ((1, 2), (2, 1)):
+        model[tied].weight, model[loose].weight = first[0], first[1]
+        probe.measure(x)
+        found = probe.measure(x)[""]
+        expected = tgp.measure(model, x, layers="", estimator=tgp.Subspace(k=2))[""]
+        assert torch.allclose(found.log_volume, expected.log_volume, atol=1e-4)

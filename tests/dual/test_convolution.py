@@ -194,3 +194,73 @@ def test_channels_do_lie_last():
     probe = tgp.GeometryProbe(model, layers="2", estimator=tgp.Subspace(k=3))
     probe.measure(torch.randn(2, 3, 7, 9))
     assert seen[-1] == torch.empty(2, 5, 5, 7).contiguous(memory_format=torch.channels_last).stride()
+
+
+class WritesThroughAView(nn.Module):
+    """A write that reaches the convolution's result in the model's own layout, and a copy of it in another."""
+
+    def __init__(self, reshape):
+        super().__init__()
+        self.convolution, self.reshape = nn.Conv2d(3, 5, 3), reshape
+
+    def forward(self, x):
+        h = self.convolution(x)
+        self.reshape(h).mul_(2)
+        return h.square() + h
+
+
+@pytest.mark.parametrize(
+    "reshape",
+    [
+        lambda h: h.flatten(1),
+        lambda h: h.view(h.shape[0], -1),
+        lambda h: h.permute(0, 2, 3, 1).reshape(
+            h.shape[0], -1, 5
+        ),  # a copy in the model's layout, a view in the other
+    ],
+    ids=["flatten", "view", "permute_reshape"],
+)
+def test_a_write_through_a_view_keeps_the_models_layout(reshape):
+    model, x = WritesThroughAView(reshape), torch.randn(2, 3, 7, 9)
+    probe = tgp.GeometryProbe(model, layers="", estimator=tgp.Subspace(k=3))
+    reference = tgp.GeometryProbe(model, layers="", estimator=tgp.Subspace(k=3), engine="functorch")
+    for scale in (1e-2, 10.0):  # the second time nothing compares the values with the plain pass
+        found, expected = probe.measure(scale * x)[""], reference.measure(scale * x)[""]
+        assert torch.allclose(found.log_volume, expected.log_volume, atol=1e-4)
+        assert found.engine == "fused"
+
+
+def test_a_bias_that_is_written_to_before_a_late_use_is_refused():
+    class Shifts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.norm = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)
+
+        def forward(self, x):
+            bias = self.convolution.bias.clone()
+            y = F.conv2d(x, self.convolution.weight, bias)
+            bias.add_(1)
+            return self.norm(y)
+
+    model = _normalised(Shifts())
+    x = torch.randn(1 + K, 2, 3, 7, 9, dtype=torch.float64)
+    with measuring(model), dual_pass(), pytest.raises(EngineRefusal, match="writes in place"):
+        model(DualTensor(x))
+
+
+def test_inference_mode_inside_the_model():
+    class Inferring(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))
+
+        def forward(self, x):
+            with torch.inference_mode():
+                return self.layers(x * 2)
+
+    model, x = Inferring(), torch.randn(2, 3, 7, 9)
+    found = tgp.measure(model, x, layers="", estimator=tgp.Subspace(k=2), engine="fused")
+    expected = tgp.measure(model.layers, 2 * x, layers="", estimator=tgp.Subspace(k=2))
+    assert torch.allclose(
+        found[""].log_volume, expected[""].log_volume + 2 * torch.log(torch.tensor(2.0)), atol=1e-4
+    )

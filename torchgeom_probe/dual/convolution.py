@@ -36,7 +36,7 @@ class Convolution:
     arguments: tuple[Any, ...]
     #: numbers of the result, and what was written to so far of what it is made from
     size: int
-    versions: tuple[int, int]
+    versions: tuple[int, ...]
 
     def __call__(self) -> Tensor:
         """(w * x + b)' = w * x'."""
@@ -57,7 +57,7 @@ class Convolution:
         return not narrow and self.size >= 2 * self.weight.numel()
 
     def _run(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.versions != _versions(self.input, self.weight):
+        if self.versions != _versions(self.input, self.weight, self.bias):
             raise EngineRefusal(
                 "the model writes in place to the input of a convolution, and uses the convolution's result after that as well as before.\n"
                 "Measure with engine='functorch', or write that op out of place."
@@ -68,8 +68,8 @@ class Convolution:
         return out.buffer
 
 
-def _versions(x: DualTensor, weight: Tensor) -> tuple[int, int]:
-    return x.buffer._version, -1 if weight.is_inference() else weight._version
+def _versions(x: DualTensor, *constants: Tensor | None) -> tuple[int, ...]:
+    return x.buffer._version, *(-1 if c is None or c.is_inference() else c._version for c in constants)
 
 
 def _convolution(convolve: Any, spatial: int, *, waits: bool) -> Callable[..., Any]:
@@ -87,7 +87,9 @@ def _convolution(convolve: Any, spatial: int, *, waits: bool) -> Callable[..., A
         arguments = (stride, padding, *further)
         dilation = further[0] if further else kwargs.get("dilation", 1)
         bound = functools.partial(convolve, **kwargs)
-        shape = _result_shape(input, weight, spatial, stride, padding, dilation) if waits else None
+        # A tensor of inference mode does not tell whether it was written to.
+        may_wait = waits and not input.buffer.is_inference()
+        shape = _result_shape(input, weight, spatial, stride, padding, dilation) if may_wait else None
         if shape is None:
             out = folded(input, spatial + 2, lambda rows: bound(rows, weight, None, *arguments))
             if bias is not None:
@@ -95,7 +97,7 @@ def _convolution(convolve: Any, spatial: int, *, waits: bool) -> Callable[..., A
             return out
         rows = input.buffer.shape[0]
         made = Convolution(
-            bound, input, weight, bias, arguments, rows * math.prod(shape), _versions(input, weight)
+            bound, input, weight, bias, arguments, rows * math.prod(shape), _versions(input, weight, bias)
         )
         return DualTensor.waiting(made, shape, _strides(shape, _channels_last(input, weight)), input.buffer)
 

@@ -6,11 +6,14 @@ trace does bake in (Python numbers on the modules, hooks, the set of modules) is
 
 from __future__ import annotations
 
+import itertools
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -19,6 +22,7 @@ from torchgeom_probe.engines import fused
 from torchgeom_probe.engines.plan import Plan
 from torchgeom_probe.engines.task import Batch, Task
 from torchgeom_probe.factor import Factor
+from torchgeom_probe.footprint import FRAMEWORKS
 from torchgeom_probe.shapes import Tensor
 
 #: Attributes of nn.Module that hold what is an input of the graph, or is walked on its own.
@@ -27,6 +31,8 @@ _WALKED = {"_parameters", "_buffers", "_modules"}
 _MOST_VERSIONS = 4
 #: Containers longer than this are known by who they are and how long.
 _MANY = 1000
+_NEVER_THE_SAME = itertools.count()
+_CONTAINERS = (list, tuple, set, frozenset, dict)
 _SIMPLE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -52,7 +58,7 @@ class CompiledPasses:
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._passes: dict[Any, tuple[Callable[..., Any], _Traced]] = {}
+        self._passes: dict[Any, tuple[Callable[..., Any], _Traced, list[Any]]] = {}
         self._refusal: str | None = None
 
     def factors(self, batch: Batch, directions: Tensor, plan: Plan) -> dict[str, Factor] | None:
@@ -65,11 +71,15 @@ class CompiledPasses:
             )
             return None
         names, inputs, layout = self._inputs(batch, directions)
-        key = (
-            tuple(_signature(v) for v in inputs),
-            _settings(self._task.model),
-            repr([v for v in tree_flatten((batch.args, dict(batch.kwargs)))[0] if not isinstance(v, Tensor)]),
+        held: list[Any] = []
+        leaves, spec = layout
+        fixed = (
+            [None if isinstance(v, Tensor) else _fixed(v, held) for v in leaves],
+            str(spec),
+            _ties(self._task.model),
+            _settings(self._task.model, held),
         )
+        key = (tuple(_signature(v) for v in inputs), repr(fixed))
         if key not in self._passes:
             if sum(known[0] == key[0] for known in self._passes) >= _MOST_VERSIONS:
                 self.refuse(
@@ -78,12 +88,13 @@ class CompiledPasses:
                 )
                 return None
             try:
-                self._passes[key] = self._compiled(names, inputs, layout, batch)
+                # Held: an id in the key must not become that of another object.
+                self._passes[key] = (*self._compiled(names, inputs, layout, batch, plan), held)
             except Exception as error:  # whatever breaks in a compiler, the eager pass is there
                 first = str(error).strip().splitlines()
                 self.refuse(f"{type(error).__name__}: {first[0] if first else ''}")
                 return None
-        run, traced = self._passes[key]
+        run, traced, _ = self._passes[key]
         matrices = run(*inputs)
         # Under CUDA graphs the next replay writes over what this one returned.
         return traced.factors([m.clone() if m.is_cuda else m for m in matrices])
@@ -102,7 +113,7 @@ class CompiledPasses:
         return list(state), [*(v.detach() for v in state.values()), *tensors, directions], (leaves, layout)
 
     def _compiled(
-        self, names: list[str], inputs: list[Tensor], layout: Any, batch: Batch
+        self, names: list[str], inputs: list[Tensor], layout: Any, batch: Batch, plan: Plan
     ) -> tuple[Callable[..., Any], _Traced]:
         import torch._inductor
         from torch.fx.experimental.proxy_tensor import make_fx
@@ -125,7 +136,15 @@ class CompiledPasses:
                 factors[entry] = Factor.of(blocks)
 
             given_batch = Batch(args, kwargs, batch.size, point)
-            fused.push(self._task, given_batch, tensors[-1], reduce, state=state, any_order=True)
+            fused.push(
+                self._task,
+                given_batch,
+                tensors[-1],
+                reduce,
+                state=state,
+                any_order=True,
+                own_layout=not plan.writes_through_views,
+            )
             return traced.flat(factors)
 
         with warnings.catch_warnings():
@@ -164,34 +183,61 @@ def _signature(tensor: Tensor) -> Any:
     return (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
-def _settings(model: nn.Module) -> tuple[Any, ...]:
-    """Everything of the modules but their tensors' numbers: what a trace takes as constant."""
-    return tuple(
-        (name, id(module), tuple((k, _fixed(v)) for k, v in vars(module).items() if k not in _WALKED))
+def _ties(model: nn.Module) -> list[tuple[str, int]]:
+    """Names of the parameters and buffers, each with the place of the first that is the same tensor."""
+    first: dict[int, int] = {}
+    found = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return [(name, first.setdefault(id(tensor), place)) for place, (name, tensor) in enumerate(found)]
+
+
+def _settings(model: nn.Module, held: list[Any]) -> list[Any]:
+    """Everything of the modules but their tensors' numbers: what a trace takes as constant; objects known by their id go to ``held``."""
+    held.extend(model.modules())
+    return [
+        (
+            name,
+            id(module),
+            _of_class(type(module), held),
+            _fixed({k: v for k, v in vars(module).items() if k not in _WALKED}, held),
+        )
         for name, module in model.named_modules()
-    )
+    ]
 
 
-def _fixed(value: Any, depth: int = 3) -> Any:
+def _of_class(cls: type, held: list[Any]) -> list[Any]:
+    """The attributes of a module's class, and those that it inherits below nn.Module."""
+    own = [base for base in cls.__mro__ if base not in nn.Module.__mro__]
+    held.extend(own)
+    return [
+        (id(base), key, _fixed(value, held) if isinstance(value, (*_SIMPLE, *_CONTAINERS)) else id(value))
+        for base in own
+        for key, value in vars(base).items()
+        if not key.startswith("__")
+    ]
+
+
+def _fixed(value: Any, held: list[Any], depth: int = 6) -> Any:
     if isinstance(value, _SIMPLE):
-        return (type(value), value)
-    if isinstance(value, (list, tuple, set, frozenset, dict)) and len(value) > _MANY:
-        return (id(value), len(value))
-    if depth and isinstance(value, (list, tuple, set, frozenset)):
-        return (type(value), tuple(_fixed(v, depth - 1) for v in value))
-    if depth and isinstance(value, dict):
-        return tuple((repr(k), _fixed(v, depth - 1)) for k, v in value.items())
+        return (type(value).__name__, value)
+    held.append(value)
     if isinstance(value, Tensor):  # read where it lies; replaced or written to, it is another
-        return (id(value), _version(value))
-    if (
-        depth
-        and hasattr(value, "__dict__")
-        and not isinstance(value, (type, nn.Module))
-        and not callable(value)
-    ):
-        return (id(value), _fixed(vars(value), depth - 1))
-    return id(value)
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+        return (id(value), -1 if value.is_inference() else value._version)
+    if isinstance(value, np.ndarray):
+        return (value.dtype.str, value.shape, value.tobytes())
+    if isinstance(value, types.SimpleNamespace):
+        return _fixed(vars(value), held, depth)
+    framework = type(value).__module__.split(".")[0] in FRAMEWORKS and not isinstance(value, _CONTAINERS)
+    if framework or isinstance(value, (type, nn.Module, types.ModuleType)):
+        return id(value)
+    long = isinstance(value, _CONTAINERS) and len(value) > _MANY
+    if depth == 0 or long:
+        # Too deep or too long to compare: never the same again, so that it is compiled anew, and soon not at all.
+        return ("another", next(_NEVER_THE_SAME))
+    if isinstance(value, dict):
+        return [(repr(k), _fixed(v, held, depth - 1)) for k, v in value.items()]
+    if isinstance(value, _CONTAINERS):
+        return (type(value).__name__, [_fixed(v, held, depth - 1) for v in value])
+    inner = dict(getattr(value, "__dict__", {}))
+    for slot in getattr(type(value), "__slots__", ()):
+        inner[slot] = getattr(value, slot, None)
+    return (id(value), _fixed(inner, held, depth - 1) if inner else None)

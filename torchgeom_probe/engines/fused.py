@@ -25,13 +25,14 @@ def push(
     reference: Mapping[str, Tensor] | None = None,
     state: Mapping[str, Tensor] | None = None,
     any_order: bool = False,
+    own_layout: bool = True,
 ) -> None:
     """Push k directions [k, B, *space] through the model, and hand each layer's tangents to the sink as it fires.
 
     With ``reference``, plain outputs [m, n] of the first m samples, the primal of every layer is compared with them: a rule that gave
     another value than torch itself must not be believed for its tangents.  ``state``: parameters and buffers by name, to run the model
     with in the place of its own.  ``any_order``: the sink does not mind in which order the features come, so channels that lie last in
-    memory need not be copied.
+    memory need not be copied.  ``own_layout``: images may lie in memory as suits the convolutions.
     """
 
     def on_output(entry: str, layer: str, output: Any) -> None:
@@ -58,7 +59,7 @@ def push(
     def dual(value: Tensor) -> DualTensor:
         buffer = torch.cat([value[None], directions.to(value.dtype)])
         if value.ndim == 4 and (
-            value.is_contiguous(memory_format=torch.channels_last) or task.convolves(value)
+            value.is_contiguous(memory_format=torch.channels_last) or (own_layout and task.convolves(value))
         ):
             rows = buffer.flatten(0, 1).contiguous(memory_format=torch.channels_last)
             buffer = rows.unflatten(0, (-1, value.shape[0]))

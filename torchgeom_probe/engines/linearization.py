@@ -6,7 +6,7 @@ Engines, chunks of directions and groups of layers are settled here; an estimato
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -162,13 +162,13 @@ class Linearization:
 
     def _push(self, directions: Tensor, sink: fused.Sink, any_order: bool) -> None:
         if self.engine != "auto":
-            _guarded(self.engine, self.task, self.batch, directions, sink, self.plan.reference, any_order)
+            _guarded(self.engine, self.task, self.batch, directions, sink, self.plan, any_order)
             return
         refusals = []
         names: tuple[EngineName, ...] = ("fused", "functorch", "vjp")
         for engine in names:
             try:
-                _guarded(engine, self.task, self.batch, directions, sink, self.plan.reference, any_order)
+                _guarded(engine, self.task, self.batch, directions, sink, self.plan, any_order)
             except EngineRefusal as refusal:
                 refusals.append(f"  {engine}: {_first_line(refusal)}")
                 continue
@@ -225,7 +225,7 @@ def _guarded(
     batch: Batch,
     directions: Tensor,
     sink: fused.Sink,
-    reference: Mapping[str, Tensor],
+    plan: Plan,
     any_order: bool,
 ) -> None:
     """Run one engine; what breaks in it, on a model whose plain forward pass is known to run, is a refusal of that engine."""
@@ -233,7 +233,15 @@ def _guarded(
         # The same random numbers in every pass: directions that are pushed apart must be pushed through the same function.
         with same_random_numbers(directions.device):
             if engine == "fused":
-                fused.push(task, batch, directions, sink, reference=reference, any_order=any_order)
+                fused.push(
+                    task,
+                    batch,
+                    directions,
+                    sink,
+                    reference=plan.reference,
+                    any_order=any_order,
+                    own_layout=not plan.writes_through_views,
+                )
             else:
                 _PUSHES[engine](task, batch, directions, sink)
     except (ProbeError, torch.OutOfMemoryError):

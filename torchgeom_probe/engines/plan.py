@@ -40,6 +40,8 @@ class Plan:
         reference: entry → plain outputs [≤ 3, n] of the first samples, until a pass was compared with them.
         frames: random directions that were drawn for this space.
         random: whether the forward pass draws random numbers.
+        writes_through_views: whether it writes in place to memory that it has viewed in another shape: what such a write reaches
+            depends on how the tensors lie in memory, so a pass must lay them as the model does.
     """
 
     features: dict[str, int]
@@ -50,6 +52,7 @@ class Plan:
     reference: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     frames: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
     random: bool = False
+    writes_through_views: bool = False
 
     @property
     def num_inputs(self) -> int:
@@ -163,6 +166,7 @@ def make_plan(task: Task, batch: Batch, *, memory_budget: int | None) -> Plan:
         row_bytes=live.peak // few.size,
         reference=reference,
         random=draws,
+        writes_through_views=live.wrote_through_views,
         budget=memory_budget
         if memory_budget is not None
         else int(SHARE_OF_FREE_MEMORY * free_memory(spaces[0].device)),
@@ -188,20 +192,36 @@ def _refuse_silent(task: Task, fired: dict[str, int], spaces: Sequence[Tensor]) 
         )
 
 
+#: What a reshape ends with where it copied: in another layout it would not have.
+_HALF_VIEWS = {torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default}
+
+
 class _LiveBytes(TorchDispatchMode):
     """Follows the bytes of the storages that ops make, and their peak, until the tensors die."""
 
     def __init__(self, known: Sequence[Any]) -> None:
         super().__init__()
         self.live = self.peak = 0
+        self.wrote_through_views = False
+        self._viewed: set[int] = set()
         self._alive: dict[int, int] = {}
         self._known = {t.untyped_storage()._cdata for t in known if isinstance(t, Tensor)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (
+            func._schema.is_mutable
+            and args
+            and isinstance(args[0], Tensor)
+            and args[0].layout == torch.strided
+        ):
+            self.wrote_through_views |= args[0].untyped_storage()._cdata in self._viewed
         out = func(*args, **(kwargs or {}))
+        views = func.is_view or func in _HALF_VIEWS
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
                 self._follow(leaf)
+                if views:  # also where the memory is freed and taken again since: then once too often, which does no harm
+                    self._viewed.add(leaf.untyped_storage()._cdata)
         return out
 
     def _follow(self, tensor: Tensor) -> None:

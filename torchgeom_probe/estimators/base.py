@@ -56,7 +56,7 @@ class Estimator(ABC):
         """How many tangent rows one sample needs at once: what samples are chunked by."""
 
     @abstractmethod
-    def work(self, plan: Plan) -> dict[str, Work]:
+    def work(self, plan: Plan, *, engine: str = "auto") -> dict[str, Work]:
         """The products that each entry needs of one sample."""
 
     @abstractmethod

@@ -47,11 +47,12 @@ class Exact(Estimator):
         """Rows that one sample needs at once: all d directions."""
         return plan.num_inputs
 
-    def work(self, plan: Plan) -> dict[str, Work]:
+    def work(self, plan: Plan, *, engine: str = "auto") -> dict[str, Work]:
         """All d directions in one dual pass for all layers, or a pullback a feature where those are fewer."""
         d, total = plan.num_inputs, sum(plan.features.values())
-        if _by_reverse_mode(plan):
-            why = f"the layers have {total} features in all, fewer than d = {d} directions: a pullback a feature"
+        if _by_reverse_mode(plan, engine):
+            fewer = f", fewer than d = {d} directions" if total < d else ""
+            why = f"the layers have {total} features in all{fewer}: a pullback a feature"
             return {entry: Work(0, n, n, False, why) for entry, n in plan.features.items()}
         why = f"all d = {d} directions, one dual pass for all layers; they have {total} features"
         return {entry: Work(d, 0, d, True, why) for entry in plan.features}
@@ -60,7 +61,7 @@ class Exact(Estimator):
         """Measure every layer at the samples of one chunk."""
         plan = linear.plan
         num_inputs = plan.num_inputs
-        reverse = linear.engine == "vjp" or (linear.engine == "auto" and _by_reverse_mode(plan))
+        reverse = _by_reverse_mode(plan, linear.engine)
         factors: dict[str, Factor] = {}
         engine = "vjp"
         if reverse:
@@ -92,9 +93,9 @@ class Exact(Estimator):
         }
 
 
-def _by_reverse_mode(plan: Plan) -> bool:
+def _by_reverse_mode(plan: Plan, engine: str) -> bool:
     # A pullback costs about what a row of the dual pass costs (benchmarks, "stages"), so the smaller count wins.
-    return sum(plan.features.values()) < plan.num_inputs
+    return engine == "vjp" or (engine == "auto" and sum(plan.features.values()) < plan.num_inputs)
 
 
 def _by_rows(linear: Linearization) -> dict[str, Factor]:

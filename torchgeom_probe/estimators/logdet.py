@@ -114,7 +114,7 @@ class LogDet(Estimator):
         )
         return self.probes + 48 + int(krylov_bytes / max(plan.row_bytes, 1) / 2)
 
-    def work(self, plan: Plan) -> dict[str, Work]:
+    def work(self, plan: Plan, *, engine: str = "auto") -> dict[str, Work]:
         """Per layer: Lanczos runs from the probes, at most the products of the dense Jacobian; or that at once."""
         found = {}
         for entry, n in plan.features.items():
@@ -124,11 +124,12 @@ class LogDet(Estimator):
             else:
                 most = smaller if self.method == "auto" else 2 * self.probes * self.steps
                 half = min(self.probes * min(self.steps, 16), most // 2)
+                after = ", then the exact value" if self.method == "auto" else ""
                 why = (
-                    f"Lanczos runs from {self.probes} probes, Jv and Jᵀu in turn, at most {most} products"
-                    + (", then the exact value" if self.method == "auto" else "")
+                    f"Lanczos runs from {self.probes} probes, Jv and Jᵀu in turn, "
+                    f"about {most} products at the most{after}"
                 )
-                found[entry] = Work(half, half, most, False, why)
+                found[entry] = Work(half, half, most + (smaller if after else 0), False, why)
         return found
 
     def _exact_at_once(self, smaller: int) -> bool:

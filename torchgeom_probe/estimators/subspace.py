@@ -77,7 +77,7 @@ class Subspace(Estimator):
         """Rows that one sample needs at once: k directions."""
         return self.k
 
-    def work(self, plan: Plan) -> dict[str, Work]:
+    def work(self, plan: Plan, *, engine: str = "auto") -> dict[str, Work]:
         """One dual pass over k directions a frame, for all layers."""
         count = self.frames * self.k
         frames = "" if self.frames == 1 else f" of each of {self.frames} frames"

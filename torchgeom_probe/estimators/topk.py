@@ -103,7 +103,7 @@ class TopK(Estimator):
         krylov_bytes = 3 * 8 * expected * (plan.num_inputs + max(plan.features.values()))
         return self._block("cpu") + 48 + int(krylov_bytes / max(plan.row_bytes, 1) / 2)
 
-    def work(self, plan: Plan) -> dict[str, Work]:
+    def work(self, plan: Plan, *, engine: str = "auto") -> dict[str, Work]:
         """Per layer: about 8 k products and at most those of the dense Jacobian; or the dense Jacobian at once."""
         found = {}
         for entry, n in plan.features.items():
@@ -113,8 +113,9 @@ class TopK(Estimator):
             else:
                 most = self._most_products(smaller)
                 half = min(8 * self.k, most) // 2
-                why = f"block Krylov, Jv and Jᵀu in turn, at most {most} products"
-                found[entry] = Work(half, half, most, False, why)
+                after = ", then the dense J" if self.method == "auto" and self.max_products is None else ""
+                why = f"block Krylov, Jv and Jᵀu in turn, about {most} products at the most{after}"
+                found[entry] = Work(half, half, most + (smaller if after else 0), False, why)
         return found
 
     def _dense_at_once(self, smaller: int) -> bool:

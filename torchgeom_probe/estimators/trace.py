@@ -73,7 +73,7 @@ class Trace(Estimator):
         """Rows that one sample needs at once: the probes, and for hutch++ the graph saved for reverse mode."""
         return min(self.probes, plan.num_inputs) + (48 if self.method == "hutch++" else 0)
 
-    def work(self, plan: Plan) -> dict[str, Work]:
+    def work(self, plan: Plan, *, engine: str = "auto") -> dict[str, Work]:
         """Hutchinson: one dual pass for all layers; Hutch++: per layer a sketch, its span and the probes."""
         d, p = plan.num_inputs, self.probes
         if d <= p:
