@@ -264,3 +264,24 @@ def test_inference_mode_inside_the_model():
     assert torch.allclose(
         found[""].log_volume, expected[""].log_volume + 2 * torch.log(torch.tensor(2.0)), atol=1e-4
     )
+
+
+@pytest.mark.parametrize("reshaped", [False, True])
+def test_a_write_to_fresh_memory_is_no_write_through_a_view(reshaped):
+    """Memory that was viewed, freed and taken again belongs to another tensor: in-place activations keep the fast layout."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(5, 5, 3, padding=1) for _ in range(20))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = F.relu_(layer(x)).flatten(1).unflatten(1, (5, 7, 9)) + 0
+            h = x.flatten(1)
+            return (h if reshaped else h + 0).mul_(2)
+
+    probe = tgp.GeometryProbe(Block(), layers="", estimator=tgp.Subspace(k=2))
+    probe.plan(torch.randn(2, 5, 7, 9))
+    (plan,) = probe._plans.values()
+    assert plan.writes_through_views == reshaped

@@ -220,7 +220,7 @@ class _LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
                 self._follow(leaf)
-                if views:  # also where the memory is freed and taken again since: then once too often, which does no harm
+                if views:
                     self._viewed.add(leaf.untyped_storage()._cdata)
         return out
 
@@ -240,6 +240,7 @@ class _LiveBytes(TorchDispatchMode):
         self._alive[key] -= 1
         if not self._alive[key]:
             del self._alive[key]
+            self._viewed.discard(key)  # what takes its place is another tensor
             self.live -= nbytes
 
 
