@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchgeom_probe as tgp
 from torchgeom_probe import ProbeError
+from torchgeom_probe.dual import DualTensor
 
 
 def _small():
@@ -59,6 +61,20 @@ def test_compiled_equals_eager_and_follows_the_optimizer():
     model[1].eps = 3.0
     _assert_same(probe.measure(x), tgp.measure(model, x, layers=layers, estimator=estimator), 1e-4)
     assert len(_compiled(probe)) == 2
+
+
+def test_a_trace_holds_attention_once_however_many_heads():
+    """In eager mode scores are made a piece at a time, so that they stay in cache; unrolled, those loops take minutes to compile."""
+    q = torch.randn(5, 4, 6, 130, 8)  # [1 + k, B, heads, length, width]
+
+    def attended(buffer):
+        dual = DualTensor(buffer)
+        return torch.nn.functional.scaled_dot_product_attention(dual, dual.sin(), dual.cos()).buffer
+
+    graph = make_fx(attended)(q)
+    products = [n for n in graph.graph.nodes if "bmm" in str(n.target)]
+    assert len(products) == 6  # scores, outputs, and four of their derivatives
+    assert torch.allclose(graph(q), attended(q), atol=1e-5)
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def test_gauss_and_radau_bracket_the_truth():
     exact = ((probes @ vectors).square() * (values.clamp_min(0) + 1e-3).log()).sum(1)
     with measuring(model):
         linear = Linearization(task, batch, make_plan(task, batch, memory_budget=None), "auto")
-        with jacobians(linear, estimator="test") as maps:
+        with jacobians(linear, estimator="test", at_once=2) as maps:
             run = Bidiagonalisation(maps[""], probes)
             widths = []
             for _ in range(12):

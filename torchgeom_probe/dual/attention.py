@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torchgeom_probe.dual.table import any_dual, enter, from_end, row_by_row, rows_of, rule
+from torchgeom_probe.dual.table import any_dual, enter, from_end, row_by_row, rows_of, rule, traced
 from torchgeom_probe.dual.tensor import DualTensor
 from torchgeom_probe.shapes import Tensor
 
@@ -150,7 +150,8 @@ class _Heads:
 
 def _pieces(q: _Heads, k: _Heads, tangents: int) -> Iterator[tuple[slice, slice, list[slice]]]:
     """Samples, heads and groups of tangents whose score tangents fit into the budget together."""
-    budget = _SCORE_BYTES.get(q.primal.device.type, _SCORE_BYTES_ELSEWHERE)
+    near = _SCORE_BYTES.get(q.primal.device.type, _SCORE_BYTES_ELSEWHERE)
+    budget = _SCORE_BYTES_ELSEWHERE if traced() else near
     fit = budget // (q.length * k.length * q.primal.element_size())
     tangents_at_once = max(1, min(tangents, fit))
     heads_at_once = max(1, min(q.heads, fit // tangents_at_once))

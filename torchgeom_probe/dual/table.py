@@ -163,9 +163,14 @@ def sizes(size: tuple[Any, ...]) -> tuple[int, ...]:
 
 def row_by_row(buffer: Tensor) -> bool:
     """Whether a loop over the rows beats one broadcasting kernel: eager, on the CPU, with rows that outweigh a call."""
-    if buffer.device.type != "cpu" or torch._C._len_torch_dispatch_stack():
+    if buffer.device.type != "cpu" or traced():
         return False
     return buffer.numel() >= _ROW_NUMBERS * buffer.shape[0]
+
+
+def traced() -> bool:
+    """Whether a trace (or another dispatch mode) sees every op: it would unroll a loop, and a compiler then takes minutes."""
+    return bool(torch._C._len_torch_dispatch_stack())
 
 
 _ROW_NUMBERS = 1 << 13

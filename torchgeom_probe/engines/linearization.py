@@ -183,10 +183,12 @@ class Linearization:
         )
 
     @contextlib.contextmanager
-    def pullback(self) -> Iterator[vjp.Pullback]:
-        """Reverse mode at these samples: Jᵀu of every layer."""
+    def pullback(self, at_once: int = 1) -> Iterator[vjp.Pullback]:
+        """Reverse mode at these samples: Jᵀu of every layer, ``at_once`` cotangents together where the saved pass fits so often."""
+        copies = self.plan.copies(at_once, self.batch.size, self.device)
+        own_layout = not self.plan.writes_through_views
         try:
-            with vjp.pullback(self.task, self.batch) as back:
+            with vjp.pullback(self.task, self.batch, copies=copies, own_layout=own_layout) as back:
                 yield back
         except (ProbeError, torch.OutOfMemoryError):
             raise

@@ -25,6 +25,9 @@ from torchgeom_probe.shapes import Tensor
 SHARE_OF_FREE_MEMORY = 0.5
 #: A rule holds its input, its output and at most one temporary: twice the peak of a plain forward pass over the same rows.
 _ROWS_OVER_PLAIN = 2.0
+#: What a saved pass may grow to by being copied, in rows or in bytes: from there on a backward pass is as fast per row as it gets.
+_COPIED_ROWS = 32
+_COPIED_BYTES = {"cpu": 64 << 20}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Plan:
         space: shape per sample of what the metric is pulled back to.
         dtype: of that tensor, and so of the tangents.
         row_bytes: peak bytes of live activations per sample of a plain forward pass.
+        graph_bytes: bytes per sample of all that a plain forward pass makes, which is the most that reverse mode saves.
         budget: bytes that a measurement may use.
         reference: entry → plain outputs [≤ 3, n] of the first samples, until a pass was compared with them.
         frames: random directions that were drawn for this space.
@@ -48,6 +52,7 @@ class Plan:
     space: tuple[int, ...]
     dtype: torch.dtype
     row_bytes: int
+    graph_bytes: int
     budget: int
     reference: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     frames: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
@@ -66,6 +71,14 @@ class Plan:
     def directions_at_once(self, num_directions: int, samples: int) -> int:
         """How many directions fit at once for that many samples (at least 1)."""
         return max(1, min(num_directions, self._rows() // samples - 1))
+
+    def copies(self, at_once: int, samples: int, device: torch.device) -> int:
+        """How often reverse mode saves its pass, so that as many cotangents are pulled back together (at least once)."""
+        if self.random:  # copies would draw other numbers
+            return 1
+        each = max(1, self.graph_bytes)
+        rows = max(_COPIED_ROWS, _COPIED_BYTES.get(device.type, 1 << 30) // each)
+        return max(1, min(at_once, min(rows, self.budget // 4 // each) // samples))
 
     def bytes_of(self, samples: int, num_directions: int) -> int:
         """Peak bytes of a dual pass over so many samples and directions, estimated from that of a plain pass."""
@@ -164,6 +177,7 @@ def make_plan(task: Task, batch: Batch, *, memory_budget: int | None) -> Plan:
         space=tuple(spaces[0].shape[1:]),
         dtype=spaces[0].dtype,
         row_bytes=live.peak // few.size,
+        graph_bytes=live.total // few.size,
         reference=reference,
         random=draws,
         writes_through_views=live.wrote_through_views,
@@ -197,11 +211,11 @@ _HALF_VIEWS = {torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alia
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows the bytes of the storages that ops make, and their peak, until the tensors die."""
+    """Follows the bytes of the storages that ops make, until the tensors die: now, at the peak, and in all."""
 
     def __init__(self, known: Sequence[Any]) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.total = 0
         self.wrote_through_views = False
         self._viewed: set[int] = set()
         self._alive: dict[int, int] = {}
@@ -231,6 +245,7 @@ class _LiveBytes(TorchDispatchMode):
             return
         if key not in self._alive:
             self.live += storage.nbytes()
+            self.total += storage.nbytes()
             self.peak = max(self.peak, self.live)
             self._alive[key] = 0
         self._alive[key] += 1

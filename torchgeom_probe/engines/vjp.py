@@ -1,4 +1,4 @@
-"""Engine ``"vjp"``: reverse mode.  One saved primal pass, then batched pullbacks per layer; no graph of the graph for them."""
+"""Engine ``"vjp"``: reverse mode.  One saved primal pass, then pullbacks of many cotangents per layer; no graph of the graph."""
 
 from __future__ import annotations
 
@@ -18,38 +18,64 @@ from torchgeom_probe.shapes import Tensor
 
 
 class Pullback:
-    """The saved primal pass: ``features[entry]`` [B, n] with their graph back to ``point`` [B, *space]."""
+    """The saved primal pass: ``features[entry]`` [c·B, n] with their graph back to ``point`` [c·B, *space], for c copies of the batch.
 
-    def __init__(self, point: Tensor, features: dict[str, Tensor]) -> None:
+    Each copy takes a cotangent of its own, so that a pull is one plain backward pass over c·B rows, as large as its convolutions
+    and matrix products like them.  Batched gradients (``is_grads_batched``) save the copies, and then run most ops one cotangent
+    at a time.
+    """
+
+    def __init__(self, point: Tensor, features: dict[str, Tensor], copies: int) -> None:
         self.point = point
         self.features = features
+        self.copies = copies
 
-    def pull(self, entry: str, cotangents: Tensor, *, create_graph: bool = False) -> Tensor:
-        """Jᵀu for cotangents [c, B, n] → [c, B, *space], every sample's own."""
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(
-                self.features[entry],
-                self.point,
-                cotangents,
-                retain_graph=True,
-                is_grads_batched=True,
-                create_graph=create_graph,
-            )
-        return gradient if create_graph else gradient.detach()
+    def pull(self, entry: str, cotangents: Tensor) -> Tensor:
+        """Jᵀu for cotangents [k, B, n] → [k, B, *space], every sample's own."""
+        y, k = self.features[entry], len(cotangents)
+        pulled = []
+        for part in cotangents.split(self.copies):
+            rows = part.flatten(0, 1)
+            if len(rows) < len(y):
+                rows = torch.cat([rows, rows.new_zeros(len(y) - len(rows), rows.shape[1])])
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(y, self.point, rows, retain_graph=True)
+            pulled.append(gradient.detach().unflatten(0, (self.copies, -1)))
+        return torch.cat(pulled)[:k]
 
     def rows(self, entry: str, start: int, stop: int) -> Tensor:
         """Rows ``start … stop`` of the Jacobian, [stop − start, B, *space]."""
         y = self.features[entry]
-        cotangents = torch.zeros(stop - start, *y.shape, dtype=y.dtype, device=y.device)
-        place = torch.arange(stop - start, device=y.device)
+        count, samples = stop - start, len(y) // self.copies
+        cotangents = torch.zeros(count, samples, y.shape[1], dtype=y.dtype, device=y.device)
+        place = torch.arange(count, device=y.device)
         cotangents[place, :, place + start] = 1
         return self.pull(entry, cotangents)
 
 
 @contextlib.contextmanager
-def pullback(task: Task, batch: Batch) -> Iterator[Pullback]:
-    """Make the primal pass, parameters held constant, and yield the pullback of every layer; the graph goes with the body."""
-    point = starting_point(task, batch).requires_grad_()
+def pullback(task: Task, batch: Batch, *, copies: int = 1, own_layout: bool = False) -> Iterator[Pullback]:
+    """Make the primal pass, parameters held constant, and yield the pullback of every layer; the graph goes with the body.
+
+    ``own_layout``: images may lie in memory as suits the convolutions.
+    """
+    point = starting_point(task, batch)
+    point = torch.cat([point] * copies) if copies > 1 else point
+    batch = batch.repeated(copies * batch.size) if copies > 1 else batch
+    # Until the last pullback: activation checkpointing runs the forward pass again in each.
+    with frozen(task.model):
+        if own_layout and point.ndim == 4 and task.convolves(point):
+            try:
+                saved = _saved(task, batch, point.contiguous(memory_format=torch.channels_last), copies)
+            except RuntimeError:  # a model that calls .view on what a convolution made counts on its layout
+                saved = _saved(task, batch, point, copies)
+        else:
+            saved = _saved(task, batch, point, copies)
+        yield saved
+
+
+def _saved(task: Task, batch: Batch, point: Tensor, copies: int) -> Pullback:
+    point.requires_grad_()
     outputs: dict[str, Tensor] = {}
 
     def on_output(entry: str, layer: str, output: Any) -> None:
@@ -61,21 +87,18 @@ def pullback(task: Task, batch: Batch) -> Iterator[Pullback]:
             raise no_tangent(entry, task, "it does not depend on it, or runs under no_grad or inference_mode")
         outputs[entry] = whole
 
-    # A fresh non-leaf: a model whose first op is in place must not write to a leaf that requires a gradient.
-    with frozen(
-        task.model
-    ):  # until the last pullback: activation checkpointing runs the forward pass again in each
-        # The random numbers of every pass are the same, as in forward mode.
-        with (
-            same_random_numbers(point.device),
-            torch.enable_grad(),
-            GradientsOff(),
-            refused_cuts(lambda t: t.requires_grad),
-        ):
-            z = point.view_as(point).clone()
-            with task.hooked(on_output, lambda output: z):
-                batch.run(task.model, None if batch.point is None else z)
-        yield Pullback(point, outputs)
+    # The random numbers of every pass are the same, as in forward mode.
+    with (
+        same_random_numbers(point.device),
+        torch.enable_grad(),
+        GradientsOff(),
+        refused_cuts(lambda t: t.requires_grad),
+    ):
+        # A fresh non-leaf: a model whose first op is in place must not write to a leaf that requires a gradient.
+        z = point.view_as(point).clone()
+        with task.hooked(on_output, lambda output: z):
+            batch.run(task.model, None if batch.point is None else z)
+    return Pullback(point, outputs, copies)
 
 
 def push(task: Task, batch: Batch, directions: Tensor, sink: Sink) -> None:

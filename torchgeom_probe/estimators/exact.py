@@ -17,6 +17,8 @@ from torchgeom_probe.report import LayerGeometry
 
 FULL = "log √det g, all d directions"
 FEW_FEATURES = "log √det JJᵀ (n < d: g is singular, √det g = 0)"
+#: Every copy of the saved pass is a row of the forward pass: it is made for as many rows of J.
+_ROWS_A_COPY = 8
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def _by_rows(linear: Linearization) -> dict[str, Factor]:
     """Rows of J by pullbacks over one saved pass; where they do not fit together, in blocks (``engines.stream``)."""
     plan = linear.plan
     factors: dict[str, Factor] = {}
-    with linear.pullback() as back:
+    with linear.pullback(max(plan.features.values()) // _ROWS_A_COPY) as back:
         for entry, n in plan.features.items():
             plan.refuse_too_long(entry, plan.num_inputs, n)
             factors[entry] = streamed_factor(

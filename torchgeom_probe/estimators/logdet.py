@@ -137,7 +137,7 @@ class LogDet(Estimator):
 
     def estimate(self, linear: Linearization, *, normalize: bool) -> dict[str, LayerGeometry]:
         """Measure every layer at the samples of one chunk."""
-        with jacobians(linear, estimator=f"LogDet(eps={self.eps:g})") as maps:
+        with jacobians(linear, estimator=f"LogDet(eps={self.eps:g})", at_once=self.probes) as maps:
             measured = {entry: self._layer(jacobian, normalize) for entry, jacobian in maps.items()}
         engine = engine_of(linear)
         return {entry: replace(result, engine=engine) for entry, result in measured.items()}

@@ -108,14 +108,14 @@ class LayerJacobian:
 
 
 @contextlib.contextmanager
-def jacobians(linear: Linearization, *, estimator: str) -> Iterator[dict[str, LayerJacobian]]:
-    """The layers' Jacobians over one saved primal pass, which lasts as long as the body.
+def jacobians(linear: Linearization, *, estimator: str, at_once: int) -> Iterator[dict[str, LayerJacobian]]:
+    """The layers' Jacobians over one saved primal pass, which lasts as long as the body; ``at_once`` cotangents pulled together.
 
     Raises:
         ProbeError: reverse mode cannot run the model.
     """
     try:
-        with linear.pullback() as back:
+        with linear.pullback(at_once) as back:
             maps = {entry: LayerJacobian(linear, back, entry) for entry in linear.plan.features}
             yield maps
             ran = [m.linear.engine for m in maps.values() if m.linear.engine != "auto"]

@@ -132,7 +132,8 @@ class TopK(Estimator):
         """Measure every layer at the samples of one chunk; ``warm``: entry → right singular vectors [B, q, d] to start from."""
         self._refuse_too_many(linear.plan)
         measured = {}
-        with jacobians(linear, estimator=f"TopK(k={self.k})") as maps:
+        block = self._block(linear.device.type)
+        with jacobians(linear, estimator=f"TopK(k={self.k})", at_once=block) as maps:
             for entry, jacobian in maps.items():
                 measured[entry] = self._layer(
                     jacobian, normalize or self.paper, None if warm is None else warm.get(entry)

@@ -94,7 +94,7 @@ class Trace(Estimator):
             return self._all_directions(linear, normalize)
         if self.method == "hutchinson":
             return self._hutchinson(linear, normalize)
-        with jacobians(linear, estimator="Trace(method='hutch++')") as maps:
+        with jacobians(linear, estimator="Trace(method='hutch++')", at_once=self.probes // 4) as maps:
             measured = {entry: self._hutch_plus_plus(jacobian, normalize) for entry, jacobian in maps.items()}
         engine = engine_of(linear)
         return {entry: replace(result, engine=engine) for entry, result in measured.items()}
