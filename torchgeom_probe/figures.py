@@ -34,6 +34,8 @@ Unit = Literal["nat", "log10"]
 
 _BEFORE, _AFTER = "#7f7f7f", "#31688e"
 _SMALL, _NORMAL, _LARGE = 8, 9.5, 12
+#: How much of the width of a line's panels a small letter takes.
+_LETTER = 0.01
 # Class c has the colour c mod 20, light enough for a contour and a picture on it.
 _CLASSES = (
     "#aec7e8 #ffbb78 #98df8a #ff9896 #c5b0d5 #c49c94 #f7b6d2 #c7c7c7 #dbdb8d #9edae5 "
@@ -190,12 +192,13 @@ def plot_lines(
             extent=(t[0] - half_step, t[-1] + half_step, 0, 1),
         )
         for start, end, index in _runs(scan.predictions.numpy()):
-            if end - start >= 0.04 * len(t):
+            name = _class_name(index, class_names)
+            if end - start >= _LETTER * (len(name) + 1) * len(t):  # else it would run over its neighbours
                 middle = (t[start] + t[end - 1]) / 2
                 axes.text(
                     middle,
                     0.5,
-                    _class_name(index, class_names),
+                    name,
                     ha="center",
                     va="center",
                     fontsize=_SMALL,
@@ -500,7 +503,7 @@ def plot_grid(
                 if scale.palette == "signed":
                     _few_ticks(bar, shown[scale].get_clim()[1])
                 else:
-                    bar.ax.locator_params(nbins=5)
+                    bar.ax.locator_params(nbins=4)
 
     for r, row in enumerate(grid):
         for c, entry in enumerate(row):

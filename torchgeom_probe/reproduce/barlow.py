@@ -67,7 +67,7 @@ def without_labels(images: Images, settings: Settings) -> Training:
     two_views = _two_views()
     pictures = (images.train_images * 255).round().to(torch.uint8)
     papers = settings.preset == "paper"
-    epochs = settings.epochs or settings.choose(embedded=8, paper=1000, quick=1)
+    epochs = settings.epochs or settings.choose(embedded=24, paper=1000, quick=1)
     embedding = settings.choose(embedded=64, paper=256, quick=16)
     rate = 0.01 if papers else 0.05
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from torchgeom_probe.errors import optional
 from torchgeom_probe.reproduce.experiment import Results, Say, Settings
-from torchgeom_probe.reproduce.residual import QUIRKS, load_images, plane_view, title_of, train_by_labels
+from torchgeom_probe.reproduce.residual import (
+    ACTIVATIONS,
+    QUIRKS,
+    load_images,
+    plane_view,
+    title_of,
+    train_by_labels,
+)
 
 TITLE = "a ResNet-34 learns images: the plane of three of them, over epochs"
 
@@ -30,7 +37,7 @@ def run(settings: Settings, say: Say = print) -> Results:
             "class_names": images.class_names,
             "unit": "log10",
             "log_entropy": True,
-            "title": f"{act.upper()}: {title_of(images)}",
+            "title": f"{ACTIVATIONS[act]}: {title_of(images)}",
         }
         results.picture(
             f"plane_{act}", figures.plot_maps(scans, names=names, **options), gallery=act == "gelu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torchgeom_probe.errors import optional
 from torchgeom_probe.reproduce.experiment import Results, Say, Settings
 from torchgeom_probe.reproduce.residual import (
+    ACTIVATIONS,
     QUIRKS,
     load_images,
     papers_view,
@@ -38,7 +39,7 @@ def run(settings: Settings, say: Say = print) -> Results:
     }
     drawn = figures.plot_maps(
         [trained.scan(plane, trained.epochs[-1]) for trained in networks.values()],
-        names=[act.upper() for act in networks],
+        names=[ACTIVATIONS[act] for act in networks],
         title=f"Four blocks after training: {title_of(images)}",
         **options,
     )

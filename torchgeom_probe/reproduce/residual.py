@@ -19,6 +19,7 @@ from torchgeom_probe.reproduce.photos import load_photos
 from torchgeom_probe.shapes import Float, Int, Tensor
 from torchgeom_probe.slices import Plane
 
+ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU"}
 #: The four blocks of the network.
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -272,7 +273,7 @@ def papers_view(images: Images, settings: Settings, *, epochs: Sequence[int]) ->
 def train_by_labels(images: Images, settings: Settings, say: Say, results: Results) -> dict[str, Trained]:
     """Train with GELU and with ReLU, or find them trained; activation → network."""
     found = {}
-    for act in ("gelu", "relu"):
+    for act in ACTIVATIONS:
         trained = train(
             by_labels(images, settings, act), settings, views=[plane_view(images, settings)], say=say
         )
