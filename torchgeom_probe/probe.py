@@ -54,7 +54,8 @@ class GeometryProbe:
         memory_budget: bytes that a measurement may use; default: half of what is free.  Samples, then directions, are taken in
             chunks to keep to it; the results do not depend on the chunking.
         mode: ``"eval"`` measures in eval mode whatever mode the model is in; ``"as_is"`` keeps it.
-        compile: trace the whole dual pass, hooks and reductions included, and compile it with Inductor (on CUDA, under CUDA graphs).
+        compile: trace the whole dual pass, hooks and reductions included, and compile it with Inductor (on CUDA, under CUDA graphs;
+            on a CPU the eager pass is the faster one).
             Once per shape: it takes a minute or so, so it pays where one shape is measured many times.  The weights are inputs of the
             compiled code, which so follows the optimizer.  The first measurement of a shape is still the eager pass, which checks the
             model; what cannot be compiled runs eagerly, with one warning that says why.

@@ -9,6 +9,8 @@ from torch import nn
 
 import torchgeom_probe as tgp
 from torchgeom_probe.dual import DualTensor, dual_pass
+from torchgeom_probe.engines import fused
+from torchgeom_probe.engines.task import Batch, Task
 from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.footprint import measuring
 
@@ -285,3 +287,21 @@ def test_a_write_to_fresh_memory_is_no_write_through_a_view(reshaped):
     probe.plan(torch.randn(2, 5, 7, 9))
     (plan,) = probe._plans.values()
     assert plan.writes_through_views == reshaped
+
+
+@pytest.mark.parametrize(("side", "last"), [(16, False), (200, True)])
+def test_channels_lie_last_where_the_rows_outweigh_the_weights(side, last):
+    """Laying the weights anew in every pass costs as much as they are large; what is made of few pixels does not make up for it."""
+    model = nn.Sequential(nn.Conv2d(3, 512, 3, stride=2), nn.Conv2d(512, 512, 3, stride=4)).eval()
+    x = torch.randn(1, 3, side, side)
+    v = torch.randn(2, 1, 3, side, side)
+    layouts, pushed = [], []
+    with model[0].register_forward_hook(
+        lambda module, args, output: layouts.append(args[0].stride()[1] == 1)
+    ):
+        fused.push(
+            Task(model, {"": model}), Batch((x,), {}, 1, x), v, lambda _, blocks: pushed.append(blocks[0])
+        )
+    assert layouts == [last and torch.backends.mkldnn.is_available()]
+    expected = torch.func.vmap(lambda t: torch.func.jvp(model, (x,), (t,))[1])(v)
+    assert torch.allclose(pushed[0], expected.flatten(2), atol=1e-4)

@@ -59,7 +59,12 @@ def push(
     def dual(value: Tensor) -> DualTensor:
         buffer = torch.cat([value[None], directions.to(value.dtype)])
         if value.ndim == 4 and (
-            value.is_contiguous(memory_format=torch.channels_last) or (own_layout and task.convolves(value))
+            value.is_contiguous(memory_format=torch.channels_last)
+            or (
+                own_layout
+                and task.convolves(value)
+                and task.pays_for_its_weights(value, buffer.shape[0] * len(value))
+            )
         ):
             rows = buffer.flatten(0, 1).contiguous(memory_format=torch.channels_last)
             buffer = rows.unflatten(0, (-1, value.shape[0]))
