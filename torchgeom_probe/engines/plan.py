@@ -28,6 +28,8 @@ _ROWS_OVER_PLAIN = 2.0
 #: What a saved pass may grow to by being copied, in rows or in bytes: from there on a backward pass is as fast per row as it gets.
 _COPIED_ROWS = 32
 _COPIED_BYTES = {"cpu": 64 << 20}
+#: No more than that however many rows it is: speed is not worth any price.
+_MOST_COPIED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ class Plan:
         if self.random:  # copies would draw other numbers
             return 1
         each = max(1, self.graph_bytes)
-        rows = max(_COPIED_ROWS, _COPIED_BYTES.get(device.type, 1 << 30) // each)
-        return max(1, min(at_once, min(rows, self.budget // 4 // each) // samples))
+        rows = max(_COPIED_ROWS, _COPIED_BYTES.get(device.type, _MOST_COPIED_BYTES) // each)
+        most = min(self.budget // 4, _MOST_COPIED_BYTES) // each
+        return max(1, min(at_once, min(rows, most) // samples))
 
     def bytes_of(self, samples: int, num_directions: int) -> int:
         """Peak bytes of a dual pass over so many samples and directions, estimated from that of a plain pass."""
