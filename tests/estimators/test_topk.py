@@ -384,8 +384,10 @@ def test_no_silent_wrong_number_on_awkward_spectra(name, k, dtype):
             assert (g.log_pseudo_volume - expected).abs() <= g.error_bound + 1e-9, options
 
 
-def test_patches_that_do_not_overlap_have_every_value_many_times():
+@pytest.mark.parametrize("seed", range(5))
+def test_patches_that_do_not_overlap_have_every_value_many_times(seed):
     """The stem of a vision transformer: J is one small matrix for each of 16 patches, so σ_1 comes 16 times."""
+    torch.manual_seed(seed)
     model, x = nn.Conv2d(3, 20, 4, stride=4, bias=False), torch.randn(2, 3, 16, 16)
     top = torch.linalg.svdvals(model.weight.detach().double().flatten(1))[0]
     report = tgp.measure(model, x, layers="", estimator=tgp.TopK(k=10, method="krylov"), normalize=False)

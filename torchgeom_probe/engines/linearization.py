@@ -205,6 +205,11 @@ class Linearization:
             replace(self.task, layers=modules), self.batch, replace(self.plan, features=features), self.engine
         )
 
+    def at(self, samples: list[int]) -> Linearization:
+        """The same at some of the samples; not for a model that draws random numbers, which then are others."""
+        plan = replace(self.plan, reference={})  # of the batch's own first samples
+        return Linearization(self.task, self.batch.at(samples), plan, self.engine)
+
 
 class _Reached(
     BaseException

@@ -48,6 +48,18 @@ class Task:
         wide = self._wide_weights
         return wide <= _CACHED_WEIGHTS or _WEIGHTS_A_PIXEL * rows * images.shape[-2:].numel() >= wide
 
+    def weights_with_channels_last(self) -> dict[str, Tensor]:
+        """Copies of the weights that many passes over such images would each lay anew, by name."""
+        return {
+            f"{name}.weight" if name else "weight": module.weight.detach().contiguous(
+                memory_format=torch.channels_last
+            )
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Conv2d)
+            and type(module._parameters.get("weight")) is nn.Parameter
+            and tuple(module.kernel_size) != (1, 1)
+        }
+
     @functools.cached_property
     def _has_convolutions(self) -> bool:
         return any(isinstance(module, nn.Conv2d) for module in self.model.modules())
@@ -187,19 +199,25 @@ class Batch:
 
     def chunk(self, start: int, stop: int) -> Batch:
         """Samples ``start … stop`` of every argument that has the batch axis."""
+        return self._of(slice(start, stop), min(stop, self.size) - start)
 
+    def at(self, samples: list[int]) -> Batch:
+        """These samples of every argument that has the batch axis."""
+        return self._of(torch.tensor(samples, device=self.device), len(samples))
+
+    def _of(self, samples: slice | Tensor, size: int) -> Batch:
         def cut(value: Any) -> Any:
             return (
-                value[start:stop]
+                value[samples]
                 if isinstance(value, Tensor) and value.ndim and value.shape[0] == self.size
                 else value
             )
 
-        point = None if self.point is None else self.point[start:stop]
+        point = None if self.point is None else self.point[samples]
         return Batch(
             tuple(point if v is not None and self._is_point(v) else cut(v) for v in self.args),
             {k: point if self._is_point(v) else cut(v) for k, v in self.kwargs.items()},
-            min(stop, self.size) - start,
+            size,
             point,
         )
 

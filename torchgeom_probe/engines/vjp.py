@@ -65,8 +65,9 @@ def pullback(task: Task, batch: Batch, *, copies: int = 1, own_layout: bool = Fa
     # Until the last pullback: activation checkpointing runs the forward pass again in each.
     with frozen(task.model):
         if own_layout and point.ndim == 4 and task.convolves(point):
+            last = point.contiguous(memory_format=torch.channels_last)
             try:
-                saved = _saved(task, batch, point.contiguous(memory_format=torch.channels_last), copies)
+                saved = _saved(task, batch, last, copies, weights=task.weights_with_channels_last())
             except RuntimeError:  # a model that calls .view on what a convolution made counts on its layout
                 saved = _saved(task, batch, point, copies)
         else:
@@ -74,7 +75,9 @@ def pullback(task: Task, batch: Batch, *, copies: int = 1, own_layout: bool = Fa
         yield saved
 
 
-def _saved(task: Task, batch: Batch, point: Tensor, copies: int) -> Pullback:
+def _saved(
+    task: Task, batch: Batch, point: Tensor, copies: int, *, weights: dict[str, Tensor] | None = None
+) -> Pullback:
     point.requires_grad_()
     outputs: dict[str, Tensor] = {}
 
@@ -97,7 +100,11 @@ def _saved(task: Task, batch: Batch, point: Tensor, copies: int) -> Pullback:
         # A fresh non-leaf: a model whose first op is in place must not write to a leaf that requires a gradient.
         z = point.view_as(point).clone()
         with task.hooked(on_output, lambda output: z):
-            batch.run(task.model, None if batch.point is None else z)
+            args, kwargs = batch.arguments(None if batch.point is None else z)
+            if weights:
+                torch.func.functional_call(task.model, weights, args, kwargs)
+            else:
+                task.model(*args, **kwargs)
     return Pullback(point, outputs, copies)
 
 

@@ -33,6 +33,7 @@ class LayerJacobian:
         self.num_features = linear.plan.features[entry]
         self.num_inputs = linear.plan.num_inputs
         self.products = 0
+        self._some: tuple[list[int], LayerJacobian] | None = None
 
     @property
     def batch(self) -> int:
@@ -44,8 +45,16 @@ class LayerJacobian:
         """The rounding of a product, relative to σ_1."""
         return torch.finfo(self.linear.plan.dtype).eps
 
-    def push(self, vectors_BbD: Float[Tensor, "B b D"]) -> Float[Tensor, "B b N"]:
-        """Jv, every sample's own vectors."""
+    def push(
+        self, vectors_BbD: Float[Tensor, "B b D"], *, at: list[int] | None = None
+    ) -> Float[Tensor, "B b N"]:
+        """Jv, every sample's own vectors; ``at``: the others are not needed, and are zero where that saves their rows."""
+        if at is not None and len(at) < self.batch and not self.linear.plan.random:
+            some = self._at(at)
+            found = vectors_BbD.new_zeros(*vectors_BbD.shape[:2], self.num_features)
+            found[at] = some.push(vectors_BbD[at])
+            self.products += vectors_BbD.shape[1]
+            return found
         plan = self.linear.plan
         count = vectors_BbD.shape[1]
         directions = vectors_BbD.transpose(0, 1).reshape(count, self.batch, *plan.space).to(plan.dtype)
@@ -60,6 +69,11 @@ class LayerJacobian:
             self.linear.push(part, keep, until=self.entry)
         self.products += count
         return torch.cat(pieces).transpose(0, 1)
+
+    def _at(self, samples: list[int]) -> LayerJacobian:
+        if self._some is None or self._some[0] != samples:
+            self._some = samples, LayerJacobian(self.linear.at(samples), self.back, self.entry)
+        return self._some[1]
 
     def pull(self, vectors_BbN: Float[Tensor, "B b N"]) -> Float[Tensor, "B b D"]:
         """Jᵀu, every sample's own vectors."""
