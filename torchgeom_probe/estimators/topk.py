@@ -30,9 +30,9 @@ class TopK(Estimator):
 
     How: block Golub-Kahan with full reorthogonalisation, all samples of a chunk at once, one Krylov space per layer and sample.  Every
     Ritz value is a LOWER bound of its singular value, so an unconverged volume is too small, never too large.  A sample stops when its
-    residuals put every log10 σ_i within ``tol``, confirmed by two rounds in a row; ``error_bound`` [B] bounds the error of ``log_volume``
-    in nats (linear in the residuals, or quadratic where a gap below the k values allows).  No residual sees a value that the Krylov space
-    missed altogether, a further copy of a multiple one: where as many values as ``block`` agree to 1e-3 (or ten times better than with the
+    residuals put every log10 σ_i within ``tol``, confirmed by two half-steps in a row; ``error_bound`` [B] bounds the error of
+    ``log_volume`` in nats (linear in the residuals, or quadratic where a gap below the k values allows).  No residual sees a value that
+    the Krylov space missed altogether, a further copy of a multiple one: where as many values as ``block`` agree to 1e-3 (or ten times better than with the
     next), what a hidden copy could add is part of the bound, and if that is too much the sample starts again from k + 2 vectors.
     Where the dense Jacobian is about as cheap
     (n or d below some 16 k), or no convergence comes at its price, J is formed and decomposed instead; ``estimand`` then says "dense".
@@ -50,7 +50,7 @@ class TopK(Estimator):
 
     Args:
         k: how many singular values.
-        tol: on each log10 σ_i; above 3e-3 it acts as 3e-3, since larger residuals say nothing.
+        tol: on each log10 σ_i; above 1e-3 it acts as 1e-3, since larger residuals say nothing.
         block: vectors a round, at least 4 (with fewer the stopping rule misfires); by default 4, and 8 on an accelerator.
         seed: of the start block.
         max_products: per sample and layer; by default the price of the dense Jacobian, which is then formed.  With a number, what has

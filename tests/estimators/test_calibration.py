@@ -1,0 +1,83 @@
+"""The thresholds of TopK's stopping rule: over many spectra and seeds no bound may be below the error."""
+
+import math
+
+import problems
+import pytest
+import torch
+
+from torchgeom_probe.estimators.krylov import leading
+
+N, D, SEEDS = 256, 512, 120
+
+
+class Dense:
+    """J [B, n, d] in the place of a layer's Jacobian."""
+
+    eps = torch.finfo(torch.float64).eps
+
+    def __init__(self, matrix):
+        self.matrix, self.products = matrix, 0
+        self.num_features, self.num_inputs = matrix.shape[1:]
+
+    def push(self, vectors, *, at=None):
+        self.products += vectors.shape[1]
+        return vectors @ self.matrix.mT
+
+    def pull(self, vectors):
+        self.products += vectors.shape[1]
+        return vectors @ self.matrix
+
+
+def _network(model, x):
+    jacobian = torch.func.jacrev(lambda z: model(z[None])[0].flatten())(x)
+    return jacobian.flatten(1).detach()
+
+
+def _matrix(kind, seed):
+    generator = torch.Generator().manual_seed(seed)
+    i = torch.arange(1, N + 1, dtype=torch.float64)
+    torch.manual_seed(seed)
+    if kind == "gaussian":
+        return torch.randn(N, D, generator=generator, dtype=torch.float64) / math.sqrt(D)
+    if kind == "mlp":
+        return _network(problems.mlp((D, N, N, N)).double(), torch.randn(D, dtype=torch.float64))
+    if kind == "resnet":
+        model = problems.resnet((4, 8, 8, 8)).double()
+        return _network(model, torch.randn(3, 16, 16, dtype=torch.float64))
+    sigma = {
+        "geometric": 10 ** (-i / 4),
+        "harmonic": 1 / i,
+        "slow": i**-0.3,
+        "steps": 10 ** (-((i - 1) // 3) / 6),
+        "pairs": 1 / (1 + (i - 1) // 2),
+        "gap": torch.where(i <= 8, 1.0, 0.05 * (1 - i / 2 / N)),
+    }[kind]
+    return (problems.orthonormal(N, N, generator) * sigma) @ problems.orthonormal(D, N, generator).T
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["geometric", "harmonic", "gaussian", "slow", "steps", "pairs", "gap", "mlp", "resnet"]
+)
+def test_no_bound_is_below_the_error(kind):
+    matrices = torch.stack([_matrix(kind, seed) for seed in range(SEEDS)])
+    true = torch.linalg.svdvals(matrices)
+    for k in (1, 3, 10):
+        for tolerance in (1e-2, 1e-3):
+            generator = torch.Generator().manual_seed(5)
+            start = torch.randn(SEEDS, 4, D, generator=generator, dtype=torch.float64)
+            found = leading(
+                Dense(matrices),
+                start,
+                k=k,
+                block=4,
+                tolerance=tolerance,
+                max_products=4 * N,
+                generator=generator,
+            )
+            errors = true[:, :k].log() - found.values.log()
+            assert found.converged.all()
+            assert (errors.sum(1) <= found.bound + 1e-12).all()
+            assert (errors.abs().amax(1) <= tolerance * math.log(10)).all()
+            assert (found.bound <= k * tolerance * math.log(10) * 1.01).all()
