@@ -66,7 +66,7 @@ def test_no_bound_is_below_the_error(kind):
     for k in (1, 3, 10):
         for tolerance in (1e-2, 1e-3):
             generator = torch.Generator().manual_seed(5)
-            start = torch.randn(SEEDS, 4, D, generator=generator, dtype=torch.float64)
+            start = torch.randn(SEEDS, 4, matrices.shape[2], generator=generator, dtype=torch.float64)
             found = leading(
                 Dense(matrices),
                 start,

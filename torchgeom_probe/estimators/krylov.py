@@ -21,6 +21,9 @@ _LN10 = math.log(10.0)
 #: n = 256, d = 512, k = 1, 3 and 10, block 4, tol 1e-2 and 1e-3); with 3e-3 and 0.06 there were 13.
 _CREDIBLE = 1e-3
 _CLOSE = 0.03
+#: The same where only whole steps can be judged, as after a warm start: two of them in a row see as much with less.
+_CREDIBLE_IN_WHOLE_STEPS = 3e-3
+_CLOSE_IN_WHOLE_STEPS = 0.06
 
 #: A window of as many Ritz values as the block has vectors is crowded where they agree this well, or ten times better than with the next
 #: value: a Krylov space from b random vectors holds b copies of a multiple value and cannot show that there are more.
@@ -109,7 +112,7 @@ def _expanded(
     left = start.new_zeros(samples, 0, jacobian.num_features)
     pulled = right  # Jᵀ U
     cross = start.new_zeros(samples, 0, 0)  # UᵀJV, m x m
-    verdict = _Verdict(samples, device, k=k, block=start.shape[1], tolerance=tolerance, eps=eps)
+    verdict = _Verdict(samples, device, k=k, block=start.shape[1], tolerance=tolerance, eps=eps, warm=warm)
     largest = start.new_zeros(samples)
     fresh = orthonormal(start, None, eps=eps)
     random = torch.full((samples,), not warm, device=device)
@@ -201,7 +204,15 @@ class _Verdict:
     """What is known of each sample: whether it is done, and with what bound, after how many products and vectors."""
 
     def __init__(
-        self, samples: int, device: torch.device, *, k: int, block: int, tolerance: float, eps: float
+        self,
+        samples: int,
+        device: torch.device,
+        *,
+        k: int,
+        block: int,
+        tolerance: float,
+        eps: float,
+        warm: bool,
     ) -> None:
         self.k, self.block, self.tolerance, self.eps = k, block, tolerance, eps
         self.done = torch.zeros(samples, dtype=torch.bool, device=device)
@@ -212,6 +223,7 @@ class _Verdict:
         self.products = torch.zeros_like(self.size)
         self.bound = torch.full((samples,), torch.inf, dtype=torch.float64, device=device)
         self._credible_before = torch.zeros_like(self.done)
+        self._halves_tell = torch.full_like(self.done, not warm)
         #: samples that are not done, as of the last synchronisation
         self.waiting = list(range(samples))
 
@@ -240,6 +252,8 @@ class _Verdict:
             eps=self.eps,
             exhausted=exhausted,
             complete=complete,
+            credible_error=torch.where(self._halves_tell, _CREDIBLE, _CREDIBLE_IN_WHOLE_STEPS),
+            close=torch.where(self._halves_tell, _CLOSE, _CLOSE_IN_WHOLE_STEPS),
         )
         # One half-step's word is not enough: a value that the space has only begun to see shows in the next one.
         known = complete | exhausted
@@ -247,6 +261,8 @@ class _Verdict:
         credible = bound.isfinite()
         confirmed = credible & (self._credible_before | known)
         self._credible_before = torch.where(told, credible, self._credible_before)
+        if half:
+            self._halves_tell = told
         hidden, in_doubt = _crowding(values, residuals, k=self.k, block=self.block, tolerance=self.tolerance)
         bound = torch.where(known, bound, bound + hidden)
         bound = torch.where(confirmed, bound, torch.inf)
@@ -277,6 +293,8 @@ def _stopping_rule(
     eps: float,
     exhausted: bool,
     complete: Tensor,
+    credible_error: Tensor,
+    close: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return ([B] bound in nats on Σ log σ_i, [B] whether each of the k is within ``tolerance`` of log10).
 
@@ -321,7 +339,7 @@ def _stopping_rule(
     quadratic = torch.where(zero, torch.inf, quadratic)
     error = torch.minimum(linear, quadratic)
     # Large residuals bound the distance to SOME singular value, not to the one of the same number.
-    credible = ((error < _CREDIBLE * _LN10) & (linear < _CLOSE)).all(1)
+    credible = ((error < credible_error[:, None] * _LN10) & (linear < close[:, None])).all(1)
     # Below its own rounding no value can be asked to settle.
     met = (error < torch.maximum(rounding_each, torch.full_like(rounding_each, tolerance * _LN10))).all(1)
     return torch.where(credible, error.sum(1) + rounding, torch.inf), met & credible

@@ -32,8 +32,9 @@ class TopK(Estimator):
     Ritz value is a LOWER bound of its singular value, so an unconverged volume is too small, never too large.  A sample stops when its
     residuals put every log10 σ_i within ``tol``, confirmed by two half-steps in a row; ``error_bound`` [B] bounds the error of
     ``log_volume`` in nats (linear in the residuals, or quadratic where a gap below the k values allows).  No residual sees a value that
-    the Krylov space missed altogether, a further copy of a multiple one: where as many values as ``block`` agree to 1e-3 (or ten times better than with the
-    next), what a hidden copy could add is part of the bound, and if that is too much the sample starts again from k + 2 vectors.
+    the Krylov space missed altogether, a further copy of a multiple one: where as many values as ``block`` agree to 1e-3 (or ten times
+    better than with the next), what a hidden copy could add is part of the bound, and if that is too much the sample starts again from
+    k + 2 vectors.
     Where the dense Jacobian is about as cheap
     (n or d below some 16 k), or no convergence comes at its price, J is formed and decomposed instead; ``estimand`` then says "dense".
 
