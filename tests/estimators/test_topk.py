@@ -397,3 +397,44 @@ def test_patches_that_do_not_overlap_have_every_value_many_times(seed):
     assert g.error_bound.isfinite().all()
     few = _measured(model, x, k=10, method="krylov", max_products=48)
     assert ((few.log_volume - 10 * top.log()).abs() <= few.error_bound).all()
+
+
+class _OfItsSample(nn.Module):
+    """A Jacobian whose spectrum is steep or flat, as the sample's first number says."""
+
+    def __init__(self, *, noise=0.0):
+        super().__init__()
+        self.steep = problems.linear(problems.spectrum("geometric", 60), 60, 80, dtype=torch.float64)
+        self.flat = problems.linear(problems.spectrum("harmonic", 60) ** 0.3, 60, 80, dtype=torch.float64)
+        self.drop = nn.Dropout(noise)
+
+    def forward(self, x):
+        return self.drop(torch.where(x[:, :1] > 0, self.steep(x), self.flat(x)))
+
+
+def test_a_sample_that_is_done_costs_no_more_pushes():
+    model, sizes = _OfItsSample(), []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    x = torch.tensor([[1.0], [-1.0], [1.0]], dtype=torch.float64).expand(3, 80).contiguous()
+    together = _measured(model, x, k=3, method="krylov", seed=2)
+    first, flat, third = together.num_products.tolist()
+    assert first == third < flat
+    assert sizes[-3:] == [1, 1, 1]  # the flat one alone
+    for i in range(3):
+        alone = _measured(model, x[i : i + 1], k=3, method="krylov", seed=2)
+        assert alone.num_products.item() == together.num_products[i].item()
+        torch.testing.assert_close(alone.singular_values[0], together.singular_values[i], rtol=1e-9, atol=0)
+        torch.testing.assert_close(alone.error_bound[0], together.error_bound[i], rtol=1e-3, atol=1e-9)
+
+
+def test_where_random_numbers_are_drawn_every_sample_stays():
+    """Fewer samples would draw other numbers: it would be another function."""
+    model, sizes = _OfItsSample(noise=0.5).train(), []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    x = torch.tensor([[1.0], [-1.0]], dtype=torch.float64).expand(2, 80).contiguous()
+    probe = tgp.GeometryProbe(
+        model, layers=[""], mode="as_is", normalize=False, estimator=tgp.TopK(k=3, method="krylov")
+    )
+    found = probe.measure(x)[""]
+    assert len(set(found.num_products.tolist())) == 2
+    assert set(sizes[2:]) == {2}
