@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchgeom_probe as tgp
 from torchgeom_probe.dual import DualTensor, dual_pass
+from torchgeom_probe.dual.convolution import KnownPrimals
 from torchgeom_probe.engines import fused
 from torchgeom_probe.engines.task import Batch, Task
 from torchgeom_probe.errors import EngineRefusal
@@ -305,3 +307,67 @@ def test_channels_lie_last_where_the_rows_outweigh_the_weights(side, last):
     assert layouts == [last and torch.backends.mkldnn.is_available()]
     expected = torch.func.vmap(lambda t: torch.func.jvp(model, (x,), (t,))[1])(v)
     assert torch.allclose(pushed[0], expected.flatten(2), atol=1e-4)
+
+
+class _ConvolvedRows(TorchDispatchMode):
+    """How many rows each convolution gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            self.rows.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["plain", "last"])
+def test_a_pass_with_known_primals_is_the_same_pass_with_fewer_rows(layout):
+    model = _normalised(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, groups=2, bias=False),
+            nn.BatchNorm2d(8),
+            nn.GELU(),
+            nn.Conv2d(8, 4, 1),
+        )
+    )
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64).contiguous(memory_format=layout)
+    task, batch = Task(model, {"": model}), Batch((x,), {}, 2, x)
+
+    def pushed(v):
+        found = []
+        with measuring(model), _ConvolvedRows() as convolved:
+            fused.push(task, batch, v, lambda _, blocks: found.append(blocks[0].clone()))
+        return found[0], set(convolved.rows)
+
+    known = KnownPrimals()
+    for number, v in enumerate(torch.randn(3, K, 2, 3, 9, 9, dtype=torch.float64)):
+        expected, rows = pushed(v)
+        assert rows == {2 * (1 + K)}
+        with known.running():
+            found, rows = pushed(v)
+        assert rows == ({2 * K} if number else {2 * (1 + K)})
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_pass_that_broke_off_leaves_nothing_known():
+    known = KnownPrimals()
+    x = DualTensor(torch.randn(1 + K, 2, 3, 6, 6))
+    weight = torch.randn(4, 3, 3, 3)
+
+    def run(weight):
+        with dual_pass(), known.running():
+            dual = DualTensor(x._buffer.clone())
+            out = F.conv2d(dual, weight).buffer
+            if weight.isnan().any():
+                raise RuntimeError("broken off")
+            return out
+
+    with pytest.raises(RuntimeError, match="broken off"):
+        run(weight * torch.nan)
+    for _ in range(3):
+        assert torch.allclose(run(weight)[0], F.conv2d(x._buffer[0], weight), atol=1e-5)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,61 @@ def folded(x: DualTensor, ndim: int, op: Callable[[Tensor], Tensor]) -> DualTens
     if b.ndim == ndim:  # unbatched
         return DualTensor(op(b))
     return DualTensor(op(b.flatten(0, 1)).unflatten(0, (b.shape[0], -1)))
+
+
+class KnownPrimals:
+    """What the convolutions of a pass make of its primal, in order: another pass at the same samples runs them on the tangents alone.
+
+    For passes with as many rows: how many there are decides which convolutions take a batch norm in.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[Tensor] = []
+        self._complete = False
+        self._used = 0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Record in the first pass, and give back in the later ones."""
+        self._used = 0
+        token = _KNOWN.set(self)
+        try:
+            yield
+            self._complete = True
+        finally:
+            _KNOWN.reset(token)
+            if not self._complete:
+                self._known.clear()
+
+    def convolved(self, x: DualTensor, ndim: int, convolve: Callable[[Tensor], Tensor]) -> DualTensor:
+        """Run a batched convolution, its primal from here where it is known."""
+        if not self._complete:
+            whole = folded(x, ndim, convolve)
+            self._known.append(whole.primal.clone())
+            return whole
+        primal, self._used = self._known[self._used], self._used + 1
+        samples = x.buffer.shape[1]
+        pushed = convolve(x.buffer[1:].flatten(0, 1))
+        last = pushed.ndim == 4 and pushed.is_contiguous(memory_format=torch.channels_last)
+        out = torch.empty(
+            (samples + len(pushed), *pushed.shape[1:]),
+            dtype=pushed.dtype,
+            device=pushed.device,
+            memory_format=torch.channels_last if last else torch.contiguous_format,
+        )
+        out[:samples].copy_(primal)
+        out[samples:].copy_(pushed)
+        return DualTensor(out.unflatten(0, (x.buffer.shape[0], -1)))
+
+
+_KNOWN: ContextVar[KnownPrimals | None] = ContextVar("known", default=None)
+
+
+def _convolved(x: DualTensor, ndim: int, convolve: Callable[[Tensor], Tensor]) -> DualTensor:
+    known = _KNOWN.get()
+    if known is None or x.buffer.ndim == ndim:
+        return folded(x, ndim, convolve)
+    return known.convolved(x, ndim, convolve)
 
 
 @dataclass
@@ -62,7 +119,9 @@ class Convolution:
                 "the model writes in place to the input of a convolution, and uses the convolution's result after that as well as before.\n"
                 "Measure with engine='functorch', or write that op out of place."
             )
-        out = folded(self.input, weight.ndim, lambda rows: self.convolve(rows, weight, None, *self.arguments))
+        out = _convolved(
+            self.input, weight.ndim, lambda rows: self.convolve(rows, weight, None, *self.arguments)
+        )
         if bias is not None:
             out.buffer[0].add_(bias.reshape(-1, *[1] * (weight.ndim - 2)))
         return out.buffer
@@ -91,7 +150,7 @@ def _convolution(convolve: Any, spatial: int, *, waits: bool) -> Callable[..., A
         may_wait = waits and not input.buffer.is_inference()
         shape = _result_shape(input, weight, spatial, stride, padding, dilation) if may_wait else None
         if shape is None:
-            out = folded(input, spatial + 2, lambda rows: bound(rows, weight, None, *arguments))
+            out = _convolved(input, spatial + 2, lambda rows: bound(rows, weight, None, *arguments))
             if bias is not None:
                 out.buffer[0].add_(bias.reshape(-1, *[1] * spatial))
             return out

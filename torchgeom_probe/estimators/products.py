@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from torchgeom_probe.dual.convolution import KnownPrimals
 from torchgeom_probe.engines.linearization import Linearization
 from torchgeom_probe.engines.stream import streamed_factor
 from torchgeom_probe.engines.vjp import Pullback
@@ -33,6 +34,7 @@ class LayerJacobian:
         self.num_features = linear.plan.features[entry]
         self.num_inputs = linear.plan.num_inputs
         self.products = 0
+        self._known: dict[int, KnownPrimals] = {}
         self._some: tuple[list[int], LayerJacobian] | None = None
 
     @property
@@ -66,9 +68,16 @@ class LayerJacobian:
                 pieces.append(whole.to(torch.float64, copy=True))  # the next layer may write over it
 
         for part in directions.split(plan.directions_at_once(count, self.batch)):
-            self.linear.push(part, keep, until=self.entry)
+            with self._known_primals(len(part)):
+                self.linear.push(part, keep, until=self.entry)
         self.products += count
         return torch.cat(pieces).transpose(0, 1)
+
+    def _known_primals(self, rows: int) -> contextlib.AbstractContextManager[None]:
+        plan = self.linear.plan
+        if self.linear.engine != "fused" or plan.graph_bytes * self.batch > plan.budget // 4:
+            return contextlib.nullcontext()
+        return self._known.setdefault(rows, KnownPrimals()).running()
 
     def _at(self, samples: list[int]) -> LayerJacobian:
         if self._some is None or self._some[0] != samples:
