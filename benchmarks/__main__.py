@@ -95,11 +95,14 @@ def main() -> None:
     parser.add_argument(
         "--turns", default=6, type=int, help="how often each is timed; the smallest time counts (default 6)"
     )
+    parser.add_argument(
+        "--threads", default=1, type=int, help="of torch; more than one are timed by the wall (default 1)"
+    )
     arguments = parser.parse_args()
     if importlib.util.find_spec("timm") is None:
         parser.exit(1, "the benchmarks need timm's models:  python -m pip install 'torchgeom_probe[timm]'\n")
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     settings = Settings(
         quick=arguments.quick,
         device=arguments.device,

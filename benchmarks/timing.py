@@ -36,16 +36,20 @@ class Settings:
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Time one run: CPU seconds of this process on the CPU (other jobs on the machine count for little), wall time elsewhere."""
-    if device.type == "cpu":
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-    torch.accelerator.synchronize()
-    start = time.perf_counter()
+    """Time one run: CPU seconds of this process on one thread (other jobs on the machine count for little), wall time elsewhere."""
+    clock = time.perf_counter if by_the_wall(device) else time.process_time
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    start = clock()
     run()
-    torch.accelerator.synchronize()
-    return time.perf_counter() - start
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return clock() - start
+
+
+def by_the_wall(device: torch.device) -> bool:
+    """Whether a run is timed by the wall: CPU seconds of several threads add up."""
+    return device.type != "cpu" or torch.get_num_threads() > 1
 
 
 def smallest(
@@ -91,10 +95,15 @@ def circumstances(settings: Settings, method: str | None = None) -> str:
     except (OSError, StopIteration):
         pass
     on_gpu = settings.device.type == "cuda"
+    threads = torch.get_num_threads()
     hardware = (
-        torch.cuda.get_device_name(settings.device) if on_gpu else f"{cpu}, {torch.get_num_threads()} thread"
+        torch.cuda.get_device_name(settings.device)
+        if on_gpu
+        else f"{cpu}, {threads} thread{'s' if threads > 1 else ''}"
     )
-    clock = f"{'wall' if on_gpu else 'process'} time, smallest of {settings.turns} turns"
+    clock = (
+        f"{'wall' if by_the_wall(settings.device) else 'process'} time, smallest of {settings.turns} turns"
+    )
     return (
         f"torchgeom_probe {torchgeom_probe.__version__}, torch {torch.__version__}, Python {platform.python_version()}; "
         f"{hardware}; float32, eval mode; {method or clock}."
