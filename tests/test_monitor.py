@@ -501,6 +501,36 @@ def test_a_budget_keeps_to_multiples():
     assert all(step % 25 == 0 for step in probed)
 
 
+def test_a_budget_is_not_asked_before_its_pause_is_over():
+    asked = []
+
+    class Asked(Budget):
+        def due(self, step, clock):
+            asked.append(step)
+            return super().due(step, clock)
+
+    model, x = nn.Linear(3, 4), torch.randn(2, 3)
+    monitor = Monitor(model, x, schedule=Asked(1e-6))
+    for _ in range(200):
+        monitor.step()
+    assert monitor.probes == 1
+    assert asked == [1, 2]  # the first probe, and how long it has to be paid for
+    assert monitor.steps == 200
+
+
+def test_the_pause_of_a_budget_is_as_long_as_it_takes():
+    budget = Budget(0.02)
+    clock = Clock(training_seconds=90.0, probe_seconds=2.0, last_probe_seconds=1.0, since_last_probe=60.0)
+    pause = budget.pause(clock)
+    assert pause == pytest.approx(3.0 * 49 - 90.0)
+
+    def after(seconds):
+        return Clock(90.0 + seconds, 2.0, 1.0, 60.0 + seconds)
+
+    assert not budget.due(7, after(pause - 1e-6))
+    assert budget.due(7, after(pause + 1e-6))
+
+
 def test_short_forms_of_the_schedules():
     model, x = mlp(), torch.randn(5, 4)
     assert Monitor(model, x).schedule == Every(100)

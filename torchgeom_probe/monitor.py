@@ -155,12 +155,22 @@ class Budget:
         """Whether one more probe, at the price of the latest, keeps within the share."""
         if step % self.every:
             return False
+        return self.pause(clock) <= 0
+
+    def pause(self, clock: Clock) -> float:
+        """Seconds of training before which no probe will be due: the monitor does not ask again until then.
+
+        >>> Budget(0.1).pause(Clock(training_seconds=9.0, probe_seconds=1.0, last_probe_seconds=1.0, since_last_probe=9.0))
+        9.0
+
+        """
+        if math.isinf(clock.since_last_probe):
+            return 0.0
         price = clock.last_probe_seconds
-        spent = clock.probe_seconds + price
-        affordable = spent <= self.share * (clock.training_seconds + spent)
-        return math.isinf(clock.since_last_probe) or (
-            affordable and clock.since_last_probe * self.share >= price * (1 - self.share)
-        )
+        per_second = (1 - self.share) / self.share  # of training, for a second of probing
+        all_paid = (clock.probe_seconds + price) * per_second - clock.training_seconds
+        this_paid = price * per_second - clock.since_last_probe
+        return max(0.0, all_paid, this_paid)
 
 
 class Monitor:
@@ -337,6 +347,8 @@ class Monitor:
         )
         self._history: deque[tuple[int, GeometryReport]] = deque(maxlen=keep)
         self._step = 0
+        #: a moment before which the schedule would say no
+        self._rests_until = 0.0
         self._stopwatch = _Stopwatch()
         self._shown: set[tuple[str, str]] = set()
         self._handle: Any = None
@@ -522,10 +534,18 @@ class Monitor:
         self._refuse_if_closed()
         self._begin()
         before, self._step = self._step, max(self._step, self._step + 1 if at is None else at)
+        if time.perf_counter() < self._rests_until:
+            return None
         # Reading the clock is most of what a step costs here; these schedules do not look at it.
         clock = self._stopwatch.read() if self._alone else _UNREAD
         due = any(self.schedule.due(step, clock) for step in range(before + 1, self._step + 1))
-        return self.probe_now() if due else None
+        if due:
+            return self.probe_now()
+        if self._alone and isinstance(
+            self.schedule, Budget
+        ):  # to ask at every step would cost small models a per cent
+            self._rests_until = time.perf_counter() + self.schedule.pause(clock)
+        return None
 
     def _begin(self) -> None:
         if not self._stopwatch.running:
