@@ -541,9 +541,8 @@ class Monitor:
         due = any(self.schedule.due(step, clock) for step in range(before + 1, self._step + 1))
         if due:
             return self.probe_now()
-        if self._alone and isinstance(
-            self.schedule, Budget
-        ):  # to ask at every step would cost small models a per cent
+        if type(self.schedule) is Budget:
+            # To ask at every step would cost a small model a per cent.
             self._rests_until = time.perf_counter() + self.schedule.pause(clock)
         return None
 
