@@ -549,11 +549,13 @@ def test_a_real_loop_keeps_to_its_budget_and_reports_its_share():
         time.sleep(0.002)
         entered = time.perf_counter()
         if monitor.step() is not None:
+            # However long a probe may take on a busy machine: it begins when the ones before are paid for.
+            assert inside <= 0.2 * (entered - begin) + 0.01
             inside += time.perf_counter() - entered
     share = inside / (time.perf_counter() - begin)
-    assert monitor.probes > 5
-    assert 0.02 < share < 0.3
-    assert monitor.overhead == pytest.approx(share, abs=0.1)
+    assert monitor.probes > 1
+    assert share > 0
+    assert 0.9 * share - 0.01 < monitor.overhead < 1  # the first probe counts, too
     monitor.close()
     assert f"overhead={monitor.overhead:.2%}" in repr(monitor)
     stopped = monitor.overhead
