@@ -2,6 +2,7 @@
 "files."""
 
 import importlib.util
+import itertools
 import sys
 
 import numpy as np
@@ -126,6 +127,35 @@ def test_a_line_before_and_after(lines):
     assert written <= set(animals)
     assert written
     assert sum(len(a.images) for a in figure.axes[-1].child_axes) == 2
+
+
+@pytest.mark.parametrize("name", ["cat", "motorcycle", "a name of some twenty-eight letters"])
+def test_a_class_name_keeps_to_its_band(lines, name):
+    before, after = lines
+    figure = figures.plot_line(before, after, class_names=[f"{name} {c}" for c in range(4)])
+    figure.canvas.draw()
+    for drawn, strip in zip(lines, [a for a in figure.axes if a.images and a.get_ylabel()][-2:], strict=True):
+        labels, inverse = drawn.predictions.numpy(), strip.transData.inverted()
+        bands = np.flatnonzero(np.diff(labels)) + 0.5
+        edges = np.concatenate([[-0.5], bands, [len(labels) - 0.5]]) / (len(labels) - 1)
+        for text in strip.texts:
+            extent = text.get_window_extent().transformed(inverse)
+            band = np.searchsorted(edges, text.get_position()[0])
+            assert edges[band - 1] <= extent.x0
+            assert extent.x1 <= edges[band]
+
+
+def test_the_ticks_of_a_colour_bar_stand_apart(planes):
+    figure = figures.plot_maps(planes, layers=["1"], unit="log10", relative=True)
+    figure.canvas.draw()
+    bars = [a for a in figure.axes if a.get_xlabel() and "log" in a.get_xlabel()]
+    assert bars
+    for bar in bars:
+        extents = sorted(
+            (t.get_window_extent() for t in bar.get_xticklabels() if t.get_text()), key=lambda e: e.x0
+        )
+        assert len(extents) >= 2
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(extents))
 
 
 def test_points_that_are_not_finite_stay_grey(planes):

@@ -544,18 +544,22 @@ def test_a_real_loop_keeps_to_its_budget_and_reports_its_share():
     monitor = Monitor(mlp(), torch.randn(5, 4), layers=["1"], max_overhead=0.2)
     monitor.probe_now()
     begin = time.perf_counter()
-    inside = 0.0
+    inside = longest = 0.0
     while time.perf_counter() - begin < 2.0:
         time.sleep(0.002)
         entered = time.perf_counter()
         if monitor.step() is not None:
             # However long a probe may take on a busy machine: it begins when the ones before are paid for.
             assert inside <= 0.2 * (entered - begin) + 0.01
+            longest = max(longest, time.perf_counter() - entered)
             inside += time.perf_counter() - entered
-    share = inside / (time.perf_counter() - begin)
-    assert monitor.probes > 1
-    assert share > 0
-    assert 0.9 * share - 0.01 < monitor.overhead < 1  # the first probe counts, too
+    whole = time.perf_counter() - begin
+    share = inside / whole
+    assert monitor.probes > 5
+    assert share > 0.02
+    assert (inside - longest) / whole < 0.3
+    assert monitor.overhead == pytest.approx(share, abs=0.1)
+    assert monitor.overhead > 0.9 * share - 0.01  # the first probe counts, too
     monitor.close()
     assert f"overhead={monitor.overhead:.2%}" in repr(monitor)
     stopped = monitor.overhead

@@ -1,8 +1,11 @@
 """Reverse mode over copies of the batch: every copy its own cotangent, whatever the model, the budget and the layout."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchgeom_probe as tgp
 from torchgeom_probe.engines.plan import make_plan
@@ -65,6 +68,9 @@ def test_copies_keep_to_the_budget_and_leave_random_models_alone():
     # a copy of the input, conv and GELU 4·4·4 floats each, the linear layer 6: all that the pass makes
     assert plan.graph_bytes == 4 * (3 * 36 + 64 + 64 + 6)
     assert plan.copies(8, 3, x.device) == 8
+    large = replace(plan, graph_bytes=10 << 20, budget=1 << 40)
+    assert large.copies(99, 2, x.device) == 16  # 32 rows
+    assert replace(large, graph_bytes=1 << 29).copies(99, 1, x.device) == 2  # a GiB
     tight = make_plan(task, batch, memory_budget=4 * 3 * 2 * plan.graph_bytes)
     assert tight.copies(8, 3, x.device) == 2
     assert make_plan(task, batch, memory_budget=1).copies(8, 3, x.device) == 1
@@ -77,3 +83,35 @@ def test_rows_are_the_same_in_a_budget_for_one_copy():
     wide = tgp.measure(model, x, layers="", estimator=tgp.Exact(), engine="vjp")[""]
     tight = tgp.measure(model, x, layers="", estimator=tgp.Exact(), engine="vjp", memory_budget=40_000)[""]
     assert torch.allclose(wide.log_volume, tight.log_volume, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="channels last are for oneDNN's convolutions"
+)
+def test_the_weights_are_laid_once_and_the_model_keeps_its_own():
+    model, x = _convolutional().eval(), torch.randn(2, 3, 6, 6)
+    own, before, inside = model[0].weight, model[0].weight.clone(), []
+    model[0].register_forward_hook(lambda module, args, output: inside.append(module.weight.stride()[1]))
+    _pulled(model, x, 2, 2)
+    assert inside == [1]
+    assert model[0].weight is own
+    assert own.requires_grad
+    assert own.is_contiguous()
+    assert torch.equal(own, before)
+
+
+def test_repeated_pushes_of_an_estimator_convolve_the_tangents_alone():
+    model, x, rows = _convolutional().eval(), torch.randn(2, 3, 6, 6), []
+    convolve = torch.ops.aten.convolution.default
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is convolve:
+                rows.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    estimator = tgp.TopK(k=3, method="krylov", max_products=32, tol=1e-9)
+    with Noted():
+        tgp.measure(model, x, layers="", estimator=estimator, engine="fused")
+    assert rows.count(2 * (1 + 4)) == 1  # the first push
+    assert rows.count(2 * 4) > 1

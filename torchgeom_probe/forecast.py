@@ -58,7 +58,7 @@ class Forecast:
         shared = max((w.pushes for w in work.values() if w.shared), default=0)
         passes = -(-shared // directions)
         own = [w for w in work.values() if not w.shared]
-        # Every pass carries its primal row; reverse mode saves one for all its pullbacks.
+        # Every pass carries its primal row; reverse mode saves one for all its pullbacks (a few, where copies pay).
         primals = passes + bool(own)
         rows = batch * (primals + shared + sum(w.pushes + w.pulls for w in own))
         most = batch * (primals + shared + sum(w.most for w in own))

@@ -55,10 +55,10 @@ class GeometryProbe:
             chunks to keep to it; the results do not depend on the chunking.
         mode: ``"eval"`` measures in eval mode whatever mode the model is in; ``"as_is"`` keeps it.
         compile: trace the whole dual pass, hooks and reductions included, and compile it with Inductor (on CUDA, under CUDA graphs;
-            on a CPU the eager pass is the faster one).
-            Once per shape: it takes a minute or so, so it pays where one shape is measured many times.  The weights are inputs of the
-            compiled code, which so follows the optimizer.  The first measurement of a shape is still the eager pass, which checks the
-            model; what cannot be compiled runs eagerly, with one warning that says why.
+            on a CPU the eager pass is the faster one).  Once per shape: it takes half a minute to five, so it pays where one shape is
+            measured many times.  The weights are inputs of the compiled code, which so follows the optimizer.  The first measurement
+            of a shape is still the eager pass, which checks the model; what cannot be compiled runs eagerly, with one warning that
+            says why.
 
     Raises:
         ProbeError: a layer or source that the model does not have, an unknown engine or mode, a model that cannot be hooked.

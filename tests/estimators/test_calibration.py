@@ -18,7 +18,8 @@ class Dense:
 
     def __init__(self, matrix):
         self.matrix, self.products = matrix, 0
-        self.num_features, self.num_inputs = matrix.shape[1:]
+        self.batch, self.num_features, self.num_inputs = matrix.shape
+        self.device = matrix.device
 
     def push(self, vectors, *, at=None):
         self.products += vectors.shape[1]

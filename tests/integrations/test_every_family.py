@@ -27,8 +27,9 @@ FAMILIES = (*TIMM, *(f"tv:{name}" for name in TORCHVISION))
 # Nats, of a sum of K logarithms. Measured over the 45 models, untrained and trained: in float64 1e-9 at most; in float32 mostly
 # below 1e-6, and up to 7e-3 where the float32 network itself differs from the float64 one: a ReLU whose input is zero up to
 # rounding is open in one and shut in the other, which one depends on the processor. That is the bad luck of a sample; a wrong
-# rule would be off at every one, so in float32 one of the two samples may be.
+# rule would be off at every one, so in float32 one of the two samples may be, and by so much.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-3}
+UNLUCKY = 1e-2
 
 
 def directions(x):
@@ -107,8 +108,8 @@ def agrees(model, size):
             assert volumes[layer].isfinite().all()
             wanted = expected[layer].log().sum(-1)
             error = (volumes[layer] - wanted).abs()
-            worst = error.max() if dtype == torch.float64 else error.min()
-            assert worst < tolerance, (layer, dtype, error)
+            assert error.min() < tolerance, (layer, dtype, error)
+            assert error.max() < (tolerance if dtype == torch.float64 else UNLUCKY), (layer, dtype, error)
     return volumes
 
 

@@ -60,16 +60,10 @@ class KnownPrimals:
         primal, self._used = self._known[self._used], self._used + 1
         samples = x.buffer.shape[1]
         pushed = convolve(x.buffer[1:].flatten(0, 1))
-        last = pushed.ndim == 4 and pushed.is_contiguous(memory_format=torch.channels_last)
-        out = torch.empty(
-            (samples + len(pushed), *pushed.shape[1:]),
-            dtype=pushed.dtype,
-            device=pushed.device,
-            memory_format=torch.channels_last if last else torch.contiguous_format,
-        )
-        out[:samples].copy_(primal)
-        out[samples:].copy_(pushed)
-        return DualTensor(out.unflatten(0, (x.buffer.shape[0], -1)))
+        out = _rows_like(pushed[:samples], x.buffer.shape[0])
+        out[0].copy_(primal)
+        out[1:].copy_(pushed.unflatten(0, (-1, samples)))
+        return DualTensor(out)
 
 
 _KNOWN: ContextVar[KnownPrimals | None] = ContextVar("known", default=None)
@@ -259,7 +253,7 @@ def _max_pooling(pool: Any, spatial: int, *, with_indices: bool) -> Callable[...
             return NotImplemented
         value, index = pool(input.primal, *args, return_indices=True, **kwargs)
         rows, start = input.buffer.shape[0], -spatial
-        out = _like_pooled(value, rows)
+        out = _rows_like(value, rows)
         out[0].copy_(value)
         winners = index.flatten(start)
         out[1:] = (
@@ -272,15 +266,18 @@ def _max_pooling(pool: Any, spatial: int, *, with_indices: bool) -> Callable[...
     return push
 
 
-def _like_pooled(value: Tensor, rows: int) -> Tensor:
-    out = value.new_empty((rows, *value.shape))
-    if (
-        value.ndim == 4
-        and value.is_contiguous(memory_format=torch.channels_last)
-        and not value.is_contiguous()
-    ):
-        return out.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (rows, -1))
-    return out
+def _rows_like(value: Tensor, rows: int) -> Tensor:
+    """An empty buffer [rows, *value.shape] whose rows lie as the value does."""
+    last = value.is_contiguous(memory_format=torch.channels_last) if value.ndim == 4 else False
+    if last and not value.is_contiguous():
+        flat = torch.empty(
+            (rows * len(value), *value.shape[1:]),
+            dtype=value.dtype,
+            device=value.device,
+            memory_format=torch.channels_last,
+        )
+        return flat.unflatten(0, (rows, -1))
+    return value.new_empty((rows, *value.shape))
 
 
 for _spatial in (1, 2, 3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -66,8 +67,12 @@ class Task:
 
     @functools.cached_property
     def _wide_weights(self) -> int:
-        convolutions = [m for m in self.model.modules() if isinstance(m, nn.Conv2d)]
-        return sum(m.weight.numel() for m in convolutions if tuple(m.kernel_size) != (1, 1))
+        # From the sizes: to read a weight may be to compute it (a parametrisation), and a layer of the user's own may have none.
+        return sum(
+            m.out_channels * (m.in_channels // m.groups) * math.prod(m.kernel_size)
+            for m in self.model.modules()
+            if isinstance(m, nn.Conv2d) and tuple(m.kernel_size) != (1, 1)
+        )
 
     def leaves(self, layer: str, output: Any) -> list[Tensor]:
         """The floating tensors of a layer's output (complex ones as pairs), after its transform: its features."""

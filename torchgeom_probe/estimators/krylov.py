@@ -112,7 +112,7 @@ def _expanded(
     left = start.new_zeros(samples, 0, jacobian.num_features)
     pulled = right  # Jᵀ U
     cross = start.new_zeros(samples, 0, 0)  # UᵀJV, m x m
-    verdict = _Verdict(samples, device, k=k, block=start.shape[1], tolerance=tolerance, eps=eps, warm=warm)
+    verdict = _Verdict(jacobian, k=k, block=start.shape[1], tolerance=tolerance, warm=warm)
     largest = start.new_zeros(samples)
     fresh = orthonormal(start, None, eps=eps)
     random = torch.full((samples,), not warm, device=device)
@@ -127,18 +127,10 @@ def _expanded(
         rows = torch.cat([cross, pulled @ fresh.mT], dim=2)  # Jᵀ U in the basis of V and its fresh block
         corner = fresh_left @ image.mT
         right, left = torch.cat([right, fresh], dim=1), torch.cat([left, fresh_left], dim=1)
+        seen = (right.shape[1], complete, finite)
         if reached:
             values, residuals = _left_pairs(rows, pulled, right, corner, verdict.wanted(reached), eps)
-            verdict.judge(
-                values,
-                residuals,
-                complete,
-                finite,
-                exhausted=False,
-                half=True,
-                size=right.shape[1],
-                products=jacobian.products,
-            )
+            verdict.judge(values, residuals, *seen, half=True, exhausted=False)
             if verdict.all_done():  # a synchronisation in the middle of the round
                 known = functional.pad(corner, (reached, 0))
                 cross, pulled = (
@@ -155,17 +147,7 @@ def _expanded(
         residuals = vectors_left.mT[:, :count] @ pulled - values[:, :, None] * (
             vectors_right[:, :count] @ right
         )
-        exhausted = right.shape[1] >= full
-        verdict.judge(
-            values,
-            residuals,
-            complete,
-            finite,
-            exhausted=exhausted,
-            half=False,
-            size=right.shape[1],
-            products=jacobian.products,
-        )
+        verdict.judge(values, residuals, *seen, half=False, exhausted=right.shape[1] >= full)
         # The round's other synchronisation.
         if verdict.all_done() or jacobian.products + 2 * block > max_products:
             break
@@ -203,18 +185,10 @@ def _left_pairs(
 class _Verdict:
     """What is known of each sample: whether it is done, and with what bound, after how many products and vectors."""
 
-    def __init__(
-        self,
-        samples: int,
-        device: torch.device,
-        *,
-        k: int,
-        block: int,
-        tolerance: float,
-        eps: float,
-        warm: bool,
-    ) -> None:
-        self.k, self.block, self.tolerance, self.eps = k, block, tolerance, eps
+    def __init__(self, jacobian: LayerJacobian, *, k: int, block: int, tolerance: float, warm: bool) -> None:
+        self.jacobian = jacobian
+        self.k, self.block, self.tolerance = k, block, tolerance
+        samples, device = jacobian.batch, jacobian.device
         self.done = torch.zeros(samples, dtype=torch.bool, device=device)
         self.crowded = torch.zeros_like(self.done)
         #: vectors of V in use, those of a fresh block whose Jᵀu is not known included: then it was half a step
@@ -235,13 +209,12 @@ class _Verdict:
         self,
         values: Tensor,
         residuals: Tensor,
+        size: int,
         complete: Tensor,
         finite: Tensor,
         *,
-        exhausted: bool,
         half: bool,
-        size: int,
-        products: int,
+        exhausted: bool,
     ) -> None:
         """Take in what a half-step has found."""
         bound, met = _stopping_rule(
@@ -249,7 +222,7 @@ class _Verdict:
             residuals,
             k=self.k,
             tolerance=self.tolerance,
-            eps=self.eps,
+            eps=self.jacobian.eps,
             exhausted=exhausted,
             complete=complete,
             credible_error=torch.where(self._halves_tell, _CREDIBLE, _CREDIBLE_IN_WHOLE_STEPS),
@@ -275,7 +248,7 @@ class _Verdict:
         self.crowded = torch.where(kept, self.crowded, in_doubt & confirmed)
         self.size = torch.where(kept, self.size, size)
         self.half = torch.where(kept, self.half, half)
-        self.products = torch.where(kept, self.products, products)
+        self.products = torch.where(kept, self.products, self.jacobian.products)
         self.done = self.done | met
 
     def all_done(self) -> bool:

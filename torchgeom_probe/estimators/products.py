@@ -34,13 +34,18 @@ class LayerJacobian:
         self.num_features = linear.plan.features[entry]
         self.num_inputs = linear.plan.num_inputs
         self.products = 0
-        self._known: dict[int, KnownPrimals] = {}
+        self._known: tuple[int, KnownPrimals] | None = None
         self._some: tuple[list[int], LayerJacobian] | None = None
 
     @property
     def batch(self) -> int:
         """B, the samples of the chunk."""
         return self.linear.batch.size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples are."""
+        return self.linear.device
 
     @property
     def eps(self) -> float:
@@ -77,7 +82,11 @@ class LayerJacobian:
         plan = self.linear.plan
         if self.linear.engine != "fused" or plan.graph_bytes * self.batch > plan.budget // 4:
             return contextlib.nullcontext()
-        return self._known.setdefault(rows, KnownPrimals()).running()
+        if (
+            self._known is None or self._known[0] != rows
+        ):  # those of one number of rows at a time: they take memory
+            self._known = rows, KnownPrimals()
+        return self._known[1].running()
 
     def _at(self, samples: list[int]) -> LayerJacobian:
         if self._some is None or self._some[0] != samples:
