@@ -20,11 +20,11 @@ and the same in eager mode, over the limit (a plain forward pass over (1 + k)·B
 measurement that compiles; every shape is compiled anew. "difference" is the largest between the two
 log-volumes, in nats.
 
-It does not pay on a CPU. Convolutions and matrix products take two thirds of a compiled pass and more, and compiled code calls them from
-the same library as eager code; what could be fused around them (batch norms, copies of channels, derivatives of activations) the eager
-rules leave out already; and of the loops that the compiler writes, those that gather (the winners of a max pool) or change the type of
-channels that lie last run a number at a time: one such loop is a seventh of the pass of resnet18. `compile=True` is made for CUDA, where
-it takes the launches of hundreds of small kernels out of the pass."""
+It does not pay on a CPU. Convolutions and matrix products are most of a pass, and compiled code calls them from the same library as
+eager code; what could be fused around them (batch norms, copies of channels, derivatives of activations) the eager rules leave out
+already; and of the loops that the compiler writes, those that gather (the winners of a max pool) or change the type of channels that
+lie last run a number at a time. `compile=True` is made for CUDA, where it takes the launches of hundreds of small kernels out of the
+pass."""
 RESUMES = True
 
 

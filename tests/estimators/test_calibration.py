@@ -57,28 +57,49 @@ def _matrix(kind, seed):
     return (problems.orthonormal(N, N, generator) * sigma) @ problems.orthonormal(D, N, generator).T
 
 
+KINDS = ["geometric", "harmonic", "gaussian", "slow", "steps", "pairs", "gap", "mlp", "resnet"]
+
+
+def _found(matrices, start, k, tolerance, *, warm=False):
+    found = leading(
+        Dense(matrices),
+        start,
+        k=k,
+        block=4,
+        tolerance=tolerance,
+        max_products=4 * N,
+        generator=torch.Generator().manual_seed(6),
+        warm=warm,
+    )
+    errors = torch.linalg.svdvals(matrices)[:, :k].log() - found.values.log()
+    assert found.converged.all()
+    assert (errors.sum(1) <= found.bound + 1e-12).all()
+    assert (errors.abs().amax(1) <= tolerance * math.log(10)).all()
+    assert (found.bound <= k * tolerance * math.log(10) * (1.51 if warm else 1.01)).all()
+    return found
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", ["geometric", "harmonic", "gaussian", "slow", "steps", "pairs", "gap", "mlp", "resnet"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_bound_is_below_the_error(kind):
     matrices = torch.stack([_matrix(kind, seed) for seed in range(SEEDS)])
-    true = torch.linalg.svdvals(matrices)
     for k in (1, 3, 10):
         for tolerance in (1e-2, 1e-3):
             generator = torch.Generator().manual_seed(5)
             start = torch.randn(SEEDS, 4, matrices.shape[2], generator=generator, dtype=torch.float64)
-            found = leading(
-                Dense(matrices),
-                start,
-                k=k,
-                block=4,
-                tolerance=tolerance,
-                max_products=4 * N,
-                generator=generator,
-            )
-            errors = true[:, :k].log() - found.values.log()
-            assert found.converged.all()
-            assert (errors.sum(1) <= found.bound + 1e-12).all()
-            assert (errors.abs().amax(1) <= tolerance * math.log(10)).all()
-            assert (found.bound <= k * tolerance * math.log(10) * 1.01).all()
+            _found(matrices, start, k, tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_nor_after_a_warm_start(kind):
+    matrices = torch.stack([_matrix(kind, seed) for seed in range(SEEDS)])
+    generator = torch.Generator().manual_seed(7)
+    start = torch.randn(SEEDS, 4, matrices.shape[2], generator=generator, dtype=torch.float64)
+    before = _found(matrices, start, 10, 1e-3)
+    change = torch.randn(matrices.shape, generator=generator, dtype=torch.float64)
+    for size in (1e-4, 1e-3, 1e-2):
+        moved = matrices + size * matrices.square().mean((1, 2), keepdim=True).sqrt() * change
+        warm = _found(moved, before.vectors, 10, 1e-3, warm=True)
+        if size < 1e-3:  # a larger change drowns what decays fast
+            assert warm.products.double().mean() < before.products.double().mean()
