@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 
+from benchmarks import gpu
 from benchmarks.timing import Settings, circumstances
 
 #: The tables, in the order of the page.  Each is a module with TITLE, NOTE and ``table(settings)``, which yields lines; METHOD, where
@@ -98,10 +99,22 @@ def main() -> None:
     parser.add_argument(
         "--threads", default=1, type=int, help="of torch; more than one are timed by the wall (default 1)"
     )
+    parser.add_argument(
+        "--gpu-check",
+        metavar="FOLDER",
+        type=Path,
+        help="what only a GPU can tell, in nine minutes: a file a step into FOLDER, and the section of the page",
+    )
     arguments = parser.parse_args()
     if importlib.util.find_spec("timm") is None:
         parser.exit(1, "the benchmarks need timm's models:  python -m pip install 'torchgeom_probe[timm]'\n")
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+    if arguments.gpu_check is not None:
+        section = gpu.check(arguments.gpu_check, quick=arguments.quick)
+        print(section)
+        if torch.cuda.is_available() and not arguments.quick:
+            written(PAGE, "gpu", section)
+        return
     torch.set_num_threads(arguments.threads)
     settings = Settings(
         quick=arguments.quick,
