@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from benchmarks.limit import made, stages
 from torchgeom_probe import GeometryProbe, Subspace
-from torchgeom_probe.engines import fused
-from torchgeom_probe.engines.task import Batch, Task
-from torchgeom_probe.factor import Factor
-from torchgeom_probe.footprint import measuring
+from torchgeom_probe.jacobian import fused
+from torchgeom_probe.linalg.gram import Factor
+from torchgeom_probe.model.hooked import Batch, Task
+from torchgeom_probe.model.isolation import measuring
 
 TITLE = "On a GPU"
 NOTE = """The limit is a plain float32 forward pass without gradients over (1 + k)·B samples, TF32 off, as in the first table; every other

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import torchgeom_probe as tgp
 from benchmarks.limit import made
 from benchmarks.timing import Settings, smallest
-from torchgeom_probe.directions import orthonormal_frame
-from torchgeom_probe.footprint import measuring
+from torchgeom_probe.linalg.directions import orthonormal_frame
+from torchgeom_probe.model.isolation import measuring
 
 TITLE = "Against other libraries"
 NOTE = """`curvlinops` has matrix-free Jacobians of a model with respect to its PARAMETERS, and estimators over linear operators. The input

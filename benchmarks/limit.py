@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Settings, smallest
 from torchgeom_probe import GeometryProbe, Subspace
-from torchgeom_probe.engines import fused
-from torchgeom_probe.engines.task import Batch, Task
-from torchgeom_probe.footprint import measuring
-from torchgeom_probe.stages import stage_layers
+from torchgeom_probe.jacobian import fused
+from torchgeom_probe.model.hooked import Batch, Task
+from torchgeom_probe.model.isolation import measuring
+from torchgeom_probe.model.stages import stage_layers
 
 TITLE = "The dual pass against the limit"
 NOTE = """The limit is a plain forward pass without gradients over (1 + k)·B samples: the dual pass over B samples and k directions moves

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from benchmarks.limit import loop_of_jvp, made, vmapped_jvp
 from benchmarks.timing import Settings
 from torchgeom_probe import GeometryProbe, Subspace
-from torchgeom_probe.engines.plan import _LiveBytes
-from torchgeom_probe.footprint import measuring
+from torchgeom_probe.jacobian.plan import _LiveBytes
+from torchgeom_probe.model.isolation import measuring
 
 TITLE = "Peak memory"
 METHOD = "peak of one run after a run to warm up, each in a process of its own"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.limit import dual_pass
 from benchmarks.timing import Settings, slope, smallest
-from torchgeom_probe.footprint import measuring
+from torchgeom_probe.model.isolation import measuring
 
 TITLE = "Scaling"
 NOTE = """Time of the dual pass, and of the limit (a plain forward pass of (1 + k)·B rows), as one size grows and the others stay at B = 2,

@@ -14,7 +14,7 @@ from torchgeom_probe.integrations.timm import cifar_resnet
 import torchgeom_probe as tgp
 from benchmarks.timing import Settings, seconds
 from torchgeom_probe.dual import DualTensor
-from torchgeom_probe.footprint import measuring
+from torchgeom_probe.model.isolation import measuring
 
 TITLE = "Four stages of a ResNet-34: one probe against a Jacobian for each"
 METHOD = "process time (wall time on a GPU) of one run"

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchgeom_probe.engines.linearization import EngineName
-from torchgeom_probe.engines.task import Transform
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators import Estimator, Subspace
-from torchgeom_probe.footprint import unwrapped
-from torchgeom_probe.layers import LayerSpec
+from torchgeom_probe.jacobian.jacobians import EngineName
+from torchgeom_probe.model.hooked import Transform
+from torchgeom_probe.model.isolation import unwrapped
+from torchgeom_probe.model.layers import LayerSpec
+from torchgeom_probe.model.stages import stage_layers
 from torchgeom_probe.probe import GeometryProbe
 from torchgeom_probe.report import GeometryReport
 from torchgeom_probe.shapes import Float, Tensor
-from torchgeom_probe.stages import stage_layers
 
 # What lightly's own examples call the trained branch: Barlow Twins, SimCLR, BYOL, VICReg, MoCo …; then DINO.
 _BRANCHES = (("backbone", "projection_head"), ("student_backbone", "student_head"))

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from torchgeom_probe.errors import ProbeError, optional
-from torchgeom_probe.layers import LayerSpec
-from torchgeom_probe.monitor import Monitor
+from torchgeom_probe.model.layers import LayerSpec
+from torchgeom_probe.monitor.monitor import Monitor
 from torchgeom_probe.report import GeometryReport, Writer
 from torchgeom_probe.shapes import Tensor
 

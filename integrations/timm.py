@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from torchgeom_probe.errors import ProbeError, optional
+from torchgeom_probe.model.stages import stage_layers
 from torchgeom_probe.shapes import Float, Tensor
-from torchgeom_probe.stages import stage_layers
 
 if TYPE_CHECKING:
     from PIL import Image

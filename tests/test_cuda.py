@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 import torchgeom_probe as tgp
-from torchgeom_probe.engines import fused
-from torchgeom_probe.engines.task import Batch, Task
-from torchgeom_probe.factor import Factor
-from torchgeom_probe.footprint import measuring
+from torchgeom_probe.jacobian import fused
+from torchgeom_probe.linalg.gram import Factor
+from torchgeom_probe.model.hooked import Batch, Task
+from torchgeom_probe.model.isolation import measuring
 
 pytestmark = pytest.mark.cuda
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from torchgeom_probe.cli import _parser
+from torchgeom_probe.cli.main import _parser
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -15,22 +15,22 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 from tqdm import tqdm
 
-from torchgeom_probe import directions as tangents
 from torchgeom_probe.dual import recording
-from torchgeom_probe.engines.compiled import CompiledPasses
-from torchgeom_probe.engines.linearization import EngineName, Linearization
-from torchgeom_probe.engines.plan import Plan, make_plan
-from torchgeom_probe.engines.task import Batch, Task, Transform, features
 from torchgeom_probe.errors import EngineRefusal, ProbeError
 from torchgeom_probe.estimators import Estimator, Exact, Subspace, TopK
+from torchgeom_probe.estimators.cost import Forecast
 from torchgeom_probe.estimators.subspace import along
 from torchgeom_probe.estimators.topk import start_from
-from torchgeom_probe.footprint import Mode, measuring, unwrapped
-from torchgeom_probe.forecast import Forecast
-from torchgeom_probe.layers import LayerSpec, close_names, resolve
+from torchgeom_probe.jacobian.compiled import CompiledPasses
+from torchgeom_probe.jacobian.jacobians import EngineName, Linearization
+from torchgeom_probe.jacobian.plan import Plan, make_plan
+from torchgeom_probe.linalg import directions as tangents
+from torchgeom_probe.linalg.spectrum import SpectralDensity
+from torchgeom_probe.model.hooked import Batch, Task, Transform, features
+from torchgeom_probe.model.isolation import Mode, measuring, unwrapped
+from torchgeom_probe.model.layers import LayerSpec, close_names, resolve
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Tensor
-from torchgeom_probe.spectrum import SpectralDensity
 
 _ENGINES = ("auto", "fused", "functorch", "vjp")
 

@@ -17,8 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.linalg.spectrum import SpectralDensity
 from torchgeom_probe.shapes import Float, Int, Tensor
-from torchgeom_probe.spectrum import SpectralDensity
 
 
 @dataclass(frozen=True, eq=False)

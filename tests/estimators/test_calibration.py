@@ -6,7 +6,7 @@ import problems
 import pytest
 import torch
 
-from torchgeom_probe.estimators.krylov import leading
+from torchgeom_probe.linalg.krylov import leading
 
 N, D, SEEDS = 256, 512, 120
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import torchgeom_probe as tgp
-from torchgeom_probe.engines.stream import inner_products, streamed_factor
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.linalg.stream import inner_products, streamed_factor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

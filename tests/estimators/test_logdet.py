@@ -10,7 +10,7 @@ from torch import nn
 
 import torchgeom_probe as tgp
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.lanczos import rademacher
+from torchgeom_probe.linalg.lanczos import rademacher
 
 
 def _measured(model, x, layer="", **options):
@@ -65,12 +65,12 @@ def test_naive_twin_every_probe_is_the_dense_quadratic_form(n, d, normalize):
 
 
 def test_gauss_and_radau_bracket_the_truth():
-    from torchgeom_probe.engines.linearization import Linearization
-    from torchgeom_probe.engines.plan import make_plan
-    from torchgeom_probe.engines.task import Batch, Task
-    from torchgeom_probe.estimators.lanczos import Bidiagonalisation
-    from torchgeom_probe.estimators.products import jacobians
-    from torchgeom_probe.footprint import measuring
+    from torchgeom_probe.jacobian.jacobians import Linearization
+    from torchgeom_probe.jacobian.layer import jacobians
+    from torchgeom_probe.jacobian.plan import make_plan
+    from torchgeom_probe.linalg.lanczos import Bidiagonalisation
+    from torchgeom_probe.model.hooked import Batch, Task
+    from torchgeom_probe.model.isolation import measuring
 
     model, _, x = problems.problem("harmonic", n=60, d=90, dtype=torch.float64)
     task = Task(model, {"": model})

@@ -11,8 +11,8 @@ from torch import nn
 
 import torchgeom_probe as tgp
 from torchgeom_probe.errors import EngineRefusal, ProbeError
-from torchgeom_probe.estimators.krylov import _left_pairs
 from torchgeom_probe.estimators.topk import paper_pool
+from torchgeom_probe.linalg.krylov import _left_pairs
 
 LN10 = math.log(10)
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import torchgeom_probe as tgp
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.lanczos import rademacher
 from torchgeom_probe.estimators.subspace import student_quantile
+from torchgeom_probe.linalg.lanczos import rademacher
 
 
 def _measured(model, x, layer="", *, normalize=False, **options):

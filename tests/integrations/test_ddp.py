@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import torchgeom_probe as tgp
-from torchgeom_probe.ranks import Ranks
+from torchgeom_probe.distributed import Ranks
 
 WORKER = """
 import sys, time, warnings
@@ -24,7 +24,7 @@ import torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 import torchgeom_probe as tgp
-from torchgeom_probe import ranks
+from torchgeom_probe import distributed as ranks
 from torchgeom_probe.integrations.tensorboard import TensorBoardWriter
 
 out = sys.argv[1]

@@ -152,7 +152,7 @@ def test_the_pretrained_network_has_one_report_by_probe_command_line_and_callbac
     from torchgeom_probe.integrations.lightning import GeometryCallback
     from torchgeom_probe.integrations.timm import load_pretrained_efficientnet_lite0, read_images
 
-    from torchgeom_probe.cli import main
+    from torchgeom_probe.cli.main import main
 
     loaded = load_pretrained_efficientnet_lite0()
     for name in ("chelsea", "coffee"):

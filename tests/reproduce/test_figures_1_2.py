@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import torchgeom_probe as tgp
-from torchgeom_probe.cli import main
-from torchgeom_probe.reproduce import experiment, fig1, fig2
-from torchgeom_probe.reproduce.experiment import Settings
+from torchgeom_probe.cli.main import main
+from torchgeom_probe.reproduce import fig1, fig2
+from torchgeom_probe.reproduce import run as experiment
+from torchgeom_probe.reproduce.run import Settings
 
 pytest.importorskip("tensorboard")
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import torchgeom_probe as tgp
-from torchgeom_probe.reproduce import barlow, residual
-from torchgeom_probe.reproduce.experiment import Settings, reproduce, train
+from torchgeom_probe.reproduce import barlow_twins, resnet
+from torchgeom_probe.reproduce.run import Settings, reproduce, train
 
 pytest.importorskip("timm")
 pytest.importorskip("lightly")
@@ -22,7 +22,7 @@ pytest.importorskip("tensorboard")
 
 @pytest.fixture(scope="module")
 def images():
-    return residual.load_images(Settings(quick=True))
+    return resnet.load_images(Settings(quick=True))
 
 
 class Pooled(nn.Module):
@@ -38,18 +38,18 @@ class Pooled(nn.Module):
 
 def test_the_networks_of_both_presets(images):
     few = dataclasses.replace(images, train_images=images.train_images[:8])
-    paper = residual.network(Settings(preset="paper"), few, "gelu")
+    paper = resnet.network(Settings(preset="paper"), few, "gelu")
     assert sum(p.numel() for p in paper.parameters()) == 21_282_122
     assert not any(isinstance(m, nn.ReLU) for m in paper.modules())
-    narrow = residual.network(Settings(), images, "relu").eval()
+    narrow = resnet.network(Settings(), images, "relu").eval()
     assert any(isinstance(m, nn.ReLU) for m in narrow.modules())
-    with tgp.GeometryProbe(narrow, layers=residual.STAGES, estimator=tgp.Subspace(k=1)) as probe:
+    with tgp.GeometryProbe(narrow, layers=resnet.STAGES, estimator=tgp.Subspace(k=1)) as probe:
         report = probe.measure(torch.rand(1, 3, 32, 32))
     assert [g.num_features for g in report.values()] == [8 * 1024, 16 * 256, 32 * 64, 64 * 16]
 
 
 def test_before_training_batch_norm_has_the_statistics_of_the_data(images):
-    model = residual.network(Settings(quick=True), images, "gelu").eval()
+    model = resnet.network(Settings(quick=True), images, "gelu").eval()
     seen = {}
     for name in ("bn1", "layer4.1.bn2"):
         module = model.get_submodule(name)
@@ -69,7 +69,7 @@ def test_before_training_batch_norm_has_the_statistics_of_the_data(images):
 
 
 def test_the_three_images_are_of_three_classes_and_have_the_largest_contrast(images):
-    view = residual.plane_view(images, Settings(quick=True))
+    view = resnet.plane_view(images, Settings(quick=True))
     for sample, label in zip(view.slice.samples, images.corners, strict=True):
         of_class = images.test_images[images.test_labels == label]
         assert sample.std() >= of_class.flatten(1).std(1).max() - 1e-7
@@ -89,7 +89,7 @@ def test_cifar10_where_it_is_there_and_where_it_is_not(monkeypatch, tmp_path):
             self.targets = [i % 10 for i in range(20)]
 
     monkeypatch.setattr(datasets, "CIFAR10", Fake)
-    found = residual.load_images(Settings(preset="paper", data_root=tmp_path))
+    found = resnet.load_images(Settings(preset="paper", data_root=tmp_path))
     assert found.train_images.shape == (20, 3, 32, 32)
     assert found.train_images[3, :, 5, 5].tolist() == pytest.approx([1.0, 1.0, 0.2])
     assert (found.corners, found.line_ends) == ((7, 6, 1), (5, 6))
@@ -99,7 +99,7 @@ def test_cifar10_where_it_is_there_and_where_it_is_not(monkeypatch, tmp_path):
 
     monkeypatch.setattr(datasets, "CIFAR10", absent)
     with pytest.raises(tgp.ProbeError, match=r"CIFAR-10 is not under .* could not be fetched"):
-        residual.load_images(Settings(preset="paper", data_root=tmp_path))
+        resnet.load_images(Settings(preset="paper", data_root=tmp_path))
 
 
 def test_the_readout_is_scikit_learns_logistic_regression(images):
@@ -107,7 +107,7 @@ def test_the_readout_is_scikit_learns_logistic_regression(images):
     torch.manual_seed(0)
     model = Pooled()
     penalty = 1e-2
-    readout = barlow.linear_readout(model, images, penalty=penalty)
+    readout = barlow_twins.linear_readout(model, images, penalty=penalty)
     with torch.no_grad():
         features = model(images.train_images).double()
         ours = readout(model(images.test_images)).softmax(1).numpy()
@@ -121,7 +121,7 @@ def test_the_readout_is_scikit_learns_logistic_regression(images):
 
 
 def test_views_depend_on_torchs_seed_alone_and_leave_other_generators(images):
-    two_views = barlow._two_views()
+    two_views = barlow_twins._two_views()
     pictures = (images.train_images[:4] * 255).round().to(torch.uint8)
     python, numpy = random.getstate(), np.random.get_state()[1].copy()
     torch.manual_seed(3)
@@ -141,8 +141,8 @@ def test_views_depend_on_torchs_seed_alone_and_leave_other_generators(images):
 
 def test_barlow_twins_stopped_in_the_middle_ends_with_the_same_bytes(images, tmp_path):
     training = dataclasses.replace(
-        barlow.without_labels(images, Settings(quick=True)),
-        model=lambda: barlow.BarlowTwins(Pooled(), nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8))),
+        barlow_twins.without_labels(images, Settings(quick=True)),
+        model=lambda: barlow_twins.BarlowTwins(Pooled(), nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8))),
         num_samples=32,
         batch_size=16,
         epochs=2,

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from torchgeom_probe.engines.linearization import Linearization
-from torchgeom_probe.engines.plan import Plan
-from torchgeom_probe.factor import Factor, log_volume, rank_tolerance
+from torchgeom_probe.jacobian.jacobians import Linearization
+from torchgeom_probe.jacobian.plan import Plan
+from torchgeom_probe.linalg.gram import Factor, log_volume, rank_tolerance
+from torchgeom_probe.linalg.spectrum import SpectralDensity
 from torchgeom_probe.report import LayerGeometry
-from torchgeom_probe.spectrum import SpectralDensity
 
 #: Below this share of the largest a singular value taken from a float64 Gram matrix is rounding.
 GRAM_RESOLUTION = 1e-7

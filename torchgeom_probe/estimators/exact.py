@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from torchgeom_probe.directions import basis
-from torchgeom_probe.engines.linearization import Linearization
-from torchgeom_probe.engines.plan import Plan
-from torchgeom_probe.engines.stream import streamed_factor
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators.base import Estimator, Work, geometry
-from torchgeom_probe.factor import Factor
+from torchgeom_probe.jacobian.jacobians import Linearization
+from torchgeom_probe.jacobian.plan import Plan
+from torchgeom_probe.linalg.directions import basis
+from torchgeom_probe.linalg.gram import Factor
+from torchgeom_probe.linalg.stream import streamed_factor
 from torchgeom_probe.report import LayerGeometry
 
 FULL = "log √det g, all d directions"
@@ -101,7 +101,7 @@ def _by_reverse_mode(plan: Plan, engine: str) -> bool:
 
 
 def _by_rows(linear: Linearization) -> dict[str, Factor]:
-    """Rows of J by pullbacks over one saved pass; where they do not fit together, in blocks (``engines.stream``)."""
+    """Rows of J by pullbacks over one saved pass; where they do not fit together, in blocks (``linalg.stream``)."""
     plan = linear.plan
     factors: dict[str, Factor] = {}
     with linear.pullback(max(plan.features.values()) // _ROWS_A_COPY) as back:

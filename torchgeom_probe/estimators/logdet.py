@@ -9,17 +9,17 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from torchgeom_probe.engines.linearization import Linearization
-from torchgeom_probe.engines.plan import Plan
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators.base import Estimator, Work, dense_work
-from torchgeom_probe.estimators.krylov import Leading, leading
-from torchgeom_probe.estimators.lanczos import Bidiagonalisation, rademacher
-from torchgeom_probe.estimators.products import LayerJacobian, engine_of, jacobians
-from torchgeom_probe.factor import rank_tolerance
+from torchgeom_probe.jacobian.jacobians import Linearization
+from torchgeom_probe.jacobian.layer import LayerJacobian, engine_of, jacobians
+from torchgeom_probe.jacobian.plan import Plan
+from torchgeom_probe.linalg.gram import rank_tolerance
+from torchgeom_probe.linalg.krylov import Leading, leading
+from torchgeom_probe.linalg.lanczos import Bidiagonalisation, rademacher
+from torchgeom_probe.linalg.spectrum import SpectralDensity
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Tensor
-from torchgeom_probe.spectrum import SpectralDensity
 
 #: Leading directions that deflate="auto" takes out.
 _AUTO_DEFLATION = 10

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from torchgeom_probe.directions import for_every_sample, orthonormal_frame
-from torchgeom_probe.engines.linearization import Linearization
-from torchgeom_probe.engines.plan import Plan
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators.base import Estimator, Work, geometry
+from torchgeom_probe.jacobian.jacobians import Linearization
+from torchgeom_probe.jacobian.plan import Plan
+from torchgeom_probe.linalg.directions import for_every_sample, orthonormal_frame
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Tensor
 

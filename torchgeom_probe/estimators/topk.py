@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from torchgeom_probe.engines.linearization import Linearization
-from torchgeom_probe.engines.plan import Plan
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators.base import Estimator, Work, dense_work
-from torchgeom_probe.estimators.krylov import leading
-from torchgeom_probe.estimators.products import LayerJacobian, engine_of, jacobians
-from torchgeom_probe.factor import log_volume, rank_tolerance
+from torchgeom_probe.jacobian.jacobians import Linearization
+from torchgeom_probe.jacobian.layer import LayerJacobian, engine_of, jacobians
+from torchgeom_probe.jacobian.plan import Plan
+from torchgeom_probe.linalg.gram import log_volume, rank_tolerance
+from torchgeom_probe.linalg.krylov import leading
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
 

@@ -8,14 +8,14 @@ from typing import Literal
 
 import torch
 
-from torchgeom_probe.directions import basis, for_every_sample
-from torchgeom_probe.engines.linearization import Linearization
-from torchgeom_probe.engines.plan import Plan
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators.base import Estimator, Work
-from torchgeom_probe.estimators.lanczos import rademacher
-from torchgeom_probe.estimators.products import LayerJacobian, engine_of, jacobians, orthonormal
-from torchgeom_probe.factor import rank_tolerance
+from torchgeom_probe.jacobian.jacobians import Linearization
+from torchgeom_probe.jacobian.layer import LayerJacobian, engine_of, jacobians, orthonormal
+from torchgeom_probe.jacobian.plan import Plan
+from torchgeom_probe.linalg.directions import basis, for_every_sample
+from torchgeom_probe.linalg.gram import rank_tolerance
+from torchgeom_probe.linalg.lanczos import rademacher
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Tensor
 

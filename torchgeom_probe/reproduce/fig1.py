@@ -13,9 +13,9 @@ from torch import nn
 
 from torchgeom_probe.analytic import shallow
 from torchgeom_probe.errors import optional
-from torchgeom_probe.reproduce.experiment import Results, Say, Settings, Trained, Training, View, train
+from torchgeom_probe.reproduce.run import Results, Say, Settings, Trained, Training, View, train
 from torchgeom_probe.shapes import Float, Int, Tensor
-from torchgeom_probe.slices import Plane, SliceScan
+from torchgeom_probe.slices.scan import Plane, SliceScan
 
 TITLE = "a sinusoid boundary (and XOR) learnt by one hidden layer of sigmoid units"
 
@@ -162,7 +162,7 @@ def run(settings: Settings, say: Say = print) -> Results:
     Raises:
         ProbeError: the measured √det g and the closed form differ by more than ``TOLERANCE``; whatever ``train`` refuses.
     """
-    figures = optional("torchgeom_probe.figures", extra="figures")
+    figures = optional("torchgeom_probe.plotting.figures", extra="figures")
     results = Results("fig1", TITLE, settings, quirks=QUIRKS, say=say)
     steps = settings.choose(embedded=40, paper=40, quick=20)
     widths = settings.choose(embedded=WIDTHS, paper=WIDTHS, quick=(5, 25))

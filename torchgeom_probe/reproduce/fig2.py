@@ -14,11 +14,11 @@ from torch import nn
 
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.estimators import Exact
-from torchgeom_probe.reproduce.digits import Digits, load_digits, load_mnist
-from torchgeom_probe.reproduce.experiment import Results, Say, Settings, Training, View, Watch, train
+from torchgeom_probe.reproduce.data.digits import Digits, load_digits, load_mnist
 from torchgeom_probe.reproduce.fig1 import PaperNetwork
+from torchgeom_probe.reproduce.run import Results, Say, Settings, Training, View, Watch, train
 from torchgeom_probe.shapes import Tensor
-from torchgeom_probe.slices import Line, Plane
+from torchgeom_probe.slices.scan import Line, Plane
 
 TITLE = "handwritten digits learnt by one hidden layer of sigmoid units"
 
@@ -171,7 +171,7 @@ def run(settings: Settings, say: Say = print) -> Results:
     Raises:
         ProbeError: MNIST cannot be had; whatever ``train`` refuses.
     """
-    figures = optional("torchgeom_probe.figures", extra="figures")
+    figures = optional("torchgeom_probe.plotting.figures", extra="figures")
     results = Results("fig2", TITLE, settings, quirks=QUIRKS, say=say)
     if settings.preset == "embedded":
         name, data, dtype = "digits", load_digits(settings.seed), torch.float32

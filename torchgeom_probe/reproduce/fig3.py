@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from torchgeom_probe.errors import optional
-from torchgeom_probe.reproduce.experiment import Results, Say, Settings
-from torchgeom_probe.reproduce.residual import (
+from torchgeom_probe.reproduce.resnet import (
     ACTIVATIONS,
     QUIRKS,
     load_images,
@@ -12,6 +11,7 @@ from torchgeom_probe.reproduce.residual import (
     title_of,
     train_by_labels,
 )
+from torchgeom_probe.reproduce.run import Results, Say, Settings
 
 TITLE = "a ResNet-34 learns images: the plane of three of them, over epochs"
 
@@ -22,7 +22,7 @@ def run(settings: Settings, say: Say = print) -> Results:
     Raises:
         ProbeError: the data cannot be had; whatever ``train`` refuses.
     """
-    figures = optional("torchgeom_probe.figures", extra="figures")
+    figures = optional("torchgeom_probe.plotting.figures", extra="figures")
     results = Results("fig3", TITLE, settings, quirks=QUIRKS, say=say)
     images = load_images(settings)
     plane = plane_view(images, settings)

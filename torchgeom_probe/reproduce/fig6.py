@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torchgeom_probe.errors import optional
-from torchgeom_probe.reproduce.barlow import LAYERS, QUIRKS, plane_view, train_without_labels
-from torchgeom_probe.reproduce.experiment import Results, Say, Settings
-from torchgeom_probe.reproduce.residual import load_images, title_of
+from torchgeom_probe.reproduce.barlow_twins import LAYERS, QUIRKS, plane_view, train_without_labels
+from torchgeom_probe.reproduce.resnet import load_images, title_of
+from torchgeom_probe.reproduce.run import Results, Say, Settings
 
 TITLE = "Barlow Twins, no labels: the plane of three images"
 
@@ -16,7 +16,7 @@ def run(settings: Settings, say: Say = print) -> Results:
     Raises:
         ProbeError: the data cannot be had; lightly is not installed; whatever ``train`` refuses.
     """
-    figures = optional("torchgeom_probe.figures", extra="figures")
+    figures = optional("torchgeom_probe.plotting.figures", extra="figures")
     results = Results("fig6", TITLE, settings, quirks=QUIRKS, say=say)
     images = load_images(settings)
     trained = train_without_labels(images, settings, say, results)

@@ -1,0 +1,448 @@
+"""Values: every engine, estimator and chunking against a float64 Jacobian by reverse mode and its SVD."""
+
+import json
+import math
+from pathlib import Path
+
+import models
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import torchgeom_probe as tgp
+
+ENGINES = ("fused", "functorch", "vjp")
+# float64: relative to each σ; float32: relative to σ_max.  Measured: 3e-14 and 2e-6.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+def _close(sigma, expected, dtype):
+    scale = expected if dtype == torch.float64 else expected[:, :1]
+    error = ((sigma - expected).abs() / scale).max().item()
+    assert error <= TOLERANCE[dtype], f"error {error:.1e}"
+
+
+_oracles = {}
+
+
+def _expected(case, model, layers, x, v):
+    """The oracle once per model: every test draws the same weights and inputs from the same seed."""
+    weights = torch.cat([p.detach().double().flatten() for p in model.parameters()])
+    if case not in _oracles:
+        _oracles[case] = weights, x, oracle.singular_values(model, layers, x, directions=v)
+    known, at, sigma = _oracles[case]
+    assert torch.equal(known, weights)
+    assert torch.equal(at, x)
+    return sigma
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", models.CASES)
+def test_every_layer_at_once_on_given_directions(case, engine, dtype):
+    factory, shape, layers = models.CASES[case]
+    model, x, v = factory(), torch.randn(2, *shape), torch.randn(4, 2, *shape)
+    report = tgp.measure(
+        model.to(dtype), x.to(dtype), layers=layers, directions=v, engine=engine, normalize=False
+    )
+    expected = _expected(case, model, layers, x, v)
+    assert list(report) == layers
+    for layer in layers:
+        assert report[layer].engine == engine
+        _close(report[layer].singular_values[:, : expected[layer].shape[1]], expected[layer], dtype)
+
+
+# The slow engine, which holds all d tangents of all layers, on the small model alone.
+EXACT_CASES = [("mlp", e) for e in (*ENGINES, "auto")] + [
+    (c, e) for c in ("cifar_resnet", "vit") for e in ("fused", "vjp", "auto")
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("case", "engine"), EXACT_CASES)
+def test_exact(case, engine, dtype):
+    factory, shape, layers = models.CASES[case]
+    model, x = factory().to(dtype), torch.randn(2, *shape, dtype=dtype)
+    report = tgp.measure(model, x, layers=layers, estimator=tgp.Exact(), engine=engine, normalize=False)
+    for layer, expected in oracle.singular_values(model, layers, x).items():
+        g = report[layer]
+        n, d = g.num_features, math.prod(shape)
+        assert (g.num_inputs, g.singular_values.shape[1]) == (d, min(n, d))
+        assert ("JJᵀ" in g.estimand) == (n < d)
+        keep = (
+            expected > 1e-6 * expected[:, :1]
+        )  # a pooled stage has directions that reach it only through rounding
+        error = ((g.singular_values - expected).abs() / expected[:, :1] * keep).max()
+        assert error <= (1e-10 if dtype == torch.float64 else 1e-4)
+        if dtype == torch.float64:
+            full = keep.all(1)
+            assert torch.allclose(g.log_volume[full], expected.log().sum(1)[full], rtol=0, atol=1e-8)
+
+
+def test_normalised_is_divided_by_root_n():
+    model, x = models.mlp().double(), torch.randn(3, 5, dtype=torch.float64)
+    plain = tgp.measure(model, x, layers=["1"], estimator=tgp.Exact(), normalize=False)["1"]
+    scaled = tgp.measure(model, x, layers=["1"], estimator=tgp.Exact())["1"]
+    assert torch.allclose(
+        plain.log_volume - scaled.log_volume,
+        torch.tensor(5 * 0.5 * math.log(13), dtype=torch.float64),
+        atol=1e-12,
+    )
+    assert torch.allclose(scaled.log10_volume, scaled.log_volume / math.log(10))
+
+
+def test_golden_shallow_networks():
+    golden = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text())
+    acts = {"sigmoid": nn.Sigmoid(), "tanh": nn.Tanh(), "gelu": nn.GELU()}
+    seen = 0
+    for entry in golden["shallow"]:
+        if entry["phi"] not in acts:
+            continue
+        d = entry["d"]
+        j, mu = torch.arange(7.0, dtype=torch.float64)[:, None], torch.arange(d, dtype=torch.float64)[None]
+        w = torch.sin(1 + 3 * j + 7 * mu + (2 * j * mu if entry["weights"] == "B" else 0))
+        layer = nn.Linear(d, 7).double()
+        layer.weight.data.copy_(w)
+        layer.bias.data.copy_(torch.cos(2 + 5 * j[:, 0]))
+        model = nn.Sequential(layer, acts[entry["phi"]])
+        x = torch.tensor([entry["x"]], dtype=torch.float64)
+        g = tgp.measure(model, x, layers="1", estimator=tgp.Exact())["1"]
+        assert math.isclose(g.log_volume.exp().item(), entry["sqrt_det_g"], rel_tol=1e-12)
+        seen += 1
+    assert seen >= 12
+
+
+@pytest.mark.parametrize("case", ["mlp", "cifar_resnet", "vit"])
+@pytest.mark.parametrize("estimator", [tgp.Subspace(k=5, seed=3), tgp.Exact()], ids=["subspace", "exact"])
+def test_results_do_not_depend_on_the_chunking(case, estimator):
+    factory, shape, layers = models.CASES[case]
+    if case == "vit" and isinstance(estimator, tgp.Exact):
+        layers = layers[:2]
+    model, x = factory().double(), torch.randn(3, *shape, dtype=torch.float64)
+    probe = tgp.GeometryProbe(model, layers=layers, estimator=estimator)
+    whole = probe.measure(x)
+    (plan,) = probe._plans.values()
+    largest_jacobian = (
+        8 * (5 if isinstance(estimator, tgp.Subspace) else plan.num_inputs) * max(plan.features.values())
+    )
+    # From one sample at a time down to two or three rows at a time, where the directions are split as well.
+    for rows in (60, 12, 6, 2):
+        budget = max(int(2 * plan.row_bytes * rows), largest_jacobian)
+        chunked = tgp.GeometryProbe(model, layers=layers, estimator=estimator, memory_budget=budget).measure(
+            x
+        )
+        for layer in layers:
+            a, b = whole[layer], chunked[layer]
+            assert torch.allclose(
+                a.singular_values, b.singular_values, rtol=1e-12, atol=1e-12 * a.singular_values.max().item()
+            )
+            assert torch.equal(a.rank, b.rank)
+
+
+def test_directions_are_really_split():
+    """The smallest budget of the chunking test takes several passes per sample, or that test would prove nothing."""
+    model, x = models.cifar_resnet(), torch.randn(1, 3, 8, 8)
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    probe = tgp.GeometryProbe(model, layers=["layer4.1"], estimator=tgp.Subspace(k=6))
+    probe.measure(x)
+    once = len(passes)
+    (plan,) = probe._plans.values()
+    tgp.measure(
+        model, x, layers=["layer4.1"], estimator=tgp.Subspace(k=6), memory_budget=2 * plan.row_bytes * 3
+    )
+    assert once == 2 + 1  # the plan's two and the dual pass
+    assert len(passes) - once == 2 + 3  # 6 directions, two at a time beside the primal
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.float64, 1e-9)], ids=str)
+@pytest.mark.parametrize(("n", "d"), [(11, 5), (211, 64)])
+def test_condition_number_1e5(n, d, dtype, tolerance, engine):
+    u = torch.linalg.qr(torch.randn(n, d, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q
+    sigma = torch.logspace(0, -5, d, dtype=torch.float64)
+    layer = nn.Linear(d, n, bias=False).to(dtype)
+    layer.weight.data.copy_((u * sigma) @ v.T)
+    x = torch.randn(2, d, dtype=dtype)
+    for estimator in (tgp.Exact(), tgp.Subspace(k=d)):
+        g = tgp.measure(layer, x, layers="", estimator=estimator, normalize=False, engine=engine)[""]
+        assert (g.log_volume - sigma.log().sum()).abs().max() <= tolerance
+        assert g.rank.tolist() == [d, d]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_singular_metric_is_minus_infinity_with_its_rank(dtype):
+    bottleneck = nn.Sequential(nn.Linear(7, 3), nn.Linear(3, 17), nn.Tanh(), nn.Linear(17, 23)).to(dtype)
+    x = torch.randn(5, 7, dtype=dtype)
+    report = tgp.measure(bottleneck, x, layers=["1", "2", "3"], estimator=tgp.Exact(), normalize=False)
+    sigma = oracle.singular_values(bottleneck, ["3"], x)["3"]
+    for g in report.values():
+        assert g.log_volume.eq(-torch.inf).all()
+        assert g.rank.tolist() == [3] * 5
+    expected = sigma[:, :3].log().sum(1)
+    assert torch.allclose(
+        report["3"].log_pseudo_volume, expected, atol=1e-4 if dtype == torch.float32 else 1e-10
+    )
+
+
+@pytest.mark.parametrize("case", ["cifar_resnet", "timm_resnet18", "vit"])
+def test_the_rank_behind_a_bottleneck_is_that_of_the_bottleneck_in_float32(case):
+    """The threshold, 16 eps, stands clear of the rounding that a deep network leaves in the directions that do not reach it."""
+    factory, shape, layers = models.CASES[case]
+    model = nn.Sequential(
+        nn.Linear(20, 3), nn.Linear(3, math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape), factory()
+    )
+    report = tgp.measure(
+        model, torch.randn(4, 20), layers=[f"4.{layer}" for layer in layers[1:]], estimator=tgp.Subspace(k=7)
+    )
+    for g in report.values():
+        if g.num_features >= 7:
+            assert g.rank.tolist() == [3] * 4
+            assert (
+                g.singular_values[:, 3] <= 8 * torch.finfo(torch.float32).eps * g.singular_values[:, 0]
+            ).all()
+
+
+def test_zero_dead_and_constant_layers():
+    class Dead(nn.Module):
+        def forward(self, x):
+            return torch.relu(x - 100)
+
+    g = tgp.measure(Dead(), torch.randn(3, 5), layers="", estimator=tgp.Exact())[""]
+    assert g.log_volume.eq(-torch.inf).all()
+    assert g.rank.eq(0).all()
+    assert g.log_pseudo_volume.eq(0).all()
+    assert not g.singular_values.isnan().any()
+
+
+def test_a_diverged_model_is_nan_with_rank_minus_one_and_leaves_the_other_samples_alone():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh())
+    x = torch.randn(4, 3)
+    x[2] = torch.nan
+    for dtype in (torch.float32, torch.float64):
+        g = tgp.measure(model.to(dtype), x.to(dtype), layers="1", estimator=tgp.Exact())["1"]
+        assert g.log_volume.isnan().tolist() == [False, False, True, False]
+        assert g.rank.tolist() == [3, 3, -1, 3]
+        assert g.statistics()["nonfinite"] == 1
+
+
+def test_random_frames_are_shared_by_batches_layers_and_calls():
+    model, x = models.mlp().double(), torch.randn(6, 5, dtype=torch.float64)
+    probe = tgp.GeometryProbe(model, layers="*", estimator=tgp.Subspace(k=2, seed=7))
+    whole, again, part = probe.measure(x), probe.measure(x), probe.measure(x[4:])
+    assert torch.equal(whole["3"].log_volume, again["3"].log_volume)
+    assert torch.allclose(whole["3"].log_volume[4:], part["3"].log_volume, atol=1e-13)
+    other = tgp.measure(model, x, layers="*", estimator=tgp.Subspace(k=2, seed=8))
+    assert not torch.allclose(whole["3"].log_volume, other["3"].log_volume)
+
+
+def test_random_frame_is_haar_in_its_moments():
+    """E det VᵀgV = e_k(λ)/C(d, k) for λ = 1..5 (golden: 3.0, 8.5, 22.5, 54.8, 120): 4 standard errors of 400 frames."""
+    golden = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text())["random_subspace"]
+    layer = nn.Linear(5, 5, bias=False).double()
+    layer.weight.data.copy_(torch.diag(torch.tensor(golden["lambda"], dtype=torch.float64).sqrt()))
+    for k in (1, 2, 3, 5):
+        dets = (
+            torch.stack(
+                [
+                    tgp.measure(
+                        layer,
+                        torch.zeros(1, 5).double(),
+                        layers="",
+                        estimator=tgp.Subspace(k, seed),
+                        normalize=False,
+                    )[""].log_volume
+                    for seed in range(400)
+                ]
+            )
+            .mul(2)
+            .exp()
+        )
+        error = max(4 * dets.std().item() / 20, 1e-9)
+        assert abs(dets.mean().item() - golden["E_det_k1..5"][k - 1]) <= error
+
+
+def test_module_called_twice_and_shared_modules():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.Tanh()
+            self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 7)
+
+        def forward(self, x):
+            return self.act(self.b(self.act(self.a(x))))
+
+    model, x = Twice().double(), torch.randn(4, 3, dtype=torch.float64)
+    for engine in ENGINES:
+        report = tgp.measure(model, x, layers=["act"], estimator=tgp.Exact(), engine=engine)
+        assert list(report) == ["act", "act#1"]
+        assert [g.num_features for g in report.values()] == [5, 7]
+        whole = tgp.measure(model, x, layers="", estimator=tgp.Exact(), engine=engine)[""]
+        assert torch.allclose(whole.log_volume, report["act#1"].log_volume, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_in_place_relu_after_a_hooked_layer(engine):
+    model = nn.Sequential(nn.Linear(3, 7), nn.ReLU(inplace=True), nn.Linear(7, 5)).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    report = tgp.measure(model, x, layers=["0", "1"], estimator=tgp.Exact(), engine=engine, normalize=False)
+    expected = torch.linalg.svdvals(model[0].weight.detach()).log().sum()
+    assert torch.allclose(report["0"].log_volume, expected.expand(4), atol=1e-12)
+    assert torch.equal(report["1"].rank, (model[0](x) > 0).sum(1).clamp_max(3))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tuple_and_dict_outputs_are_joined(engine):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 5)
+
+        def forward(self, x):
+            return {"first": self.a(x), "rest": (self.b(x).view(-1, 5, 1), x.argmax(1))}
+
+    model, x = Two().double(), torch.randn(4, 3, dtype=torch.float64)
+    g = tgp.measure(model, x, layers="", estimator=tgp.Exact(), normalize=False, engine=engine)[""]
+    both = torch.cat([model.a.weight, model.b.weight]).detach()
+    assert g.num_features == 7
+    assert torch.allclose(g.singular_values, torch.linalg.svdvals(both).expand(4, 3), atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_transform_per_layer_and_for_all(engine):
+    model, x = models.cifar_resnet().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    v = torch.randn(3, 2, 3, 8, 8, dtype=torch.float64)
+
+    def pool(out):
+        return out.mean((-2, -1))
+
+    by_layer = tgp.measure(
+        model,
+        x,
+        layers=["layer1", "layer2"],
+        transform={"layer1": pool},
+        directions=v,
+        engine=engine,
+        normalize=False,
+    )
+    assert [g.num_features for g in by_layer.values()] == [8, 12 * 4 * 4]
+    for_all = tgp.measure(
+        model, x, layers=["layer1", "layer2"], transform=pool, directions=v, engine=engine, normalize=False
+    )
+    expected = oracle.singular_values(model, ["layer1", "layer2"], x, directions=v, transform=pool)
+    assert torch.allclose(by_layer["layer1"].singular_values, expected["layer1"], rtol=1e-10)
+    assert torch.allclose(for_all["layer2"].singular_values, expected["layer2"], rtol=1e-10)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_source_pulls_back_to_embeddings(engine):
+    model = models.Tokens().double().eval()
+    ids = torch.randint(0, 19, (3, 5))
+    report = tgp.measure(
+        model,
+        ids,
+        layers=["block", "head"],
+        source="embed",
+        estimator=tgp.Exact(),
+        engine=engine,
+        normalize=False,
+    )
+    embedded = model.embed(ids).detach()
+
+    def rest(h):
+        out = model.block(h.unsqueeze(0))
+        return out.flatten(), model.head(out.mean(1)).flatten()
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for b in range(3):
+            block, head = torch.func.jacrev(rest)(embedded[b])
+            for layer, jacobian in (("block", block), ("head", head)):
+                expected = torch.linalg.svdvals(jacobian.flatten(1))
+                assert torch.allclose(report[layer].singular_values[b], expected, rtol=1e-8, atol=1e-12)
+    assert report["block"].num_inputs == 5 * 8
+
+
+def test_source_as_a_module_with_keyword_arguments_and_one_block_to_the_next():
+    model = models.Tokens().double()
+    ids, mask = torch.randint(0, 19, (3, 5)), torch.zeros(3, 5, dtype=torch.bool)
+    a = tgp.measure(
+        model, {"ids": ids, "mask": mask}, layers="head", source=model.embed, estimator=tgp.Exact()
+    )
+    b = tgp.measure(model, (ids, mask), layers="head", source="embed", estimator=tgp.Exact())
+    assert torch.equal(a["head"].log_volume, b["head"].log_volume)
+    chain = models.mlp().double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    step = tgp.measure(chain, x, layers="4", source="3", estimator=tgp.Exact(), normalize=False)["4"]
+    assert torch.allclose(
+        step.singular_values, torch.linalg.svdvals(chain[4].weight.detach()).expand(4, 3), atol=1e-12
+    )
+
+
+def test_channels_last_bf16_and_parametrisations():
+    model, x = models.cifar_resnet(), torch.randn(2, 3, 8, 8)
+    v = torch.randn(3, 2, 3, 8, 8)
+    plain = tgp.measure(model, x, layers=["layer3"], directions=v)["layer3"]
+    last = tgp.measure(
+        model.to(memory_format=torch.channels_last),
+        x.to(memory_format=torch.channels_last),
+        layers=["layer3"],
+        directions=v,
+    )["layer3"]
+    assert torch.allclose(plain.log_volume, last.log_volume, atol=1e-4)
+    half = tgp.measure(model.bfloat16(), x.bfloat16(), layers=["layer3"], directions=v)["layer3"]
+    assert half.singular_values.dtype == torch.float64
+    assert (half.log_volume - plain.log_volume).abs().max() < 0.2
+
+    wrapped = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(3, 7)),
+        nn.Tanh(),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(7, 5)),
+    ).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    sigma = tgp.measure(wrapped, x, layers="", estimator=tgp.Exact(), normalize=False)[""].singular_values
+    wrapped.eval()
+    jacobian = torch.stack([torch.func.jacrev(wrapped)(s) for s in x])
+    assert torch.allclose(sigma, torch.linalg.svdvals(jacobian), rtol=1e-10)
+
+
+def test_one_sample_one_feature_and_one_direction():
+    model = nn.Sequential(nn.Linear(3, 1), nn.Tanh()).double()
+    x = torch.randn(1, 3, dtype=torch.float64)
+    g = tgp.measure(model, x, layers="1", estimator=tgp.Subspace(k=1))["1"]
+    assert g.singular_values.shape == (1, 1)
+    exact = tgp.measure(model, x, layers="1", estimator=tgp.Exact(), normalize=False)["1"]
+    slope = 1 - model(x).item() ** 2
+    assert math.isclose(
+        exact.log_volume.item(), math.log(slope * model[0].weight.norm().item()), rel_tol=1e-12
+    )
+
+
+def test_algebra_of_the_volume():
+    """Rotating input or features changes nothing; scaling the input by c adds d·log c; square layers add."""
+    d = 5
+    first, second = nn.Linear(d, d).double(), nn.Linear(d, d).double()
+    x = torch.randn(3, d, dtype=torch.float64)
+    q = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q
+
+    def log_volume(*modules, at=x):
+        return tgp.measure(nn.Sequential(*modules), at, layers="", estimator=tgp.Exact(), normalize=False)[
+            ""
+        ].log_volume
+
+    def linear(matrix):
+        layer = nn.Linear(d, d, bias=False).double()
+        layer.weight.data.copy_(matrix)
+        return layer
+
+    base = log_volume(first, nn.Tanh(), second)
+    assert torch.allclose(log_volume(linear(q), first, nn.Tanh(), second, at=x @ q), base, atol=1e-11)
+    assert torch.allclose(log_volume(first, nn.Tanh(), second, linear(q)), base, atol=1e-11)
+    assert torch.allclose(
+        log_volume(linear(3 * torch.eye(d)), first, nn.Tanh(), second, at=x / 3),
+        base + d * math.log(3),
+        atol=1e-11,
+    )
+    inner = nn.Sequential(first, nn.Tanh())
+    assert torch.allclose(log_volume(*inner) + log_volume(second, at=inner(x).detach()), base, atol=1e-11)

@@ -1,0 +1,1 @@
+"""Decision boundaries, and whether a network magnifies near them."""

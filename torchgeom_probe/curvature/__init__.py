@@ -1,0 +1,1 @@
+"""Scalar curvature of any smooth map."""

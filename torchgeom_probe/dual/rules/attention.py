@@ -1,0 +1,238 @@
+"""Softmax, and scaled dot-product attention, whose score tangents are never held for all rows at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from torchgeom_probe.dual.registry import any_dual, enter, from_end, row_by_row, rows_of, rule, traced
+from torchgeom_probe.dual.tensor import DualTensor
+from torchgeom_probe.shapes import Tensor
+
+aten = torch.ops.aten
+
+#: Bytes of score tangents worked on at once: on the CPU what stays in cache, elsewhere what keeps the device busy.
+_SCORE_BYTES = {"cpu": 1 << 20}
+_SCORE_BYTES_ELSEWHERE = 1 << 28
+
+
+def softmax_rows(buffer: Tensor, dim: int) -> Tensor:
+    """The softmax of a buffer along a negative axis."""
+    # y = softmax(p);  y' = y (t - Σ y t), a symmetric Jacobian: torch's own backward kernel applies it in one sweep
+    out = torch.empty_like(buffer)
+    y = torch.softmax(buffer[0], dim)
+    out[0].copy_(y)
+    if row_by_row(buffer) and buffer.is_contiguous():
+        for row in range(1, buffer.shape[0]):
+            aten._softmax_backward_data.out(buffer[row], y, dim, buffer.dtype, grad_input=out[row])
+        return out
+    weighted = torch.mul(buffer[1:], y, out=out[1:])
+    weighted.addcmul_(weighted.sum(dim, keepdim=True), y, value=-1)
+    return out
+
+
+def _softmax(input: DualTensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+    if dim is None or input.buffer.ndim == 1:
+        return NotImplemented
+    b = input.buffer if dtype is None else input.buffer.to(dtype)
+    return DualTensor(softmax_rows(b, from_end(dim, b.ndim - 1)))
+
+
+def _log_softmax(input: DualTensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+    # y = log softmax(p);  y' = t - Σ e^y t
+    if dim is None or input.buffer.ndim == 1:
+        return NotImplemented
+    dim = from_end(dim, input.buffer.ndim - 1)
+    b = input.buffer if dtype is None else input.buffer.to(dtype)
+    y = torch.log_softmax(b[0], dim)
+    out = torch.empty_like(b)
+    torch.sub(b[1:], (b[1:] * y.exp()).sum(dim, keepdim=True), out=out[1:])
+    out[0].copy_(y)
+    return DualTensor(out)
+
+
+# F's third positional argument is a stack level, torch's and Tensor's is a type.
+for _name, _rule in {"softmax": _softmax, "log_softmax": _log_softmax}.items():
+    enter(_rule, f"F.{_name}")
+    enter(
+        lambda input, dim, dtype=None, _rule=_rule: _rule(input, dim, dtype=dtype),
+        f"torch.{_name}",
+        f"Tensor.{_name}",
+        f"special.{_name}",
+    )
+
+
+@rule("F.softmin")
+def _softmin(input: DualTensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+    return _softmax(DualTensor(-input.buffer), dim, dtype=dtype)
+
+
+@rule("logsumexp")
+def _logsumexp(input: DualTensor, dim: Any, keepdim: bool = False) -> Any:
+    # y = log Σ e^p;  y' = Σ e^(p - y) t
+    if input.buffer.ndim == 1:
+        return NotImplemented
+    dims = [from_end(d, input.buffer.ndim - 1) for d in ((dim,) if isinstance(dim, int) else dim)]
+    y = torch.logsumexp(input.primal, dims, keepdim=True)
+    tangents = (input.tangents * (input.primal - y).exp()).sum(dims, keepdim=True)
+    out = torch.cat([y[None], tangents])
+    if not keepdim:
+        out = out.squeeze(dims)
+    return DualTensor(out)
+
+
+@rule("scaled_dot_product_attention")
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    # o = y v, y = softmax(s), s = c q kᵀ + mask.  With a = y s':  y' = a - y Σ a,  so  o' = a v - (Σ a) o + y v'
+    if dropout_p or not any_dual(query, key, value) or min(query.ndim, key.ndim, value.ndim) < 3:
+        return NotImplemented
+    if any_dual(attn_mask) or not (query.shape[:-2] == key.shape[:-2] == value.shape[:-2]):
+        return _attention_by_parts(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    q, k, v = _Heads(query), _Heads(key), _Heads(value)
+    c = 1 / math.sqrt(q.width) if scale is None else scale
+    rows = rows_of(query, key, value)
+    mask = _mask(attn_mask, is_causal, query.shape[:-2], q, k)
+    # Laid out as [..., L, H, E] under the hood: the model's next step puts the heads side by side.
+    out = q.primal.new_empty((rows, q.samples, q.length, q.heads, v.width)).transpose(2, 3)
+    for samples, heads, tangents in _pieces(q, k, rows - 1):
+        here = (samples, heads)
+        q_here, k_here, v_here = (x.primal[here].flatten(0, 1) for x in (q, k, v))
+        scores = q_here @ (k_here * c).mT
+        if mask is not None:
+            scores = scores + (mask[here].flatten(0, 1) if mask.ndim == 4 else mask)
+        y = torch.softmax(scores, -1) if attn_mask is None else torch._safe_softmax(scores, -1)
+        o = y @ v_here
+        shape = out[0, samples, heads].shape
+        out[0, samples, heads] = o.view(shape)
+        for t in tangents:
+            pushed = _pushed(
+                y, o, q_here * c, k_here * c, v_here, *(x.tangents_at(t, *here) for x in (q, k, v))
+            )
+            out[1:][t, samples, heads] = pushed.view(*shape[:3], -1, v.width).permute(3, 0, 1, 2, 4)
+    return DualTensor(out.reshape(rows, *query.shape[:-1], v.width))
+
+
+class _Heads:
+    """Queries, keys or values as [samples, heads, length, width], and their tangents where they have some."""
+
+    samples: int
+    heads: int
+    length: int
+    width: int
+
+    def __init__(self, x: Any) -> None:
+        buffer = x.buffer if isinstance(x, DualTensor) else x[None]
+        buffer = buffer.unsqueeze(1) if buffer.ndim == 4 else buffer.flatten(1, -4)
+        self.primal, self.tangents = buffer[0], buffer[1:]
+        self.samples, self.heads, self.length, self.width = self.primal.shape
+
+    def tangents_at(self, t: slice, samples: slice, heads: slice) -> Tensor | None:
+        """[T, H, L, E] of some tangents and heads; None without any."""
+        return (
+            self.tangents[t, samples, heads].permute(1, 2, 3, 0, 4).flatten(0, 1)
+            if len(self.tangents)
+            else None
+        )
+
+
+def _pieces(q: _Heads, k: _Heads, tangents: int) -> Iterator[tuple[slice, slice, list[slice]]]:
+    """Samples, heads and groups of tangents whose score tangents fit into the budget together."""
+    near = _SCORE_BYTES.get(q.primal.device.type, _SCORE_BYTES_ELSEWHERE)
+    budget = _SCORE_BYTES_ELSEWHERE if traced() else near
+    fit = budget // (q.length * k.length * q.primal.element_size())
+    tangents_at_once = max(1, min(tangents, fit))
+    heads_at_once = max(1, min(q.heads, fit // tangents_at_once))
+    samples_at_once = max(1, min(q.samples, fit // (tangents_at_once * q.heads)))
+    groups = _slices(tangents, tangents_at_once)
+    for samples in _slices(q.samples, samples_at_once):
+        for heads in _slices(q.heads, heads_at_once):
+            yield samples, heads, groups
+
+
+def _slices(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _pushed(
+    y: Tensor,
+    o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+) -> Tensor:
+    """Return o' as [H, L, T, E], from tangents [H, L, T, E] of some heads: every product is one bmm over H, nothing is repeated."""
+    heads, length, span = y.shape
+    out: Tensor | None = None
+    a: Tensor | None = None
+    if dq is not None:
+        a = torch.bmm(dq.flatten(1, 2), k.mT).view(heads, length, -1, span)
+    if dk is not None:
+        wide = dk.transpose(1, 2).flatten(1, 2).mT  # [H, E, T S]
+        if a is None:
+            a = torch.bmm(q, wide).view(heads, length, -1, span)
+        else:
+            a.view(heads, length, -1).baddbmm_(q, wide)
+    if a is not None:
+        a.mul_(y[:, :, None])
+        out = torch.bmm(a.view(heads, -1, span), v).view(heads, length, -1, v.shape[-1])
+        out.addcmul_(a.sum(-1, keepdim=True), o[:, :, None], value=-1)
+    if dv is not None:
+        wide = dv.flatten(2, 3)  # [H, S, T E]
+        if out is None:
+            out = torch.bmm(y, wide).view(heads, length, -1, dv.shape[-1])
+        else:
+            out.view(heads, length, -1).baddbmm_(y, wide)
+    assert out is not None
+    return out
+
+
+def _mask(attn_mask: Any, is_causal: bool, batch: Any, q: _Heads, k: _Heads) -> Tensor | None:
+    """Return what is added to the scores: [L, S], or [samples, heads, L, S] where it differs between them."""
+    mask, like = attn_mask, q.primal
+    if is_causal:
+        mask = torch.ones(q.length, k.length, dtype=torch.bool, device=like.device).tril()
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, -torch.inf)
+    if mask.shape[:-2].numel() == 1:
+        return mask.reshape(mask.shape[-2:])
+    if len(batch) > 2:
+        mask = mask.expand(*batch, q.length, k.length).flatten(0, -4)
+    return mask.expand(q.samples, q.heads, q.length, k.length)
+
+
+def _attention_by_parts(
+    query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Any:
+    if enable_gqa:
+        key, value = (
+            torch.repeat_interleave(x, query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value)
+        )
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, 0.0, is_causal, scale=scale
+        )
+    c = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = query @ key.transpose(-2, -1) * c
+    mask = attn_mask
+    if is_causal:
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1) @ value

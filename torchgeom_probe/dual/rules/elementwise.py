@@ -1,0 +1,154 @@
+"""Elementwise functions: f and f' once, on row 0 alone, and one multiplication for all tangents: y' = f'(p) t."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torchgeom_probe.dual.registry import any_dual, enter, named, rule
+from torchgeom_probe.dual.tensor import RULES, DualTensor, inplace_at
+from torchgeom_probe.shapes import Tensor
+
+aten = torch.ops.aten
+
+
+def pushed(x: DualTensor, value: Tensor, slope: Tensor, *, writes: bool = False) -> DualTensor:
+    """Value in row 0, slope times the tangents in the others."""
+    b = x.buffer
+    if writes:
+        b[1:].mul_(slope)
+        b[0].copy_(value)
+        return x
+    out = torch.empty_like(b, dtype=value.dtype)
+    torch.mul(b[1:], slope, out=out[1:])
+    out[0].copy_(value)
+    return DualTensor(out)
+
+
+def _one(p: Tensor) -> Tensor:
+    return p.new_ones(()).expand_as(p)  # no memory: torch's own backward kernels of f turn it into f'
+
+
+#: name → f'(p, y, *args) with y = f(p).  The in-place forms (``name_`` and ``inplace=True``) come with the name.
+SLOPES: dict[str, Callable[..., Tensor]] = {
+    # σ(p) σ(-p), not y (1 - y): that cancels where the unit saturates at 1, and leaves no digit of a small slope.
+    "sigmoid": lambda p, y: y * torch.sigmoid(-p),
+    "expit": lambda p, y: y * torch.sigmoid(-p),
+    "tanh": lambda p, y: (
+        4 * torch.sigmoid(2 * p) * torch.sigmoid(-2 * p)
+    ),  # 1 - y² cancels where a unit saturates
+    "exp": lambda p, y: y,
+    "log": lambda p, y: p.reciprocal(),
+    "sqrt": lambda p, y: 0.5 / y,
+    "rsqrt": lambda p, y: -0.5 * y / p,
+    "square": lambda p, y: 2 * p,
+    "reciprocal": lambda p, y: -y * y,
+    "sin": lambda p, y: p.cos(),
+    "cos": lambda p, y: -p.sin(),
+    "abs": lambda p, y: p.sign(),
+    "absolute": lambda p, y: p.sign(),
+    "Tensor.__abs__": lambda p, y: p.sign(),
+    "erf": lambda p, y: 2 / math.sqrt(math.pi) * (-p * p).exp(),
+    "gelu": lambda p, y, approximate="none": aten.gelu_backward(_one(p), p, approximate=approximate),
+    "silu": lambda p, y: aten.silu_backward(_one(p), p),
+    "mish": lambda p, y: aten.mish_backward(_one(p), p),
+    "softplus": lambda p, y, beta=1, threshold=20: aten.softplus_backward(_one(p), p, beta, threshold),
+    "hardswish": lambda p, y: aten.hardswish_backward(_one(p), p),
+    "hardsigmoid": lambda p, y: aten.hardsigmoid_backward(_one(p), p),
+    "relu6": lambda p, y: aten.hardtanh_backward(_one(p), p, 0, 6),
+    "leaky_relu": lambda p, y, negative_slope=0.01: aten.leaky_relu_backward(
+        _one(p), p, negative_slope, False
+    ),
+}
+
+#: Elementwise without a formula of its own: f and f' together from one jvp with the tangent 1.
+BY_ONE_JVP = (
+    "elu celu selu hardtanh softsign logsigmoid hardshrink softshrink tanhshrink threshold expm1 exp2 log2 log10 log1p sinh cosh"
+    " asin acos atan asinh acosh atanh arcsin arccos arctan arcsinh arccosh arctanh tan erfc erfinv sinc lgamma digamma logit"
+    " nan_to_num clamp clamp_min clamp_max clip frac deg2rad rad2deg ndtr ndtri log_ndtr i0 i0e i1 i1e erfcx entr rrelu"
+    " mvlgamma float_power gammaln psi"
+).split()
+
+
+def _elementwise(
+    op: Any, formula: Callable[..., Tensor] | None, *, writes: bool, random: bool = False
+) -> Callable[..., Any]:
+    place = inplace_at(op)
+
+    def push(input: Any, *args: Any, inplace: bool = False, **kwargs: Any) -> Any:
+        if not isinstance(input, DualTensor) or any_dual(*args, *kwargs.values()):
+            return NotImplemented
+        if place is not None and len(args) >= place:
+            inplace, args = args[place - 1], args[: place - 1]
+        if random and (kwargs.get("training") or (len(args) > 2 and args[2])):
+            return NotImplemented  # a random slope per element: the fallback draws it once for all tangents
+        p = input.primal
+        if p.is_complex():
+            return NotImplemented  # these are derivatives along the real axis
+        if formula is None:
+            value, slope = torch.func.jvp(lambda q: op(q, *args, **kwargs), (p,), (torch.ones_like(p),))[:2]
+            if value.shape != p.shape:  # clamp with a larger bound
+                return NotImplemented
+        else:
+            value = op(p, *args, **kwargs)
+            slope = formula(p, value, *args, **kwargs)
+        return pushed(input, value, slope, writes=inplace or writes)
+
+    return push
+
+
+for _name in [*SLOPES, *BY_ONE_JVP]:
+    for _op in named(_name):
+        RULES[_op] = _elementwise(_op, SLOPES.get(_name), writes=False, random=_name == "rrelu")
+        for _twin in named(f"{_name}_"):
+            RULES[_twin] = _elementwise(_op, SLOPES.get(_name), writes=True, random=_name == "rrelu")
+
+
+@rule("relu")
+def _relu(input: DualTensor, inplace: bool = False) -> DualTensor:
+    # f' = [p > 0]: torch's own masking kernel on all rows at once; row 0 becomes p [p > 0] = relu(p)
+    if inplace:
+        return _relu_in_place(input)
+    return DualTensor(aten.threshold_backward(input.buffer, input.primal.expand_as(input.buffer), 0))
+
+
+@rule("relu_")
+def _relu_in_place(input: DualTensor) -> DualTensor:
+    t, p = input.tangents, input.primal
+    aten.threshold_backward.grad_input(t, p.expand_as(t), 0, grad_input=t)
+    p.relu_()
+    return input
+
+
+@rule("prelu")
+def _prelu(input: Any, weight: Any) -> Any:
+    # y = s p with s = 1 where p > 0, the channel's weight elsewhere: every row times s
+    if not isinstance(input, DualTensor) or isinstance(weight, DualTensor):
+        return NotImplemented
+    p = input.primal
+    shape = [1] * p.ndim
+    if p.ndim >= 2:
+        shape[1] = -1
+    elif weight.numel() > 1:
+        return NotImplemented
+    return DualTensor(input.buffer * torch.where(p > 0, 1.0, weight.reshape(shape)).to(p.dtype))
+
+
+@rule("glu")
+def _glu(input: DualTensor, dim: int = -1) -> Any:
+    # glu(a, b) = a σ(b), by the rules of its parts
+    a, b = input.chunk(2, dim)
+    return a * b.sigmoid()
+
+
+@rule("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "feature_dropout_")
+def _dropout(
+    input: DualTensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, train: bool = True
+) -> Any:
+    return NotImplemented if training and train else input
+
+
+enter(_dropout, "alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_")

@@ -1,0 +1,183 @@
+"""Normalisation layers in eval mode: batch norm is affine; the others have one symmetric Jacobian per group of features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from torchgeom_probe.dual.registry import any_dual, named, ndim_of, row_by_row, rule
+from torchgeom_probe.dual.tensor import TAKES_WAITING, DualTensor
+from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.shapes import Tensor
+
+aten = torch.ops.aten
+
+
+@rule("F.batch_norm")
+def _batch_norm(
+    input: DualTensor,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    # eval: y = s p + c with s = w / √(var + ε), c = b - s mean;  y' = s t;  after a convolution that has yet to run, by its weight
+    if training or running_mean is None:
+        raise ProbeError(
+            "batch normalisation by the statistics of the batch couples the samples: no sample has a metric of its own.\n"
+            "Measure in eval mode (mode='eval') with running statistics (track_running_stats=True)."
+        )
+    if any_dual(running_mean, running_var, weight, bias):
+        return NotImplemented
+    scale = torch.rsqrt(running_var + eps)
+    scale = scale if weight is None else scale * weight
+    shift = -running_mean * scale if bias is None else bias - running_mean * scale
+    convolution = input.taken()
+    if convolution is not None and convolution.can_be_scaled and scale.dtype == convolution.weight.dtype:
+        return DualTensor(convolution.scaled(scale, shift))
+    spread = (-1, *[1] * (ndim_of(input) - 2))
+    out = input.buffer * scale.reshape(spread).to(input.buffer.dtype)
+    out[0].add_(shift.reshape(spread))
+    return DualTensor(out)
+
+
+@rule("torch.batch_norm")
+def _torch_batch_norm(
+    input: DualTensor,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *_: Any,
+) -> Any:
+    return _batch_norm(input, mean, var, weight, bias, training, momentum, eps)
+
+
+TAKES_WAITING.update(named("F.batch_norm", "torch.batch_norm"))
+
+
+def _standardised(buffer: Tensor, axes: int, eps: float, weight: Tensor | None = None) -> Tensor:
+    """The rows of a buffer made zero-mean, unit-variance over its last axes, then times the weight (without a bias)."""
+    # x̂ = (p - mean) r, r = 1/√(var + ε);  x̂' = r (c - x̂ mean(x̂ c)), c = t - mean t
+    if row_by_row(buffer):
+        return _standardised_by_kernel(buffer, axes, eps, weight)
+    dims = list(range(-axes, 0))
+    variance, mean = torch.var_mean(buffer[0], dims, correction=0, keepdim=True)
+    inverse = torch.rsqrt(variance + eps)
+    hat = (buffer[0] - mean) * inverse
+    out = torch.empty_like(buffer)
+    out[0].copy_(hat)
+    centred = torch.sub(buffer[1:], buffer[1:].mean(dims, keepdim=True), out=out[1:])
+    centred.addcmul_((centred * hat).mean(dims, keepdim=True), hat, value=-1)
+    centred.mul_(inverse)
+    return out if weight is None else out.mul_(weight)
+
+
+def _standardised_by_kernel(buffer: Tensor, axes: int, eps: float, weight: Tensor | None) -> Tensor:
+    # The Jacobian of x̂ is symmetric: torch's own backward kernel, given a tangent, is the forward derivative in one sweep.
+    p, shape = buffer[0].contiguous(), list(buffer.shape[-axes:])
+    value, mean, inverse = torch.native_layer_norm(p, shape, weight, None, eps)
+    out = buffer.new_empty(buffer.shape)
+    out[0] = value
+    for row in range(1, buffer.shape[0]):
+        hat = aten.native_layer_norm_backward(
+            buffer[row].contiguous(), p, shape, mean, inverse, None, None, [True, False, False]
+        )[0]
+        if weight is None:
+            out[row] = hat
+        else:
+            torch.mul(hat, weight, out=out[row])
+    return out
+
+
+@rule("layer_norm")
+def _layer_norm(
+    input: DualTensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
+    if any_dual(weight, bias):
+        return NotImplemented
+    out = _standardised(input.buffer, len(normalized_shape), eps, weight)
+    if bias is not None:
+        out[0].add_(bias)
+    return DualTensor(out)
+
+
+@rule("group_norm")
+def _group_norm(
+    input: DualTensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
+    if any_dual(weight, bias) or ndim_of(input) < 2:
+        return NotImplemented
+    b = input.buffer
+    out = _standardised(b.reshape(*b.shape[:2], num_groups, -1), 1, eps).reshape(b.shape)
+    spread = (-1, *[1] * (b.ndim - 3))
+    if weight is not None:
+        out.mul_(weight.reshape(spread))
+    if bias is not None:
+        out[0].add_(bias.reshape(spread))
+    return DualTensor(out)
+
+
+@rule("F.instance_norm")
+def _instance_norm(
+    input: DualTensor,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if not use_input_stats:
+        return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if ndim_of(input) < 3 or running_mean is not None:
+        return NotImplemented
+    return _group_norm(input, input.shape[1], weight, bias, eps)
+
+
+@rule("torch.instance_norm")
+def _torch_instance_norm(
+    input: DualTensor,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    *_: Any,
+) -> Any:
+    return _instance_norm(input, mean, var, weight, bias, use_input_stats, momentum, eps)
+
+
+@rule("rms_norm")
+def _rms_norm(input: DualTensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    # x̂ = r p, r = 1/√(mean p² + ε);  x̂' = r t - x̂ mean(x̂ r t)
+    if any_dual(weight):
+        return NotImplemented
+    b, dims = input.buffer, list(range(-len(normalized_shape), 0))
+    eps = torch.finfo(b.dtype).eps if eps is None else eps
+    out = b * torch.rsqrt(b[0].square().mean(dims, keepdim=True) + eps)
+    out[1:].addcmul_((out[1:] * out[0]).mean(dims, keepdim=True), out[0], value=-1)
+    return DualTensor(out if weight is None else out.mul_(weight))
+
+
+@rule("F.normalize")
+def _normalize(input: DualTensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Any:
+    # y = p / m, m = max(|p|, ε);  y' = (t - y m')/m, m' = Σ y t where |p| > ε
+    if p != 2.0 or not isinstance(dim, int) or input.buffer.is_complex():
+        return NotImplemented
+    axis = dim - ndim_of(input) if dim >= 0 else dim
+    length = torch.linalg.vector_norm(input.primal, dim=axis, keepdim=True)
+    result = input.buffer / length.clamp_min(eps)
+    grows = (result[1:] * result[0]).sum(axis, keepdim=True) * (length > eps)
+    result[1:].addcmul_(grows, result[0], value=-1)
+    return DualTensor(result)

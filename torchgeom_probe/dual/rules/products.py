@@ -1,0 +1,142 @@
+"""Products with weights and of two duals: linear, matmul, einsum and whatever else is linear in each operand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from torchgeom_probe.dual.registry import (
+    aligned,
+    any_dual,
+    enter,
+    in_place_of,
+    named,
+    ndim_of,
+    primal_of,
+    row_by_row,
+    rule,
+)
+from torchgeom_probe.dual.tensor import RULES, DualTensor
+from torchgeom_probe.shapes import Tensor
+
+
+@rule("linear")
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    # (Wx + b)' = Wx'
+    if any_dual(weight, bias):
+        return NotImplemented
+    out = F.linear(input.buffer, weight)
+    if bias is not None:
+        out[0].add_(bias)
+    return DualTensor(out)
+
+
+@rule("matmul", "Tensor.__matmul__", "bmm", "mm")
+def _matmul(input: Any, other: Any) -> Any:
+    # (a b)' = a'b + ab', batched over the rows by broadcasting
+    ndim = max(ndim_of(input), ndim_of(other))
+    if min(ndim_of(input), ndim_of(other)) < 2:
+        return multilinear(torch.matmul, input, other)
+    left = aligned(input, ndim) if isinstance(input, DualTensor) else input
+    right = aligned(other, ndim) if isinstance(other, DualTensor) else other
+    if not (isinstance(input, DualTensor) and isinstance(other, DualTensor)):
+        return DualTensor(torch.matmul(left, right))
+    if left.shape[1:-2] == right.shape[1:-2] and ndim > 2 and row_by_row(left):
+        return DualTensor(_batched(left, right))
+    out = torch.matmul(left, right[0])
+    out[1:].add_(torch.matmul(left[0], right[1:]))
+    return DualTensor(out)
+
+
+def _batched(left: Tensor, right: Tensor) -> Tensor:
+    # No row of either operand is repeated to broadcast it, and the second product adds to the first in place.
+    shape = (*left.shape[:-1], right.shape[-1])
+    left, right = left.flatten(1, -3), right.flatten(1, -3)
+    out = left.new_empty((*left.shape[:-1], right.shape[-1]))
+    torch.bmm(left[0], right[0], out=out[0])
+    for row in range(1, out.shape[0]):
+        torch.bmm(left[row], right[0], out=out[row])
+        out[row].baddbmm_(left[0], right[row])
+    return out.view(shape)
+
+
+enter(lambda input, other: _matmul(other, input), "Tensor.__rmatmul__")
+
+
+def multilinear(op: Callable[..., Tensor], *factors: Any) -> Any:
+    """The product rule for any op that is linear in each of its operands: one term for each that is dual."""
+    if not any_dual(*factors):
+        return NotImplemented
+    primals = [primal_of(f) for f in factors]
+    out: Any = None
+    for i, factor in enumerate(factors):
+        if not isinstance(factor, DualTensor):
+            continue
+
+        def on_row(row: Tensor, i: int = i) -> Tensor:
+            return op(*primals[:i], row, *primals[i + 1 :])
+
+        if out is None:
+            out = torch.func.vmap(on_row)(factor.buffer)
+        else:
+            out[1:].add_(torch.func.vmap(on_row)(factor.tangents))
+    return DualTensor(out)
+
+
+def _multilinear_rule(op: Any) -> Callable[..., Any]:
+    def push(a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
+        if any_dual(*args, *kwargs.values()):
+            return NotImplemented
+        return multilinear(lambda p, q: op(p, q, *args, **kwargs), a, b)
+
+    return push
+
+
+for _name in ("mv", "dot", "vdot", "inner", "outer", "ger", "kron", "tensordot", "cross", "vecdot"):
+    for _op in named(_name):
+        RULES[_op] = _multilinear_rule(_op)
+
+
+@rule("einsum")
+def _einsum(equation: Any, *factors: Any) -> Any:
+    if len(factors) == 1 and isinstance(factors[0], (list, tuple)):
+        factors = tuple(factors[0])
+    if not isinstance(equation, str):
+        return NotImplemented
+    return multilinear(lambda *operands: torch.einsum(equation, *operands), *factors)
+
+
+# ------------------------------------------------------------------------------------- by the rules of their own parts
+
+
+def _plus_product(product: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    def push(input: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+        return product(a, b) * alpha + input * beta if beta != 0 else product(a, b) * alpha
+
+    return push
+
+
+_SUMS: dict[str, Callable[[Any, Any], Any]] = {
+    "addmm": torch.mm,
+    "baddbmm": torch.bmm,
+    "addmv": torch.mv,
+    "addr": torch.outer,
+}
+for _name, _product in _SUMS.items():
+    enter(_plus_product(_product), _name)
+    enter(in_place_of(_plus_product(_product)), f"{_name}_")
+enter(_plus_product(lambda a, b: torch.bmm(a, b).sum(0)), "addbmm")
+
+
+@rule("bilinear")
+def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
+    # y = aᵀ W b + c;  y' = a'ᵀ W b + aᵀ W b'
+    if any_dual(weight, bias):
+        return NotImplemented
+    out = multilinear(lambda a, b: torch.einsum("...i,oij,...j->...o", a, weight, b), input1, input2)
+    if bias is not None:
+        out.buffer[0].add_(bias)
+    return out

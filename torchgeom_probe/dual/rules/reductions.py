@@ -1,0 +1,231 @@
+"""Sums, moments, norms and selections along axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torchgeom_probe.dual.registry import all_at, any_dual, at, enter, from_end, named, ndim_of, on_rows, rule
+from torchgeom_probe.dual.tensor import RULES, DualTensor
+from torchgeom_probe.shapes import Tensor
+
+
+def _sum_like(op: Any) -> Callable[..., Any]:
+    def push(
+        input: DualTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None
+    ) -> Any:
+        dim = axis if dim is None else dim
+        if ndim_of(input) == 0 or isinstance(dim, torch.dtype):
+            return NotImplemented
+        dims = list(range(1, input.buffer.ndim)) if dim is None or dim == () else all_at(dim)
+        return DualTensor(op(input.buffer, dims, keepdim=keepdim, dtype=dtype))
+
+    return push
+
+
+enter(_sum_like(torch.sum), "sum")
+enter(_sum_like(torch.mean), "mean")
+
+
+@rule("cumsum")
+def _cumsum(input: DualTensor, dim: int, *, dtype: Any = None) -> Any:
+    return NotImplemented if ndim_of(input) == 0 else DualTensor(input.buffer.cumsum(at(dim), dtype=dtype))
+
+
+for _op in named("diff", "trace", "trapezoid", "trapz"):
+    RULES[_op] = on_rows(_op)
+
+
+# ------------------------------------------------------------------------------------------------- moments and norms
+
+
+def _var(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
+    # var = Σ c²/m, c = p - mean p;  var' = 2 Σ c t / m
+    dims, keepdim, correction = _moment_arguments(*args, **kwargs)
+    if ndim_of(input) == 0 or input.buffer.is_complex():
+        return NotImplemented
+    p = input.primal
+    variance = torch.var(p, *args, **kwargs)
+    dims = (
+        list(range(-p.ndim, 0)) if dims is None or dims in ((), []) else [from_end(d, p.ndim) for d in dims]
+    )
+    centred = p - p.mean(dims, keepdim=True)
+    count = p.numel() // max(1, centred.sum(dims).numel()) - correction
+    tangents = (input.tangents * centred).sum(dims, keepdim=keepdim) * (2 / count)
+    return DualTensor(torch.cat([variance[None], tangents]))
+
+
+def _moment_arguments(*args: Any, **kwargs: Any) -> tuple[Any, bool, float]:
+    """Read (dims, keepdim, correction) from the forms of var: ``(unbiased)``, ``(dim, unbiased, keepdim)``, ``(dim, *, correction)``."""
+    given = dict(
+        zip(
+            ("dim", "unbiased", "keepdim"),
+            (None, *args) if args and isinstance(args[0], bool) else args,
+            strict=False,
+        )
+    )
+    given |= kwargs
+    correction = given.get("correction")
+    dim = given.get("dim")
+    dims = (dim,) if isinstance(dim, int) else dim
+    return (
+        dims,
+        given.get("keepdim", False),
+        int(given.get("unbiased", True)) if correction is None else correction,
+    )
+
+
+def _std(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
+    variance = _var(input, *args, **kwargs)
+    return variance if variance is NotImplemented else torch.sqrt(variance)
+
+
+def _with_mean(moment: Callable[..., Any]) -> Callable[..., Any]:
+    def push(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
+        spread = moment(input, *args, **kwargs)
+        if spread is NotImplemented:
+            return NotImplemented
+        dims, keepdim, _ = _moment_arguments(*args, **kwargs)
+        return spread, input.mean() if dims is None else input.mean(dims, keepdim)
+
+    return push
+
+
+enter(_var, "var")
+enter(_std, "std")
+enter(_with_mean(_var), "var_mean")
+enter(_with_mean(_std), "std_mean")
+
+
+@rule("linalg.vector_norm")
+def _vector_norm(
+    x: DualTensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    # y = (Σ|p|^q)^(1/q);  y' = Σ sign(p) (|p|/y)^(q-1) t, and 0 at p = 0; for q = 2 Σ p t / y
+    regular = isinstance(ord, (int, float)) and 1 <= ord < float("inf")
+    if not regular or dtype is not None or ndim_of(x) == 0 or x.buffer.is_complex():
+        return NotImplemented
+    dims = list(range(-ndim_of(x), 0)) if dim is None else [from_end(d, ndim_of(x)) for d in _tuple(dim)]
+    y = torch.linalg.vector_norm(x.primal, ord, dim=dims, keepdim=True)
+    share = (x.primal / y).masked_fill(y == 0, 0)
+    slope = share if ord == 2 else share.sign() * share.abs() ** (ord - 1)
+    tangents = (x.tangents * slope).sum(dims, keepdim=True)
+    out = torch.cat([y[None], tangents])
+    return DualTensor(out if keepdim else out.squeeze(dims))
+
+
+@rule("torch.norm", "Tensor.norm")
+def _norm(
+    input: DualTensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> Any:
+    return (
+        _vector_norm(input, 2, dim, keepdim, dtype=dtype)
+        if p in ("fro", 2) and not isinstance(p, bool)
+        else NotImplemented
+    )
+
+
+@rule("linalg.norm")
+def _linalg_norm(
+    A: DualTensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    if ord is not None and not (ord == 2 and (isinstance(dim, int) or A.ndim == 1)):
+        return NotImplemented
+    return _vector_norm(A, 2, dim, keepdim, dtype=dtype)
+
+
+@rule("cosine_similarity")
+def _cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
+    # ⟨x/|x|, y/|y|⟩, by the rules of its parts
+    if ndim_of(x1) != ndim_of(x2) or x1.shape[dim] != x2.shape[dim]:
+        return NotImplemented
+    unit_1, unit_2 = (x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(eps) for x in (x1, x2))
+    return (unit_1 * unit_2).sum(dim)
+
+
+@rule("pairwise_distance")
+def _pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
+    # |x - y + ε|, by the rules of its parts
+    return torch.linalg.vector_norm(x1 - x2 + eps, p, dim=-1, keepdim=keepdim)
+
+
+@rule("cdist")
+def _cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: Any = None) -> Any:
+    # |x_i - y_j| for all pairs, by the rules of its parts; torch has no forward derivative of it
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
+
+
+def _tuple(dim: Any) -> tuple[int, ...]:
+    return (dim,) if isinstance(dim, int) else tuple(dim)
+
+
+# ---------------------------------------------------------------------------------------------------------- selections
+
+
+def _extreme_along(op: Any) -> Callable[..., Any]:
+    def push(input: DualTensor, dim: Any = (), keepdim: bool = False) -> Any:
+        # y' = the mean of t over the places where p = y
+        if ndim_of(input) == 0:
+            return NotImplemented
+        p = input.primal
+        dims = [from_end(d, p.ndim) for d in _tuple(dim)] or list(range(-p.ndim, 0))
+        y = op(p, dims, keepdim=True)
+        chosen = (p == y).to(p.dtype)
+        tangents = (input.tangents * (chosen / chosen.sum(dims, keepdim=True))).sum(dims, keepdim=True)
+        out = torch.cat([y[None], tangents])
+        return DualTensor(out if keepdim else out.squeeze(dims))
+
+    return push
+
+
+enter(_extreme_along(torch.amax), "amax")
+enter(_extreme_along(torch.amin), "amin")
+
+
+def _chosen(op: Any, binary: Any = None, full: Any = None) -> Callable[..., Any]:
+    def push(input: Any, *args: Any, **kwargs: Any) -> Any:
+        # values = p[indices], so values' = t[indices]
+        if (
+            not isinstance(input, DualTensor)
+            or any_dual(*args, *kwargs.values())
+            or (args and isinstance(args[0], Tensor))
+        ):
+            if binary is not None and len(args) == 1 and isinstance(args[0], Tensor) and not kwargs:
+                return RULES[binary](input, args[0])
+            return NotImplemented
+        if ndim_of(input) == 0:
+            return NotImplemented
+        if full is not None and not args and not kwargs:
+            return RULES[full](input)
+        found = op(input.primal, *args, **kwargs)
+        if isinstance(found, Tensor):  # the median of everything has no index
+            return NotImplemented
+        values, indices = found
+        dim = _dim_of(op, args, kwargs)
+        where = indices
+        if values.ndim < ndim_of(input):
+            where = indices.unsqueeze(dim)
+        rows = input.buffer.shape[0]
+        tangents = input.tangents.gather(at(dim), where.expand(rows - 1, *where.shape))
+        out = torch.cat([values[None], tangents.view(rows - 1, *values.shape)])
+        return type(found)((DualTensor(out), indices))
+
+    return push
+
+
+_FIRST_IS_DIM = {"max", "min", "median", "nanmedian", "sort", "mode", "cummax", "cummin"}
+
+
+def _dim_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    if "dim" in kwargs:
+        return kwargs["dim"]
+    place = 0 if op.__name__ in _FIRST_IS_DIM else 1
+    return args[place] if len(args) > place and not isinstance(args[place], bool) else -1
+
+
+for _name in ("topk", "kthvalue", "sort", "median", "nanmedian", "mode", "cummax", "cummin"):
+    enter(_chosen(getattr(torch, _name)), f"torch.{_name}", f"Tensor.{_name}")
+enter(_chosen(torch.max, torch.maximum, torch.amax), "torch.max", "Tensor.max")
+enter(_chosen(torch.min, torch.minimum, torch.amin), "torch.min", "Tensor.min")

@@ -1,1 +1,0 @@
-"""The three ways to differentiate a model: fused (the dual pass), functorch (vmap of jvp), vjp (reverse mode)."""

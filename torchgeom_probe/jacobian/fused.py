@@ -1,0 +1,96 @@
+"""Engine ``"fused"``: one dual forward pass for all layers; hooks reduce the tangents on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from torchgeom_probe.dual import DualTensor, LostTensor, dual_pass
+from torchgeom_probe.errors import EngineRefusal
+from torchgeom_probe.model.hooked import Batch, Task, features, no_tangent
+from torchgeom_probe.shapes import Tensor
+
+#: (entry, blocks [k, B, n_i] of the layer's tangents): called inside the forward pass; the blocks may be overwritten after it returns.
+Sink = Callable[[str, list[Tensor]], None]
+
+
+def push(
+    task: Task,
+    batch: Batch,
+    directions: Tensor,
+    sink: Sink,
+    *,
+    reference: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    any_order: bool = False,
+    own_layout: bool = True,
+) -> None:
+    """Push k directions [k, B, *space] through the model, and hand each layer's tangents to the sink as it fires.
+
+    With ``reference``, plain outputs [m, n] of the first m samples, the primal of every layer is compared with them: a rule that gave
+    another value than torch itself must not be believed for its tangents.  ``state``: parameters and buffers by name, to run the model
+    with in the place of its own.  ``any_order``: the sink does not mind in which order the features come, so channels that lie last in
+    memory need not be copied.  ``own_layout``: images may lie in memory as suits the convolutions.
+    """
+
+    def on_output(entry: str, layer: str, output: Any) -> None:
+        leaves = task.leaves(layer, output)
+        lost = next((leaf for leaf in leaves if isinstance(leaf, LostTensor)), None)
+        if lost is not None:
+            raise no_tangent(entry, task, f"it was cut off by {lost.reason}")
+        if leaves and not any(isinstance(leaf, DualTensor) for leaf in leaves):
+            raise no_tangent(entry, task, "it does not depend on it")
+        flats = features(leaves, layer=layer, batch=batch.size)
+        if reference and entry in reference:
+            _refuse_another_value(entry, leaves, reference[entry])
+        blocks = []
+        for leaf, flat in zip(leaves, flats, strict=True):
+            if isinstance(leaf, DualTensor):
+                tangents = leaf.tangents
+                if any_order and tangents.ndim == 5 and leaf.is_contiguous(memory_format=torch.channels_last):
+                    tangents = tangents.permute(0, 1, 3, 4, 2)
+                blocks.append(tangents.reshape(directions.shape[0], *flat.shape))
+            else:  # a constant beside the features (a positional table): its derivative IS zero
+                blocks.append(flat.new_zeros(directions.shape[0], *flat.shape))
+        sink(entry, blocks)
+
+    def dual(value: Tensor) -> DualTensor:
+        buffer = torch.cat([value[None], directions.to(value.dtype)])
+        if value.ndim == 4 and (
+            value.is_contiguous(memory_format=torch.channels_last)
+            or (
+                own_layout
+                and task.convolves(value)
+                and task.pays_for_its_weights(value, buffer.shape[0] * len(value))
+            )
+        ):
+            rows = buffer.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            buffer = rows.unflatten(0, (-1, value.shape[0]))
+        return DualTensor(buffer)
+
+    def on_source(output: Any) -> Any:
+        return dual(task.source_value(output))
+
+    with dual_pass(), task.hooked(on_output, on_source):
+        args, kwargs = batch.arguments(None if batch.point is None else dual(batch.point))
+        if state is None:
+            task.model(*args, **kwargs)
+        else:
+            torch.func.functional_call(task.model, dict(state), args, kwargs)
+
+
+def _refuse_another_value(entry: str, leaves: list[Tensor], reference: Tensor) -> None:
+    plain = [leaf.primal if isinstance(leaf, DualTensor) else leaf for leaf in leaves]
+    value = torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in plain], dim=1)[: len(reference)]
+    expected = reference[: len(value)]
+    scale = expected.abs().amax().nan_to_num(posinf=0.0) if expected.numel() else expected.sum()
+    # Rounding moves a deep network's output by a tiny share of its size, a write that was lost by a large one.
+    eps = torch.finfo(value.dtype).eps
+    allowed = (1e-6 if eps < 1e-12 else max(1e-2, 8 * eps)) * scale
+    if ((value - expected).abs() > allowed).any():
+        raise EngineRefusal(
+            f"the dual pass gives layer {entry!r} another value than the model's plain forward pass: an op writes in place through a view "
+            "that the dual pass had to copy.\nMeasure with engine='functorch', or write that op out of place."
+        )

@@ -1,0 +1,132 @@
+"""Engine ``"vjp"``: reverse mode.  One saved primal pass, then pullbacks of many cotangents per layer; no graph of the graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from torchgeom_probe.errors import EngineRefusal
+from torchgeom_probe.jacobian.detached import GradientsOff, refused_cuts
+from torchgeom_probe.jacobian.functorch import starting_point
+from torchgeom_probe.jacobian.fused import Sink
+from torchgeom_probe.model.hooked import Batch, Task, features, no_tangent
+from torchgeom_probe.model.isolation import frozen, same_random_numbers
+from torchgeom_probe.shapes import Tensor
+
+
+class Pullback:
+    """The saved primal pass: ``features[entry]`` [c·B, n] with their graph back to ``point`` [c·B, *space], for c copies of the batch.
+
+    Each copy takes a cotangent of its own, so that a pull is one plain backward pass over c·B rows, as large as its convolutions
+    and matrix products like them.  Batched gradients (``is_grads_batched``) save the copies, and then run most ops one cotangent
+    at a time.
+    """
+
+    def __init__(self, point: Tensor, features: dict[str, Tensor], copies: int) -> None:
+        self.point = point
+        self.features = features
+        self.copies = copies
+
+    def pull(self, entry: str, cotangents: Tensor) -> Tensor:
+        """Jᵀu for cotangents [k, B, n] → [k, B, *space], every sample's own."""
+        y, k = self.features[entry], len(cotangents)
+        pulled = []
+        for part in cotangents.split(self.copies):
+            rows = part.flatten(0, 1)
+            if len(rows) < len(y):
+                rows = torch.cat([rows, rows.new_zeros(len(y) - len(rows), rows.shape[1])])
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(y, self.point, rows, retain_graph=True)
+            pulled.append(gradient.detach().unflatten(0, (self.copies, -1)))
+        return torch.cat(pulled)[:k]
+
+    def rows(self, entry: str, start: int, stop: int) -> Tensor:
+        """Rows ``start … stop`` of the Jacobian, [stop − start, B, *space]."""
+        y = self.features[entry]
+        count, samples = stop - start, len(y) // self.copies
+        cotangents = torch.zeros(count, samples, y.shape[1], dtype=y.dtype, device=y.device)
+        place = torch.arange(count, device=y.device)
+        cotangents[place, :, place + start] = 1
+        return self.pull(entry, cotangents)
+
+
+@contextlib.contextmanager
+def pullback(task: Task, batch: Batch, *, copies: int = 1, own_layout: bool = False) -> Iterator[Pullback]:
+    """Make the primal pass, parameters held constant, and yield the pullback of every layer; the graph goes with the body.
+
+    ``own_layout``: images may lie in memory as suits the convolutions.
+    """
+    point = starting_point(task, batch)
+    point = torch.cat([point] * copies) if copies > 1 else point
+    batch = batch.repeated(copies * batch.size) if copies > 1 else batch
+    # Until the last pullback: activation checkpointing runs the forward pass again in each.
+    with frozen(task.model):
+        if own_layout and point.ndim == 4 and task.convolves(point):
+            last = point.contiguous(memory_format=torch.channels_last)
+            try:
+                saved = _saved(task, batch, last, copies, weights=task.weights_with_channels_last())
+            except RuntimeError:  # a model that calls .view on what a convolution made counts on its layout
+                saved = _saved(task, batch, point, copies)
+        else:
+            saved = _saved(task, batch, point, copies)
+        yield saved
+
+
+def _saved(
+    task: Task, batch: Batch, point: Tensor, copies: int, *, weights: dict[str, Tensor] | None = None
+) -> Pullback:
+    point.requires_grad_()
+    outputs: dict[str, Tensor] = {}
+
+    def on_output(entry: str, layer: str, output: Any) -> None:
+        flats = features(task.leaves(layer, output), layer=layer, batch=batch.size)
+        whole = (
+            flats[0].clone() if len(flats) == 1 else torch.cat(flats, dim=1)
+        )  # a copy: the next layer may write over it
+        if not whole.requires_grad:
+            raise no_tangent(entry, task, "it does not depend on it, or runs under no_grad or inference_mode")
+        outputs[entry] = whole
+
+    # The random numbers of every pass are the same, as in forward mode.
+    with (
+        same_random_numbers(point.device),
+        torch.enable_grad(),
+        GradientsOff(),
+        refused_cuts(lambda t: t.requires_grad),
+    ):
+        # A fresh non-leaf: a model whose first op is in place must not write to a leaf that requires a gradient.
+        z = point.view_as(point).clone()
+        with task.hooked(on_output, lambda output: z):
+            args, kwargs = batch.arguments(None if batch.point is None else z)
+            if weights:
+                torch.func.functional_call(task.model, weights, args, kwargs)
+            else:
+                task.model(*args, **kwargs)
+    return Pullback(point, outputs, copies)
+
+
+def push(task: Task, batch: Batch, directions: Tensor, sink: Sink) -> None:
+    """Push k directions by reverse mode alone: Jv as the derivative of u ↦ Jᵀu, which is linear; Jacobian rows if they are fewer."""
+    with pullback(task, batch) as back:
+        tangents_KBd = directions.to(back.point.dtype)
+        for entry, y in back.features.items():
+            if y.shape[1] <= tangents_KBd.shape[0]:
+                rows_NBd = back.rows(entry, 0, y.shape[1]).flatten(2)
+                sink(entry, [torch.einsum("nbd,kbd->kbn", rows_NBd, tangents_KBd.flatten(2))])
+                continue
+            u = torch.zeros_like(y).requires_grad_()
+            with torch.enable_grad():
+                try:
+                    (gradient,) = torch.autograd.grad(y, back.point, u, create_graph=True)
+                    (pushed,) = torch.autograd.grad(
+                        gradient, u, tangents_KBd, retain_graph=True, is_grads_batched=True
+                    )
+                except RuntimeError as error:
+                    raise EngineRefusal(
+                        f"layer {entry!r} has an op with no second derivative, which reverse mode needs for a directional one "
+                        f"({str(error).splitlines()[0]}).\nMeasure with engine='fused' or 'functorch', or, for few features, Exact()."
+                    ) from error
+            sink(entry, [pushed.detach()])

@@ -1,0 +1,1 @@
+"""Mathematics that knows no model: from tangents to log-volumes, Krylov spaces, quadrature, spectra."""

@@ -1,0 +1,120 @@
+"""Stochastic Lanczos quadrature: Golub-Kahan bidiagonalisation from random probes, and what it says of tr f(g).
+
+Legend of axes: B samples, s probes, m steps, X the smaller space (features if n < d, else inputs), Y the other one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from torchgeom_probe.jacobian.layer import LayerJacobian
+from torchgeom_probe.shapes import Float, Tensor
+
+
+def rademacher(count: int, length: int, *, seed: int) -> Float[Tensor, "s X"]:
+    """Random signs from a generator of their own: the same for every sample, every layer of that size and every epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (count, length), generator=generator, dtype=torch.int8).double() * 2 - 1
+
+
+@dataclass(eq=False)
+class Bidiagonalisation:
+    """The Krylov spaces of s probes, grown step by step; all with full reorthogonalisation, and outside of ``deflated``.
+
+    With u_1 = z/|z|:  α_j p_j = Aᵀu_j − β_j p_{j−1},  β_{j+1} u_{j+1} = A p_j − α_j u_j;  T = BBᵀ, B lower bidiagonal, is what Lanczos
+    would make of K = AAᵀ, without squaring A.  A = J if n < d, else Jᵀ: K is the smaller of JJᵀ and g.
+    """
+
+    jacobian: LayerJacobian
+    probes: Float[Tensor, "s X"]
+    deflated: Float[Tensor, "B k X"] | None = None
+    diagonal: list[Tensor] = field(default_factory=list)
+    below: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        start = self.probes.expand(self.jacobian.batch, -1, -1)
+        start = self._outside(start)
+        norm = start.norm(dim=2, keepdim=True)
+        #: |z|², the mass of the quadrature: the dimension where nothing is deflated.
+        self.mass = norm[:, :, 0].square()
+        self._u = (start / norm.clamp_min(1e-300))[:, :, None]
+        self._p = start.new_zeros(*start.shape[:2], 0, 0)
+        self._scale = start.new_zeros(*start.shape[:2], 1)
+        self._half_step()
+
+    @property
+    def steps(self) -> int:
+        """m, the nodes of the quadrature so far."""
+        return len(self.diagonal)
+
+    def step(self) -> None:
+        """One more step: a product with A and one with Aᵀ for every probe."""
+        forward = self._apply(self._p[:, :, -1], to_smaller=True) - self.diagonal[-1] * self._u[:, :, -1]
+        forward = self._outside(forward)
+        forward, beta = self._normalised(_reorthogonalised(forward, self._u))
+        self.below.append(beta)
+        self._u = torch.cat([self._u, forward[:, :, None]], dim=2)
+        self._half_step()
+
+    def _half_step(self) -> None:
+        backward = self._apply(self._u[:, :, -1], to_smaller=False)
+        if self.below:
+            backward = _reorthogonalised(backward - self.below[-1] * self._p[:, :, -1], self._p)
+        backward, alpha = self._normalised(backward)
+        self.diagonal.append(alpha)
+        self._p = (
+            backward[:, :, None]
+            if self._p.shape[2] == 0
+            else torch.cat([self._p, backward[:, :, None]], dim=2)
+        )
+
+    def _apply(self, vectors: Tensor, *, to_smaller: bool) -> Tensor:
+        few_features = self.jacobian.num_features < self.jacobian.num_inputs
+        return self.jacobian.push(vectors) if to_smaller == few_features else self.jacobian.pull(vectors)
+
+    def _outside(self, vectors: Tensor) -> Tensor:
+        if self.deflated is None:
+            return vectors
+        for _ in range(2):
+            vectors = vectors - (vectors @ self.deflated.mT) @ self.deflated
+        return vectors
+
+    def _normalised(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        norm = vectors.norm(dim=2, keepdim=True)
+        self._scale = torch.maximum(self._scale, norm)
+        # What is left of an exhausted space is rounding; a zero vector decouples it from the quadrature.
+        alive = ~(norm <= 4 * self.jacobian.eps * self._scale)  # nan is no breakdown: it must show
+        return torch.where(alive, vectors / norm.clamp_min(1e-300), 0.0), torch.where(alive, norm, 0.0)
+
+    def quadrature(self, *, radau: bool = False) -> tuple[Tensor, Tensor]:
+        """Return (nodes, weights), [B, s, m] each, for eigenvalues of K; the weights of a probe sum to its ``mass``.
+
+        Gauss by default.  ``radau`` prescribes a node at 0, the lower end of the spectrum.  For f = log(· + ε), whose even derivatives are
+        negative and odd ones positive, Gauss is above the true value and this below it (Golub and Meurant).
+        """
+        diagonal = torch.cat(self.diagonal, dim=2)
+        if radau:
+            diagonal = torch.cat([diagonal[:, :, :-1], torch.zeros_like(diagonal[:, :, -1:])], dim=2)
+        matrix = torch.diag_embed(diagonal)
+        if self.below:
+            matrix = matrix + torch.diag_embed(torch.cat(self.below, dim=2), offset=-1)
+        vectors, values, _ = torch.linalg.svd(torch.nan_to_num(matrix))
+        nodes = torch.where(matrix.isfinite().all(-1).all(-1)[:, :, None], values.square(), torch.nan)
+        return nodes, vectors[:, :, 0].square() * self.mass[:, :, None]
+
+    def bracket(
+        self, function: Callable[[Tensor], Tensor]
+    ) -> tuple[Float[Tensor, "B s"], Float[Tensor, "B s"]]:
+        """Return lower and upper values of zᵀ f(K) z, for a function like log(· + ε)."""
+        upper_nodes, upper_weights = self.quadrature()
+        lower_nodes, lower_weights = self.quadrature(radau=True)
+        return (lower_weights * function(lower_nodes)).sum(2), (upper_weights * function(upper_nodes)).sum(2)
+
+
+def _reorthogonalised(vectors: Tensor, basis: Tensor) -> Tensor:
+    for _ in range(2):
+        vectors = vectors - ((basis @ vectors[..., None]) * basis).sum(2)
+    return vectors

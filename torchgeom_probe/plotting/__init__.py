@@ -1,0 +1,1 @@
+"""Results as matplotlib figures.  Imports results; no result imports it at the top."""
