@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torchgeom_probe.dual import RULES, DualTensor, recording
 from torchgeom_probe.dual.rules.elementwise import BY_ONE_JVP, SLOPES
-from torchgeom_probe.dual.tensor import mutates
+from torchgeom_probe.dual.ops import mutates
 
 SPACES = {
     "torch": torch,

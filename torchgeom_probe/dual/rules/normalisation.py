@@ -1,4 +1,4 @@
-"""Normalisation layers in eval mode: batch norm is affine; the others have one symmetric Jacobian per group of features."""
+"""Normalisation in eval mode: batch norm is affine; the others have one symmetric Jacobian per group of features."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from torchgeom_probe.dual.registry import any_dual, named, ndim_of, row_by_row, rule
-from torchgeom_probe.dual.tensor import TAKES_WAITING, DualTensor
+from torchgeom_probe.dual.registry import any_dual, ndim_of, row_by_row, rule
+from torchgeom_probe.dual.tensor import DualTensor
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.shapes import Tensor
 
@@ -25,7 +25,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    # eval: y = s p + c with s = w / √(var + ε), c = b - s mean;  y' = s t;  after a convolution that has yet to run, by its weight
+    # eval: y = s p + c with s = w / √(var + ε), c = b - s mean;  y' = s t.  A deferred convolution takes s into its weight.
     if training or running_mean is None:
         raise ProbeError(
             "batch normalisation by the statistics of the batch couples the samples: no sample has a metric of its own.\n"
@@ -58,9 +58,6 @@ def _torch_batch_norm(
     *_: Any,
 ) -> Any:
     return _batch_norm(input, mean, var, weight, bias, training, momentum, eps)
-
-
-TAKES_WAITING.update(named("F.batch_norm", "torch.batch_norm"))
 
 
 def _standardised(buffer: Tensor, axes: int, eps: float, weight: Tensor | None = None) -> Tensor:
