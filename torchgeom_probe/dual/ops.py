@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-_NAMESPACES = {
+NAMESPACES = {
     "torch": torch,
     "Tensor": torch.Tensor,
     "F": F,
@@ -28,7 +28,7 @@ def ops_named(*names: str) -> list[Any]:
     found = []
     for name in " ".join(names).split():
         space, _, tail = name.rpartition(".")
-        for holder in [_NAMESPACES[space]] if space else _NAMESPACES.values():
+        for holder in [NAMESPACES[space]] if space else NAMESPACES.values():
             attribute = getattr(holder, tail, None)
             found.append(attribute if callable(attribute) else getattr(attribute, "__get__", None))
     return [op for op in found if op is not None]
