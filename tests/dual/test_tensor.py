@@ -298,7 +298,7 @@ def test_writing_a_cut_tensor_into_a_dual_loses_it() -> None:
     assert isinstance(y, LostTensor)
 
 
-# ------------------------------------------------------------------------------------------------- op by op, by vmap(jvp)
+# ----------------------------------------------------------------------------------------------- op by op, by vmap(jvp)
 
 
 @pytest.mark.parametrize(
@@ -398,13 +398,14 @@ def test_arguments_by_keyword() -> None:
     check(lambda z: torch.sum(input=z, dim=1), x, fallback=set())
 
 
-# ---------------------------------------------------------------------------------------------- whole modules, other tools
+# ------------------------------------------------------------------------------------------ whole modules, other tools
 
 
+CAUSAL = nn.Transformer.generate_square_subsequent_mask(5).double()
 ATTENTION = {
     "self": lambda m, x: m(x, x, x, need_weights=False)[0],
     "weights": lambda m, x: m(x, x, x)[1],
-    "masked": lambda m, x: m(x, x, x, attn_mask=torch.full((5, 5), -torch.inf).double().triu(1))[0],
+    "masked": lambda m, x: m(x, x, x, attn_mask=CAUSAL)[0],
     "padding": lambda m, x: m(x, x, x, key_padding_mask=torch.tensor([[False] * 4 + [True]] * 2))[0],
     "cross": lambda m, x: m(x, x[:, :3], x[:, :3])[0],
 }

@@ -21,9 +21,9 @@ NAMESPACES = {
 
 
 def ops_named(*names: str) -> list[Any]:
-    """Every op of torch by these names, of which one string may hold several; ``Tensor.``, ``F.``, … keeps to a namespace.
+    """Every op of torch by these names, in all its namespaces, or in one: ``Tensor.add``, ``F.relu``.
 
-    Of a property of Tensor it is the ``__get__``, which is what an access arrives as.
+    A string may hold several names.  A property of Tensor stands for its ``__get__``: what an access arrives as.
     """
     found = []
     for name in " ".join(names).split():
@@ -41,10 +41,10 @@ def _of_tensor(names: str) -> list[Any]:
 #: Ops that ask about a tensor (shape, device, …) and never touch its numbers.
 METADATA = {
     *_of_tensor(
-        "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cuda is_cpu is_sparse is_quantized is_mkldnn"
-        " is_meta is_mps is_xpu is_xla is_nested names itemsize nbytes _version _base output_nr retains_grad"
-        " _backward_hooks size dim ndimension stride numel nelement element_size is_contiguous __len__ __hash__ get_device"
-        " storage_offset _is_view is_inference is_signed is_same_size is_shared is_pinned __repr__ has_names"
+        "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cuda is_cpu is_sparse is_quantized"
+        " is_mkldnn is_meta is_mps is_xpu is_xla is_nested names itemsize nbytes _version _base output_nr retains_grad"
+        " _backward_hooks size dim ndimension stride numel nelement element_size is_contiguous __len__ __hash__"
+        " storage_offset _is_view is_shared is_pinned __repr__ has_names"
     ),
     *ops_named(
         "is_floating_point is_complex is_signed numel is_inference is_same_size get_device result_type can_cast"
@@ -61,10 +61,10 @@ MADE_LIKE = {
 #: Ops whose result is piecewise constant in the input (comparisons, argmax, random fills): its derivative IS zero.
 CONSTANT = {
     *ops_named(
-        "eq ne lt le gt ge equal greater greater_equal less less_equal not_equal isnan isinf isfinite isposinf isneginf"
-        " isclose allclose isin logical_and logical_or logical_not logical_xor any all argmax argmin argsort sign signbit"
-        " floor ceil round trunc fix floor_divide heaviside nonzero count_nonzero searchsorted bucketize bincount histc"
-        " rand_like randn_like randint_like bernoulli multinomial one_hot is_nonzero"
+        "eq ne lt le gt ge equal greater greater_equal less less_equal not_equal isnan isinf isfinite isposinf"
+        " isneginf isclose allclose isin logical_and logical_or logical_not logical_xor any all argmax argmin argsort"
+        " sign signbit floor ceil round trunc fix floor_divide heaviside nonzero count_nonzero searchsorted bucketize"
+        " bincount histc rand_like randn_like randint_like bernoulli multinomial one_hot is_nonzero"
     ),
     *_of_tensor(
         "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __bool__ __contains__ __floordiv__ __rfloordiv__ __and__ __or__"
@@ -78,8 +78,8 @@ DETACHES = {*ops_named("detach"), *_of_tensor("detach_ data")}
 #: Ops that take numbers out of torch: no derivative can follow them there.
 ESCAPES = {
     *_of_tensor(
-        "item tolist numpy __array__ __float__ __int__ __index__ __complex__ data_ptr untyped_storage storage __dlpack__"
-        " __format__"
+        "item tolist numpy __array__ __float__ __int__ __index__ __complex__ __format__ __dlpack__ data_ptr storage"
+        " untyped_storage"
     )
 }
 

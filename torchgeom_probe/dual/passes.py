@@ -14,11 +14,11 @@ class Pass:
     """One dual forward pass.
 
     Attributes:
-        key: which pass it is: a DualTensor lives no longer than its own.
-        deferred: the one tensor, if any, that is built by the op that takes it (:meth:`DualTensor.deferred`); None
-            outside of any pass, where nothing is deferred.
-        known: what an earlier pass at the same samples made (``KnownPrimals`` of ``rules/convolution.py``), if it is kept.
-        used: the names of the ops that ran, where somebody asks for them (:func:`recording`).
+        key: which pass it is: a DualTensor can be read in its own pass alone.
+        deferred: at most one tensor, which the op that takes it builds (:meth:`DualTensor.deferred`); None outside of a
+            pass, where nothing is deferred.
+        known: primals that passes at the same samples share (``KnownPrimals`` of ``rules/convolution.py``).
+        used: the names of the ops that ran, by what became of them (:func:`recording`).
     """
 
     key: object = field(default_factory=object)
@@ -27,9 +27,10 @@ class Pass:
     used: dict[str, set[str]] | None = None
 
 
-_CURRENT: ContextVar[Pass] = ContextVar("dual_pass", default=Pass())  # noqa: B039  (frozen, and nothing is deferred in it)
+_OUTSIDE = Pass()
+_CURRENT: ContextVar[Pass] = ContextVar("dual_pass", default=_OUTSIDE)  # each thread has its own
 
-#: The pass that is running in this thread.
+#: The pass that is running; outside of any, one in which nothing is deferred, known or recorded.
 current_pass = _CURRENT.get
 
 
@@ -44,7 +45,7 @@ def within(**changes: Any) -> Iterator[Pass]:
 
 
 def dual_pass() -> contextlib.AbstractContextManager[Pass]:
-    """Run the body as a pass of its own."""
+    """Run the body as a pass of its own, whose tensors nothing outside of it can read."""
     return within(key=object(), deferred=[])
 
 

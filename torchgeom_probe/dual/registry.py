@@ -1,9 +1,9 @@
 """How a rule gets into the table, and the few moves that the rules share.
 
-A rule is called with the op's own arguments, at least one of them a DualTensor, and returns NotImplemented for what it does
-not cover: the op then takes the per-op fallback, which is right for everything.  So each rule only buys speed.
+A rule is called with the op's own arguments, at least one of them a DualTensor.  It returns NotImplemented for what it
+does not cover: then the op falls back to ``vmap(jvp(op))``, which is right for everything.  So a rule only buys speed.
 
-Legend, for all rules: R = 1 + k rows; ``p`` the primal (row 0), ``t`` the tangents (rows 1 … k), ``f'`` the derivative at p.
+Legend, for all rules: R = 1 + k rows; p is the primal (row 0), t the tangents (rows 1 … k), f' the derivative at p.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def rows_of(*values: Any) -> int:
 
 
 def with_rows(a: Any, rows: int) -> Tensor:
-    """A buffer for either kind of operand: a plain one gets zero tangents, which is what it has."""
+    """The buffer of a dual operand, or one for a plain operand: its tangents ARE zero."""
     if isinstance(a, DualTensor):
         return a.buffer
     buffer = a.new_zeros((rows, *a.shape))
@@ -176,9 +176,11 @@ def all_at(dim: int | Sequence[int]) -> list[int]:
     return [at(d) for d in ((dim,) if isinstance(dim, int) else dim)]
 
 
-def sizes(size: tuple[Any, ...]) -> tuple[int, ...]:
-    """``(2, 3)`` from either way to write sizes: ``f(2, 3)`` or ``f((2, 3))``."""
-    return tuple(size[0]) if len(size) == 1 and isinstance(size[0], (tuple, list)) else size
+def listed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``(2, 3)`` from either way to write it: ``f(2, 3)`` or ``f((2, 3))``."""
+    return (
+        tuple(arguments[0]) if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else arguments
+    )
 
 
 def row_by_row(buffer: Tensor) -> bool:
@@ -189,7 +191,7 @@ def row_by_row(buffer: Tensor) -> bool:
 
 
 def traced() -> bool:
-    """Whether a trace (or another dispatch mode) sees every op: it would unroll a loop, which takes a compiler minutes."""
+    """Whether a trace (or another dispatch mode) sees every op: it would unroll a loop over the rows."""
     return bool(torch._C._len_torch_dispatch_stack())
 
 

@@ -1,17 +1,16 @@
 """DualTensor: a tensor that carries its own k directional derivatives through any model.
 
-One buffer of shape ``[1 + k, *shape]``: row 0 is the primal, rows 1 … k its tangents.  To the model the tensor looks like
-its primal.  Every call that reaches torch with a DualTensor among its arguments lands in ``__torch_function__`` (from
-Python) or ``__torch_dispatch__`` (from C++), where one of four things happens:
+It holds one buffer of shape ``[1 + k, *shape]``: row 0 is the primal, rows 1 … k are its tangents.  To the model it
+looks like the primal.  A call of torch with a DualTensor among its arguments lands in ``__torch_function__`` (from
+Python) or ``__torch_dispatch__`` (from C++).  There one of four things happens:
 
 * a fused rule (:data:`RULES`, filled by ``rules/``) works on the whole buffer at once;
 * a function that torch itself writes in Python (multi-head attention, …) runs its own body, op by op;
 * any other op, that one alone, goes through ``vmap(jvp(op))``: right for every op that has a forward derivative;
-* what has none raises an :class:`EngineRefusal` that names the op.
+* an op that has none raises an :class:`EngineRefusal` that names it.
 
-A tensor that was cut off from its tangents on purpose (``detach``, ``.data``) becomes a :class:`LostTensor`: it computes as
-usual, everything made from it is lost too, and a hook that is handed one refuses.  So no missing tangent is ever read as
-zero.
+A tensor that was cut off from its tangents on purpose (``detach``, ``.data``) becomes a :class:`LostTensor`.  It
+computes as usual, all that is made from it is lost too, and a hook refuses it: no missing tangent is ever read as zero.
 """
 
 from __future__ import annotations
@@ -77,9 +76,9 @@ class DualTensor(torch.Tensor):
     def deferred(
         make: Callable[[], Tensor], shape: Sequence[int], strides: Sequence[int], like: Tensor
     ) -> DualTensor:
-        """A tensor whose buffer ``make()`` builds when the next op asks for it, so that this op may build it otherwise.
+        """A tensor whose buffer the next op asks ``make()`` for, or builds in its own way; only inside a pass.
 
-        ``shape`` and ``strides`` are the primal's, type and device those of ``like``.  Only inside a pass.
+        ``shape`` and ``strides`` are the primal's, type and device those of ``like``.
         """
         dual = torch.Tensor._make_wrapper_subclass(
             DualTensor, tuple(shape), strides=tuple(strides), dtype=like.dtype, device=like.device
@@ -93,7 +92,7 @@ class DualTensor(torch.Tensor):
         return dual
 
     def taken(self) -> Any:
-        """What builds the buffer of a deferred tensor, for an op that makes its own result by it; None if it is built."""
+        """What would build the buffer, for an op that builds its own result with it; None if the buffer is built."""
         if self._buffer is not None:
             return None
         self._defer_no_more()
@@ -109,9 +108,10 @@ class DualTensor(torch.Tensor):
         """[1 + k, *shape]: the primal and its tangents.  A tensor that outlived its pass is refused, never read."""
         if self._made_in is not current_pass().key:
             raise ProbeError(
-                "the model kept a tensor of an earlier measurement (in a list, a cache or an object of its own) and computes with"
-                " it now.\nKeep such state in a buffer or an attribute of the module, which a measurement puts back, or clear it"
-                " after measuring.\nA model that computes in threads of its own looks the same:  measure it with engine='vjp'"
+                "the model kept a tensor of an earlier measurement (in a list, a cache or an object of its own) and"
+                " computes with it now.\nKeep such state in a buffer or an attribute of the module, which a measurement"
+                " puts back, or clear it after measuring.\nA model that computes in threads of its own looks the same: "
+                " measure it with engine='vjp'"
             )
         if self._buffer is None:
             self._defer_no_more()
@@ -130,7 +130,8 @@ class DualTensor(torch.Tensor):
         return self.buffer[1:]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"DualTensor(shape={tuple(self.buffer.shape[1:])}, k={self.buffer.shape[0] - 1}, dtype={self.buffer.dtype})"
+        rows, *shape = self.buffer.shape
+        return f"DualTensor(shape={tuple(shape)}, k={rows - 1}, dtype={self.buffer.dtype})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -150,7 +151,7 @@ class DualTensor(torch.Tensor):
         return _unfused(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # Reached only past __torch_function__: from C++ (custom autograd functions, extensions).
         if func in _ALIASES:
             return args[0]
@@ -192,7 +193,7 @@ class LostTensor(DualTensor):
         return _spread(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _spread(func, args, kwargs or {})
 
 
@@ -204,8 +205,8 @@ def _spread(func: Any, args: Any, kwargs: Any) -> Any:
     _refuse_unfollowable_writes(func, args, kwargs, writes)
     if writes and isinstance(args[0], LostTensor) and args[0].alias:
         raise ProbeError(
-            f"the tangent was lost: {name_of(func)!r} writes through {args[0].reason} into a tensor that depends on the input,"
-            " past its derivative.\nWrite to the tensor itself in the model (h.mul_(2) for h.data.mul_(2))."
+            f"the tangent was lost: {name_of(func)!r} writes through {args[0].reason} into a tensor that depends on the"
+            " input, past its derivative.\nWrite to the tensor itself in the model (h.mul_(2) for h.data.mul_(2))."
         )
     if writes and not isinstance(args[0], LostTensor):
         _lose_in_place(args[0], lost.reason)
@@ -268,7 +269,7 @@ def _binds(rule: Rule, args: Any, kwargs: Any) -> bool:
 
 @functools.cache
 def _opened(func: Any) -> Callable[..., Any] | None:
-    """A function of torch's Python part without its check for overrides: its body then runs on DualTensors, op by op."""
+    """A Python function of torch without its check for overrides: its body then runs on DualTensors, op by op."""
     if not inspect.isfunction(func):
         return None
     checks = {name: _never for name in func.__code__.co_names if name.startswith("has_torch_function")}
@@ -376,8 +377,9 @@ def _refuse_unfollowable_writes(func: Any, args: Any, kwargs: Any, writes: bool)
         )
     if writes and not isinstance(args[0], DualTensor):
         raise EngineRefusal(
-            f"{name_of(func)!r} writes a tensor that depends on the input into a plain one, which cannot carry tangents.\n"
-            "Make the plain one from the input:  torch.zeros_like(x) or x.new_zeros(...); or measure with engine='vjp'."
+            f"{name_of(func)!r} writes a tensor that depends on the input into a plain one, which cannot carry"
+            " tangents.\nMake the plain one from the input:  torch.zeros_like(x) or x.new_zeros(...); or measure with"
+            " engine='vjp'."
         )
     if getattr(func, "__name__", "") in ("__set__", "__delete__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "an attribute")
@@ -395,8 +397,8 @@ def _note(what: str, func: Any) -> None:
 
 def _escape(func: Any) -> ProbeError:
     return ProbeError(
-        f".{name_of(func)}() takes numbers that depend on the input out of torch: what the model computes from them has no "
-        "derivative, in any engine.\nKeep the value a tensor: write  x * y.max()  for  x * y.max().item()"
+        f".{name_of(func)}() takes numbers that depend on the input out of torch: what the model computes from them has"
+        " no derivative, in any engine.\nKeep the value a tensor: write  x * y.max()  for  x * y.max().item()"
     )
 
 

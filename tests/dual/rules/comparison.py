@@ -121,7 +121,7 @@ def agreement(cases: dict[str, list[Call]]) -> Callable[[Any, Call], None]:
 def drawn(
     call: Call, seed: int, k: int, *, strided: bool
 ) -> tuple[list[Any], Any, list[int], list[torch.Tensor], list[Any]]:
-    """The call's arguments as leaves, their tree, where the duals are, their primals, and their tangents [k, *shape]."""
+    """The call's arguments as leaves, their tree, the places of the duals, their primals and tangents [k, *shape]."""
     generator = torch.Generator().manual_seed(seed)
     leaves, spec = tree_flatten((list(call.args), call.kwargs))
     where, primals, tangents = [], [], []

@@ -1,4 +1,4 @@
-"""Convolutions against torch.func.jvp; they are deferred, and take a batch norm into their weight; channels that lie last."""
+"""Convolutions against torch.func.jvp: deferred for the batch norm that they take in, with channels that lie last."""
 
 import itertools
 
@@ -289,7 +289,7 @@ def test_inference_mode_inside_the_model():
 
 @pytest.mark.parametrize("reshaped", [False, True])
 def test_a_write_to_fresh_memory_is_no_write_through_a_view(reshaped):
-    """Memory that was viewed, freed and taken again belongs to another tensor: in-place activations keep the fast layout."""
+    """Memory that was viewed, freed and taken again is another tensor's: in-place activations keep the fast layout."""
 
     class Block(nn.Module):
         def __init__(self):

@@ -92,8 +92,8 @@ test_rule_agrees_with_jvp = agreement(CASES)
 
 
 VIEWS = (
-    "view reshape flatten ravel unflatten permute transpose movedim t mT T adjoint unsqueeze squeeze narrow select chunk split"
-    " tensor_split unbind Tensor.unfold diagonal hsplit view_as reshape_as swapaxes split_with_sizes"
+    "view reshape flatten ravel unflatten permute transpose movedim t mT T adjoint unsqueeze squeeze narrow select"
+    " chunk split tensor_split unbind Tensor.unfold diagonal hsplit view_as reshape_as swapaxes split_with_sizes"
 ).split()
 
 

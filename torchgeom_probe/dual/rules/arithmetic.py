@@ -26,15 +26,16 @@ from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
 from torchgeom_probe.shapes import Tensor
 
 
-def _sum_of(a: Any, b: Any, alpha: Any = 1) -> Any:
+@rule("add Tensor.__add__ Tensor.__radd__")
+def _add(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     # (a + αb)' = a' + αb'; a plain operand is added to row 0 alone
     if any_dual(alpha):
         return NotImplemented
-    left, right = operands(a, b)
-    if isinstance(a, DualTensor) and isinstance(b, DualTensor):
+    left, right = operands(input, other)
+    if isinstance(input, DualTensor) and isinstance(other, DualTensor):
         return DualTensor(torch.add(left, right, alpha=alpha))
-    x = left if isinstance(a, DualTensor) else right
-    value = torch.add(primal_of(a), primal_of(b), alpha=alpha)
+    x = left if isinstance(input, DualTensor) else right
+    value = torch.add(primal_of(input), primal_of(other), alpha=alpha)
     # empty_like keeps the memory format, which only fits where nothing was broadcast
     same = x.shape[1:] == value.shape
     out = torch.empty_like(x, dtype=value.dtype) if same else value.new_empty((x.shape[0], *value.shape))
@@ -43,41 +44,32 @@ def _sum_of(a: Any, b: Any, alpha: Any = 1) -> Any:
     return DualTensor(out)
 
 
-def _add_to(a: Any, b: Any, alpha: Any = 1) -> Any:
-    if not isinstance(a, DualTensor) or any_dual(alpha):
-        return NotImplemented
-    if isinstance(b, DualTensor):
-        if ndim_of(b) > ndim_of(a):
-            return NotImplemented
-        a.buffer.add_(operands(a, b)[1], alpha=alpha)
-    else:
-        a.buffer[0].add_(b, alpha=alpha)
-    return a
-
-
-@rule("add Tensor.__add__ Tensor.__radd__")
-def _add(input: Any, other: Any, *, alpha: Any = 1) -> Any:
-    return _sum_of(input, other, alpha)
-
-
 @rule("Tensor.add_ Tensor.__iadd__")
 def _add_in_place(input: Any, other: Any, *, alpha: Any = 1) -> Any:
-    return _add_to(input, other, alpha)
+    if not isinstance(input, DualTensor) or any_dual(alpha):
+        return NotImplemented
+    if isinstance(other, DualTensor):
+        if ndim_of(other) > ndim_of(input):
+            return NotImplemented
+        input.buffer.add_(operands(input, other)[1], alpha=alpha)
+    else:
+        input.buffer[0].add_(other, alpha=alpha)
+    return input
 
 
 @rule("sub subtract Tensor.__sub__")
 def _sub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
-    return NotImplemented if isinstance(other, bool) else _sum_of(input, other, -alpha)
+    return NotImplemented if isinstance(other, bool) else _add(input, other, alpha=-alpha)
 
 
 @rule("Tensor.sub_ Tensor.subtract_ Tensor.__isub__")
 def _sub_in_place(input: Any, other: Any, *, alpha: Any = 1) -> Any:
-    return NotImplemented if isinstance(other, bool) else _add_to(input, other, -alpha)
+    return NotImplemented if isinstance(other, bool) else _add_in_place(input, other, alpha=-alpha)
 
 
 @rule("rsub Tensor.__rsub__")
 def _rsub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
-    return NotImplemented if isinstance(other, bool) else _sum_of(other, input, -alpha)
+    return NotImplemented if isinstance(other, bool) else _add(other, input, alpha=-alpha)
 
 
 @rule("mul multiply Tensor.__mul__ Tensor.__rmul__")
@@ -227,7 +219,7 @@ def _masked_fill(op: Any) -> Rule:
     return push
 
 
-# ---------------------------------------------------------------------------------------- smooth functions of two numbers
+# -------------------------------------------------------------------------------------- smooth functions of two numbers
 
 #: names → (∂f/∂a, ∂f/∂b) at a, b with y = f(a, b)
 PARTIALS: dict[str, Callable[..., tuple[Any, Any]]] = {

@@ -89,8 +89,8 @@ class Convolution:
     def _run(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.versions != _versions(self.input, self.weight, self.bias):
             raise EngineRefusal(
-                "the model writes in place to the input of a convolution, and uses the convolution's result after that as well"
-                " as before.\nMeasure with engine='functorch', or write that op out of place."
+                "the model writes in place to the input of a convolution, and uses the convolution's result after that"
+                " as well as before.\nMeasure with engine='functorch', or write that op out of place."
             )
         return _convolved(self.input, weight, bias, self.convolve, self.arguments).buffer
 
@@ -149,7 +149,7 @@ def _convolution(convolve: Any, spatial: int, *, defers: bool) -> Rule:
 def _result_shape(
     input: DualTensor, weight: Tensor, spatial: int, stride: Any, padding: Any, dilation: Any
 ) -> tuple[int, ...] | None:
-    """The shape of a batched convolution's result; None where it runs at once: no batch norm follows, or the call is wrong."""
+    """The shape of a batched convolution's result; None where it runs at once, as a wrong call does."""
     shape = input.buffer.shape[1:]
     if len(shape) != spatial + 2 or weight.ndim != spatial + 2 or isinstance(padding, str):
         return None

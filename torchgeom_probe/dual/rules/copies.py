@@ -34,8 +34,8 @@ def _fill(input: DualTensor, value: Any = 0) -> Any:
 
 
 @rule_of_each(
-    "Tensor.normal_ Tensor.uniform_ Tensor.bernoulli_ Tensor.random_ Tensor.exponential_ Tensor.cauchy_ Tensor.log_normal_"
-    " Tensor.geometric_"
+    "Tensor.normal_ Tensor.uniform_ Tensor.bernoulli_ Tensor.random_ Tensor.exponential_ Tensor.cauchy_"
+    " Tensor.log_normal_ Tensor.geometric_"
 )
 def _drawn(op: Any) -> Rule:
     def push(input: Any, *args: Any, **kwargs: Any) -> Any:

@@ -23,19 +23,16 @@ def _take(input: Any, index: Tensor) -> Any:
 
 @rule("gather")
 def _gather(input: Any, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
-    rows = input.buffer.shape[0]
-    return (
-        DualTensor(input.buffer.gather(at(dim), index.expand(rows, *index.shape)))
-        if ndim_of(input)
-        else NotImplemented
-    )
+    if ndim_of(input) == 0:
+        return NotImplemented
+    return DualTensor(input.buffer.gather(at(dim), index.expand(rows_of(input), *index.shape)))
 
 
 def _index(index: Any) -> tuple[Any, int] | None:
     """The same index behind a full slice of the rows, and where the rows end up; None where that is not plain."""
     items = index if isinstance(index, tuple) else (index,)
-    # Ints are applied before tensors are told apart, 0-dim tensors count as ints, and "..." may cover nothing: where that
-    # could matter, each row is indexed by itself.
+    # Torch applies ints before it tells tensors apart, takes 0-dim tensors for ints, and lets "..." cover nothing.
+    # Where that could matter, each row is indexed by itself.
     if any(isinstance(i, (DualTensor, bool)) or (isinstance(i, Tensor) and i.ndim == 0) for i in items):
         return None
     arrays = [isinstance(i, (Tensor, list, range)) or hasattr(i, "__array__") for i in items]
@@ -67,10 +64,9 @@ def _setitem(input: Any, index: Any, value: Any) -> Any:
         return NotImplemented
     found = _index(index)
     if found is None:  # torch's own indexing, row by row
-        for number, row in enumerate(input.buffer.unbind()):
-            row[index] = (
-                value.buffer[number] if isinstance(value, DualTensor) else value if number == 0 else 0
-            )
+        values = value.buffer if isinstance(value, DualTensor) else [value, *[0] * (rows_of(input) - 1)]
+        for row, of_row in zip(input.buffer.unbind(), values, strict=True):
+            row[index] = of_row
         return input
     behind, place = found
     if isinstance(value, DualTensor):

@@ -60,7 +60,7 @@ def _var(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _moment_arguments(*args: Any, **kwargs: Any) -> tuple[Any, bool, float]:
-    """(dims, keepdim, correction) from what var may be given: (unbiased), (dim, unbiased, keepdim) or (dim, *, correction)."""
+    """(dims, keepdim, correction), which var takes as (unbiased), (dim, unbiased, keepdim) or (dim, *, correction)."""
     args = (None, *args) if args and isinstance(args[0], bool) else args
     given = dict(zip(("dim", "unbiased", "keepdim"), args, strict=False)) | kwargs
     dim, correction = given.get("dim"), given.get("correction")

@@ -10,13 +10,13 @@ from torchgeom_probe.dual.registry import (
     aligned,
     all_at,
     at,
+    listed,
     ndim_of,
     on_rows,
     register,
     rows_of,
     rule,
     rule_of_each,
-    sizes,
     with_rows,
 )
 from torchgeom_probe.dual.tensor import DualTensor, Rule
@@ -27,7 +27,7 @@ from torchgeom_probe.shapes import Tensor
 
 def _shape_of(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     found = arguments or tuple(keywords.values())
-    return NotImplemented if isinstance(found[0], torch.dtype) else sizes(found)
+    return NotImplemented if isinstance(found[0], torch.dtype) else listed(found)
 
 
 @rule("Tensor.view reshape")
@@ -64,7 +64,7 @@ def _unflatten(input: DualTensor, dim: int, sizes: Any) -> DualTensor:
 
 @rule("permute")
 def _permute(input: DualTensor, *dims: Any, **kwargs: Any) -> DualTensor:
-    order = sizes(dims) if dims else tuple(kwargs["dims"])
+    order = listed(dims) if dims else tuple(kwargs["dims"])
     return DualTensor(input.buffer.permute(0, *(d % ndim_of(input) + 1 for d in order)))
 
 
@@ -118,10 +118,8 @@ def _expand_as(input: Any, other: Tensor) -> Any:
 
 @rule("Tensor.repeat tile")
 def _repeat(input: DualTensor, *repeats: Any, **kwargs: Any) -> DualTensor:
-    times = _shape_of(repeats, kwargs)
-    times = (1,) * (ndim_of(input) - len(times)) + tuple(
-        times
-    )  # tile() may be given fewer than there are axes
+    times = tuple(_shape_of(repeats, kwargs))
+    times = (1,) * (ndim_of(input) - len(times)) + times  # tile() may be given fewer than there are axes
     return DualTensor(aligned(input, len(times)).repeat(1, *times))
 
 
@@ -155,9 +153,9 @@ def _on_last_axes(op: Any) -> Rule:
 # Linear in the first argument, each row by itself: no rule of their own pays.
 rule_of_each(
     "Tensor.unfold diagonal linalg.diagonal diag diag_embed rot90 flipud fliplr hsplit vsplit dsplit adjoint Tensor.mH"
-    " Tensor.H real imag conj resolve_conj resolve_neg view_as_real view_as_complex take_along_dim atleast_1d atleast_2d"
-    " atleast_3d Tensor.sum_to_size fft.fft fft.ifft fft.fft2 fft.ifft2 fft.fftn fft.ifftn fft.rfft fft.irfft fft.rfft2"
-    " fft.irfft2 fft.rfftn fft.irfftn fft.hfft fft.ihfft fft.fftshift fft.ifftshift"
+    " Tensor.H real imag conj resolve_conj resolve_neg view_as_real view_as_complex take_along_dim atleast_1d"
+    " atleast_2d atleast_3d Tensor.sum_to_size fft.fft fft.ifft fft.fft2 fft.ifft2 fft.fftn fft.ifftn fft.rfft"
+    " fft.irfft fft.rfft2 fft.irfft2 fft.rfftn fft.irfftn fft.hfft fft.ihfft fft.fftshift fft.ifftshift"
 )(on_rows)
 
 
@@ -222,21 +220,17 @@ def _column_stack(tensors: Any) -> Any:
 
 @rule("broadcast_tensors")
 def _broadcast_tensors(*tensors: Any) -> Any:
-    operands = _listed(tensors)
+    operands = listed(tensors)
     shape = torch.broadcast_shapes(*(t.shape for t in operands))
     return tuple(t.expand(shape) for t in operands)
 
 
 @rule("meshgrid")
 def _meshgrid(*tensors: Any, indexing: str = "ij") -> Any:
-    axes = _listed(tensors)
+    axes = listed(tensors)
     if any(t.ndim != 1 for t in axes) or indexing not in ("ij", None):
         return NotImplemented
     shape = [t.shape[0] for t in axes]
     return tuple(
         t.reshape([-1 if i == j else 1 for j in range(len(axes))]).expand(shape) for i, t in enumerate(axes)
     )
-
-
-def _listed(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(tensors[0]) if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
