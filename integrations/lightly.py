@@ -8,23 +8,24 @@ Legend of axes: B samples, D augmentation directions (one less than the views of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators import Estimator, Subspace
-from torchgeom_probe.jacobian.jacobians import EngineName
-from torchgeom_probe.model.hooked import Transform
 from torchgeom_probe.model.isolation import unwrapped
-from torchgeom_probe.model.layers import LayerSpec
 from torchgeom_probe.model.stages import stage_layers
-from torchgeom_probe.probe import GeometryProbe
+from torchgeom_probe.probe import probe_of
 from torchgeom_probe.report import GeometryReport
 from torchgeom_probe.shapes import Float, Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from torchgeom_probe.probe import ProbeOptions
 
 # What lightly's own examples call the trained branch: Barlow Twins, SimCLR, BYOL, VICReg, MoCo …; then DINO.
 _BRANCHES = (("backbone", "projection_head"), ("student_backbone", "student_head"))
@@ -140,25 +141,14 @@ class AugmentationExpansion:
         return found
 
 
-class AugmentationReport(Mapping[str, AugmentationExpansion]):
+class AugmentationReport(dict[str, AugmentationExpansion]):
     """Layer name → :class:`AugmentationExpansion`, in the order in which the layers fired."""
 
-    def __init__(self, layers: Mapping[str, AugmentationExpansion]) -> None:
-        self._layers = dict(layers)
-
-    def __getitem__(self, name: str) -> AugmentationExpansion:
-        if name not in self._layers:
-            raise KeyError(f"{name!r} was not measured; the report has {list(self._layers)}")
-        return self._layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
+    def __missing__(self, name: str) -> AugmentationExpansion:
+        raise KeyError(f"{name!r} was not measured; the report has {list(self)}")
 
     def __repr__(self) -> str:
-        return f"AugmentationReport({list(self._layers)})"
+        return f"AugmentationReport({list(self)})"
 
     def __str__(self) -> str:
         return self.summary()
@@ -181,19 +171,15 @@ class AugmentationReport(Mapping[str, AugmentationExpansion]):
         )
 
 
-class BarlowTwinsProbe:
-    """Probe a lightly-style module, from its batches: SimCLR, BYOL, VICReg and DINO modules as well.
+class TwoViewProbe:
+    """Probe a module that learns from two views of its images, from its own batches: Barlow Twins, SimCLR, BYOL, DINO ….
 
     Args:
         module: with ``backbone`` and ``projection_head``, or ``student_backbone`` and ``student_head``: the
             LightningModule or plain module of lightly's examples.  Its batch normalisation, dropout and
             gradients are left as they are.
-        layers: within the module; by default :func:`embedding_layers`.
-        estimator: of :meth:`measure`; ``Subspace(k=8, seed=0)`` by default.
-        normalize: as in :class:`~torchgeom_probe.GeometryProbe`.
-        transform: as in :class:`~torchgeom_probe.GeometryProbe`.
-        engine: as in :class:`~torchgeom_probe.GeometryProbe`.
-        memory_budget: as in :class:`~torchgeom_probe.GeometryProbe`.
+        options: of the probe, as :class:`~torchgeom_probe.GeometryProbe` has them; ``layers`` are those of
+            :func:`embedding_layers` by default.
 
     Raises:
         ProbeError: no backbone; layers that the module does not have; a batch without views.
@@ -205,7 +191,7 @@ class BarlowTwinsProbe:
     >>> module.projection_head = nn.Sequential(nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 5))
     >>> x = torch.randn(9, 3, 2, 2)
     >>> batch = [[x, x + 0.1 * torch.randn(9, 3, 2, 2)], torch.zeros(9), [""] * 9]
-    >>> with BarlowTwinsProbe(module) as probe:
+    >>> with TwoViewProbe(module) as probe:
     ...     report, augmentation = probe.measure(batch), probe.augmentation(batch)
     >>> list(report) == list(augmentation) == ["backbone.1", "backbone", "projection_head.1", "projection_head.2"]
     True
@@ -213,30 +199,11 @@ class BarlowTwinsProbe:
 
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        layers: LayerSpec | None = None,
-        estimator: Estimator | None = None,
-        normalize: bool = True,
-        transform: Transform | Mapping[str, Transform] | None = None,
-        engine: EngineName = "auto",
-        memory_budget: int | None = None,
-    ) -> None:
-        def probe(estimator: Estimator | None) -> GeometryProbe:
-            return GeometryProbe(
-                encoder(module),
-                layers=embedding_layers(module) if layers is None else layers,
-                estimator=estimator,
-                normalize=normalize,
-                transform=transform,
-                engine=engine,
-                memory_budget=memory_budget,
-            )
-
-        self._probe = probe(estimator)
-        self._directional = probe(Subspace(k=1))
+    def __init__(self, module: nn.Module, **options: Unpack[ProbeOptions]) -> None:
+        options.setdefault("layers", embedding_layers(module))
+        self._probe = probe_of(encoder(module), options)
+        options.pop("estimator", None)  # the directions to the other views are one
+        self._directional = probe_of(encoder(module), options)
 
     @property
     def layers(self) -> list[str]:
@@ -302,15 +269,15 @@ class BarlowTwinsProbe:
         self._probe.close()
         self._directional.close()
 
-    def __enter__(self) -> BarlowTwinsProbe:
+    def __enter__(self) -> TwoViewProbe:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-# One probe for all of them: the names say what a reader of a training script looks for.
-SimCLRProbe = BYOLProbe = VICRegProbe = DINOProbe = BarlowTwinsProbe
+# What a reader of a Barlow Twins script looks for.
+BarlowTwinsProbe = TwoViewProbe
 
 
 class _Encoder(nn.Module):

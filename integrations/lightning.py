@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -13,12 +12,11 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from torchgeom_probe.errors import ProbeError, optional
-from torchgeom_probe.model.layers import LayerSpec
 from torchgeom_probe.monitor.monitor import Monitor
-from torchgeom_probe.report import GeometryReport, Writer
+from torchgeom_probe.monitor.writers import Writer, chart_of, label
+from torchgeom_probe.probe import ProbeOptions
+from torchgeom_probe.report import GeometryReport
 from torchgeom_probe.shapes import Tensor
-
-from .tensorboard import TensorBoardWriter
 
 # Under these names a batch that is a dict keeps the model's input, as data sets have them.
 _INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "features", "data")
@@ -70,7 +68,6 @@ class GeometryCallback(_Callback):
     need different ``layers`` or ``model``, and a ``writer`` each.
 
     Args:
-        layers: as in :class:`~torchgeom_probe.GeometryProbe`, within ``model``.
         every: probe each N optimizer steps (100 by default).
         x_probe: [B, *shape], the samples to probe at, in the model's own preprocessing.  By default the first
             ``samples`` of the first validation batch that the sanity check shows, or else of the first training
@@ -82,10 +79,9 @@ class GeometryCallback(_Callback):
         model: what to probe: the LightningModule (``""``), a submodule's name, or a function of the
             LightningModule that returns an ``nn.Module`` (such as ``integrations.lightly.encoder``).
         epoch_ends: probe after every training epoch too.
-        writer: one or several :class:`~torchgeom_probe.Writer`, in place of the Trainer's loggers.
-        options: anything else that :class:`~torchgeom_probe.Monitor` takes: ``max_overhead``, ``schedule``,
-            ``estimator``, ``normalize``, ``transform``, ``source``, ``engine``, ``memory_budget``, ``on_error``,
-            ``indices``, ``keep``, ``maps``, ….
+        writer: what :class:`~torchgeom_probe.Monitor` takes, in place of the Trainer's loggers.
+        options: anything else that :class:`~torchgeom_probe.Monitor` takes (``max_overhead``, ``maps``, ``on_error``,
+            …), and the options of :class:`~torchgeom_probe.GeometryProbe` (``layers``, ``estimator``, …).
 
     Attributes:
         monitor: the :class:`~torchgeom_probe.Monitor` of the running or latest fit, or None before it.
@@ -114,7 +110,6 @@ class GeometryCallback(_Callback):
 
     def __init__(
         self,
-        layers: LayerSpec = "auto",
         *,
         every: int | None = None,
         x_probe: Any = None,
@@ -122,12 +117,12 @@ class GeometryCallback(_Callback):
         inputs: Callable[[Any], Any] | None = None,
         model: str | Callable[[Any], nn.Module] = "",
         epoch_ends: bool = False,
-        writer: Writer | Sequence[Writer] | None = None,
+        writer: Any = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        own = {"self", "model", "x_probe", "layers", "every", "writer", "distributed"}
-        known = set(inspect.signature(Monitor).parameters) - own
+        known = inspect.signature(Monitor).parameters.keys() | ProbeOptions.__annotations__.keys()
+        known -= {"model_or_probe", "x_probe", "every", "writer", "distributed", "options"}
         if unknown := sorted(set(options) - known):
             raise ProbeError(
                 f"GeometryCallback has no option {', '.join(map(repr, unknown))}; "
@@ -135,7 +130,6 @@ class GeometryCallback(_Callback):
             )
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise ProbeError(f"samples is a whole number of 1 or more; got {samples!r}.\nWrite:  samples=16")
-        self.layers = layers
         self.every = every
         self.x_probe = x_probe
         self.samples = samples
@@ -158,7 +152,7 @@ class GeometryCallback(_Callback):
     @property
     def state_key(self) -> str:
         """Under which a checkpoint keeps this callback's state: its model and layers tell several apart."""
-        return f"GeometryCallback{{'model': {_spelled(self.model)}, 'layers': {_spelled(self.layers)}}}"
+        return f"GeometryCallback{{'model': {_spelled(self.model)}, 'layers': {_spelled(self.options.get('layers', 'auto'))}}}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: the monitor's state, and the samples if the callback chose them."""
@@ -234,7 +228,6 @@ class GeometryCallback(_Callback):
         self.monitor = Monitor(
             self._probed_part(pl_module),
             trainer.precision_plugin.convert_input(x_probe),
-            layers=self.layers,
             every=self.every,
             writer=self._writers(trainer),
             distributed=trainer.world_size > 1,
@@ -279,44 +272,40 @@ class GeometryCallback(_Callback):
             Tensor, lambda t: t.detach()[: self.samples].to("cpu", copy=True) if t.dim() else t, x
         )
 
-    def _writers(self, trainer: Any) -> list[Writer] | Writer | Sequence[Writer]:
+    def _writers(self, trainer: Any) -> Any:
         if not trainer.is_global_zero:
-            return []
+            return None
         if self.writer is not None:
             return self.writer
-        writers: list[Writer] = []
+        writers: list[Any] = []
         for logger in trainer.loggers:
             kinds = {kind.__name__ for kind in type(logger).__mro__}
             if "TensorBoardLogger" in kinds:
                 if trainer.global_step:
                     _hide_events_from(trainer.global_step, logger.experiment)
-                writers.append(TensorBoardWriter(logger.experiment))
+                writers.append(logger.experiment)
             elif "DummyLogger" not in kinds:
                 writers.append(_Medians(logger))
         return writers
 
 
-class _Medians:
-    """A writer into a Lightning logger that knows scalars only."""
+class _Medians(Writer):
+    """Into a Lightning logger that knows scalars only."""
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
 
     def write(self, step: int, report: GeometryReport) -> None:
         scalars = {}
-        for number, (name, layer) in enumerate(report.items()):
-            label = f"{number:02d}_" + (re.sub(r"[^\w.\-]", "_", name, flags=re.ASCII) or "model")
-            statistics = layer.statistics()
-            scalars[f"logvol/{label}"] = statistics["median"]
-            scalars[f"sigma_max/{label}"] = statistics["sigma_max"]
+        for place, (name, layer) in enumerate(report.items()):
+            found = layer.statistics()
+            scalars[f"{chart_of(layer)}/{label(place, name)}"] = found["median"]
+            scalars[f"sigma_max/{label(place, name)}"] = found["sigma_max"]
         finite = {key: value for key, value in scalars.items() if abs(value) < float("inf")}
         self.logger.log_metrics(finite, step=step)
 
     def write_scalar(self, tag: str, value: float, step: int) -> None:
         self.logger.log_metrics({tag: value}, step=step)
-
-    def close(self) -> None:
-        """The Trainer finishes its own loggers."""
 
 
 def _input_of(batch: Any) -> Any:

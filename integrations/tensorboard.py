@@ -1,19 +1,22 @@
-"""Reports as TensorBoard charts: a tag per layer, a band and a histogram over the samples."""
+"""Reports as TensorBoard charts: a tag per layer, a band and a histogram over the samples.
+
+``Monitor(writer="runs/a")`` and ``Monitor(writer=SummaryWriter(...))`` come here: the last line registers them.
+"""
 
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torchgeom_probe.errors import ProbeError, optional
+from torchgeom_probe.monitor.writers import Writer, chart_of, finite_median, label, numbers, register_writer
+from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
 
@@ -45,11 +48,8 @@ MONITOR_TAGS = {
     "geometry/overhead": "the share of the time that probes took so far (from the second probe on)",
 }
 
-# What an estimator adds beside the log-volume: the field, and the tag group of the same name.
-_EXTRAS = ("log_pseudo_volume", "log_det", "trace", "std_error", "error_bound")
 
-
-class TensorBoardWriter:
+class TensorBoardWriter(Writer):
     """Write reports to TensorBoard: a :class:`~torchgeom_probe.Writer`.
 
     Every layer has the name ``NN_layer``: its zero-padded place in the order of firing, then its name with
@@ -76,10 +76,11 @@ class TensorBoardWriter:
     ``geometry/overhead``              the share of the time that probes took so far (from the second probe on)
     =================================  ======================================================================
 
-    Where the estimator measured them there are medians over the finite samples in ``log_det/…``, ``trace/…``,
-    ``std_error/…`` and ``error_bound/…``; ``log_pseudo_volume/…`` where a layer has samples of log-volume
-    -inf.  The CUSTOM SCALARS tab has all layers in one chart, and one chart with the band per layer.  A
-    non-finite number never reaches a chart or a histogram: it is left out, and counted.
+    Where the estimand is no log-volume, ``value`` stands in the place of ``logvol``.
+    Whatever else the estimator measured has a tag of its own name, with medians over the finite samples:
+    ``std_error/…``, ``error_bound/…``, ``trace/…``; ``log_pseudo_volume/…`` where a layer has samples of log-volume
+    -inf.  A map is an image under its own tag.  The CUSTOM SCALARS tab has all layers in one chart, and one chart with
+    the band per layer.  A non-finite number never reaches a chart or a histogram: it is left out, and counted.
 
     Args:
         log_dir: a directory, or a ``SummaryWriter`` that you already have (yours to resume and to close).
@@ -134,7 +135,7 @@ class TensorBoardWriter:
                     f"TensorBoardWriter needs a directory, and {self._log_dir} is a file.\n"
                     "Write:  TensorBoardWriter('runs/experiment_1')"
                 )
-        elif hasattr(log_dir, "add_scalar"):
+        elif _takes(log_dir):
             self._events = log_dir
         else:
             raise ProbeError(
@@ -152,8 +153,7 @@ class TensorBoardWriter:
         width = max(2, len(str(len(report) - 1)))
         for name in report:
             if name not in self._labels:
-                cleaned = re.sub(r"[^\w.\-]", "_", name, flags=re.ASCII) or "model"
-                self._labels[name] = f"{len(self._labels):0{width}d}_{cleaned}"
+                self._labels[name] = label(len(self._labels), name, width=width)
         return {name: self._labels[name] for name in report}
 
     def write(self, step: int, report: GeometryReport) -> None:
@@ -165,13 +165,19 @@ class TensorBoardWriter:
             self._write_text(events, step, report, labels)
             if self.layout and self._charted != tuple(self._labels.values()):
                 self._charted = tuple(self._labels.values())
-                events.add_custom_scalars(_layout(self._charted))
+                events.add_custom_scalars(_layout(self._charted, chart_of(next(iter(report.values())))))
 
     def write_scalar(self, tag: str, value: float, step: int) -> None:
         """Write one number of the run as a whole; one that is not finite in float32 is left out."""
         if abs(value) <= _FLOAT32_MAX:
             with self._opened(step) as events:
                 events.add_scalar(tag, value, step)
+
+    def write_map(self, tag: str, result: Any, step: int) -> None:
+        """Draw a result as ``tgp.plot`` does and write it as an image under ``tag``; a matplotlib figure as it is."""
+        figures = optional("matplotlib.figure", extra="figures")
+        drawn = isinstance(result, figures.Figure)
+        self.write_figure(tag, result if drawn else plot(result, title=f"{tag}, step {step}"), step)
 
     def write_figure(self, tag: str, figure: Figure, step: int) -> None:
         """Write a matplotlib figure (a slice map) as an image under ``tag``; the figure stays open."""
@@ -190,29 +196,22 @@ class TensorBoardWriter:
         with self._explained():
             events.close()
 
-    def _write_layer(self, events: Any, step: int, label: str, layer: LayerGeometry) -> None:
-        numbers = layer.statistics()
-        scalars = {
-            f"logvol/{label}": numbers["median"],
-            f"logvol_band/{label}/p10": numbers["p10"],
-            f"logvol_band/{label}/median": numbers["median"],
-            f"logvol_band/{label}/p90": numbers["p90"],
-            f"sigma_max/{label}": numbers["sigma_max"],
-            f"rank/{label}": numbers["rank"],
-            f"nonfinite/{label}": numbers["nonfinite"],
-        }
-        for field in _EXTRAS:
-            extra: Tensor | None = getattr(layer, field)
-            if extra is None or (field == "log_pseudo_volume" and not layer.log_volume.isneginf().any()):
-                continue
-            scalars[f"{field}/{label}"] = replace(layer, value=extra).statistics()["median"]
+    def _write_layer(self, events: Any, step: int, name: str, layer: LayerGeometry) -> None:
+        found, chart = numbers(layer), chart_of(layer)
+        if layer.log_pseudo_volume is not None and layer.value.isneginf().any():
+            found["log_pseudo_volume"] = finite_median(layer.log_pseudo_volume)
+        del found["mean"]
+        median = found.pop("median")
+        scalars = {f"{chart}/{name}": median, f"{chart}_band/{name}/median": median}
+        scalars |= {f"{chart}_band/{name}/{part}": found.pop(part) for part in ("p10", "p90")}
+        scalars |= {f"{key}/{name}": value for key, value in found.items()}
         for tag, value in scalars.items():
             if abs(value) <= _FLOAT32_MAX:  # false for nan and ±inf too
                 events.add_scalar(tag, value, step)
-        finite = layer.log_volume[layer.log_volume.isfinite()]
+        finite = layer.value[layer.value.isfinite()]
         if self.histograms and finite.numel():
             values = finite.detach().double().cpu()
-            events.add_histogram(f"logvol_histogram/{label}", values, step, bins=_edges(values))
+            events.add_histogram(f"{chart}_histogram/{name}", values, step, bins=_edges(values))
 
     def _write_text(self, events: Any, step: int, report: GeometryReport, labels: dict[str, str]) -> None:
         text = _conventions(report, labels)
@@ -271,19 +270,19 @@ def _edges(values: Float[Tensor, " samples"]) -> list[float]:
     return torch.linspace(middle - width / 2, middle + width / 2, 31, dtype=torch.float64).tolist()
 
 
-def _layout(labels: tuple[str, ...]) -> dict[str, dict[str, list[Any]]]:
+def _layout(labels: tuple[str, ...], chart: str) -> dict[str, dict[str, list[Any]]]:
+    what, unit = ("log-volume", " [nat]") if chart == "logvol" else ("value", "")
     together = {
-        "log-volume by layer [nat]": ["Multiline", [r"logvol/\d+_.*"]],
+        f"{what} by layer{unit}": ["Multiline", [rf"{chart}/\d+_.*"]],
         "largest σ by layer": ["Multiline", [r"sigma_max/\d+_.*"]],
         "rank by layer": ["Multiline", [r"rank/\d+_.*"]],
         "samples that are not finite, by layer": ["Multiline", [r"nonfinite/\d+_.*"]],
     }
-    # A margin chart looks its three tags up as they are: escaped like the patterns above, it stays empty for
-    # `a.b`.
+    # A margin chart looks its three tags up as they are: escaped like the patterns above, it stays empty for `a.b`.
     bands = {
-        f"{label}: p10, median, p90 [nat]": [
+        f"{label}: p10, median, p90{unit}": [
             "Margin",
-            [f"logvol_band/{label}/{part}" for part in ("median", "p10", "p90")],
+            [f"{chart}_band/{label}/{part}" for part in ("median", "p10", "p90")],
         ]
         for label in labels
     }
@@ -291,7 +290,7 @@ def _layout(labels: tuple[str, ...]) -> dict[str, dict[str, list[Any]]]:
 
 
 def _conventions(report: GeometryReport, labels: dict[str, str]) -> str:
-    header = ("tag", "layer", "log-volume is", "n", "d", "k", "J divided by √n", "samples", "engine")
+    header = ("tag", "layer", "estimand", "n", "d", "k", "J divided by √n", "samples", "engine")
     rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for name, layer in report.items():
         cells = (
@@ -302,7 +301,7 @@ def _conventions(report: GeometryReport, labels: dict[str, str]) -> str:
             layer.num_inputs,
             layer.num_directions,
             "yes" if layer.normalized else "no",
-            layer.log_volume.numel(),
+            layer.value.numel(),
             layer.engine,
         )
         rows.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
@@ -315,3 +314,14 @@ def _conventions(report: GeometryReport, labels: dict[str, str]) -> str:
     legend = ["| tag | shows |", "|---|---|"]
     legend += [f"| {tag} | {meaning} |" for tag, meaning in (TAGS | MONITOR_TAGS).items()]
     return "\n".join([*rows, "", units, "", *legend])
+
+
+def _takes(target: Any) -> bool:
+    if isinstance(target, str | os.PathLike):
+        return True
+    return not isinstance(target, type) and callable(
+        getattr(target, "add_scalar", None)
+    )  # tensorboardX has one too
+
+
+register_writer(_takes, TensorBoardWriter)

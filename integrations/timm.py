@@ -101,37 +101,20 @@ def load(
     (False, ['class 3'])
 
     """
-    timm = optional("timm", extra="timm")
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.is_file():
         raise ProbeError(
             f"there is no checkpoint file {path}.\nWrite the path to the weights:  checkpoint='model.pth'"
         )
-    if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5)
-        hint = (
-            f"Did you mean {' or '.join(map(repr, near))}?"
-            if near
-            else "timm.list_models('*resnet*') lists some."
-        )
-        raise ProbeError(f"timm {timm.__version__} has no model {name!r}.\n{hint}")
-    weights = {"pretrained": pretrained and path is None} | (
-        {} if path is None else {"checkpoint_path": str(path)}
-    )
-    try:
-        model = timm.create_model(name, **weights, **options)
-    except Exception as error:
-        if path is not None:
-            raise ProbeError(f"the weights of {path} do not fit {name!r}: {error}") from error
-        if pretrained:
-            raise ProbeError(
-                f"{name!r} with its pretrained weights could not be made: {error}\n"
-                "Without network, load a file:  load(name, checkpoint='model.pth')"
-            ) from error
-        raise ProbeError(
-            f"timm.create_model({name!r}) failed: {error}\nIts options were {options}."
-        ) from error
-    return _with_preprocessing(name, model)
+    failed, advice = None, ""
+    if path is not None:
+        options["checkpoint_path"] = str(path)
+        failed = f"the weights of {path} do not fit {name!r}"
+    elif pretrained:
+        options["pretrained"] = True
+        failed = f"{name!r} with its pretrained weights could not be made"
+        advice = "\nWithout network, load a file:  load(name, checkpoint='model.pth')"
+    return _with_preprocessing(name, _made(name, options, failed, advice))
 
 
 def load_pretrained_efficientnet_lite0() -> PretrainedModel:
@@ -199,16 +182,9 @@ def cifar_resnet(
         raise ProbeError(
             f"act is the name of an activation in timm, such as 'gelu', 'relu' or 'silu'; got {act!r}."
         )
-    if not timm.is_model(name.split(".")[0]):
-        raise ProbeError(f"timm has no model {name!r}.\nWrite:  cifar_resnet('resnet34')")
-    try:
-        model = timm.create_model(
-            name, num_classes=num_classes, act_layer=act, **{"zero_init_last": False, **options}
-        )
-    except TypeError as error:
-        raise ProbeError(
-            f"timm.create_model({name!r}) failed: {error}\nIts options were {options}."
-        ) from error
+    model: Any = _made(
+        name, {"num_classes": num_classes, "act_layer": act, "zero_init_last": False, **options}
+    )
     if not isinstance(model, timm.models.resnet.ResNet):
         raise ProbeError(f"{name!r} is no ResNet of timm's.\nWrite:  cifar_resnet('resnet34')")
     first = next(m for m in model.conv1.modules() if isinstance(m, nn.Conv2d))
@@ -251,8 +227,9 @@ def read_images(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
         else:
             raise ProbeError(f"there is no file or directory {path}.")
     if not files:
+        where, usual = ", ".join(map(str, paths)) or "an empty list", ".jpg .jpeg .png .webp .bmp .gif .tif"
         raise ProbeError(
-            f"no image in {', '.join(map(str, paths)) or 'an empty list'}: looked for {_short(known)}."
+            f"no image in {where}: looked for {', '.join(sorted(known & {*usual.split()}))} and others."
         )
     images = []
     for file in files:
@@ -264,11 +241,23 @@ def read_images(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     return images
 
 
-def _short(extensions: set[str]) -> str:
-    return (
-        ", ".join(sorted(extensions & {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif"}))
-        + " and others"
-    )
+def _made(name: str, options: Mapping[str, Any], failed: str | None = None, advice: str = "") -> nn.Module:
+    timm = optional("timm", extra="timm")
+    plain = name.split(".")[0]
+    if not timm.is_model(plain):
+        near = difflib.get_close_matches(plain, timm.list_models(), n=5)
+        hint = (
+            f"Did you mean {' or '.join(map(repr, near))}?"
+            if near
+            else "timm.list_models('*resnet*') lists some."
+        )
+        raise ProbeError(f"timm {timm.__version__} has no model {name!r}.\n{hint}")
+    try:
+        return timm.create_model(name, **options)
+    except Exception as error:
+        failed = failed or f"timm.create_model({name!r}) failed"
+        advice = advice or f"\nIts options were {dict(options)}."
+        raise ProbeError(f"{failed}: {error}{advice}") from error
 
 
 def _with_preprocessing(name: str, model: nn.Module) -> PretrainedModel:

@@ -148,7 +148,7 @@ class Module(pl.LightningModule):
         return optimizer_of(self)
 
 for how in ("lightning without", "lightning"):
-    callback = GeometryCallback(["net.2"], every=2, samples=4, on_error="raise")
+    callback = GeometryCallback(layers=["net.2"], every=2, samples=4, on_error="raise")
     trainer = pl.Trainer(max_steps=5, devices=2, strategy="ddp", accelerator="cpu", enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
         callbacks=[] if how == "lightning without" else [callback],

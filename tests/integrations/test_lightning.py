@@ -368,11 +368,8 @@ def test_an_exception_in_training_closes_the_writers(tmp_path):
             if index == 2:
                 raise RuntimeError("training broke")
 
-    class Recorder:
+    class Recorder(tgp.Writer):
         closed = 0
-
-        def write(self, step, report):
-            pass
 
         def close(self):
             self.closed += 1
@@ -448,7 +445,7 @@ class Module(pl.LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
-callback = GeometryCallback(["net.1"], every=2, on_error="raise")
+callback = GeometryCallback(layers=["net.1"], every=2, on_error="raise")
 trainer = pl.Trainer(max_steps=5, logger=False, enable_checkpointing=False, enable_progress_bar=False,
     enable_model_summary=False, accelerator="cpu", callbacks={given})
 trainer.fit(Module(), torch.utils.data.DataLoader(torch.randn(40, 5), batch_size=4))
