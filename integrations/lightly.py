@@ -34,8 +34,8 @@ _BRANCHES = (("backbone", "projection_head"), ("student_backbone", "student_head
 def views(batch: Any) -> list[Tensor]:
     """Return the views of a batch as lightly's loaders give it, ``(views, targets, file names)``.
 
-    Also a plain ``(views, targets)``, a bare list of views, and a single tensor: then one view.  A view is a
-    floating tensor [B, ...].
+    Also a plain ``(views, targets)``, a bare list of views, and a single tensor: then one view.  A view is a floating
+    tensor [B, ...].
 
     Raises:
         ProbeError: no view in the batch.
@@ -63,9 +63,9 @@ def encoder(module: nn.Module) -> nn.Module:
     """Return the trained branch of a module as one network: x → backbone → flatten → projection head.
 
     The parts are the module's own, under their own names (``backbone``, ``projection_head``; for DINO
-    ``student_backbone``, ``student_head``), so layer names are those of the module.  Momentum branches,
-    prediction heads and prototypes are left out; without a projection head it is the backbone alone.  What it
-    computes, z = head(flatten(backbone(x))), is what lightly's examples have in ``forward``.
+    ``student_backbone``, ``student_head``), so layer names are those of the module.  Momentum branches, prediction
+    heads and prototypes are left out; without a projection head it is the backbone alone.  What it computes, z =
+    head(flatten(backbone(x))), is what lightly's examples have in ``forward``.
 
     Raises:
         ProbeError: the module has neither ``backbone`` nor ``student_backbone``.
@@ -82,8 +82,8 @@ def encoder(module: nn.Module) -> nn.Module:
 def embedding_layers(module: nn.Module) -> list[str]:
     """Return the layers to probe: the backbone's stages, its output, and the end of every projector layer.
 
-    A projector layer is a ``Linear`` with what follows it (normalisation, activation) up to the next one.
-    The names hold for :func:`encoder` and for the module itself.
+    A projector layer is a ``Linear`` with what follows it (normalisation, activation) up to the next one. The names
+    hold for :func:`encoder` and for the module itself.
 
     Raises:
         ProbeError: the module has neither ``backbone`` nor ``student_backbone``.
@@ -128,8 +128,8 @@ class AugmentationExpansion:
     def statistics(self) -> dict[str, float]:
         """Mean over the samples and its standard error, for ``along``, ``random`` and ``difference``, in nats.
 
-        A sample counts with the mean over its D directions, if that is finite for both; ``nonfinite`` counts
-        the others.  The error is the samples' standard deviation / √B, nan for a single one.
+        A sample counts with the mean over its D directions, if that is finite for both; ``nonfinite`` counts the
+        others.  The error is the samples' standard deviation / √B, nan for a single one.
         """
         per_sample = torch.stack([self.along, self.random, self.difference]).double().mean(1).cpu()
         finite = per_sample[:, per_sample.isfinite().all(0)]
@@ -164,20 +164,19 @@ class AugmentationReport(dict[str, AugmentationExpansion]):
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         return "\n".join(
             "  ".join(
-                cell.rjust(w) if i else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+                cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             )
             for row in rows
         )
 
 
 class TwoViewProbe:
-    """Probe a module that learns from two views of its images, from its own batches: Barlow Twins, SimCLR, BYOL, DINO ….
+    """Probe a module that learns from two views of its images, at its own batches: Barlow Twins, SimCLR, BYOL ….
 
     Args:
         module: with ``backbone`` and ``projection_head``, or ``student_backbone`` and ``student_head``: the
-            LightningModule or plain module of lightly's examples.  Its batch normalisation, dropout and
-            gradients are left as they are.
+            LightningModule or plain module of lightly's examples.  Its batch normalisation, dropout and gradients are
+            left as they are.
         options: of the probe, as :class:`~torchgeom_probe.GeometryProbe` has them; ``layers`` are those of
             :func:`embedding_layers` by default.
 
@@ -225,9 +224,9 @@ class TwoViewProbe:
     def augmentation(self, batch: Any, *, seed: int = 0) -> AugmentationReport:
         """Measure the expansion from the first view towards each other one, against as many random directions.
 
-        Joint-embedding losses ask for invariance to augmentation, so training should squeeze these directions
-        more than others.  The directions are chords, taken at the first view: the crop's shift is in them as a
-        difference of pixels.  Views of another shape than the first (DINO's local crops) are left out.
+        Joint-embedding losses ask for invariance to augmentation, so training should squeeze these directions more than
+        others.  The directions are chords, taken at the first view: the crop's shift is in them as a difference of
+        pixels.  Views of another shape than the first (DINO's local crops) are left out.
 
         Args:
             batch: with two views or more.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchgeom_probe.errors import ProbeError, optional
-from torchgeom_probe.monitor.writers import Writer, chart_of, finite_median, label, numbers, register_writer
+from torchgeom_probe.monitor.writers import Writer, chart_of, charts, finite_median, label, local_path, register_writer
 from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
@@ -52,10 +52,9 @@ MONITOR_TAGS = {
 class TensorBoardWriter(Writer):
     """Write reports to TensorBoard: a :class:`~torchgeom_probe.Writer`.
 
-    Every layer has the name ``NN_layer``: its zero-padded place in the order of firing, then its name with
-    every character other than letters, digits, ``.``, ``-`` and ``_`` replaced by ``_`` (``block#1`` becomes
-    ``04_block_1``; the model itself is ``00_model``).  Per report and layer these tags are written, all over
-    the samples of the batch:
+    Every layer has the name ``NN_layer``: its zero-padded place in the order of firing, then its name with every
+    character other than letters, digits, ``.``, ``-`` and ``_`` replaced by ``_`` (``block#1`` becomes ``04_block_1``;
+    the model itself is ``00_model``).  Per report and layer these tags are written, all over the samples of the batch:
 
     =================================  ======================================================================
     ``logvol/NN_layer``                median log-volume over the finite samples, nats (natural log)
@@ -76,29 +75,27 @@ class TensorBoardWriter(Writer):
     ``geometry/overhead``              the share of the time that probes took so far (from the second probe on)
     =================================  ======================================================================
 
-    Where the estimand is no log-volume, ``value`` stands in the place of ``logvol``.
-    Whatever else the estimator measured has a tag of its own name, with medians over the finite samples:
-    ``std_error/…``, ``error_bound/…``, ``trace/…``; ``log_pseudo_volume/…`` where a layer has samples of log-volume
-    -inf.  A map is an image under its own tag.  The CUSTOM SCALARS tab has all layers in one chart, and one chart with
-    the band per layer.  A non-finite number never reaches a chart or a histogram: it is left out, and counted.
+    Where the estimand is no log-volume, ``value`` stands in the place of ``logvol``. Whatever else the estimator
+    measured has a tag of its own name, with medians over the finite samples: ``std_error/…``, ``error_bound/…``,
+    ``trace/…``; ``log_pseudo_volume/…`` where a layer has samples of log-volume -inf.  A map is an image under its own
+    tag.  The CUSTOM SCALARS tab has all layers in one chart, and one chart with the band per layer.  A non-finite
+    number never reaches a chart or a histogram: it is left out, and counted.
 
     Args:
         log_dir: a directory, or a ``SummaryWriter`` that you already have (yours to resume and to close).
         histograms: whether to write the histograms, the largest part of the file.
-        layout: whether to write the custom-scalars layout; a run has one, so turn it off where you write your
-            own.
+        layout: whether to write the custom-scalars layout; a run has one, so turn it off where you write your own.
 
-    A resumed run continues in its directory: at the first write the event file is opened, and where an
-    earlier ``TensorBoardWriter`` left events, those at this step and later are hidden (``purge_step``), so no
-    point is doubled. TensorBoard hides them for all tags of the directory; so where another ``SummaryWriter``
-    logs to the same directory nothing is purged: pass that writer instead, made with its own ``purge_step``.
+    A resumed run continues in its directory: at the first write the event file is opened, and where an earlier
+    ``TensorBoardWriter`` left events, those at this step and later are hidden (``purge_step``), so no point is doubled.
+    TensorBoard hides them for all tags of the directory; so where another ``SummaryWriter`` logs to the same directory
+    nothing is purged: pass that writer instead, made with its own ``purge_step``.
 
-    Every write ends with a flush: a run that is killed loses nothing.  Values are stored in float32, as
-    TensorBoard does.
+    Every write ends with a flush: a run that is killed loses nothing.  Values are stored in float32, as TensorBoard
+    does.
 
     Raises:
-        ProbeError: tensorboard is not installed; the events cannot be written (a full disk, a read-only
-            directory).
+        ProbeError: tensorboard is not installed; the events cannot be written (a full disk, a read-only directory).
 
     Cost: a copy of the report to the host and some 10 kB per report and layer with histograms, 1 kB without.
 
@@ -115,9 +112,7 @@ class TensorBoardWriter(Writer):
 
     """
 
-    def __init__(
-        self, log_dir: str | os.PathLike[str] | Any, *, histograms: bool = True, layout: bool = True
-    ) -> None:
+    def __init__(self, log_dir: str | os.PathLike[str] | Any, *, histograms: bool = True, layout: bool = True) -> None:
         self.histograms = histograms
         self.layout = layout
         # Imported here, a second or two, and not inside of the first probe, whose cost a budget goes by.
@@ -129,7 +124,7 @@ class TensorBoardWriter(Writer):
         self._events: Any = None
         self._log_dir: Path | None = None
         if isinstance(log_dir, str | os.PathLike):
-            self._log_dir = Path(log_dir)
+            self._log_dir = local_path(log_dir)
             if self._log_dir.exists() and not self._log_dir.is_dir():
                 raise ProbeError(
                     f"TensorBoardWriter needs a directory, and {self._log_dir} is a file.\n"
@@ -197,14 +192,11 @@ class TensorBoardWriter(Writer):
             events.close()
 
     def _write_layer(self, events: Any, step: int, name: str, layer: LayerGeometry) -> None:
-        found, chart = numbers(layer), chart_of(layer)
+        found, chart = layer.statistics(), chart_of(layer)
+        scalars = charts(layer, name)
+        scalars |= {f"{chart}_band/{name}/{part}": found[part] for part in ("p10", "median", "p90")}
         if layer.log_pseudo_volume is not None and layer.value.isneginf().any():
-            found["log_pseudo_volume"] = finite_median(layer.log_pseudo_volume)
-        del found["mean"]
-        median = found.pop("median")
-        scalars = {f"{chart}/{name}": median, f"{chart}_band/{name}/median": median}
-        scalars |= {f"{chart}_band/{name}/{part}": found.pop(part) for part in ("p10", "p90")}
-        scalars |= {f"{key}/{name}": value for key, value in found.items()}
+            scalars[f"log_pseudo_volume/{name}"] = finite_median(layer.log_pseudo_volume)
         for tag, value in scalars.items():
             if abs(value) <= _FLOAT32_MAX:  # false for nan and ±inf too
                 events.add_scalar(tag, value, step)
@@ -319,9 +311,7 @@ def _conventions(report: GeometryReport, labels: dict[str, str]) -> str:
 def _takes(target: Any) -> bool:
     if isinstance(target, str | os.PathLike):
         return True
-    return not isinstance(target, type) and callable(
-        getattr(target, "add_scalar", None)
-    )  # tensorboardX has one too
+    return not isinstance(target, type) and callable(getattr(target, "add_scalar", None))  # tensorboardX has one too
 
 
 register_writer(_takes, TensorBoardWriter)

@@ -55,9 +55,7 @@ def test_csv_and_json_hold_the_same_numbers(report, tmp_path):
     for layer in document["layers"]:
         mine = [r for r in rows if r["layer"] == layer["name"]]
         assert (
-            [float(r["log_volume"]) for r in mine]
-            == layer["log_volume"]
-            == report[layer["name"]].log_volume.tolist()
+            [float(r["log_volume"]) for r in mine] == layer["log_volume"] == report[layer["name"]].log_volume.tolist()
         )
         assert [float(r["sigma_max"]) for r in mine] == [s[0] for s in layer["singular_values"]]
         assert {r["estimand"] for r in mine} == {layer["estimand"]}
@@ -66,9 +64,7 @@ def test_csv_and_json_hold_the_same_numbers(report, tmp_path):
 
 def test_json_has_null_where_a_number_is_not_finite(tmp_path):
     singular = nn.Sequential(nn.Linear(5, 2), nn.Linear(2, 7))
-    path = tgp.measure(singular, torch.randn(3, 5), layers="", estimator=tgp.Exact()).to_json(
-        tmp_path / "r.json"
-    )
+    path = tgp.measure(singular, torch.randn(3, 5), layers="", estimator=tgp.Exact()).to_json(tmp_path / "r.json")
     (layer,) = json.loads(path.read_text())["layers"]
     assert layer["log_volume"] == [None] * 3
     assert layer["nonfinite"] == 3

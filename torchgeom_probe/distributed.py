@@ -4,8 +4,8 @@ No collective: a rank that reaches a measurement leaves its part in the process 
 rank 0 collects the parts, and measures itself what does not come.  So one that only some ranks reach ends.
 
 DDP keeps the parameters equal, and not the buffers: after a step each rank's batch normalisation has seen its own
-batch, until the next forward pass brings rank 0's.  So every rank measures with rank 0's buffers, as they will be
-in the checkpoint.
+batch, until the next forward pass brings rank 0's.  So every rank measures with rank 0's buffers, as they will be in
+the checkpoint.
 
 Legend of axes: B samples.
 """
@@ -81,9 +81,7 @@ class Ranks:
             )
         return Ranks(model.process_group if wrapped else None, samples=samples)
 
-    def measured(
-        self, model: nn.Module, x: Any, step: int, measure: Callable[[Any], Part]
-    ) -> list[Part] | None:
+    def measured(self, model: nn.Module, x: Any, step: int, measure: Callable[[Any], Part]) -> list[Part] | None:
         """Measure this rank's samples of ``x``; on rank 0 return the results of all ranks in order, elsewhere None.
 
         Args:
@@ -139,9 +137,7 @@ class Ranks:
             with _borrowed(buffers, theirs):
                 result = measure(x)
         except Exception:
-            self._store.set(
-                f"{key}/{self.rank}", ""
-            )  # rank 0 need not wait; it meets the same error by itself
+            self._store.set(f"{key}/{self.rank}", "")  # rank 0 need not wait; it meets the same error by itself
             raise
         self._store.set(f"{key}/{self.rank}", _packed(result))  # type: ignore[arg-type]  # bytes go too
 

@@ -284,9 +284,7 @@ def test_lightning_with_ddp(ranks):
 
 
 def test_sharing_needs_a_process_group():
-    with pytest.raises(
-        tgp.ProbeError, match=r"there is no process group.\nWrite  torch.distributed.init_proc"
-    ):
+    with pytest.raises(tgp.ProbeError, match=r"there is no process group.\nWrite  torch.distributed.init_proc"):
         tgp.Monitor(nn.Linear(2, 3), torch.zeros(2, 2), layers=[""], distributed=True)
     assert Ranks.of(nn.Linear(2, 3), None) is None
 

@@ -38,9 +38,7 @@ class TwoParts(nn.Module):
         super().__init__()
         self.backbone = network() if backbone is None else backbone
         self.projection_head = (
-            nn.Sequential(nn.Linear(28, 11), nn.BatchNorm1d(11), nn.ReLU(), nn.Linear(11, 5))
-            if head is None
-            else head
+            nn.Sequential(nn.Linear(28, 11), nn.BatchNorm1d(11), nn.ReLU(), nn.Linear(11, 5)) if head is None else head
         )
 
 
@@ -98,9 +96,7 @@ def test_the_report_is_what_measure_gives_on_either_view():
         assert sorted(probe.layers) == sorted(embedding_layers(module))
         for view, x in enumerate((a, b)):
             report = probe.measure([[a, b], torch.zeros(6), ("",) * 6], view=view)
-            expected = tgp.measure(
-                encoder(module), x, layers=probe.layers, estimator=estimator, normalize=False
-            )
+            expected = tgp.measure(encoder(module), x, layers=probe.layers, estimator=estimator, normalize=False)
             for name in expected:
                 assert torch.equal(report[name].log_volume, expected[name].log_volume)
         with pytest.raises(tgp.ProbeError, match="view=2: this batch has 2 views"):
@@ -132,9 +128,7 @@ def test_expansion_along_the_views_against_explicit_jacobians():
 
 def test_a_backbone_that_averages_noise_away_shows_it():
     """Blurring keeps smooth directions and kills white noise: the difference is what the filter does."""
-    module = TwoParts(
-        nn.Sequential(nn.AvgPool2d(5), nn.Flatten(), nn.Linear(3, 3, bias=False)), nn.Identity()
-    )
+    module = TwoParts(nn.Sequential(nn.AvgPool2d(5), nn.Flatten(), nn.Linear(3, 3, bias=False)), nn.Identity())
     with torch.no_grad():
         module.backbone[2].weight.copy_(torch.eye(3))
     x = torch.randn(64, 3, 5, 5)

@@ -42,9 +42,7 @@ class Classifier(pl.LightningModule):
     def __init__(self, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        self.net = nn.Sequential(
-            nn.Linear(5, 13), nn.BatchNorm1d(13), nn.Tanh(), nn.Dropout(0.2), nn.Linear(13, 3)
-        )
+        self.net = nn.Sequential(nn.Linear(5, 13), nn.BatchNorm1d(13), nn.Tanh(), nn.Dropout(0.2), nn.Linear(13, 3))
         self.probed_in = []
 
     def forward(self, x):
@@ -237,9 +235,7 @@ def test_events_in_several_loggers(tmp_path):
     table = CSVLogger(tmp_path / "csv", version=0)
     callback = probe(x_probe=X)
     fit(callback, tmp_path, logger=[tensorboard, table], log_every_n_steps=2)
-    medians = [
-        (step, pytest.approx(report["net.2"].statistics()["median"])) for step, report in callback.history
-    ]
+    medians = [(step, pytest.approx(report["net.2"].statistics()["median"])) for step, report in callback.history]
     assert scalars(tensorboard.log_dir, "logvol/01_net.2") == medians
     assert [step for step, _ in scalars(tensorboard.log_dir, "loss")] == [1, 3, 5]
     with (Path(table.log_dir) / "metrics.csv").open() as file:
@@ -395,17 +391,13 @@ def test_a_probe_that_fails_does_not_end_the_training(tmp_path):
 
 
 def test_what_makes_no_sense_is_refused(tmp_path):
-    with pytest.raises(
-        tgp.ProbeError, match=r"has no option 'evry'; beside its own it takes Monitor's: .*estimator"
-    ):
+    with pytest.raises(tgp.ProbeError, match=r"has no option 'evry'; beside its own it takes Monitor's: .*estimator"):
         GeometryCallback(evry=3)
     with pytest.raises(tgp.ProbeError, match="samples is a whole number of 1 or more; got 0"):
         GeometryCallback(samples=0)
     with pytest.raises(tgp.ProbeError, match=r"no layer 'net\.9'"):
         fit(probe(x_probe=X, layers=["net.9"]), tmp_path)
-    with pytest.raises(
-        tgp.ProbeError, match=r"model='backbone' is no submodule of this Classifier; it has 'net'"
-    ):
+    with pytest.raises(tgp.ProbeError, match=r"model='backbone' is no submodule of this Classifier; it has 'net'"):
         fit(probe(x_probe=X, model="backbone"), tmp_path)
 
 

@@ -137,9 +137,7 @@ def test_any_finite_samples_make_a_histogram(tmp_path, values):
 
 def test_nothing_that_is_not_finite_reaches_a_chart(tmp_path):
     broken = layer([NAN, -INF, INF])
-    broken = replace(
-        broken, singular_values=torch.full((3, 3), NAN), extras={"trace": torch.tensor([NAN, INF, NAN])}
-    )
+    broken = replace(broken, singular_values=torch.full((3, 3), NAN), extras={"trace": torch.tensor([NAN, INF, NAN])})
     huge = replace(layer([1.0, 2.0]), singular_values=torch.full((2, 3), 1e300, dtype=torch.float64))
     events = written(tmp_path, [(0, GeometryReport({"broken": broken, "huge": huge}))])
     tags = events.Tags()
@@ -208,9 +206,7 @@ def test_the_layout_shows_all_layers_in_one_chart_and_a_band_for_each(tmp_path):
     charts = {chart.title: chart for category in layout.category for chart in category.chart}
     scalars = events.Tags()["scalars"]
     (pattern,) = charts["log-volume by layer [nat]"].multiline.tag
-    assert [tag for tag in scalars if re.match(pattern, tag)] == [
-        f"logvol/{label}" for label in LABELS.values()
-    ]
+    assert [tag for tag in scalars if re.match(pattern, tag)] == [f"logvol/{label}" for label in LABELS.values()]
     bands = [chart.margin.series[0] for title, chart in charts.items() if "p10" in title]
     assert [series.value for series in bands] == [f"logvol_band/{label}/median" for label in LABELS.values()]
     for series in bands:  # as they are, unescaped: the page looks them up by name
@@ -367,9 +363,7 @@ def test_importing_the_module_loads_no_tensorboard():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="a file-size limit stands in for a full disk"
-)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a file-size limit stands in for a full disk")
 def test_a_full_disk_is_said_to_be_one_and_the_writer_recovers(tmp_path):
     # The operating system itself refuses the bytes: RLIMIT_FSIZE, with its signal ignored, is an OSError on
     # write.

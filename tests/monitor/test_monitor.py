@@ -73,9 +73,7 @@ def train(model, optimizer, steps, after=None, size=(13, 4), seed=1):
     for _ in range(steps):
         x = torch.randn(*size, generator=generator)
         optimizer.zero_grad()
-        (
-            model(x + 0.01 * torch.randn_like(x)) ** 2
-        ).mean().backward()  # the noise draws on the global generator
+        (model(x + 0.01 * torch.randn_like(x)) ** 2).mean().backward()  # the noise draws on the global generator
         optimizer.step()
         if after is not None:
             after()
@@ -313,9 +311,7 @@ def test_writers_get_the_reports_of_the_history(tmp_path):
     monitor.close()
     rows = [line.split(",") for line in (tmp_path / "log.csv").read_text().split()[1:]]
     assert [(int(row[0]), row[1]) for row in rows] == [(2, "1"), (4, "1")]
-    assert [float(row[4]) for row in rows] == [
-        report["1"].statistics()["median"] for _, report in monitor.history
-    ]
+    assert [float(row[4]) for row in rows] == [report["1"].statistics()["median"] for _, report in monitor.history]
 
 
 def test_the_history_is_bounded():
@@ -388,16 +384,12 @@ def test_maps_are_drawn_at_each_mth_probe_for_the_writers_that_take_them():
     )
     for _ in range(5):
         monitor.step()
-    assert [entry for entry in album.written if entry[0] == "slice/plane"] == [
-        ("slice/plane", s) for s in (1, 3, 5)
-    ]
+    assert [entry for entry in album.written if entry[0] == "slice/plane"] == [("slice/plane", s) for s in (1, 3, 5)]
     assert len(plain.written) == 5
     assert not pyplot.get_fignums()
     with pytest.raises(ProbeError, match=r"no writer here draws.\nWrite:  writer='runs/experiment_1'"):
         Monitor(mlp(), torch.randn(5, 4), writer=plain, maps={"slice": lambda model: None})
-    with pytest.raises(
-        ProbeError, match=r"maps=\{'slice': ...\} takes a slice, or a function(.|\n)*got a Tensor"
-    ):
+    with pytest.raises(ProbeError, match=r"maps=\{'slice': ...\} takes a slice, or a function(.|\n)*got a Tensor"):
         Monitor(mlp(), torch.randn(5, 4), writer=album, maps={"slice": torch.zeros(3)})
 
 
@@ -554,9 +546,7 @@ def test_a_state_is_loaded_before_the_monitor_begins():
     monitor = Monitor(model, x_probe, layers=["1"])
     state = monitor.state_dict()
     monitor.step()
-    with pytest.raises(
-        ProbeError, match=r"has begun: 1 steps(.|\n)*load_state_dict\(state\); monitor.follow"
-    ):
+    with pytest.raises(ProbeError, match=r"has begun: 1 steps(.|\n)*load_state_dict\(state\); monitor.follow"):
         monitor.load_state_dict(state)
     with pytest.raises(ProbeError, match=r"no state of a Monitor: it lacks \['step'"):
         Monitor(model, x_probe, layers=["1"]).load_state_dict({"probes": 3})

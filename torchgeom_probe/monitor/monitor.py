@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torchgeom_probe.distributed import Ranks
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import digest
+from torchgeom_probe.monitor.failures import Failures
 from torchgeom_probe.monitor.schedules import (
     Budget,
     Clock,
@@ -50,64 +49,56 @@ _UNREAD = Clock()
 class Monitor:
     """Probe a model while it trains, on a fixed batch and a schedule, and send the reports to a writer.
 
-    The model, its training and the random state are as they would be without it, bit by bit: a probe measures
-    in eval mode, draws its directions from its own generator, and puts everything back.
+    The model, its training and the random state are as they would be without it, bit by bit: a probe measures in eval
+    mode, draws its directions from its own generator, and puts everything back.
 
-    Two ways to count the training's steps.  ``monitor.follow(optimizer)`` needs no change to the loop: it
-    probes at once (step 0: before training), then after every ``optimizer.step()`` that the schedule picks
-    (with gradient accumulation that is once per update, and an update that AMP's scaler skips does not
-    count).  Or call ``monitor.step()`` in the loop, once per training step; then step 0 is
-    ``monitor.probe_now()`` before the loop.
+    Two ways to count the training's steps.  ``monitor.follow(optimizer)`` needs no change to the loop: it probes at
+    once (step 0: before training), then after every ``optimizer.step()`` that the schedule picks (with gradient
+    accumulation that is once per update, and an update that AMP's scaler skips does not count).  Or call
+    ``monitor.step()`` in the loop, once per training step; then step 0 is ``monitor.probe_now()`` before the loop.
 
     Args:
         model_or_probe: any ``nn.Module``, or a :class:`~torchgeom_probe.GeometryProbe` of it (yours to close).
-        x_probe: [B, *shape], the samples to probe at, copied; the same at every step, so that curves compare.
-            For a model of several inputs a tuple or a dict of them, as in :meth:`GeometryProbe.measure`.
+        x_probe: [B, *shape], the samples to probe at, copied; the same at every step, so that curves compare. For a
+            model of several inputs a tuple or a dict of them, as in :meth:`GeometryProbe.measure`.
         every: probe each N steps (100 where neither ``max_overhead`` nor ``schedule`` is given).
-        max_overhead: the share of the run's time that probes may take; with ``every``, at multiples of it
-            only.
-        schedule: any :class:`Schedule` in place of the two: ``Every``, ``LogSpaced``, ``Budget``, or your
-            own.
+        max_overhead: the share of the run's time that probes may take; with ``every``, at multiples of it only.
+        schedule: any :class:`Schedule` in place of the two: ``Every``, ``LogSpaced``, ``Budget``, or your own.
         writer: a directory for TensorBoard (``"runs/a"``), a file ``*.csv`` or ``*.jsonl``, a ``SummaryWriter`` that
             you already have, a :class:`~torchgeom_probe.Writer`, a sequence of these, or None (then read
             ``monitor.history``).  A writer also gets ``geometry/failures`` and, from the second probe on,
             ``geometry/overhead``, the share of the time.
-        on_error: ``"warn"``: an exception inside a probe or a writer is counted (``failures``), kept
-            (``last_error``) and shown once per kind as a ``RuntimeWarning``, and the training goes on;
-            ``"raise"``: it is raised.
-        indices: where ``x_probe`` stands in your data set; kept in ``state_dict()``, nothing else is done
-            with it.
+        on_error: ``"warn"``: an exception inside a probe or a writer is counted (``failures``), kept (``last_error``)
+            and shown once per kind as a ``RuntimeWarning``, and the training goes on; ``"raise"``: it is raised.
+        indices: where ``x_probe`` stands in your data set; kept in ``state_dict()``, nothing else is done with it.
         keep: how many reports ``history`` holds, the latest ones; None for all.
-        maps: tag → a :class:`~torchgeom_probe.Line` or :class:`~torchgeom_probe.Plane`, scanned at the same layers along
-            its own tangents; or a function of the model that returns a result, such as ``lambda model: tgp.scan(model,
-            plane, readout=...)``, or a matplotlib figure (it is closed afterwards).  The writers that draw (TensorBoard)
-            show it under the tag.
+        maps: tag → a :class:`~torchgeom_probe.Line` or :class:`~torchgeom_probe.Plane`, scanned at the same layers
+            along its own tangents; or a function of the model that returns a result, such as ``lambda model:
+            tgp.scan(model, plane, readout=...)``, or a matplotlib figure (it is closed afterwards).  The writers that
+            draw (TensorBoard) show it under the tag.
         maps_every: draw the maps at each M-th probe.
-        distributed: None: where the model is a DistributedDataParallel, its ranks share the samples of each
-            probe; True: all ranks of the default process group do (they hold the same weights); False: each
-            process probes for itself.
+        distributed: None: where the model is a DistributedDataParallel, its ranks share the samples of each probe;
+            True: all ranks of the default process group do (they hold the same weights); False: each process probes for
+            itself.
         options: of the probe, as :class:`~torchgeom_probe.GeometryProbe` has them: ``layers``, ``estimator``, ….  The
             directions that it draws are the same at every step.
 
-    With DDP make the monitor on every rank, with the same ``x_probe``, and step it on every rank.  Each measures
-    its share; rank 0 has the reports, ``history`` and the writers, elsewhere they stay empty.  No collective is
-    called, so nothing hangs where some ranks do not reach a probe: rank 0 measures what is missing.  A schedule
-    that goes by the clock (``max_overhead``, one of your own) is due at other steps on other ranks: rank 0
-    measures alone then.
+    With DDP make the monitor on every rank, with the same ``x_probe``, and step it on every rank.  Each measures its
+    share; rank 0 has the reports, ``history`` and the writers, elsewhere they stay empty.  No collective is called, so
+    nothing hangs where some ranks do not reach a probe: rank 0 measures what is missing.  A schedule that goes by the
+    clock (``max_overhead``, one of your own) is due at other steps on other ranks: rank 0 measures alone then.
 
     Attributes:
         probes: how many probes were started.
         last_probed: the step of the latest probe, or None.
-        failures: how many times measuring, a writer or a map raised.
-        last_error: the latest of those exceptions, or None.
 
     Raises:
-        ProbeError: an argument makes no sense; the layers cannot be found; ``step()`` while following or
-            after ``close()``.
+        ProbeError: an argument makes no sense; the layers cannot be found; ``step()`` while following or after
+            ``close()``.
 
-    Cost: per probe about one forward pass over (1 + k)·B samples and one copy of the report to the host; per
-    step in between a comparison.  On an accelerator a probe waits for the work in flight before it starts its
-    watch.  What torch imports at its first forward derivative, seconds, comes before the watch is started.
+    Cost: per probe about one forward pass over (1 + k)·B samples and one copy of the report to the host; per step in
+    between a comparison.  On an accelerator a probe waits for the work in flight before it starts its watch.  What
+    torch imports at its first forward derivative, seconds, comes before the watch is started.
 
     >>> import torch, torchgeom_probe as tgp
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
@@ -141,8 +132,6 @@ class Monitor:
         **options: Unpack[ProbeOptions],
     ) -> None:
         _refuse_no_samples(x_probe)
-        if on_error not in ("warn", "raise"):
-            raise ProbeError(f"on_error is 'warn' or 'raise'; got {on_error!r}.")
         if keep is not None:
             refuse_unless_count("keep", keep, example="keep=1000")
         refuse_unless_count("maps_every", maps_every, example="maps_every=10")
@@ -153,11 +142,9 @@ class Monitor:
         _refuse_no_maps(self.maps, self.writers)
         self.x_probe = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), x_probe)
         self.indices = None if indices is None else [int(i) for i in indices]
-        self.on_error = on_error
         self.probes = 0
         self.last_probed: int | None = None
-        self.failures = 0
-        self.last_error: Exception | None = None
+        self._failures = Failures(on_error)
         # Not the estimator: a map is scanned along the slice's own tangents.
         self._scan_options: Any = {key: value for key, value in options.items() if key != "estimator"}
         self._scanned = model_or_probe
@@ -171,7 +158,6 @@ class Monitor:
         self._step = 0
         self._rests_until = 0.0  # a moment before which the schedule would say no
         self._stopwatch = Stopwatch()
-        self._shown: set[tuple[str, str]] = set()
         self._handle: Any = None
         self._closed = False
 
@@ -186,6 +172,16 @@ class Monitor:
         return self._step
 
     @property
+    def failures(self) -> int:
+        """How many times measuring, a writer or a map raised."""
+        return self._failures.count
+
+    @property
+    def last_error(self) -> Exception | None:
+        """The latest of those exceptions, or None."""
+        return self._failures.last
+
+    @property
     def overhead(self) -> float:
         """The share of the wall-clock time that probes took, writers included, since the first step."""
         clock = self._stopwatch.read()
@@ -196,9 +192,8 @@ class Monitor:
         """Count one training step, and probe if it is due; returns the report, or None.
 
         Args:
-            at: how many training steps were made, where the loop keeps its own count.  A count that has not
-                grown (gradient accumulation) is no step; one that grew by several probes once if any of them
-                was due.
+            at: how many training steps were made, where the loop keeps its own count.  A count that has not grown
+                (gradient accumulation) is no step; one that grew by several probes once if any of them was due.
 
         """
         if self._handle is not None:
@@ -211,9 +206,7 @@ class Monitor:
     def follow(self, optimizer: torch.optim.Optimizer) -> Monitor:
         """Probe now if training has not begun, then after each optimizer step that is due; return self."""
         if self._handle is not None:
-            raise ProbeError(
-                "this monitor follows an optimizer already; make a second tgp.Monitor for the second one."
-            )
+            raise ProbeError("this monitor follows an optimizer already; make a second tgp.Monitor for the second one.")
         register = getattr(optimizer, "register_step_post_hook", None)
         if register is None:
             raise ProbeError(
@@ -241,7 +234,7 @@ class Monitor:
             draw = bool(self.maps) and self.probes % self.maps_every == 0 and self._writes
             self.probes += 1
             self.last_probed = self._step
-            with self._guarded("measuring"):
+            with self._failures.counted("measuring", self._step):
                 self.x_probe = tree_map_only(Tensor, lambda tensor: tensor.to(device), self.x_probe)
                 report = self._measured()
                 if report is not None:
@@ -250,13 +243,13 @@ class Monitor:
             if report is not None:
                 for writer in self.writers:
                     before = self.failures
-                    with self._guarded(f"{type(writer).__name__}.write"):
+                    with self._failures.counted(f"{type(writer).__name__}.write", self._step):
                         writer.write(self._step, report)
                     if self.failures > before:
                         working.remove(writer)
             if draw:
                 for tag, draw_map in self.maps.items():
-                    with self._guarded(f"the map {tag!r}"):
+                    with self._failures.counted(f"the map {tag!r}", self._step):
                         self._write_map(tag, draw_map)
             if self._writes:
                 self._write_own_accounts(working)
@@ -290,9 +283,7 @@ class Monitor:
                 f"this monitor has begun: {self._step} steps, {self.probes} probes.\n"
                 "Load first:  monitor.load_state_dict(state); monitor.follow(optimizer)"
             )
-        missing = [
-            key for key in ("step", "probes", "failures", "clock", "x_probe", "indices") if key not in state
-        ]
+        missing = [key for key in ("step", "probes", "failures", "clock", "x_probe", "indices") if key not in state]
         if missing:
             raise ProbeError(f"this is no state of a Monitor: it lacks {missing}.")
         if strict and state["x_probe"] != _fingerprint(self.x_probe):
@@ -304,7 +295,7 @@ class Monitor:
         self._step = int(state["step"])
         self.probes = int(state["probes"])
         self.last_probed = state.get("last_probed")
-        self.failures = int(state["failures"])
+        self._failures.count = int(state["failures"])
         self.indices = self.indices if state["indices"] is None else [int(i) for i in state["indices"]]
         self._stopwatch = Stopwatch(Clock(**state["clock"]))
 
@@ -320,7 +311,7 @@ class Monitor:
         if self._own_probe:
             self._probe.close()
         for writer in self.writers:
-            with self._guarded(f"{type(writer).__name__}.close"):
+            with self._failures.counted(f"{type(writer).__name__}.close", self._step):
                 writer.close()
 
     def __enter__(self) -> Monitor:
@@ -386,7 +377,7 @@ class Monitor:
         if self.probes > 1 and self._step:  # until then there is no training to take a share of
             accounts["geometry/overhead"] = self.overhead
         for writer in writers:
-            with self._guarded(f"{type(writer).__name__}.write_scalar"):
+            with self._failures.counted(f"{type(writer).__name__}.write_scalar", self._step):
                 for tag, value in accounts.items():
                     writer.write_scalar(tag, value, self._step)
 
@@ -403,35 +394,6 @@ class Monitor:
         if pyplot is not None and isinstance(result, pyplot.Figure):
             pyplot.close(result)
 
-    @contextlib.contextmanager
-    def _guarded(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self.failures += 1
-            self.last_error = error
-            if self.on_error == "raise":
-                raise
-            kind = (doing, type(error).__name__)
-            if kind not in self._shown:
-                self._shown.add(kind)
-                warnings.warn(
-                    f"torchgeom_probe.Monitor, step {self._step}: {doing} failed, and training goes on "
-                    f"(shown once, counted in monitor.failures; on_error='raise' stops here).\n"
-                    f"{type(error).__name__}: {error}",
-                    RuntimeWarning,
-                    stacklevel=_level_of_the_caller(),
-                )
-
-
-def _level_of_the_caller() -> int:
-    """How many frames up the training loop is: what lies between is ours, the optimizer's hook and contextlib."""
-    between = ("torchgeom_probe", "contextlib", "torch")
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in between:
-        level, frame = level + 1, frame.f_back
-    return level
-
 
 def _refuse_no_samples(x_probe: Any) -> None:
     tensors = [leaf for leaf in tree_leaves(x_probe) if isinstance(leaf, Tensor)]
@@ -444,8 +406,7 @@ def _refuse_no_samples(x_probe: Any) -> None:
         )
     if any(tensor.is_meta for tensor in tensors):
         raise ProbeError(
-            "x_probe is on the device 'meta': it has a shape and no numbers.\n"
-            f"Pass samples of your data:  {write}"
+            f"x_probe is on the device 'meta': it has a shape and no numbers.\nPass samples of your data:  {write}"
         )
 
 

@@ -83,20 +83,17 @@ class LogSpaced:
             return step == 0
         nearest = round(self.per_decade * math.log10(step))
         # Rounding to an integer step can move the exponent by one where the steps are sparse in it.
-        return any(
-            round(10 ** (i / self.per_decade)) == step for i in (nearest - 1, nearest, nearest + 1) if i >= 0
-        )
+        return any(round(10 ** (i / self.per_decade)) == step for i in (nearest - 1, nearest, nearest + 1) if i >= 0)
 
 
 @dataclass(frozen=True)
 class Budget:
     """Probe as often as a share of the run's time allows: ``Budget(0.02)`` for two per cent.
 
-    The first probe is due at once, and its cost is the first estimate.  Each next one is due when (a) the
-    time spent on probes, this one included, is at most ``share`` of all the time so far, and (b) the training
-    since the latest probe has paid for one probe.  (b) keeps an idle hour (a notebook, an evaluation) from
-    being spent on probes in a row. So the share holds from the second probe on; the first alone can exceed
-    it, in a run shorter than its cost / share.
+    The first probe is due at once, and its cost is the first estimate.  Each next one is due when (a) the time spent on
+    probes, this one included, is at most ``share`` of all the time so far, and (b) the training since the latest probe
+    has paid for one probe.  (b) keeps an idle hour (a notebook, an evaluation) from being spent on probes in a row. So
+    the share holds from the second probe on; the first alone can exceed it, in a run shorter than its cost / share.
 
     Args:
         share: of the wall-clock time, between 0 and 1.
@@ -154,8 +151,7 @@ def schedule_of(every: int | None, max_overhead: float | None, schedule: Schedul
             )
         if not callable(getattr(schedule, "due", None)):
             raise ProbeError(
-                f"a schedule has a method due(step, clock); {schedule!r} has none.\n"
-                "Write:  schedule=tgp.Every(100)"
+                f"a schedule has a method due(step, clock); {schedule!r} has none.\nWrite:  schedule=tgp.Every(100)"
             )
         return schedule
     if max_overhead is not None:

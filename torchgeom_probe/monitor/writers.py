@@ -80,13 +80,6 @@ def writers_of(target: Any) -> tuple[Writer, ...]:
 def _writer_of(target: Any) -> Writer:
     if isinstance(target, Writer):
         return target
-    address = os.fspath(target) if isinstance(target, str | os.PathLike) else ""
-    if scheme := re.match(r"[A-Za-z][\w+.-]+(?=:/)", str(address)):
-        raise ProbeError(
-            f"writer={target!r} is an address with the scheme {scheme[0]!r}, and reports are written to local files.\n"
-            "Write to a local path and copy it, or open it yourself:  "
-            f"writer=torch.utils.tensorboard.SummaryWriter({target!r})"
-        )
     make = _maker(target)
     if make is None:
         # Not at the top: the integrations stand above this room, and only who writes to one needs it.
@@ -103,6 +96,24 @@ def _writer_of(target: Any) -> Writer:
 
 def _maker(target: Any) -> Callable[[Any], Writer] | None:
     return next((make for takes, make in _REGISTERED if takes(target)), None)
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path as a Path.
+
+    Raises:
+        ProbeError: an address with a scheme, of which a folder ``s3:`` would be made here.
+
+    """
+    scheme = re.match(r"[A-Za-z][\w+.-]+(?=:/)", str(path))  # two letters or more: C:/ is a disk
+    if scheme is not None:
+        address = re.sub(":/+", "://", str(path), count=1)
+        raise ProbeError(
+            f"{address!r} is an address with the scheme {scheme[0]!r}, and reports are written to local files.\n"
+            "Write to a local path and copy it, or open it yourself:  "
+            f"writer=torch.utils.tensorboard.SummaryWriter({address!r})"
+        )
+    return Path(path)
 
 
 def numbers(layer: LayerGeometry) -> dict[str, float]:
@@ -140,6 +151,20 @@ def chart_of(layer: LayerGeometry) -> str:
     return "logvol" if layer.unit == "nat" else "value"
 
 
+def charts(layer: LayerGeometry, name: str) -> dict[str, float]:
+    """Return the numbers of one layer by the tags of their charts: :func:`numbers` but for the band over the samples.
+
+    >>> import torch, torchgeom_probe as tgp
+    >>> report = tgp.measure(torch.nn.Linear(3, 5), torch.randn(7, 3), layers=[""])
+    >>> list(charts(report[""], "00_model"))
+    ['logvol/00_model', 'sigma_max/00_model', 'rank/00_model', 'nonfinite/00_model']
+
+    """
+    found = numbers(layer)
+    value = {f"{chart_of(layer)}/{name}": found.pop("median")}
+    return value | {f"{key}/{name}": number for key, number in found.items() if key not in ("mean", "p10", "p90")}
+
+
 def label(place: int, name: str, *, width: int = 2) -> str:
     """Return a layer's name in charts: its place in the order of firing, zero-padded, then its name made safe.
 
@@ -154,7 +179,7 @@ class _LogFile(Writer):
     """What appends to a text file step by step, and goes on with the file of an interrupted run."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = local_path(path)
         self._begun = False
 
     def write(self, step: int, report: GeometryReport) -> None:
@@ -246,10 +271,7 @@ class CSVWriter(_LogFile):
             return "" if value is None or math.isnan(value) else value
 
         return _csv(
-            *(
-                [step, name, *(cell(found.get(key)) for key in self._header[2:])]
-                for name, found in layers.items()
-            )
+            *([step, name, *(cell(found.get(key)) for key in self._header[2:])] for name, found in layers.items())
         )
 
 
