@@ -155,18 +155,15 @@ class AugmentationReport(dict[str, AugmentationExpansion]):
 
     def summary(self) -> str:
         """A table for people: per layer log ‖Jv‖ along augmentations and noise, in nats, with standard errors."""
-        header = ("layer", "along views [nat]", "random [nat]", "difference", "not finite")
-        rows: list[tuple[str, ...]] = [header]
+        rows: list[tuple[str, ...]] = [("layer", "along views [nat]", "random [nat]", "difference", "not finite")]
         for name, layer in self.items():
             s = layer.statistics()
             cells = [f"{s[k]:.3f} ± {s[f'{k}_std_error']:.3f}" for k in ("along", "random", "difference")]
             rows.append((name, *cells, f"{s['nonfinite']:g} of {layer.along.shape[1]}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
-            "  ".join(
-                cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
+            "  ".join([name.ljust(first), *(cell.rjust(w) for cell, w in zip(cells, widths, strict=True))])
+            for name, *cells in rows
         )
 
 

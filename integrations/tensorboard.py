@@ -23,8 +23,7 @@ from torchgeom_probe.shapes import Float, Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Our event files end in this, so that a resumed run can tell its own earlier files from those of the training
-# loop.
+# Our event files end in this, so that a resumed run can tell its own earlier files from those of the training loop.
 _SUFFIX = ".geometry"
 
 # TensorBoard stores float32: what overflows it would come back as inf.
@@ -157,7 +156,10 @@ class TensorBoardWriter(Writer):
         with self._opened(step) as events:
             for name, layer in report.items():
                 self._write_layer(events, step, labels[name], layer)
-            self._write_text(events, step, report, labels)
+            text = _conventions(report, labels)
+            if text != self._conventions:
+                self._conventions = text
+                events.add_text("geometry/conventions", text, step)
             if self.layout and self._charted != tuple(self._labels.values()):
                 self._charted = tuple(self._labels.values())
                 events.add_custom_scalars(_layout(self._charted, chart_of(next(iter(report.values())))))
@@ -181,15 +183,13 @@ class TensorBoardWriter(Writer):
 
     def close(self) -> None:
         """Flush and close the event file; a ``SummaryWriter`` of yours stays open.  Writing reopens."""
-        if self._events is None:
-            return
-        if self._log_dir is None:
+        if self._events is not None:
             with self._explained():
-                self._events.flush()
-            return
-        events, self._events = self._events, None
-        with self._explained():
-            events.close()
+                if self._log_dir is None:
+                    self._events.flush()
+                else:
+                    events, self._events = self._events, None
+                    events.close()
 
     def _write_layer(self, events: Any, step: int, name: str, layer: LayerGeometry) -> None:
         found, chart = layer.statistics(), chart_of(layer)
@@ -205,12 +205,6 @@ class TensorBoardWriter(Writer):
             values = finite.detach().double().cpu()
             events.add_histogram(f"{chart}_histogram/{name}", values, step, bins=_edges(values))
 
-    def _write_text(self, events: Any, step: int, report: GeometryReport, labels: dict[str, str]) -> None:
-        text = _conventions(report, labels)
-        if text != self._conventions:
-            self._conventions = text
-            events.add_text("geometry/conventions", text, step)
-
     @contextmanager
     def _opened(self, step: int) -> Iterator[Any]:
         with self._explained():
@@ -225,8 +219,7 @@ class TensorBoardWriter(Writer):
         ours_alone = bool(earlier) and all(path.name.endswith(_SUFFIX) for path in earlier)
         if earlier:
             _try_bytes(self._log_dir)
-        # Everything that a fresh reader needs is written anew: what is purged takes the layout and the text
-        # with it.
+        # Everything that a fresh reader needs is written anew: what is purged takes the layout and the text with it.
         self._charted, self._conventions = (), ""
         return optional("torch.utils.tensorboard", extra="tensorboard").SummaryWriter(
             str(self._log_dir), purge_step=step if ours_alone else None, filename_suffix=_SUFFIX
@@ -271,12 +264,10 @@ def _layout(labels: tuple[str, ...], chart: str) -> dict[str, dict[str, list[Any
         "samples that are not finite, by layer": ["Multiline", [r"nonfinite/\d+_.*"]],
     }
     # A margin chart looks its three tags up as they are: escaped like the patterns above, it stays empty for `a.b`.
+    parts = ("median", "p10", "p90")
     bands = {
-        f"{label}: p10, median, p90{unit}": [
-            "Margin",
-            [f"{chart}_band/{label}/{part}" for part in ("median", "p10", "p90")],
-        ]
-        for label in labels
+        f"{name}: p10, median, p90{unit}": ["Margin", [f"{chart}_band/{name}/{part}" for part in parts]]
+        for name in labels
     }
     return {"volume element": together, "volume element, band over the samples": bands}
 
@@ -298,10 +289,10 @@ def _conventions(report: GeometryReport, labels: dict[str, str]) -> str:
         )
         rows.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     units = (
-        "Log-volumes are natural logarithms (nats); divide by ln 10 ≈ 2.3026 for the base-10 ones of the "
-        "paper's figures.  n: the layer's features per sample; d: the numbers per sample of the space pulled "
-        "back to; k: tangent directions.  Medians, percentiles and histograms are over the samples with a "
-        "finite log-volume; `nonfinite` counts the others."
+        "Log-volumes are natural logarithms (nats); divide by ln 10 ≈ 2.3026 for the base-10 ones of the paper's "
+        "figures.  n: the layer's features per sample; d: the numbers per sample of the space pulled back to; k: "
+        "tangent directions.  Medians, percentiles and histograms are over the finite samples; `nonfinite` counts the "
+        "others."
     )
     legend = ["| tag | shows |", "|---|---|"]
     legend += [f"| {tag} | {meaning} |" for tag, meaning in (TAGS | MONITOR_TAGS).items()]

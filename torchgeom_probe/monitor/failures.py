@@ -12,16 +12,7 @@ from torchgeom_probe.errors import ProbeError
 
 
 class Failures:
-    """How many exceptions there were, and the last of them.
-
-    Args:
-        on_error: ``"warn"``: an exception is shown as a RuntimeWarning, once per kind, and goes no further;
-            ``"raise"``: it is raised.
-
-    Raises:
-        ProbeError: another ``on_error``.
-
-    """
+    """How many exceptions there were, and the last of them; with ``on_error="raise"`` they are raised as well."""
 
     def __init__(self, on_error: Literal["warn", "raise"]) -> None:
         if on_error not in ("warn", "raise"):

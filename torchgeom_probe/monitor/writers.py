@@ -119,8 +119,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 def numbers(layer: LayerGeometry) -> dict[str, float]:
     """Return one layer's statistics, and the median over the finite samples of whatever else its estimator found.
 
-    The keys are those of :meth:`LayerGeometry.statistics`, then ``std_error`` and ``error_bound`` where there are any,
-    then the report's ``extras`` that have one number a sample.  ``nan`` where there is no number.
+    That is ``std_error``, ``error_bound`` and those ``extras`` that have one number a sample; ``nan`` for no number.
 
     >>> import torch, torchgeom_probe as tgp
     >>> report = tgp.measure(torch.nn.Linear(3, 5), torch.randn(7, 3), layers=[""], estimator=tgp.Trace())
