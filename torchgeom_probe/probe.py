@@ -118,14 +118,14 @@ class GeometryProbe:
                 f"source={source!r} and wrt={wrt!r} each say where the metric lives.\nLeave one of them out."
             )
         chosen = resolve(model, layers)
+        self.left_out: dict[str, str] = {}
+        self._may_leave_out = isinstance(layers, str) and layers == "auto"
         self.estimator = _estimator(estimator)
         self.normalize = normalize
         self.engine: EngineName = engine
         self.wrt = wrt
         self.memory_budget = memory_budget
         self.mode: Mode = mode
-        self.left_out: dict[str, str] = {}
-        self._may_leave_out = isinstance(layers, str) and layers == "auto"
         self._hooked = HookedModel(
             model,
             chosen,
@@ -137,6 +137,14 @@ class GeometryProbe:
         self._memory: dict[Any, Tensor] = {}
         self._engine_that_runs: EngineName = engine
         self._closed = False
+        scripted = {n: "is scripted" for n, m in chosen.items() if isinstance(m, torch.jit.ScriptModule)}
+        if scripted:
+            names = ", ".join(map(repr, scripted))
+            self._leave_out(
+                LayerRefusal(
+                    f"layers {names} are scripted: hooks do not see into them.\nName others.", scripted
+                )
+            )
 
     def __repr__(self) -> str:
         model = type(self._hooked.model).__name__
@@ -257,9 +265,12 @@ class GeometryProbe:
                 raise _models_own(self._hooked.model, inputs, error) from error
         return inputs.cut_at(plan.per_sample), plan
 
+    def _may_go_without(self, refusal: LayerRefusal) -> bool:
+        return self._may_leave_out and bool(set(self._hooked.layers) - set(refusal.layers))
+
     def _leave_out(self, refusal: LayerRefusal) -> None:
         """Go on without the layers that have nothing to measure, if nobody named them."""
-        if not self._may_leave_out or not set(self._hooked.layers) - set(refusal.layers):
+        if not self._may_go_without(refusal):
             raise refusal
         self._hooked = self._hooked.without(set(refusal.layers))
         self.left_out.update(refusal.layers)
@@ -288,7 +299,12 @@ class GeometryProbe:
         """
         self._refuse_closed()
         with measuring(self._hooked.model, mode=self.mode):
-            inputs, plan = self._planned_without_empty_layers(x)
+            while True:
+                try:
+                    inputs, plan = self._planned(x)
+                    break
+                except LayerRefusal as refusal:
+                    self._leave_out(refusal)
             return Cost.of(
                 self.estimator,
                 plan,
@@ -309,17 +325,16 @@ class GeometryProbe:
         """
         self._refuse_closed()
         with measuring(self._hooked.model, mode=self.mode):
-            inputs, plan = self._planned_without_empty_layers(x)
-            few = inputs if plan.whole else inputs.chunk(0, 4)
-            jacobians = Jacobians(self._hooked, few, plan, self.engine, memory=self._memory)
-            return CheckReport.of(jacobians, seed=seed)
-
-    def _planned_without_empty_layers(self, x: Any) -> tuple[Inputs, Plan]:
-        while True:
-            try:
-                return self._planned(x)
-            except LayerRefusal as refusal:
-                self._leave_out(refusal)
+            while True:
+                try:
+                    inputs, plan = self._planned(x)
+                    few = inputs if plan.whole else inputs.chunk(0, 4)
+                    jacobians = Jacobians(self._hooked, few, plan, self.engine, memory=self._memory)
+                    return CheckReport.of(jacobians, seed=seed)
+                except LayerRefusal as refusal:
+                    if not self._may_go_without(refusal):
+                        return CheckReport(self.engine, {}, 0.0, [], [], [], [], str(refusal))
+                    self._leave_out(refusal)
 
 
 def probe_of(model_or_probe: nn.Module | GeometryProbe, options: ProbeOptions) -> GeometryProbe:

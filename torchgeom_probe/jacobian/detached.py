@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -55,12 +57,26 @@ class GradientsOff(TorchFunctionMode):
         off = not torch.is_grad_enabled() and func not in CONSTANT and func not in MADE_LIKE
         carried = off and any(isinstance(a, Tensor) and a.requires_grad for a in tree_leaves((args, kwargs)))
         out = func(*args, **kwargs)
-        if carried and (mutates(func, args, kwargs) or any(map(_lost, tree_leaves(out)))):
+        lost = carried and (mutates(func, args, kwargs) or any(map(_lost, tree_leaves(out))))
+        if lost and not _inside_a_custom_function():
             raise ProbeError(
                 f"the tangent was lost: the forward pass runs {name_of(func)!r} under torch.no_grad() or torch.inference_mode(), "
                 "where reverse mode sees nothing.\nMeasure with engine='fused', which does not mind, or take the block out."
             )
         return out
+
+
+def _inside_a_custom_function() -> bool:
+    """Whether the op runs in the forward of a torch.autograd.Function: that is always without gradients, its backward has them."""
+    running: FrameType | None = sys._getframe()
+    codes = set()
+    while running is not None:
+        codes.add(running.f_code)
+        running = running.f_back
+    kinds = [torch.autograd.Function]
+    for kind in kinds:  # grows as it is walked: their subclasses, too
+        kinds.extend(kind.__subclasses__())
+    return any(getattr(kind.forward, "__code__", None) in codes for kind in kinds)
 
 
 def _lost(out: Any) -> bool:
