@@ -18,14 +18,12 @@ from torch import nn
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.isolation import unwrapped
 from torchgeom_probe.model.stages import stage_layers
-from torchgeom_probe.probe import probe_of
+from torchgeom_probe.probe import ProbeOptions, probe_of
 from torchgeom_probe.report import GeometryReport
 from torchgeom_probe.shapes import Float, Tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from torchgeom_probe.probe import ProbeOptions
 
 # What lightly's own examples call the trained branch: Barlow Twins, SimCLR, BYOL, VICReg, MoCo …; then DINO.
 _BRANCHES = (("backbone", "projection_head"), ("student_backbone", "student_head"))

@@ -28,17 +28,13 @@ from torchgeom_probe.monitor.schedules import (
 )
 from torchgeom_probe.monitor.stopwatch import Stopwatch
 from torchgeom_probe.monitor.writers import Writer, writers_of
-from torchgeom_probe.probe import GeometryProbe, probe_of
+from torchgeom_probe.probe import GeometryProbe, ProbeOptions, probe_of
 from torchgeom_probe.report import GeometryReport
 from torchgeom_probe.shapes import Tensor
 from torchgeom_probe.slices.scan import Line, Plane, on_this_rank, scan
 
 if TYPE_CHECKING:
-    import os
-
     from typing_extensions import Unpack
-
-    from torchgeom_probe.probe import ProbeOptions
 
 # What a map is made from: a slice, or a function of the model that returns a result or a figure.
 MapOf = Line | Plane | Callable[[nn.Module], Any]
@@ -122,7 +118,7 @@ class Monitor:
         every: int | None = None,
         max_overhead: float | None = None,
         schedule: Schedule | None = None,
-        writer: str | os.PathLike[str] | Writer | Any | Sequence[Any] | None = None,
+        writer: Any = None,
         on_error: Literal["warn", "raise"] = "warn",
         indices: Sequence[int] | None = None,
         keep: int | None = 1000,
