@@ -20,7 +20,8 @@ _DECLARED_WRONGLY: dict[str, dict[str, str]] = {
     "MobileNetV5Encoder": {"bn1": "conv_stem"},
 }
 
-#: A part with a list of blocks in it is a trunk from this share of the weights on: large embeddings stand beside it, in BERT.
+#: A part with a list of blocks in it is a trunk from this share of the weights on: large embeddings stand beside it, in
+#: BERT.
 _TRUNK_OF_BLOCKS = 0.25
 
 # Children that come after the features, or beside them.
@@ -124,7 +125,9 @@ def _structural_stages(model: nn.Module, prefix: str = "") -> list[str]:
     stages: list[str] = []
     for name, block in blocks:
         share = _weight(block) / max(total, 1)
-        is_trunk = share > 0.9 or (share > _TRUNK_OF_BLOCKS and any(map(_is_list_of_blocks, block.children())))
+        is_trunk = share > 0.9 or (
+            share > _TRUNK_OF_BLOCKS and any(map(_is_list_of_blocks, block.children()))
+        )
         # Hooks see a scripted module as a whole at most, so the part that holds it is the stage.
         scripted = any(isinstance(m, torch.jit.ScriptModule) for m in (block, *block.children()))
         if _is_never_called(block) or (not scripted and (is_trunk or _declared_stages(block))):
