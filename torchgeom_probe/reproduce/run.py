@@ -55,8 +55,8 @@ from torchgeom_probe.estimators import Estimator
 from torchgeom_probe.model.hooked import Transform
 from torchgeom_probe.model.layers import LayerSpec
 from torchgeom_probe.monitor.monitor import Monitor
+from torchgeom_probe.monitor.writers import CSVWriter, Writer
 from torchgeom_probe.plotting.files import animated, rendered, small_png
-from torchgeom_probe.report import CSVWriter, Writer
 from torchgeom_probe.shapes import Int, Tensor
 from torchgeom_probe.slices.scan import Line, Plane, SliceScan, scan
 
