@@ -21,7 +21,8 @@ import torch
 from torch import nn
 def make():
     torch.manual_seed(1)
-    return nn.Sequential(nn.Conv2d(3, 5, 3, 2), nn.GELU(), nn.Conv2d(5, 7, 3, 2), nn.GELU(), nn.Flatten(), nn.Linear(7 * 16, 4))
+    body = nn.Conv2d(3, 5, 3, 2), nn.GELU(), nn.Conv2d(5, 7, 3, 2), nn.GELU(), nn.Flatten()
+    return nn.Sequential(*body, nn.Linear(7 * 16, 4))
 """
 
 
