@@ -110,26 +110,24 @@ def linear_readout(model: nn.Module, images: Images, *, penalty: float = 1e-3) -
     model.train(was_training)
     mean, deviation = features.mean(0), features.std(0).clamp_min(1e-8)
     standardised = (features - mean) / deviation
-    classes = len(images.class_names)
-    weight = torch.zeros(classes, features.shape[1], dtype=torch.float64, device=device, requires_grad=True)
-    bias = torch.zeros(classes, dtype=torch.float64, device=device, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
+    readout = nn.Linear(features.shape[1], len(images.class_names), device=device, dtype=torch.float64)
+    for parameter in readout.parameters():
+        nn.init.zeros_(parameter)
+    solver = torch.optim.LBFGS(readout.parameters(), max_iter=300, line_search_fn="strong_wolfe")
 
     def objective() -> Tensor:
         with torch.enable_grad():
             solver.zero_grad()
-            logits = nn.functional.linear(standardised, weight, bias)
-            value = nn.functional.cross_entropy(logits, y) + penalty / 2 * weight.square().sum()
+            cross_entropy = nn.functional.cross_entropy(readout(standardised), y)
+            value = cross_entropy + penalty / 2 * readout.weight.square().sum()
             value.backward()
         return value
 
     solver.step(objective)
-    readout = nn.Linear(features.shape[1], classes, device=device)
     with torch.no_grad():
-        scaled = weight / deviation
-        readout.weight.copy_(scaled)
-        readout.bias.copy_(bias - scaled @ mean)
-    return readout.requires_grad_(False)
+        readout.weight /= deviation
+        readout.bias -= readout.weight @ mean
+    return readout.float().requires_grad_(False)
 
 
 def views(images: Images, settings: Settings) -> list[View]:
@@ -169,14 +167,12 @@ def _two_views() -> Callable[[Int[Tensor, "batch 3 height width"]], list[Tensor]
         "min_scale": 0.2,
         "normalize": None,
     }
-    augment = module.BYOLTransform(
-        view_1_transform=module.BYOLView1Transform(**options),
-        view_2_transform=module.BYOLView2Transform(**options),
-    )
+    augment = [module.BYOLView1Transform(**options), module.BYOLView2Transform(**options)]
 
     def two_views(pictures: Tensor) -> list[Tensor]:
+        photographs = [pillow.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
         with _all_seeded(int(torch.randint(2**31, ()))):
-            pairs = [augment(pillow.fromarray(p.permute(1, 2, 0).numpy())) for p in pictures]
+            pairs = [[view(photograph) for view in augment] for photograph in photographs]
         return [torch.stack(views) for views in zip(*pairs, strict=True)]
 
     return two_views

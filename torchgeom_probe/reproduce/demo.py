@@ -1,8 +1,8 @@
 """``torchgeom-probe demo``: the paper's shallow-network experiment on real handwritten digits, from data to figures.
 
-One hidden layer of sigmoid units learns to tell digits apart while a Monitor follows its optimizer; then √det g is
-drawn along the line from a 7 to a 6 and over the plane of a 7, a 6 and a 1, before and after training.  Network, training and
-slices are those of ``reproduce fig2``; here the width, the grid and the data are the caller's.
+One hidden layer of sigmoid units learns to tell digits apart while a Monitor follows its optimizer.  Then √det g is
+drawn on the line from a 7 to a 6 and on the plane of a 7, a 6 and a 1, before and after training.  Network, training
+and slices are those of ``reproduce fig2``; here the width, the grid and the data are the caller's.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ def run(
 ) -> None:
     """Train, watch, scan and draw; everything goes under the settings' ``out``.
 
-    ``events/`` (TensorBoard), ``geometry.csv``, ``report.csv``, ``report.json``, ``line.png``, ``plane.png``, the
-    scans, and the networks before and after (``epoch_*.pt``).  A demo that was stopped goes on; one of other settings is
-    replaced.
+    ``events/`` (TensorBoard), ``geometry.csv``, ``report.csv``, ``report.json``, ``line.png``, ``plane.png``, scans,
+    and networks (``epoch_*.pt``).  A demo that was stopped goes on; one of other settings is replaced.
 
     Args:
         settings: the command line's; 200 epochs where they give none.

@@ -77,8 +77,8 @@ def load_images(settings: Settings) -> Images:
 
 def channels(settings: Settings) -> list[int]:
     """How wide the four blocks are."""
-    narrow = 4 if settings.quick else 8
-    return [2**i * (64 if settings.papers and not settings.quick else narrow) for i in range(4)]
+    first = settings.choose(embedded=8, paper=64, quick=4)
+    return [first, 2 * first, 4 * first, 8 * first]
 
 
 def network(settings: Settings, images: Images, act: str, *, num_classes: int = 10) -> nn.Module:
@@ -175,14 +175,14 @@ def papers_view(images: Images, settings: Settings) -> View:
     """
     plane = plane_view(images, settings)
     layers, k = (STAGES[-1:], 3) if settings.quick else (STAGES, 10)
-    options = {"layers": list(layers), "estimator": TopK(k=k, tol=3e-3, paper=True), "transform": paper_pool}
-    steps = settings.choose(embedded=6, paper=20, quick=4)
-    return replace(
-        plane,
-        name="plane_top",
-        slice=replace(plane.slice, steps=steps),
-        options={**options, "batch_size": 16},
-    )
+    options = {
+        "layers": list(layers),
+        "estimator": TopK(k=k, tol=3e-3),
+        "transform": paper_pool,
+        "batch_size": 16,
+    }
+    coarser = replace(plane.slice, steps=settings.choose(embedded=6, paper=20, quick=4))
+    return replace(plane, name="plane_top", slice=coarser, options=options)
 
 
 def train_by_labels(images: Images, plane: View, results: Results) -> dict[str, Trained]:

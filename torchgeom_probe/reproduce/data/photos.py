@@ -50,7 +50,7 @@ class Photos(Images):
     """Crops [N, 3, 32, 32] in [0, 1] with their labels, and where each lies.
 
     ``train_places`` and ``test_places`` [N, 2] are the (row, column) of a crop's upper left pixel in the reduced
-    photograph of its class; times :func:`reduction` it is the pixel of the photograph itself.
+    photograph of its class.
     """
 
     train_places: Int[Tensor, "train 2"]
@@ -102,31 +102,18 @@ def _crops(count: int, generator: torch.Generator, *, test: bool) -> tuple[Tenso
 
 @functools.cache
 def reduced(name: str) -> np.ndarray:
-    """One photograph [3, H, W], float32 in [0, 1], reduced by whole blocks of :func:`reduction` pixels a side.
+    """One photograph [3, H, W], float32 in [0, 1], reduced by whole blocks to a short side of 150 to 213.
 
     >>> reduced("cat").shape
     (3, 150, 225)
     """
     pixels = _read(name)
-    block = _block(pixels.shape)
+    block = max(1, min(pixels.shape[:2]) // _SHORT_SIDE)
     height, width = pixels.shape[0] // block, pixels.shape[1] // block
     blocks = pixels[: height * block, : width * block].reshape(height, block, width, block, 3)
     # Sums of whole numbers are exact, so the result is the same on every machine.
     means = blocks.sum(axis=(1, 3), dtype=np.int64) / (block * block * 255)
     return np.ascontiguousarray(means.transpose(2, 0, 1).astype(np.float32))
-
-
-def reduction(name: str) -> int:
-    """How many pixels of the photograph, along each axis, one pixel of a crop is the mean of.
-
-    >>> reduction("cat"), reduction("retina")
-    (2, 9)
-    """
-    return _block(_read(name).shape)
-
-
-def _block(shape: tuple[int, ...]) -> int:
-    return max(1, min(shape[:2]) // _SHORT_SIDE)
 
 
 def _columns(width: int, *, test: bool) -> Tensor:
