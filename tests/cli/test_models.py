@@ -51,9 +51,9 @@ def test_a_tag_names_weights_that_are_fetched_or_given(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("estimator", "k", "expected"),
     [
-        (None, None, None),
-        (None, 3, tgp.Subspace(k=3, seed=5)),
-        ("subspace", None, tgp.Subspace(k=8, seed=5)),
+        ("subspace", None, tgp.Subspace(seed=5)),
+        ("subspace", 3, tgp.Subspace(k=3, seed=5)),
+        ("subspace:k=3,seed=1", None, tgp.Subspace(k=3, seed=1)),
         ("topk", 4, tgp.TopK(k=4, seed=5)),
         ("topk:10", None, tgp.TopK(k=10, seed=5)),
         ("exact", 3, tgp.Exact()),
@@ -64,10 +64,17 @@ def test_estimators_are_read_from_their_names(estimator, k, expected):
     assert estimator_of(argparse.Namespace(estimator=estimator, k=k, seed=5)) == expected
 
 
-@pytest.mark.parametrize("text", ["volume", "topk:ten", "exact:3"])
-def test_an_estimator_that_is_none_is_refused(text, model_file, capsys):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("volume", "estimator='volume' is unknown; there are exact, "),
+        ("topk:rank=3", "TopK has no argument 'rank'"),
+        ("exact:3", "Exact takes no argument"),
+    ],
+)
+def test_an_estimator_that_is_none_is_refused(text, said, model_file, capsys):
     assert main(["measure", "--model", f"{model_file}:make", "--estimator", text]) == 1
-    assert f"{text!r} is not understood" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ def add(verbs: Any) -> None:
     add_probe(parser)
     parser.add_argument(
         "--estimator",
-        metavar="NAME[:K]",
-        help="subspace, exact, topk, logdet, trace, …; topk:10 for its number (default: the probe's own)",
+        default="subspace",
+        metavar="NAME",
+        help="subspace (default), exact, topk, logdet, trace, …; with its number, topk:10, or more, subspace:k=4,frames=16",
     )
     parser.add_argument("-k", type=int, help="directions of subspace, singular values of topk")
     parser.add_argument("--no-normalize", action="store_true", help="do not divide the Jacobian by √n")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from torchgeom_probe.errors import ProbeError, optional
-from torchgeom_probe.estimators import Estimator, Exact, LogDet, Subspace, TopK, Trace
+from torchgeom_probe.estimators import Estimator, named
 from torchgeom_probe.shapes import Float, Tensor
 
 #: The one model with real weights that need no download: they come in a package of their own.
@@ -180,24 +180,11 @@ def _sample_shape(arguments: argparse.Namespace, model: nn.Module) -> tuple[int,
     )
 
 
-def estimator_of(arguments: argparse.Namespace) -> Estimator | None:
-    """What ``--estimator`` names, with ``-k`` and ``--seed`` where it has them; None: the probe's default."""
-    if arguments.estimator is None and arguments.k is None:
-        return None
-    text = arguments.estimator or "subspace"
-    found: Any = _named(text)
-    given = {"seed": arguments.seed} | (
-        {} if ":" in text else {"k": 8 if arguments.k is None else arguments.k}
+def estimator_of(arguments: argparse.Namespace) -> Estimator:
+    """What ``--estimator`` names, with ``-k`` and ``--seed`` where it has them and says nothing of them itself."""
+    text = arguments.estimator
+    found: Any = named(text)
+    given = {"seed": None if "seed=" in text else arguments.seed, "k": None if ":" in text else arguments.k}
+    return replace(
+        found, **{key: value for key, value in given.items() if value is not None and hasattr(found, key)}
     )
-    return dataclasses.replace(found, **{key: value for key, value in given.items() if hasattr(found, key)})
-
-
-def _named(text: str) -> Estimator:
-    name, _, number = text.partition(":")
-    kinds = {"subspace": Subspace, "exact": Exact, "topk": TopK, "logdet": LogDet, "trace": Trace}
-    try:
-        return kinds[name](**({"k": int(number)} if number else {}))
-    except (KeyError, TypeError, ValueError):
-        raise ProbeError(
-            f"--estimator {text!r} is not understood.\nWrite one of {', '.join(kinds)}, or with its number topk:10."
-        ) from None

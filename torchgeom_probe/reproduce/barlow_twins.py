@@ -125,8 +125,8 @@ def linear_readout(model: nn.Module, images: Images, *, penalty: float = 1e-3) -
 
     solver.step(objective)
     with torch.no_grad():
-        readout.weight /= deviation
-        readout.bias -= readout.weight @ mean
+        readout.weight.div_(deviation)
+        readout.bias.sub_(readout.weight @ mean)
     return readout.float().requires_grad_(False)
 
 
