@@ -160,13 +160,7 @@ def train_without_labels(images: Images, results: Results) -> tuple[Trained, lis
 def _two_views() -> Callable[[Int[Tensor, "batch 3 height width"]], list[Tensor]]:
     module = optional("lightly.transforms.byol_transform", extra="lightly")
     pillow = optional("PIL.Image", extra="figures")
-    options = {
-        "input_size": 32,
-        "gaussian_blur": 0.0,
-        "cj_strength": 0.5,
-        "min_scale": 0.2,
-        "normalize": None,
-    }
+    options = dict(input_size=32, gaussian_blur=0.0, cj_strength=0.5, min_scale=0.2, normalize=None)
     augment = [module.BYOLView1Transform(**options), module.BYOLView2Transform(**options)]
 
     def two_views(pictures: Tensor) -> list[Tensor]:

@@ -201,13 +201,7 @@ def _training(points: Points, width: int, settings: Settings) -> Training:
         epochs=epochs,
         snapshots=[epochs * i // parts for i in range(1, parts)],
         evaluate=lambda model: {"accuracy": accuracy(model, inputs, labels)},
-        describe={
-            "data": points.name,
-            "width": width,
-            "activation": "sigmoid",
-            "learning_rate": 0.1,
-            "momentum": 0.9,
-        },
+        describe=dict(data=points.name, width=width, activation="sigmoid", learning_rate=0.1, momentum=0.9),
     )
 
 
