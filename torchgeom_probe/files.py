@@ -28,8 +28,8 @@ _KEY = "torchgeom_probe"
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write a file at once or not at all, and make its folder; returns the path.
 
-    The bytes go to a file beside it and are on the disk before that takes the place of the old one.  So a kill or a full
-    disk leaves the old file whole, and never half of the new one.
+    The bytes go to a file beside it and are on the disk before that takes the place of the old one.  So a kill or a
+    full disk leaves the old file whole, and never half of the new one.
 
     >>> import tempfile
     >>> write_atomically(tempfile.mkdtemp() + "/new/file", b"whole").read_bytes()

@@ -300,7 +300,7 @@ def _measure(arguments: argparse.Namespace) -> None:
 
 
 def _scan(arguments: argparse.Namespace) -> None:
-    from torchgeom_probe.plotting.photographs import scan_photographs
+    from torchgeom_probe.reproduce.data.photographs import scan_photographs
 
     arguments.resumes = True
     model, loaded = _model(arguments)

@@ -17,7 +17,7 @@ from torchgeom_probe.reproduce import resnet
 from torchgeom_probe.reproduce.resnet import STAGES, Images, accuracy, cosine, network, snapshots
 from torchgeom_probe.reproduce.run import Results, Say, Settings, Trained, Training, View, train
 from torchgeom_probe.shapes import Float, Int, Tensor
-from torchgeom_probe.slices.scan import Line
+from torchgeom_probe.slices.slice import Line
 
 #: The four blocks, as parts of the network that is trained.
 LAYERS = tuple(f"backbone.{stage}" for stage in STAGES)

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from torchgeom_probe.errors import optional
 from torchgeom_probe.estimators import Exact
+from torchgeom_probe.plotting.files import save
+from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.probe import measure
 from torchgeom_probe.reproduce import fig2
 from torchgeom_probe.reproduce.data.digits import load_digits, load_mnist
@@ -57,7 +59,7 @@ def run(
     """
     began = time.perf_counter()
     # What is missing is said before the training, not after it.
-    figures = optional("torchgeom_probe.plotting.figures", extra="figures")
+    optional("matplotlib", extra="figures")
     if width is None:
         width = {"digits": 512, "mnist": 2000}[data]
     if quick:
@@ -98,13 +100,13 @@ def run(
         after.save(out / f"{view.name}_after.safetensors")
         if view.name == "line":
             title = "log √det g on the line from a 7 to a 6"
-            drawn = figures.plot_line(before, after, images=view.images, title=title, **options)
+            drawn = plot(after, before=before, images=view.images, title=title, **options)
         else:
             title = "The plane of a 7, a 6 and a 1"
-            drawn = figures.plot_plane(
-                before, after, images=view.images, title=title, log_entropy=True, **options
+            drawn = plot(
+                after, before=before, images=view.images, title=title, log_entropy=True, **options
             )
-        figures.save(drawn, out / f"{view.name}.png")
+        save(drawn, out / f"{view.name}.png")
         found[view.name] = after.magnification(fig2.LAYER, initial=before, seed=seed)
     say("")
     for name, statistic in found.items():

@@ -13,9 +13,11 @@ from torch import nn
 
 from torchgeom_probe.analytic import shallow
 from torchgeom_probe.errors import optional
+from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.reproduce.run import Results, Say, Settings, Trained, Training, View, train
 from torchgeom_probe.shapes import Float, Int, Tensor
-from torchgeom_probe.slices.scan import Plane, SliceScan
+from torchgeom_probe.slices.result import SliceScan
+from torchgeom_probe.slices.slice import Plane
 
 TITLE = "a sinusoid boundary (and XOR) learnt by one hidden layer of sigmoid units"
 
@@ -162,7 +164,7 @@ def run(settings: Settings, say: Say = print) -> Results:
     Raises:
         ProbeError: the measured √det g and the closed form differ by more than ``TOLERANCE``; whatever ``train`` refuses.
     """
-    figures = optional("torchgeom_probe.plotting.figures", extra="figures")
+    figures = optional("torchgeom_probe.plotting.planes", extra="figures")
     results = Results("fig1", TITLE, settings, quirks=QUIRKS, say=say)
     steps = settings.choose(embedded=40, paper=40, quick=20)
     widths = settings.choose(embedded=WIDTHS, paper=WIDTHS, quick=(5, 25))
@@ -291,7 +293,7 @@ def _overview(figures, found: dict[str, tuple[Trained, View]]):  # type: ignore[
 def _frames(figures, trained: Trained, view: View, *, title: str):  # type: ignore[no-untyped-def]
     scans = {epoch: trained.scan(view, epoch) for epoch in trained.epochs}
     for epoch, found in scans.items():
-        yield figures.plot_maps(
+        yield plot(
             [found],
             like=list(scans.values()),
             unit="log10",

@@ -14,11 +14,12 @@ from torch import nn
 
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.estimators import Exact
+from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.reproduce.data.digits import Digits, load_digits, load_mnist
 from torchgeom_probe.reproduce.fig1 import PaperNetwork
 from torchgeom_probe.reproduce.run import Results, Say, Settings, Training, View, Watch, train
 from torchgeom_probe.shapes import Tensor
-from torchgeom_probe.slices.scan import Line, Plane
+from torchgeom_probe.slices.slice import Line, Plane
 
 TITLE = "handwritten digits learnt by one hidden layer of sigmoid units"
 
@@ -171,7 +172,7 @@ def run(settings: Settings, say: Say = print) -> Results:
     Raises:
         ProbeError: MNIST cannot be had; whatever ``train`` refuses.
     """
-    figures = optional("torchgeom_probe.plotting.figures", extra="figures")
+    optional("matplotlib", extra="figures")
     results = Results("fig2", TITLE, settings, quirks=QUIRKS, say=say)
     if settings.preset == "embedded":
         name, data, dtype = "digits", load_digits(settings.seed), torch.float32
@@ -199,13 +200,13 @@ def run(settings: Settings, say: Say = print) -> Results:
     on_line, on_plane = ([trained.scan(view, epoch) for epoch in trained.epochs] for view in (line, plane))
     # Training moves the level of log √det g by more than its pattern's range: each map is shown about its median.
     options = {"class_names": CLASS_NAMES, "unit": "log10", "relative": True}
-    drawn = figures.plot_lines(
+    drawn = plot(
         on_line, names=names, images=line.images, title="√det g on the line from a 7 to a 6", **options
     )
     results.picture("line", drawn, gallery=True)
     options["log_entropy"] = True
     chosen = [0, len(names) // 2, len(names) - 1]
-    drawn = figures.plot_maps(
+    drawn = plot(
         [on_plane[i] for i in chosen],
         names=[names[i] for i in chosen],
         images=plane.images,
@@ -216,7 +217,7 @@ def run(settings: Settings, say: Say = print) -> Results:
     results.animation(
         "plane",
         (
-            figures.plot_maps(
+            plot(
                 [scan],
                 like=on_plane,
                 images=plane.images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torchgeom_probe.errors import optional
+from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.reproduce.resnet import (
     ACTIVATIONS,
     QUIRKS,
@@ -22,7 +23,7 @@ def run(settings: Settings, say: Say = print) -> Results:
     Raises:
         ProbeError: the data cannot be had; whatever ``train`` refuses.
     """
-    figures = optional("torchgeom_probe.plotting.figures", extra="figures")
+    optional("matplotlib", extra="figures")
     results = Results("fig3", TITLE, settings, quirks=QUIRKS, say=say)
     images = load_images(settings)
     plane = plane_view(images, settings)
@@ -40,10 +41,10 @@ def run(settings: Settings, say: Say = print) -> Results:
             "title": f"{ACTIVATIONS[act]}: {title_of(images)}",
         }
         results.picture(
-            f"plane_{act}", figures.plot_maps(scans, names=names, **options), gallery=act == "gelu"
+            f"plane_{act}", plot(scans, names=names, **options), gallery=act == "gelu"
         )
         frames = (
-            figures.plot_maps([scan], names=[name], like=scans, **options)
+            plot([scan], names=[name], like=scans, **options)
             for scan, name in zip(scans, names, strict=True)
         )
         results.animation(f"plane_{act}", frames)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torchgeom_probe.errors import optional
+from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.reproduce.resnet import (
     ACTIVATIONS,
     QUIRKS,
@@ -23,7 +24,7 @@ def run(settings: Settings, say: Say = print) -> Results:
     Raises:
         ProbeError: the data cannot be had; whatever ``train`` refuses.
     """
-    figures = optional("torchgeom_probe.plotting.figures", extra="figures")
+    optional("matplotlib", extra="figures")
     results = Results("fig4", TITLE, settings, quirks=QUIRKS, say=say)
     images = load_images(settings)
     plane = plane_view(images, settings)
@@ -37,7 +38,7 @@ def run(settings: Settings, say: Say = print) -> Results:
         "log_entropy": True,
         "relative": True,
     }
-    drawn = figures.plot_maps(
+    drawn = plot(
         [trained.scan(plane, trained.epochs[-1]) for trained in networks.values()],
         names=[ACTIVATIONS[act] for act in networks],
         title=f"Four blocks after training: {title_of(images)}",
@@ -48,7 +49,7 @@ def run(settings: Settings, say: Say = print) -> Results:
     last = trained.epochs[-1]
     top = papers_view(images, settings, epochs=(0, last))
     results.test(trained, top)
-    drawn = figures.plot_maps(
+    drawn = plot(
         [trained.scan(top, epoch) for epoch in (0, last)],
         names=["epoch 0", f"epoch {last}"],
         title=f"The paper's volume, {3 if settings.quick else 10} largest σ of 512 pooled features: {title_of(images)}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torchgeom_probe.errors import optional
+from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.reproduce.barlow_twins import QUIRKS, line_views, train_without_labels
 from torchgeom_probe.reproduce.resnet import load_images
 from torchgeom_probe.reproduce.run import Results, Say, Settings
@@ -16,7 +17,7 @@ def run(settings: Settings, say: Say = print) -> Results:
     Raises:
         ProbeError: the data cannot be had; lightly is not installed; whatever ``train`` refuses.
     """
-    figures = optional("torchgeom_probe.plotting.figures", extra="figures")
+    optional("matplotlib", extra="figures")
     results = Results("fig5", TITLE, settings, quirks=QUIRKS, say=say)
     images = load_images(settings)
     trained = train_without_labels(images, settings, say, results)
@@ -24,7 +25,7 @@ def run(settings: Settings, say: Say = print) -> Results:
     for line in line_views(images, settings):
         results.test(trained, line)
         start, end = line.name.split("_")[1:]
-        drawn = figures.plot_lines(
+        drawn = plot(
             [trained.scan(line, epoch) for epoch in trained.epochs],
             names=names,
             class_names=images.class_names,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torchgeom_probe.errors import optional
+from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.reproduce.barlow_twins import LAYERS, QUIRKS, plane_view, train_without_labels
 from torchgeom_probe.reproduce.resnet import load_images, title_of
 from torchgeom_probe.reproduce.run import Results, Say, Settings
@@ -16,7 +17,7 @@ def run(settings: Settings, say: Say = print) -> Results:
     Raises:
         ProbeError: the data cannot be had; lightly is not installed; whatever ``train`` refuses.
     """
-    figures = optional("torchgeom_probe.plotting.figures", extra="figures")
+    optional("matplotlib", extra="figures")
     results = Results("fig6", TITLE, settings, quirks=QUIRKS, say=say)
     images = load_images(settings)
     trained = train_without_labels(images, settings, say, results)
@@ -33,10 +34,10 @@ def run(settings: Settings, say: Say = print) -> Results:
         "title": f"Barlow Twins: {title_of(images)}",
     }
     ends = [0, len(scans) - 1]
-    drawn = figures.plot_maps([scans[i] for i in ends], names=[names[i] for i in ends], **options)
+    drawn = plot([scans[i] for i in ends], names=[names[i] for i in ends], **options)
     results.picture("plane", drawn, gallery=True)
     frames = (
-        figures.plot_maps([scan], names=[name], like=scans, layers=[LAYERS[-1]], **options)
+        plot([scan], names=[name], like=scans, layers=[LAYERS[-1]], **options)
         for scan, name in zip(scans, names, strict=True)
     )
     results.animation("plane", frames)

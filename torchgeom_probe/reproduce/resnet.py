@@ -17,7 +17,7 @@ from torchgeom_probe.estimators.topk import TopK, paper_pool
 from torchgeom_probe.reproduce.data.photos import load_photos
 from torchgeom_probe.reproduce.run import Results, Say, Settings, Trained, Training, View, train
 from torchgeom_probe.shapes import Float, Int, Tensor
-from torchgeom_probe.slices.scan import Plane
+from torchgeom_probe.slices.slice import Plane
 
 ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU"}
 #: The four blocks of the network.

@@ -16,8 +16,8 @@ A figure is one file ``figN.py`` with a ``TITLE`` and a function ``run(settings,
         trained = train(training, settings, views=[plane], say=say)        # trains, or goes on, or is done
         scans = [trained.scan(plane, epoch) for epoch in trained.epochs]   # scanned, or loaded
         results.test(trained, plane)                          # the hypothesis, per layer; said and stored
-        results.picture("plane", figures.plot_maps(...), gallery=True)     # plane.png, plane.pdf
-        results.animation("plane", (figures.plot_maps([s], ...) for s in scans))
+        results.picture("plane", plot(scans, ...), gallery=True)     # plane.png, plane.pdf
+        results.animation("plane", (plot([s], like=scans, ...) for s in scans))
         return results.finish()                               # results.json
 
 Trainings live in ``<out>/trainings/<name>`` and are shared by the figures that ask for the same one (fig3 and fig4; fig5 and
@@ -49,16 +49,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from torchgeom_probe.boundary.magnification import Estimate, Magnification
+from torchgeom_probe.boundary.magnification import Magnification
+from torchgeom_probe.boundary.statistics import Estimate
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.estimators import Estimator
 from torchgeom_probe.model.hooked import Transform
 from torchgeom_probe.model.layers import LayerSpec
 from torchgeom_probe.monitor.monitor import Monitor
 from torchgeom_probe.plotting.files import animated, rendered, small_png
+from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.report import CSVWriter, Writer
 from torchgeom_probe.shapes import Int, Tensor
-from torchgeom_probe.slices.scan import Line, Plane, SliceScan, scan
+from torchgeom_probe.slices.result import SliceScan
+from torchgeom_probe.slices.scan import scan
+from torchgeom_probe.slices.slice import Line, Plane
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -178,7 +182,7 @@ class View:
         epochs: which of the training's snapshots are scanned; None: all.
         batch_size: points a chunk: a number, not the memory of the moment, so that two runs round alike.
         class_names: the name of each class index.
-        images: the samples as pictures, as in :func:`~torchgeom_probe.plotting.figures.plot_plane`.
+        images: the samples as pictures, as for :func:`~torchgeom_probe.plot`.
 
     """
 
@@ -333,9 +337,8 @@ def train(
                         scanned = trained.scan(view, epoch)
                         if new:
                             step = epoch * training.steps_per_epoch
-                            figure = scanned.plot(
-                                class_names=view.class_names, images=view.images, title=f"epoch {epoch}"
-                            )
+                            options: dict[str, Any] = {"class_names": view.class_names, "images": view.images}
+                            figure = plot(scanned, title=f"epoch {epoch}", **options)
                             writer.write_figure(f"{training.name}/{view.name}", figure, step)
     finally:
         writer.close()
