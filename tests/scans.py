@@ -7,9 +7,7 @@ from torchgeom_probe.slices.slice import Line, Plane
 
 
 def mlp(dtype=torch.float64, classes=5):
-    return nn.Sequential(
-        nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 13), nn.GELU(), nn.Linear(13, classes)
-    ).to(dtype)
+    return nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 13), nn.GELU(), nn.Linear(13, classes)).to(dtype)
 
 
 def line(steps=17, dtype=torch.float64):

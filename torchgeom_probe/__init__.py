@@ -7,12 +7,13 @@ layer and sample.
 from torchgeom_probe import analytic
 from torchgeom_probe.boundary.magnification import Magnification, magnification
 from torchgeom_probe.boundary.points import BoundaryPoints, boundary_points
+from torchgeom_probe.check import CheckReport
 from torchgeom_probe.curvature.scalar import scalar_curvature
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators import Estimator, Exact, LogDet, Subspace, TopK, Trace
+from torchgeom_probe.estimators import Along, Estimator, Exact, LogDet, Subspace, TopK, Trace
 from torchgeom_probe.monitor.monitor import Budget, Every, LogSpaced, Monitor, Schedule
 from torchgeom_probe.plotting.plot import plot
-from torchgeom_probe.probe import CheckReport, GeometryProbe, measure
+from torchgeom_probe.probe import GeometryProbe, measure
 from torchgeom_probe.report import CSVWriter, GeometryReport, JSONWriter, LayerGeometry, Writer
 from torchgeom_probe.slices.result import SliceScan
 from torchgeom_probe.slices.scan import scan
@@ -21,6 +22,7 @@ from torchgeom_probe.slices.slice import Line, Plane
 __version__ = "0.1.0"
 
 __all__ = [
+    "Along",
     "BoundaryPoints",
     "Budget",
     "CSVWriter",

@@ -44,9 +44,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("shape", "length", "entropy"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
-def test_at_most_7_percent_of_200_independent_smooth_fields_are_called_significant(
-    shape, length, entropy, monkeypatch
-):
+def test_at_most_7_percent_of_200_independent_smooth_fields_are_called_significant(shape, length, entropy, monkeypatch):
     monkeypatch.setattr(statistics, "_RESAMPLES", 20)  # the intervals are not what is tested here
     found = []
     naive = 0
@@ -125,9 +123,7 @@ def test_entropy_that_ties_at_its_least_value_compares_those_above_it():
     entropy[:, 9] = 0.3  # a twentieth of the points; the rest underflowed
     volume = smooth_field(np.random.default_rng(0), (20, 20), 1)
     top = entropy > 0
-    assert float(magnification(volume, entropy).decile_gap) == pytest.approx(
-        volume[top].mean() - volume[~top].mean()
-    )
+    assert float(magnification(volume, entropy).decile_gap) == pytest.approx(volume[top].mean() - volume[~top].mean())
 
 
 def test_scaling_the_metric_changes_nothing_and_the_seed_is_the_callers():
@@ -168,19 +164,12 @@ def test_peak_to_boundary_equals_its_naive_twin():
     assert segments >= 31
 
 
-@pytest.mark.parametrize(
-    ("sign", "low", "high"), [(-1, 0.85, 1.0), (1, -3.0, -0.3)], ids=["on it", "away from it"]
-)
+@pytest.mark.parametrize(("sign", "low", "high"), [(-1, 0.85, 1.0), (1, -3.0, -0.3)], ids=["on it", "away from it"])
 def test_peaks_on_the_boundary_score_1_and_peaks_that_avoid_it_below_0(sign, low, high):
     d = wavy_boundary()
     result = magnification(sign * np.abs(d), np.exp(-(d**2)), predictions=torch.tensor(d > 0).long())
     assert low <= result.peak_to_boundary <= high
-    assert (
-        result.peak_to_boundary.interval[0]
-        <= result.peak_to_boundary
-        <= result.peak_to_boundary.interval[1]
-        <= 1
-    )
+    assert result.peak_to_boundary.interval[0] <= result.peak_to_boundary <= result.peak_to_boundary.interval[1] <= 1
 
 
 def test_peaks_at_random_score_0():

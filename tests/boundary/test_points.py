@@ -36,9 +36,7 @@ def test_boundary_points_of_a_circle():
 def test_boundary_points_pass_a_third_class_and_read_through_a_readout():
     bands = nn.Module()
     bands.forward = lambda x: {"logits": -(x - torch.tensor([[0.0, 1.0, 2.0]])).abs()}
-    found = boundary_points(
-        bands, torch.zeros(1, 1), torch.full((1, 1), 2.0), tol=1e-5, readout=lambda o: o["logits"]
-    )
+    found = boundary_points(bands, torch.zeros(1, 1), torch.full((1, 1), 2.0), tol=1e-5, readout=lambda o: o["logits"])
     assert found.class_after.item() != found.class_before.item() == 0
     assert min(abs(found.points.item() - edge) for edge in (0.5,)) < 1e-4
 

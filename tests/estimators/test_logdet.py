@@ -65,22 +65,23 @@ def test_naive_twin_every_probe_is_the_dense_quadratic_form(n, d, normalize):
 
 
 def test_gauss_and_radau_bracket_the_truth():
-    from torchgeom_probe.jacobian.jacobians import Linearization
-    from torchgeom_probe.jacobian.layer import jacobians
+    from torchgeom_probe.jacobian.jacobians import Jacobians
+    from torchgeom_probe.jacobian.layer import layer_jacobians
     from torchgeom_probe.jacobian.plan import make_plan
     from torchgeom_probe.linalg.lanczos import Bidiagonalisation
-    from torchgeom_probe.model.hooked import Batch, Task
+    from torchgeom_probe.model.hooked import HookedModel
+    from torchgeom_probe.model.inputs import Inputs
     from torchgeom_probe.model.isolation import measuring
 
     model, _, x = problems.problem("harmonic", n=60, d=90, dtype=torch.float64)
-    task = Task(model, {"": model})
-    batch = Batch.of(x, task)
+    task = HookedModel(model, {"": model})
+    batch = Inputs.of(x, task)
     values, vectors = torch.linalg.eigh(model.weight.detach() @ model.weight.detach().T)
     probes = rademacher(3, 60, seed=1)
     exact = ((probes @ vectors).square() * (values.clamp_min(0) + 1e-3).log()).sum(1)
     with measuring(model):
-        linear = Linearization(task, batch, make_plan(task, batch, memory_budget=None), "auto")
-        with jacobians(linear, estimator="test", at_once=2) as maps:
+        linear = Jacobians(task, batch, make_plan(task, batch, memory_budget=None), "auto")
+        with layer_jacobians(linear, estimator="test", at_once=2) as maps:
             run = Bidiagonalisation(maps[""], probes)
             widths = []
             for _ in range(12):
@@ -256,7 +257,7 @@ def test_zero_jacobian_and_diverged_sample(method):
     x[0] = torch.nan
     g = _measured(model, x, layer, eps=0.1, method=method)
     assert g.log_volume.isnan().tolist() == [True, False]
-    assert g.rank.tolist() == [-1, 60]
+    assert g.rank is None, "it sees no rank"
 
 
 def test_density_of_a_lanczos_run():

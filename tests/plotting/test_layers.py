@@ -1,5 +1,6 @@
 """A report as one panel: every layer's samples, median and 10 to 90 % at their places; what is not finite counted."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -40,6 +41,15 @@ def test_points_bar_and_median_of_every_layer(report, unit):
     assert axes.yaxis_inverted()  # the first layer at the top
     assert "√det g" in figure.get_supxlabel()
     assert "J divided by √n" in figure.get_supxlabel()
+
+
+def test_a_value_that_is_no_log_volume_keeps_its_own_unit(report):
+    other = tgp.GeometryReport({"1": report["1"], "3": dataclasses.replace(report["3"], unit="1/pixel")})
+    figure = plot(other, unit="log10")
+    assert figure.axes[0].get_xlabel() == "log-volume [log10] or value [1/pixel]"
+    (first, _, _), (second, _, _) = rows(figure)
+    assert np.allclose(first, report["1"].log10_volume)
+    assert np.allclose(second, report["3"].value)
 
 
 def test_layers_are_chosen_and_drawn_in_their_order(report):

@@ -1,5 +1,6 @@
 """tgp.plot: the drawing of every result by its type, what is refused, and no trace in matplotlib's settings."""
 
+import dataclasses
 import importlib.util
 import sys
 
@@ -24,6 +25,18 @@ def test_a_result_is_drawn_by_its_type(planes, lines):
     assert [name for name in rows if name] == ["before training", "after training"]
     assert len(plot(tuple(planes), names=["one", "other"]).axes) == len(plot(planes).axes)
     assert [text.get_text() for text in plot(report).axes[0].get_yticklabels()] == ["model"]
+
+
+def test_a_scan_of_what_is_no_log_volume_says_what_it_is(planes, lines):
+    for scans in (planes, lines):
+        found = scans[0]
+        layer = dataclasses.replace(found.report["1"], unit="1/pixel", estimand="sum of the singular values")
+        found = dataclasses.replace(found, report=tgp.GeometryReport({"1": layer}))
+        labels = [axes.get_xlabel() + axes.get_ylabel() for axes in plot(found, unit="log10").axes]
+        assert sum("sum of the singular values [1/pixel]" in label for label in labels) == 1
+        with pytest.raises(ProbeError, match="no log-volume"):
+            found.log_volume  # noqa: B018
+        assert torch.equal(found.value["1"].flatten(), layer.value)
 
 
 def test_what_has_no_drawing_is_refused(planes):

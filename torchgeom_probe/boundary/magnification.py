@@ -123,13 +123,9 @@ class Magnification:
         if self.num_classes == 1:
             remarks.append("the slice is of one predicted class, no boundary crosses it")
         if self.p_value >= 0.05 and self.effective_points < 10:
-            remarks.append(
-                f"the slice amounts to {self.effective_points:.0f} independent points, too few to tell"
-            )
+            remarks.append(f"the slice amounts to {self.effective_points:.0f} independent points, too few to tell")
         if self.num_dropped:
-            remarks.append(
-                f"{self.num_dropped} of {self.num_points + self.num_dropped} points dropped as not finite"
-            )
+            remarks.append(f"{self.num_dropped} of {self.num_points + self.num_dropped} points dropped as not finite")
         return "".join(f"; {remark}" for remark in remarks)
 
 
@@ -259,8 +255,9 @@ def _refuse_untestable(name: str, entropy: np.ndarray, kept: np.ndarray) -> None
     if kept.sum() < _LEAST_POINTS:
         raise ProbeError(
             f"{name}: only {kept.sum()} of {kept.size} points have a finite log-volume and entropy; the statistics "
-            f"need {_LEAST_POINTS}.\nA log-volume of -inf everywhere is a singular metric: scan it with fewer directions, "
-            "or use  estimator=TopK(k=...)"
+            f"need {_LEAST_POINTS}.\n"
+            "A log-volume of -inf everywhere is a singular metric.  Scan it with fewer directions, or write:  "
+            "scan(model, plane, estimator=TopK(k=2))"
         )
     if np.ptp(entropy[kept]) == 0:
         raise ProbeError(

@@ -76,9 +76,7 @@ def boundary_points(
             "For single inputs:  boundary_points(model, a[None], b[None])"
         )
     if not 0 < tol < 1:
-        raise ProbeError(
-            f"tol={tol} must lie between 0 and 1: it is in units of the segment. Write tol=1e-3."
-        )
+        raise ProbeError(f"tol={tol} must lie between 0 and 1: it is in units of the segment. Write tol=1e-3.")
     bare = unwrapped(model)
 
     def classes(x: Tensor) -> Tensor:

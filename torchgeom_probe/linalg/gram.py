@@ -6,7 +6,7 @@ Legend: K tangents, B samples, N features; r = min(K, N).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,6 +51,16 @@ class Factor:
         for block in blocks_KBN[1:]:
             gram = gram + _gram(block)
         return Factor(gram=gram, dtype=dtype)
+
+    def scaled(self, scale: float) -> Factor:
+        """The factor of the tangents times a number."""
+        if scale == 1:
+            return self
+        return replace(
+            self,
+            gram=None if self.gram is None else self.gram * scale**2,
+            triangle=None if self.triangle is None else self.triangle * scale,
+        )
 
     def singular_values(self) -> Float[Tensor, "batch r"]:
         """[B, r] float64, descending; nan for a sample whose factor is not finite."""

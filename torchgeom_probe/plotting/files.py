@@ -75,9 +75,8 @@ def animated(frames: Iterable[Figure], *, seconds: float = 0.6, dpi: int = 80) -
     if not images:
         raise ProbeError("an animation of no frames.\nGive one figure an epoch:  animated([figure_0, figure_1])")
     times = [round(1000 * seconds)] * (len(images) - 1) + [4 * round(1000 * seconds)]
-    options: dict[str, Any] = {"append_images": images[1:], "duration": times, "loop": 0, "disposal": 2}
     buffer = io.BytesIO()
-    images[0].save(buffer, format="gif", save_all=True, **options)
+    images[0].save(buffer, "gif", save_all=True, append_images=images[1:], duration=times, loop=0, disposal=2)
     return buffer.getvalue()
 
 

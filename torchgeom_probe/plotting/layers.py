@@ -34,7 +34,7 @@ def plot_report(
     axes = figure.add_subplot()
     random = np.random.default_rng(0)
     for row, layer in enumerate(chosen):
-        values = style.in_unit(layer.log_volume.detach().double().cpu().numpy(), unit)
+        values = style.in_unit(layer, unit)
         finite = values[np.isfinite(values)]
         if len(finite):
             low, middle, high = np.quantile(finite, [0.1, 0.5, 0.9])
@@ -48,7 +48,8 @@ def plot_report(
             axes.annotate(text, (1, row), xycoords=("axes fraction", "data"), va="center", fontsize=SMALL, color="#a33")
     axes.set_yticks(range(len(chosen)), [layer.name or "model" for layer in chosen], fontsize=NORMAL)
     axes.set_ylim(len(chosen) - 0.5, -0.5)
-    axes.set_xlabel(f"log-volume [{unit}]", fontsize=NORMAL)
+    units = dict.fromkeys(f"log-volume [{unit}]" if la.unit == "nat" else f"value [{la.unit}]" for la in chosen)
+    axes.set_xlabel(" or ".join(units), fontsize=NORMAL)
     axes.tick_params(axis="x", labelsize=SMALL)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
     legend = "dot: a sample; bar: 10 to 90 % of them; line: their median"

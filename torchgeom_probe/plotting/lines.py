@@ -25,18 +25,17 @@ def plot_lines(drawn: Scans) -> Figure:
     """
     scans, names = drawn.scans, drawn.names or [""] * len(drawn.scans)
     pictures = style.pictures(scans[-1], drawn.images)
-    label = drawn.label.replace(" − ", "\n− ")
-    fields = {f"{layer or 'model'}\n{label}": drawn.volumes(layer) for layer in drawn.shown}
-    fields["entropy [nat]"] = [scan.entropy.numpy() for scan in drawn.every]
+    labels = [f"{layer or 'model'}\n{drawn.label(layer)}".replace(" − ", "\n− ") for layer in drawn.shown]
+    fields = [*(drawn.values(layer) for layer in drawn.shown), [scan.entropy.numpy() for scan in drawn.every]]
     heights = [1.55] * len(fields) + [0.3] * len(scans) + [1.1] * bool(pictures)
     figure = style.new_figure(7.0, sum(heights) + 0.05 * len(scans) + 0.9)
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     curves = [style | {"label": name} for style, name in zip(_styles(len(scans)), names, strict=True)]
     panels: list[Any] = []
-    for row, (name, values) in enumerate(fields.items()):
+    for row, (label, values) in enumerate(zip([*labels, "entropy [nat]"], fields, strict=True)):
         panels.append(figure.add_subplot(grid[row], sharex=panels[0] if panels else None))
         _draw_curves(panels[-1], scans[-1], values, curves, whole=bool(drawn.like))
-        panels[-1].set_ylabel(name, fontsize=NORMAL)
+        panels[-1].set_ylabel(label, fontsize=NORMAL)
     panels[-1].set_ylim(bottom=min(0.0, panels[-1].get_ylim()[0]))
     if drawn.names is not None:
         columns = min(len(scans), 5)

@@ -28,13 +28,15 @@ def plot_maps(drawn: Scans) -> Figure:
     with np.errstate(divide="ignore"):
         entropies = [np.log10(s.entropy.numpy()) if drawn.log_entropy else s.entropy.numpy() for s in drawn.every]
     label = "log₁₀ (entropy / nat)" if drawn.log_entropy else "entropy [nat]"
-    volumes = [drawn.volumes(layer) for layer in drawn.shown]
-    shared = Scale(drawn.label, limits=_limits([field for fields in volumes for field in fields]))
-    scales = [shared if drawn.share_layers else Scale(drawn.label, limits=_limits(fields)) for fields in volumes]
-    fields = [[None] * len(drawn.scans), entropies, *volumes]
-    scales = [Scale("class", "classes"), Scale(label, "magma", _limits(entropies)), *scales]
+    layers = {layer: drawn.values(layer) for layer in drawn.shown}
+    shared = Scale(drawn.label(drawn.shown[-1]), limits=_limits([f for fields in layers.values() for f in fields]))
+    columns: list[tuple[Sequence[Any], Scale]] = [
+        ([None] * len(drawn.scans), Scale("class", "classes")),
+        (entropies, Scale(label, "magma", _limits(entropies))),
+        *((f, shared if drawn.share_layers else Scale(drawn.label(n), limits=_limits(f))) for n, f in layers.items()),
+    ]
     return plot_grid(
-        [[Map(s, f[i], scale) for f, scale in zip(fields, scales, strict=True)] for i, s in enumerate(drawn.scans)],
+        [[Map(scan, fields[i], scale) for fields, scale in columns] for i, scan in enumerate(drawn.scans)],
         row_names=drawn.names,
         column_names=["prediction", "entropy", *(layer or "model" for layer in drawn.shown)],
         images=drawn.images,
@@ -128,8 +130,7 @@ def plot_grid(
         panel: the side of a map in inches.
 
     Raises:
-        ProbeError: no maps, rows that differ in length, names that do not fit, a scan of a line, images that are no
-            pictures, no matplotlib.
+        ProbeError: no maps, rows that differ in length, names that do not fit, a scan of a line, no matplotlib.
 
     >>> import torch, torchgeom_probe as tgp
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))

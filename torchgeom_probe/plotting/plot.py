@@ -22,8 +22,7 @@ def plot(result: Any, **options: Any) -> Figure:
 
     A :class:`~torchgeom_probe.SliceScan`, or a list of them over one slice (networks, epochs): on a line the log-volume
     of each layer against t, with entropy and classes; on a plane maps of predictions, entropy and the log-volume of
-    each layer.  A :class:`~torchgeom_probe.GeometryReport`: per layer the values of all samples, their median and 10 to
-    90 %.
+    each layer.  A :class:`~torchgeom_probe.GeometryReport`: per layer all samples, their median and 10 to 90 %.
 
     Args:
         result: what to draw.

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from torchgeom_probe.errors import ProbeError, optional
-from torchgeom_probe.report import GeometryReport
+from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Tensor
 from torchgeom_probe.slices.result import SliceScan
 
@@ -51,8 +51,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def finish(figure: Any, title: str | None, note: str | None) -> None:
     """Put the title above and the note, in small letters, below."""
-    if title is not None:
-        # The empty line keeps it off the column titles.
+    if title is not None:  # with an empty line, which keeps it off the column titles
         figure.suptitle(f"{title}\n", fontsize=LARGE, linespacing=0.6)
     if note is not None:
         figure.supxlabel(note, fontsize=SMALL - 0.5, color="#555555")
@@ -65,11 +64,12 @@ def note(report: GeometryReport, layers: Sequence[str]) -> str:
     return "volume: " + " | ".join(dict.fromkeys(notes))
 
 
-def in_unit(nats: np.ndarray, unit: str) -> np.ndarray:
-    """Return natural logs in the unit ``"nat"`` or ``"log10"``."""
+def in_unit(layer: LayerGeometry, unit: str) -> np.ndarray:
+    """Return a layer's value [B], a log-volume in the unit ``"nat"`` or ``"log10"``."""
     if unit not in ("nat", "log10"):
         raise ProbeError(f"unit={unit!r} is unknown.\nWrite unit='nat' (natural log, the default) or unit='log10'.")
-    return nats if unit == "nat" else nats / math.log(10)
+    values = layer.value.detach().double().cpu().numpy()
+    return values / math.log(10) if unit == "log10" and layer.unit == "nat" else values
 
 
 def chosen_layers(layers: Sequence[str] | str | None, known: Sequence[str]) -> list[str]:
@@ -77,9 +77,8 @@ def chosen_layers(layers: Sequence[str] | str | None, known: Sequence[str]) -> l
     chosen = list(known) if layers is None else [layers] if isinstance(layers, str) else list(layers)
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
-        raise ProbeError(
-            f"layers={chosen}: {', '.join(map(repr, unknown)) or 'none'} to draw.\nThere are the layers {list(known)}."
-        )
+        missing = ", ".join(map(repr, unknown)) or "none"
+        raise ProbeError(f"layers={chosen}: {missing} to draw.\nThere are the layers {list(known)}.")
     return chosen
 
 
@@ -142,15 +141,17 @@ class Scans:
         last = self.scans[-1].report
         return chosen_layers(self.layers, [name for name in last if all(name in scan.report for scan in self.every)])
 
-    def volumes(self, layer: str) -> list[np.ndarray]:
-        """A layer's log-volume over the slice of every scan."""
-        found = [in_unit(scan.log_volume[layer].double().numpy(), self.unit) for scan in self.every]
+    def values(self, layer: str) -> list[np.ndarray]:
+        """What was measured of a layer over the slice of every scan; log-volumes in ``unit``."""
+        found = [in_unit(scan.report[layer], self.unit).reshape(scan.slice.shape) for scan in self.every]
         return [v - np.median(v[np.isfinite(v)]) if self.relative and np.isfinite(v).any() else v for v in found]
 
-    @property
-    def label(self) -> str:
-        """What stands on the scale of :meth:`volumes`."""
-        name, unit = ("log √det g", " [nat]") if self.unit == "nat" else ("log₁₀ √det g", "")
+    def label(self, layer: str) -> str:
+        """What stands on the scale of :meth:`values`."""
+        geometry, log10 = self.scans[-1].report[layer], self.unit == "log10"
+        name, unit = ("log₁₀ √det g" if log10 else "log √det g"), ("" if log10 else " [nat]")
+        if geometry.unit != "nat":
+            name, unit = geometry.estimand, f" [{geometry.unit}]"
         return f"{name}{' − median' if self.relative else ''}{unit}"
 
 

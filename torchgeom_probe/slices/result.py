@@ -57,8 +57,13 @@ class SliceScan:
         return f"SliceScan({self.slice}: layers {list(self.report)}; classes predicted: {classes})"
 
     @property
+    def value(self) -> dict[str, Tensor]:
+        """Layer → [T] or [H, W], what was estimated, in the layer's ``unit``."""
+        return {name: layer.value.reshape(self.slice.shape) for name, layer in self.report.items()}
+
+    @property
     def log_volume(self) -> dict[str, Tensor]:
-        """Layer → [T] or [H, W], NATURAL log.
+        """Layer → [T] or [H, W], NATURAL log; ProbeError of an estimator whose value is no log-volume.
 
         Of a scan along the slice's own tangents it is per unit of the slice's coordinates; minus
         ``slice.log_measure`` it is the true magnification, log of output length (area) per input length

@@ -15,12 +15,12 @@ from torch import nn
 from tqdm import tqdm
 
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.estimators import Subspace
 from torchgeom_probe.files import decoded, encoded
 from torchgeom_probe.model.isolation import measuring
 from torchgeom_probe.model.predictions import Readout, decisions, logits_of
-from torchgeom_probe.probe import GeometryProbe
+from torchgeom_probe.probe import GeometryProbe, ProbeOptions, probe_of
 from torchgeom_probe.shapes import Tensor
-from torchgeom_probe.slices._lead import ProbeOptions, probe_of
 from torchgeom_probe.slices.result import SliceScan, packed
 from torchgeom_probe.slices.resume import Parts, in_words, refuse_other, state_digest
 from torchgeom_probe.slices.slice import Line, Plane
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 #: Points a chunk: what a kill can cost, and one file of a scan that is stored.
 _CHUNK = 64
 _PART = "part of a SliceScan"
+_TANGENTS = "the slice's own tangents"
 
 
 def scan(
@@ -87,10 +88,11 @@ def scan(
     if batch_size is not None and batch_size < 1:
         raise ProbeError(f"batch_size={batch_size} must be at least 1: points a chunk.\nLeave it out for {_CHUNK}.")
     probe = probe_of(model_or_probe, options)
-    settings = _settings(probe, readout)
+    along = options.get("estimator") is None and probe.estimator == Subspace()
+    settings = _settings(probe, readout, along=along)
     if path is None:
         settings["batch_size"] = batch_size or _CHUNK
-        return SliceScan.joined(slice, settings, list(_chunks(probe, slice, readout, None, settings, progress)))
+        return SliceScan.joined(slice, settings, list(_chunks(probe, slice, readout, settings, None, progress)))
     target = Path(path)
     finished = SliceScan.load(target) if target.exists() else None
     stored = finished.settings if finished is not None else Parts.stored_settings(target) or {}
@@ -101,21 +103,24 @@ def scan(
         refuse_other(stored, settings, where=target)
         return finished
     parts = Parts(target, settings)
-    found = SliceScan.joined(slice, settings, list(_chunks(probe, slice, readout, parts, settings, progress)))
+    found = SliceScan.joined(slice, settings, list(_chunks(probe, slice, readout, settings, parts, progress)))
     found.save(target)
     parts.remove()
     return found
 
 
-def _settings(probe: GeometryProbe, readout: Readout | None) -> dict[str, Any]:
+def _settings(probe: GeometryProbe, readout: Readout | None, *, along: bool) -> dict[str, Any]:
+    """Return what is scanned and how, as JSON can hold it; equal in every process that scans the same."""
     return {
-        "layers": probe.layers,
-        "estimator": "slice tangents" if probe.chosen is None else repr(probe.chosen),
+        "layers": sorted({*probe.layers, *probe.left_out}),  # what "auto" leaves out is known after the first chunk
+        "estimator": _TANGENTS if along else repr(probe.estimator),
         "readout": in_words(readout),
         "normalize": probe.normalize,
+        "transform": in_words(probe._hooked.transforms),
         "engine": probe.engine,
+        "source": probe._hooked.source_name,
+        "wrt": in_words(probe.wrt),
         "mode": probe.mode,
-        **{key: in_words(probe.options.get(key)) for key in ("transform", "source", "wrt")},
     }
 
 
@@ -123,8 +128,8 @@ def _chunks(
     probe: GeometryProbe,
     slice: Line | Plane,
     readout: Readout | None,
-    parts: Parts | None,
     settings: Mapping[str, Any],
+    parts: Parts | None,
     progress: bool | None,
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
     """Yield what was found at one chunk of points after the other: what is stored of it, or what is measured now."""
@@ -136,7 +141,7 @@ def _chunks(
         for index, x in enumerate(points.split(settings["batch_size"])):
             data = None if parts is None else parts.get(index)
             if data is None:
-                along = tangents[:, None].expand(-1, *x.shape) if probe.chosen is None else None
+                along = tangents[:, None].expand(-1, *x.shape) if settings["estimator"] == _TANGENTS else None
                 report = probe.measure(x, directions=along, progress=False)
                 data = encoded(*packed(report, _decided(probe, x, readout)), kind=_PART)
                 if parts is not None:

@@ -76,7 +76,8 @@ def scan_photographs(
     photographs = _read(images)
     pictures = [_middle(photograph, size) for photograph in photographs]
     samples = (_normalised(pictures) if loaded is None else loaded.batch(photographs)).to(device)
-    on = Line(*samples, steps=grid or 64) if len(samples) == 2 else Plane(*samples, steps=grid or 24)
+    a, b, *rest = samples
+    on = Plane(a, b, rest[0], steps=grid or 24) if rest else Line(a, b, steps=grid or 64)
     kind = type(on).__name__.lower()
     model = model.eval().to(device)
     found = scan(model, on, layers=layers, batch_size=batch_size, path=out / "scan.safetensors")
