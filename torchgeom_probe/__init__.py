@@ -1,7 +1,7 @@
 """torchgeom_probe: how much each layer of a PyTorch model magnifies its input space.
 
-Attach a :class:`GeometryProbe` to the layers of a model that you already have; one dual forward pass gives log √det g, g = JᵀJ, per
-layer and sample.
+Attach a :class:`GeometryProbe` to the layers of a model that you already have; one dual forward pass gives log √det g,
+g = JᵀJ, per layer and sample.
 """
 
 from torchgeom_probe import analytic
