@@ -39,18 +39,19 @@ class LayerGeometry:
         name: the layer's name; ``name#1``, ``name#2`` … for the later calls of a module that is called repeatedly.
         estimand: in words, what ``value`` is: log √det g, log √det VᵀgV, ….
         engine: which engine ran: ``"fused"``, ``"functorch"`` or ``"vjp"``.
-        value: [B], what was estimated, in ``unit``.  Of a log-volume: ``-inf`` where the volume is zero (``rank`` says why), ``nan``
-            only where the Jacobian itself is not finite (a diverged model).
-        singular_values: [B, r], descending, of the Jacobian restricted to the directions (r = min(k, n)); of an estimator that
-            finds fewer, those.
+        value: [B], what was estimated, in ``unit``.  Of a log-volume: ``-inf`` where the volume is zero (``rank`` says
+            why), ``nan`` only where the Jacobian itself is not finite (a diverged model).
+        singular_values: [B, r], descending, of the Jacobian restricted to the directions (r = min(k, n)); of an
+            estimator that finds fewer, those.
         num_features: n, the layer's features per sample.
         num_inputs: d, the numbers per sample of the space that is pulled back to.
         num_directions: k, the tangent directions used.
         normalized: whether J was divided by √n.
         unit: of ``value``: ``"nat"``, the natural log of a volume, or another.
-        rank: [B], how many singular values exceed ``rank_tolerance`` · σ_max; -1 where the Jacobian is not finite; None where the
-            estimator does not see it.
-        log_pseudo_volume: [B], natural log of the product of those; 0 at rank 0 (an empty product); None without a rank.
+        rank: [B], how many singular values exceed ``rank_tolerance`` · σ_max; -1 where the Jacobian is not finite; None
+            where the estimator does not see it.
+        log_pseudo_volume: [B], natural log of the product of those; 0 at rank 0 (an empty product); None without a
+            rank.
         rank_tolerance: the threshold of ``rank``, relative to the largest singular value.
         std_error: [B] standard error of a stochastic ``value``, in its unit, or None.
         error_bound: [B] bound on the error of ``value``, in its unit, or None.
@@ -122,7 +123,8 @@ class LayerGeometry:
     def lipschitz_bounds(self) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
         """Lower and upper bound [B] of σ_1 of J, the layer's local Lipschitz constant (of J/√n when normalised).
 
-        From ``Exact`` they coincide; from ``TopK`` every Ritz value is a lower bound, and ``error_bound`` says how far off.
+        From ``Exact`` they coincide; from ``TopK`` every Ritz value is a lower bound, and ``error_bound`` says how far
+        off.
 
         Raises:
             ProbeError: an estimator that does not bound σ_1.
@@ -135,14 +137,15 @@ class LayerGeometry:
             largest = self.singular_values[:, 0]
             return largest, largest if self.error_bound is None else largest * self.error_bound.exp()
         raise ProbeError(
-            f"layer {self.name!r} was measured as {self.estimand!r}, which does not bound σ_1.\nMeasure with estimator=TopK(k=1)"
+            f"layer {self.name!r} was measured as {self.estimand!r}, which does not bound σ_1.\n"
+            "Measure with estimator=TopK(k=1)"
         )
 
     def statistics(self) -> dict[str, float]:
-        """Numbers over the batch: percentiles of the value (finite ones only), σ_max, rank, extras, and how many were not finite.
+        """Numbers over the batch: percentiles of the value, σ_max, rank, extras, and how many were not finite.
 
-        ``nan`` stands where no sample has a finite value, and where the estimator has none.  Of an extra with a number a sample it
-        is the median.  Copies to the host: not for the hot path.
+        ``nan`` stands where no sample has a finite value, and where the estimator has none.  Of an extra with a number
+        a sample it is the median.  Copies to the host: not for the hot path.
         """
         value = self.value.detach().double().cpu()
         finite = value[value.isfinite()]
@@ -264,7 +267,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         return found
 
     def summary(self) -> str:
-        """A table for people: per layer n, d, k, the value's median and spread, rank, σ_max and what else the estimator found."""
+        """A table for people: per layer n, d, k, the value's median and spread, rank, σ_max and the extras."""
         rows = self._cells()
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
@@ -454,8 +457,9 @@ STATISTICS = ("mean", "p10", "median", "p90", "sigma_max", "rank", "nonfinite")
 class JSONWriter:
     """A :class:`Writer` of one JSON object per step and line (JSON Lines), appended and on disk at once.
 
-    ``{"step": …, "layers": {name: statistics}}`` with the numbers of :meth:`LayerGeometry.statistics` (nats; null where not finite).
-    An existing file is continued as by :class:`CSVWriter`: steps at or after the first one written now are dropped.
+    ``{"step": …, "layers": {name: statistics}}`` with the numbers of :meth:`LayerGeometry.statistics` (nats; null where
+    not finite). An existing file is continued as by :class:`CSVWriter`: steps at or after the first one written now are
+    dropped.
 
     >>> import json, pathlib, tempfile, torch, torchgeom_probe as tgp
     >>> path = pathlib.Path(tempfile.mkdtemp(), "geometry.jsonl")
@@ -502,8 +506,9 @@ class JSONWriter:
 class CSVWriter:
     """A :class:`Writer` of one row per step and layer, appended and flushed at once: a killed run loses nothing.
 
-    Columns: step, layer, then the statistics of :meth:`LayerGeometry.statistics` (nats).  An existing file is continued:
-    rows of an earlier, interrupted run at or after the first step written now are dropped, so a resumed run has no doubles.
+    Columns: step, layer, then the statistics of :meth:`LayerGeometry.statistics` (nats).  An existing file is
+    continued: rows of an earlier, interrupted run at or after the first step written now are dropped, so a resumed run
+    has no doubles.
 
     >>> import pathlib, tempfile, torch, torchgeom_probe as tgp
     >>> path = pathlib.Path(tempfile.mkdtemp(), "geometry.csv")

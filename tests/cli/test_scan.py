@@ -10,7 +10,8 @@ import torch
 
 import torchgeom_probe as tgp
 from torchgeom_probe.cli.main import main
-from torchgeom_probe.plotting.photographs import _few_classes
+from torchgeom_probe.cli.scan import _few_classes
+from torchgeom_probe.slices.resume import Parts
 
 PIL = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -106,7 +107,7 @@ def test_stopped_in_the_middle_it_ends_with_the_same_bytes(work, monkeypatch, ca
     extra = ["--batch-size", "4"]
     assert main([*command(work, "a", "b", "c", out="straight"), *extra]) == 0
     chunks = [0]
-    put = tgp.slices.scan._Parts.put
+    put = Parts.put
 
     def interrupted(self, index, data):
         if chunks[0] == 3:
@@ -114,7 +115,7 @@ def test_stopped_in_the_middle_it_ends_with_the_same_bytes(work, monkeypatch, ca
         chunks[0] += 1
         put(self, index, data)
 
-    monkeypatch.setattr(tgp.slices.scan._Parts, "put", interrupted)
+    monkeypatch.setattr(Parts, "put", interrupted)
     assert main([*command(work, "a", "b", "c", out="stopped"), *extra]) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
     monkeypatch.undo()

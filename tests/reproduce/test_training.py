@@ -93,7 +93,7 @@ def no_drawing(monkeypatch):
     """The maps are the figures' tests' to look at; drawing them takes most of the time."""
     from matplotlib.figure import Figure
 
-    monkeypatch.setattr(tgp.SliceScan, "plot", lambda self, **options: Figure(figsize=(1, 1)))
+    monkeypatch.setattr(training, "plot", lambda scan, **options: Figure(figsize=(1, 1)))
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,12 @@ from torchgeom_probe.jacobian.jacobians import EngineName
 from torchgeom_probe.model.hooked import Transform
 from torchgeom_probe.model.isolation import Mode
 from torchgeom_probe.model.layers import LayerSpec
+from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.probe import GeometryProbe, measure
 from torchgeom_probe.report import GeometryReport, Writer
 from torchgeom_probe.shapes import Tensor
-from torchgeom_probe.slices.scan import Line, Plane, on_this_rank, scan
+from torchgeom_probe.slices.scan import scan
+from torchgeom_probe.slices.slice import Line, Plane
 
 # What a map is made from: a slice, or a function that returns a figure.
 MapOf = Line | Plane | Callable[[nn.Module], Any]
@@ -215,7 +217,7 @@ class Monitor:
         keep: how many reports ``history`` holds, the latest ones; None for all.
         maps: tag → a :class:`~torchgeom_probe.Line` or :class:`~torchgeom_probe.Plane`, scanned at ``layers``
             and drawn; or a function of the model that returns a matplotlib figure, such as ``lambda model:
-            tgp.scan(model, plane, readout=...).plot()``.  For the writers that have a ``write_figure``
+            tgp.plot(tgp.scan(model, plane, readout=...))``.  For the writers that have a ``write_figure``
             (TensorBoard: an image under the tag); the figure is closed afterwards.
         maps_every: draw the maps at each M-th probe.
         distributed: None: where ``model`` is a DistributedDataParallel, its ranks share the samples of each
@@ -570,13 +572,11 @@ class Monitor:
                         write_scalar(tag, value, self._step)
 
     def _write_map(self, tag: str, draw_map: MapOf) -> None:
-        with on_this_rank():  # the other ranks draw nothing, and would be waited for
-            if isinstance(draw_map, Line | Plane):
-                figure = scan(self.model, draw_map, progress=False, **self._scanned).plot(
-                    title=f"{tag}, step {self._step}"
-                )
-            else:
-                figure = draw_map(self.model)
+        if isinstance(draw_map, Line | Plane):
+            found = scan(self.model, draw_map, progress=False, **self._scanned)
+            figure = plot(found, title=f"{tag}, step {self._step}")
+        else:
+            figure = draw_map(self.model)
         for writer in self.writers:
             write_figure = getattr(writer, "write_figure", None)
             if write_figure is not None:

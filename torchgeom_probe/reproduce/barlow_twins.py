@@ -20,7 +20,7 @@ from torchgeom_probe.reproduce.results import Results, quirks
 from torchgeom_probe.reproduce.settings import Settings
 from torchgeom_probe.reproduce.training import Trained, Training, View, accuracy, train
 from torchgeom_probe.shapes import Float, Int, Tensor
-from torchgeom_probe.slices.scan import Line
+from torchgeom_probe.slices.slice import Line
 
 #: The four blocks, as parts of the network that is trained.
 LAYERS = tuple(f"backbone.{stage}" for stage in resnet.STAGES)

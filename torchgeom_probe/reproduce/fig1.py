@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from torchgeom_probe.analytic import shallow
-from torchgeom_probe.plotting.figures import Map, Scale, plot_grid
+from torchgeom_probe.plotting.planes import Map, Scale, plot_grid
+from torchgeom_probe.plotting.style import Figure
 from torchgeom_probe.reproduce.results import Results, frames, quirks
 from torchgeom_probe.reproduce.settings import Settings
 from torchgeom_probe.reproduce.training import Trained, Training, View, accuracy, train
 from torchgeom_probe.shapes import Float, Int, Tensor
-from torchgeom_probe.slices.scan import Plane, SliceScan
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-else:  # matplotlib is optional: its types are for the type checker alone
-    Figure = Any
+from torchgeom_probe.slices.result import SliceScan
+from torchgeom_probe.slices.slice import Plane
 
 TITLE = "a sinusoid boundary (and XOR) learnt by one hidden layer of sigmoid units"
 

@@ -21,7 +21,7 @@ from torchgeom_probe.reproduce.fig1 import PaperNetwork
 from torchgeom_probe.reproduce.results import Results, drawn, frames, quirks
 from torchgeom_probe.reproduce.settings import Settings
 from torchgeom_probe.reproduce.training import Training, View, accuracy, train
-from torchgeom_probe.slices.scan import Line, Plane
+from torchgeom_probe.slices.slice import Line, Plane
 
 TITLE = "handwritten digits learnt by one hidden layer of sigmoid units"
 

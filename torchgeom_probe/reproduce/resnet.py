@@ -21,7 +21,7 @@ from torchgeom_probe.reproduce.results import Results, quirks
 from torchgeom_probe.reproduce.settings import Settings
 from torchgeom_probe.reproduce.training import Trained, Training, View, accuracy, train
 from torchgeom_probe.shapes import Tensor
-from torchgeom_probe.slices.scan import Plane
+from torchgeom_probe.slices.slice import Plane
 
 ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU"}
 #: The four blocks of the network.

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torchgeom_probe.boundary.magnification import Estimate, Magnification
+from torchgeom_probe.boundary.magnification import Magnification
+from torchgeom_probe.boundary.statistics import Estimate
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import write_atomically, write_json
-from torchgeom_probe.plotting.figures import plot_lines, plot_maps
-from torchgeom_probe.plotting.files import animated, rendered, small_png
+from torchgeom_probe.plotting.files import animated, save, small_png
+from torchgeom_probe.plotting.plot import plot
+from torchgeom_probe.plotting.style import Figure
 from torchgeom_probe.reproduce.settings import Say, Settings
 from torchgeom_probe.reproduce.training import Trained, View
-from torchgeom_probe.slices.scan import Line, SliceScan
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-else:  # matplotlib is optional: its types are for the type checker alone
-    Figure = Any
+from torchgeom_probe.slices.result import SliceScan
 
 _GALLERY_BYTES = 150_000
 _SETTINGS = ("preset", "quick", "seed", "device", "epochs")
@@ -44,10 +41,8 @@ def drawn(view: View, scans: Mapping[str, SliceScan], **options: Any) -> Figure:
     Training moves the level of log √det g by more than its pattern's range: each log-volume is shown about its median.
     """
     style: dict[str, Any] = {"names": list(scans), "class_names": view.class_names, "images": view.images}
-    style |= {"unit": "log10", "relative": True}
-    if isinstance(view.slice, Line):
-        return plot_lines(list(scans.values()), **style | options)
-    return plot_maps(list(scans.values()), **style | {"log_entropy": True} | options)
+    style |= {"unit": "log10", "relative": True, "log_entropy": True}
+    return plot(list(scans.values()), **style | options)
 
 
 def frames(view: View, scans: Mapping[str, SliceScan], *, title: str, **options: Any) -> Iterator[Figure]:
@@ -123,12 +118,11 @@ class Results:
 
     def picture(self, name: str, figure: Figure, *, gallery: bool = False) -> None:
         """Write ``name.png`` and ``name.pdf``; with ``gallery`` also the small PNG, where one was asked for."""
-        path = self.folder / f"{name}.png"
         # The layout is found once, not anew for every file.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
-        write_atomically(path, rendered(figure, dpi=160))
-        write_atomically(path.with_suffix(".pdf"), rendered(figure, ending=".pdf"))
+        for ending in (".png", ".pdf"):
+            save(figure, self.folder / f"{name}{ending}")
         if gallery and self.settings.gallery is not None:
             small = small_png(figure, _GALLERY_BYTES)
             write_atomically(self.settings.gallery / f"{self.figure}_{name}.png", small)

@@ -27,10 +27,13 @@ from tqdm import tqdm
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.files import digest, finite_or_null, write_atomically, write_json
 from torchgeom_probe.monitor.monitor import Monitor
+from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.report import CSVWriter, Writer
 from torchgeom_probe.reproduce.settings import Say, Settings
 from torchgeom_probe.shapes import Float, Int, Tensor
-from torchgeom_probe.slices.scan import Line, Plane, SliceScan, scan
+from torchgeom_probe.slices.result import SliceScan
+from torchgeom_probe.slices.scan import scan
+from torchgeom_probe.slices.slice import Line, Plane
 
 # Between two checkpoints: what a kill can cost, in seconds.
 _CHECKPOINT_SECONDS = 20.0
@@ -322,7 +325,7 @@ class _Loop(Trained):
         new = not self._scanned(view, epoch).exists()
         found = self.scan(view, epoch)
         if new:
-            figure = found.plot(class_names=view.class_names, images=view.images, title=f"epoch {epoch}")
+            figure = plot(found, class_names=view.class_names, images=view.images, title=f"epoch {epoch}")
             board.write_figure(f"{self.name}/{view.name}", figure, epoch * self.training.steps_per_epoch)
 
     def until(self, epoch: int) -> None:
