@@ -75,7 +75,7 @@ found["alone"] = (alone["2"].log_volume, alone["0"].rank, alone["2"].singular_va
 
 # a slice map: rank 0 draws, and waits for nobody
 plane = tgp.Plane(X[0], X[1], X[2], steps=4)
-maps = {"plane": plane, "own": lambda m: tgp.scan(m, plane, layers=["2"]).plot()}
+maps = {"plane": plane, "own": lambda m: tgp.plot(tgp.scan(m, plane, layers=["2"]))}
 made = monitor(model, writer=TensorBoardWriter(f"{out}/maps"), maps=maps)
 made.probe_now(); made.close()
 found["maps"] = made.failures

@@ -31,7 +31,8 @@ from torchgeom_probe.monitor.writers import Writer, writers_of
 from torchgeom_probe.probe import GeometryProbe, ProbeOptions, probe_of
 from torchgeom_probe.report import GeometryReport
 from torchgeom_probe.shapes import Tensor
-from torchgeom_probe.slices.scan import Line, Plane, on_this_rank, scan
+from torchgeom_probe.slices.scan import scan
+from torchgeom_probe.slices.slice import Line, Plane
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -378,11 +379,10 @@ class Monitor:
                     writer.write_scalar(tag, value, self._step)
 
     def _write_map(self, tag: str, made_from: MapOf) -> None:
-        with on_this_rank():
-            if isinstance(made_from, Line | Plane):
-                result = scan(self._scanned, made_from, progress=False, **self._scan_options)
-            else:
-                result = made_from(self.model)
+        if isinstance(made_from, Line | Plane):
+            result = scan(self._scanned, made_from, progress=False, **self._scan_options)
+        else:
+            result = made_from(self.model)
         for writer in self.writers:
             if writer.draws:
                 writer.write_map(tag, result, self._step)
