@@ -11,8 +11,7 @@ from torchgeom_probe.estimators.base import Estimator, Work, geometry
 from torchgeom_probe.jacobian.jacobians import Linearization
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.directions import basis
-from torchgeom_probe.linalg.gram import Factor
-from torchgeom_probe.linalg.stream import streamed_factor
+from torchgeom_probe.linalg.gram import Factor, streamed_factor
 from torchgeom_probe.report import LayerGeometry
 
 FULL = "log √det g, all d directions"

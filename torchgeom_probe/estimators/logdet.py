@@ -14,10 +14,10 @@ from torchgeom_probe.estimators.base import Estimator, Work, dense_work
 from torchgeom_probe.jacobian.jacobians import Linearization
 from torchgeom_probe.jacobian.layer import LayerJacobian, engine_of, jacobians
 from torchgeom_probe.jacobian.plan import Plan
-from torchgeom_probe.linalg.gram import rank_tolerance
 from torchgeom_probe.linalg.krylov import Leading, leading
 from torchgeom_probe.linalg.lanczos import Bidiagonalisation, rademacher
 from torchgeom_probe.linalg.spectrum import SpectralDensity
+from torchgeom_probe.linalg.volume import rank_tolerance
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Tensor
 

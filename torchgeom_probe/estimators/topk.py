@@ -15,8 +15,8 @@ from torchgeom_probe.estimators.base import Estimator, Work, dense_work
 from torchgeom_probe.jacobian.jacobians import Linearization
 from torchgeom_probe.jacobian.layer import LayerJacobian, engine_of, jacobians
 from torchgeom_probe.jacobian.plan import Plan
-from torchgeom_probe.linalg.gram import log_volume, rank_tolerance
 from torchgeom_probe.linalg.krylov import leading
+from torchgeom_probe.linalg.volume import log_volume, rank_tolerance
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
 

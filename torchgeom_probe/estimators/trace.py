@@ -11,11 +11,12 @@ import torch
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators.base import Estimator, Work
 from torchgeom_probe.jacobian.jacobians import Linearization
-from torchgeom_probe.jacobian.layer import LayerJacobian, engine_of, jacobians, orthonormal
+from torchgeom_probe.jacobian.layer import LayerJacobian, engine_of, jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.directions import basis, for_every_sample
-from torchgeom_probe.linalg.gram import rank_tolerance
 from torchgeom_probe.linalg.lanczos import rademacher
+from torchgeom_probe.linalg.orthonormal import orthonormal
+from torchgeom_probe.linalg.volume import rank_tolerance
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Tensor
 

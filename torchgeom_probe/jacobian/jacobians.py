@@ -16,8 +16,7 @@ from torchgeom_probe.errors import EngineRefusal, ProbeError
 from torchgeom_probe.jacobian import functorch, fused, vjp
 from torchgeom_probe.jacobian.compiled import CompiledPasses
 from torchgeom_probe.jacobian.plan import Plan
-from torchgeom_probe.linalg.gram import Factor
-from torchgeom_probe.linalg.stream import streamed_factor
+from torchgeom_probe.linalg.gram import Factor, streamed_factor
 from torchgeom_probe.model.hooked import Batch, Task
 from torchgeom_probe.model.isolation import same_random_numbers
 from torchgeom_probe.shapes import Tensor
