@@ -33,8 +33,8 @@ class Omega(NamedTuple):
 def metric(
     x: Float[Tensor, "batch d"],
     activation: str | Elementwise = "erf",
-    sigma: float | int | Tensor = 1.0,
-    zeta: float | int | Tensor = 0.0,
+    sigma: float | Tensor = 1.0,
+    zeta: float | Tensor = 0.0,
 ) -> Float[Tensor, "batch d d"]:
     """Return the metric of one hidden layer of infinite width.
 
@@ -71,8 +71,8 @@ def metric(
 def log_volume(
     x: Float[Tensor, "batch d"],
     activation: str | Elementwise = "erf",
-    sigma: float | int | Tensor = 1.0,
-    zeta: float | int | Tensor = 0.0,
+    sigma: float | Tensor = 1.0,
+    zeta: float | Tensor = 0.0,
 ) -> Float[Tensor, " batch"]:
     """Return the natural logarithm of the volume element √det g of one hidden layer of infinite width.
 
@@ -106,8 +106,8 @@ def log_volume(
 def scalar_curvature(
     x: Float[Tensor, "batch d"],
     activation: str | Elementwise = "erf",
-    sigma: float | int | Tensor = 1.0,
-    zeta: float | int | Tensor = 0.0,
+    sigma: float | Tensor = 1.0,
+    zeta: float | Tensor = 0.0,
 ) -> Float[Tensor, " batch"]:
     """Return the Ricci scalar of one hidden layer of infinite width (the unit sphere S² has R = +2).
 
@@ -147,8 +147,8 @@ def scalar_curvature(
 def omega(
     x: Float[Tensor, "batch d"],
     activation: str | Elementwise = "erf",
-    sigma: float | int | Tensor = 1.0,
-    zeta: float | int | Tensor = 0.0,
+    sigma: float | Tensor = 1.0,
+    zeta: float | Tensor = 0.0,
 ) -> Omega:
     """Return the conformal factor Ω(s) of the metric e^Ω (I + 2 Ω' x xᵀ), with Ω' and Ω'' by s = |x|².
 
@@ -181,19 +181,19 @@ class _Moments(NamedTuple):
     radial: Tensor  # E φ'² u² = h + 2 v h'
 
 
-def _omega(h: _Moments, sigma: float | int | Tensor) -> Omega:
+def _omega(h: _Moments, sigma: float | Tensor) -> Omega:
     slope = h.first / h.value
     return Omega((sigma**2 * h.value).log(), sigma**2 * slope, sigma**4 * (h.second / h.value - slope**2))
 
 
-def _eigenvalues(s: Tensor, v: Tensor, h: _Moments, sigma: float | int | Tensor) -> tuple[Tensor, Tensor]:
+def _eigenvalues(s: Tensor, v: Tensor, h: _Moments, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
     # At v = 0 (the origin, no biases) every direction is radial, and m = h.
     radial_share = sigma**2 * s / torch.where(v > 0, v, 1.0)
     return sigma**2 * h.value, sigma**2 * ((1 - radial_share) * h.value + radial_share * h.radial)
 
 
 def _moments(
-    x: Tensor, activation: str | Elementwise, sigma: float | int | Tensor, zeta: float | int | Tensor
+    x: Tensor, activation: str | Elementwise, sigma: float | Tensor, zeta: float | int | Tensor
 ) -> tuple[Tensor, Tensor, _Moments]:
     if x.ndim != 2 or x.dtype not in (torch.float32, torch.float64) or not x.shape[1]:
         raise ProbeError(
