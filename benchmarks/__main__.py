@@ -19,7 +19,6 @@ from benchmarks.timing import Settings, circumstances
 #: it has one, says how it measures in place of the smallest time; RESUMES, if true, that it takes rows from ``settings.finished``.
 TABLES = (
     "limit",
-    "compiled",
     "memory",
     "stages",
     "scaling",

@@ -144,7 +144,7 @@ def _on_features(model: nn.Module, x: Tensor, settings: Settings) -> Iterator[Ro
         probe = tgp.GeometryProbe(
             model, layers=[layer], estimator=estimator, normalize=False, memory_budget=budget
         )
-        return _timed(lambda: probe.measure(x, warm=warm), settings, times)
+        return _timed(lambda: probe.measure(x, start=warm), settings, times)
 
     exact = sigma.log().sum(1)
     g, spent = measured(tgp.Exact(), times=max(1, turns // 3))
@@ -176,7 +176,7 @@ def _on_features(model: nn.Module, x: Tensor, settings: Settings) -> Iterator[Ro
         for parameter in model.parameters():
             parameter.add_(1e-3 * parameter.abs().mean() * torch.randn_like(parameter))
     moved = torch.linalg.svdvals(dense(_double(model), x.double()))
-    g, spent = measured(tgp.TopK(k=top, method="krylov"), warm=before)
+    g, spent = measured(tgp.TopK(k=top, method="krylov"), start=before)
     yield _row(
         f"`TopK(k={top})`, warm after a change of 1e-3", g, spent, g.log_volume - moved[:, :top].log().sum(1)
     )

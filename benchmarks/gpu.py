@@ -24,7 +24,8 @@ from benchmarks.limit import made, stages
 from torchgeom_probe import GeometryProbe, Subspace
 from torchgeom_probe.jacobian import fused
 from torchgeom_probe.linalg.gram import Factor
-from torchgeom_probe.model.hooked import Batch, Task
+from torchgeom_probe.model.hooked import HookedModel
+from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import measuring
 
 TITLE = "On a GPU"
@@ -53,7 +54,7 @@ FAMILIES = (
 SHAPES = [(8, 2), (2, 16), (8, 16)]
 QUICK = (("test_resnet",), [(2, 3)])
 #: step → seconds at most; together they stay under nine minutes
-STEPS = {"speed": 210, "tests": 100, "syncs": 40, "kernels": 40, "compiled": 100}
+STEPS = {"speed": 210, "tests": 100, "syncs": 40, "kernels": 40}
 
 
 def check(out: Path, *, quick: bool = False) -> str:
@@ -76,7 +77,7 @@ def check(out: Path, *, quick: bool = False) -> str:
         print(summary[-1], flush=True)
     table = [line for line in (out / "speed.txt").read_text().splitlines() if line.startswith("|")]
     lines = [f"## {TITLE}", "", NOTE, "", circumstances(), "", *table]
-    for step in ("tests", "syncs", "compiled"):
+    for step in ("tests", "syncs"):
         lines += ["", f"{step}:", "", "```", *_last(out / f"{step}.txt", 30), "```"]
     section = "\n".join(lines)
     (out / "section.md").write_text(section + "\n", encoding="utf-8")
@@ -130,11 +131,11 @@ def tf32(on: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def _pass(task: Task, x: Tensor, v: Tensor) -> dict[str, Factor]:
+def _pass(hooked: HookedModel, x: Tensor, v: Tensor) -> dict[str, Factor]:
     found: dict[str, Factor] = {}
     fused.push(
-        task,
-        Batch((x,), {}, len(x), x),
+        hooked,
+        Inputs.of(x, hooked),
         v,
         lambda entry, blocks: found.__setitem__(entry, Factor.of(blocks)),
         any_order=True,
@@ -150,13 +151,13 @@ def _apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max((one[e].cpu() - other[e].cpu()).abs().max().item() for e in other)
 
 
-def _inputs(name: str, batch: int, k: int) -> tuple[nn.Module, Task, Tensor, Tensor]:
+def _inputs(name: str, batch: int, k: int) -> tuple[nn.Module, HookedModel, Tensor, Tensor]:
     model, size = made(name, _device())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, 3, size, size, generator=generator).to(_device())
     v = torch.randn(k, *x.shape, generator=generator).to(_device()) / x[0].numel() ** 0.5
     modules = dict(model.named_modules())
-    return model, Task(model, {layer: modules[layer] for layer in stages(model)}), x, v
+    return model, HookedModel(model, {layer: modules[layer] for layer in stages(model)}), x, v
 
 
 def speed(quick: bool) -> Iterator[str]:
@@ -173,7 +174,7 @@ def speed(quick: bool) -> Iterator[str]:
 
 
 def _row(name: str, batch: int, k: int) -> list[str]:
-    model, task, x, v = _inputs(name, batch, k)
+    model, hooked, x, v = _inputs(name, batch, k)
     rows = torch.cat([x[None], v]).flatten(0, 1)
 
     def plain(model: nn.Module, rows: Tensor) -> None:
@@ -196,13 +197,13 @@ def _row(name: str, batch: int, k: int) -> list[str]:
     in_bf16 = milliseconds(narrow) / limit
     del narrow
     with measuring(model):
-        expected = _volumes(_pass(task, x, v))
-        pass_bytes = peak(lambda: _pass(task, x, v))
-        eager = milliseconds(lambda: _pass(task, x, v)) / limit
+        expected = _volumes(_pass(hooked, x, v))
+        pass_bytes = peak(lambda: _pass(hooked, x, v))
+        eager = milliseconds(lambda: _pass(hooked, x, v)) / limit
         with tf32(True):
-            error_tf32 = _apart(_volumes(_pass(task, x, v)), expected)
-            pass_tf32 = milliseconds(lambda: _pass(task, x, v)) / limit
-        graph = _graph(task, x, v, expected, limit) if torch.cuda.is_available() else ["–"] * 3
+            error_tf32 = _apart(_volumes(_pass(hooked, x, v)), expected)
+            pass_tf32 = milliseconds(lambda: _pass(hooked, x, v)) / limit
+        graph = _graph(hooked, x, v, expected, limit) if torch.cuda.is_available() else ["–"] * 3
     probe = GeometryProbe(model, layers=stages(model), estimator=Subspace(k))
     whole = milliseconds(lambda: probe.measure(x, progress=False)) / limit
     errors = ["", ""]
@@ -214,28 +215,28 @@ def _row(name: str, batch: int, k: int) -> list[str]:
     ]  # fmt: skip
 
 
-def _graph(task: Task, x: Tensor, v: Tensor, expected: dict[str, Tensor], limit: float) -> list[str]:
+def _graph(hooked: HookedModel, x: Tensor, v: Tensor, expected: dict[str, Tensor], limit: float) -> list[str]:
     """The eager pass in a CUDA graph: its time over the limit's, its error, and whether it follows the weights."""
     try:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                _pass(task, x, v)
+                _pass(hooked, x, v)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            static = _pass(task, x, v)
+            static = _pass(hooked, x, v)
         graph.replay()
         error = _apart(_volumes(static), expected)
         ratio = milliseconds(graph.replay) / limit
         with torch.no_grad():
-            for parameter in task.model.parameters():
+            for parameter in hooked.model.parameters():
                 parameter.data.mul_(1.01)  # no version of it changes: the measurement around would object
         graph.replay()
-        follows = _apart(_volumes(static), _volumes(_pass(task, x, v)))
+        follows = _apart(_volumes(static), _volumes(_pass(hooked, x, v)))
         with torch.no_grad():
-            for parameter in task.model.parameters():
+            for parameter in hooked.model.parameters():
                 parameter.data.div_(1.01)
         return [f"{ratio:.2f}", f"{error:.0e}", f"{follows:.0e}"]
     except Exception as failure:
@@ -268,13 +269,13 @@ def tests(quick: bool) -> Iterator[str]:
 def syncs(quick: bool) -> Iterator[str]:
     """Whether the pass waits for the device: torch's own detector."""
     for name in QUICK[0] if quick else FAMILIES:
-        model, task, x, v = _inputs(name, 2, 4)
+        model, hooked, x, v = _inputs(name, 2, 4)
         with measuring(model):
-            _pass(task, x, v)
+            _pass(hooked, x, v)
             try:
                 if torch.cuda.is_available():
                     torch.cuda.set_sync_debug_mode("error")
-                _pass(task, x, v)
+                _pass(hooked, x, v)
                 yield f"{name}: no synchronisation in the pass"
             except Exception as error:
                 yield f"{name}: waits for the device: {str(error)[:200]}"
@@ -288,33 +289,17 @@ def kernels(quick: bool) -> Iterator[str]:
     from torch.profiler import ProfilerActivity, profile
 
     for name in QUICK[0] if quick else ("resnet50", "vit_tiny_patch16_224", "mobilenetv3_small_100"):
-        model, task, x, v = _inputs(name, 8, 4)
+        model, hooked, x, v = _inputs(name, 8, 4)
         with measuring(model):
             for _ in range(3):
-                _pass(task, x, v)
+                _pass(hooked, x, v)
             on = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             with profile(activities=on) as seen:
-                _pass(task, x, v)
+                _pass(hooked, x, v)
                 _wait()
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         yield name
         yield seen.key_averages().table(sort_by=by, row_limit=14, max_name_column_width=60)
-
-
-def compiled(quick: bool) -> Iterator[str]:
-    """Inductor on the whole pass against the limit, one shape a model: it is slow to begin."""
-    for name in QUICK[0] if quick else ("resnet50", "vit_tiny_patch16_224"):
-        model, _, x, v = _inputs(name, 8, 2)
-        rows = torch.cat([x[None], v]).flatten(0, 1)
-        with tf32(False), torch.no_grad():
-            limit = milliseconds(functools.partial(model, rows))
-        start = time.perf_counter()
-        probe = GeometryProbe(model, layers=stages(model), estimator=Subspace(2), compile=True)
-        for _ in range(2):
-            report = probe.measure(x, progress=False)
-        begun = time.perf_counter() - start
-        whole = milliseconds(lambda probe=probe, x=x: probe.measure(x, progress=False)) / limit
-        yield f"{name} 8, 2: measure {whole:.2f} of the limit, engine {report[stages(model)[0]].engine}, begun in {begun:.0f} s"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from benchmarks.timing import Settings, smallest
 from torchgeom_probe import GeometryProbe, Subspace
 from torchgeom_probe.jacobian import fused
-from torchgeom_probe.model.hooked import Batch, Task
+from torchgeom_probe.jacobian.layout import Layout
+from torchgeom_probe.model.hooked import HookedModel
+from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import measuring
 from torchgeom_probe.model.stages import stage_layers
 
@@ -61,8 +63,10 @@ SHAPES = [(8, 2), (2, 16), (1, 64)]
 
 
 def dual_pass(model: nn.Module, x: Tensor, v: Tensor) -> Tensor:
-    task, found = Task(model, {"": model}), []
-    fused.push(task, Batch.of(x, task), v, lambda _, blocks: found.append(blocks[0]))
+    hooked, found = HookedModel(model, {"": model}), []
+    fused.push(
+        hooked, Inputs.of(x, hooked), v, lambda _, blocks: found.append(blocks[0]), layout=Layout.of(model)
+    )
     return found[0]
 
 

@@ -119,7 +119,7 @@ def row(name: str, model: nn.Module, settings: Settings) -> str:
         for parameter in moved.parameters():
             parameter.add_(1e-3 * parameter.abs().mean() * torch.randn_like(parameter))
     again = tgp.GeometryProbe(moved, estimator=tgp.TopK(k=k, method="krylov"), **options)  # type: ignore[arg-type]
-    warm = again.measure(x, warm=cold)["global_pool"]
+    warm = again.measure(x, start=cold)["global_pool"]
     assert g.num_products is not None
     assert warm.num_products is not None
     cells = (

@@ -205,7 +205,7 @@ class TensorBoardWriter:
             extra: Tensor | None = getattr(layer, field)
             if extra is None or (field == "log_pseudo_volume" and not layer.log_volume.isneginf().any()):
                 continue
-            scalars[f"{field}/{label}"] = replace(layer, log_volume=extra).statistics()["median"]
+            scalars[f"{field}/{label}"] = replace(layer, value=extra).statistics()["median"]
         for tag, value in scalars.items():
             if abs(value) <= _FLOAT32_MAX:  # false for nan and ±inf too
                 events.add_scalar(tag, value, step)

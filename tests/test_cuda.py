@@ -11,7 +11,8 @@ from torch.nn import functional
 import torchgeom_probe as tgp
 from torchgeom_probe.jacobian import fused
 from torchgeom_probe.linalg.gram import Factor
-from torchgeom_probe.model.hooked import Batch, Task
+from torchgeom_probe.model.hooked import HookedModel
+from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import measuring
 
 pytestmark = pytest.mark.cuda
@@ -35,17 +36,17 @@ def _case(name, dtype=torch.float32):
 def _task(case):
     model, x, layers = _case(case)
     model.cuda()
-    task = Task(model, {name: model.get_submodule(name) for name in layers})
-    return task, x.cuda(), torch.randn(3, *x.shape, device="cuda")
+    hooked = HookedModel(model, {name: model.get_submodule(name) for name in layers})
+    return hooked, x.cuda(), torch.randn(3, *x.shape, device="cuda")
 
 
-def _pass(task, x, v):
+def _pass(hooked, x, v):
     grams = {}
 
     def reduce(entry, blocks):
         grams[entry] = Factor.of(blocks).gram
 
-    fused.push(task, Batch.of(x, task), v, reduce)
+    fused.push(hooked, Inputs.of(x, hooked), v, reduce)
     return grams
 
 
@@ -83,34 +84,34 @@ def test_every_estimator(name):
 
 @pytest.mark.parametrize("case", models.CASES)
 def test_the_pass_does_not_wait_for_the_device(case):
-    task, x, v = _task(case)
+    hooked, x, v = _task(case)
     before = torch.cuda.get_sync_debug_mode()
-    with measuring(task.model):
-        _pass(task, x, v)  # libraries start up at their first call
+    with measuring(hooked.model):
+        _pass(hooked, x, v)  # libraries start up at their first call
         torch.cuda.set_sync_debug_mode("error")
         try:
-            _pass(task, x, v)
+            _pass(hooked, x, v)
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("case", models.CASES)
 def test_the_pass_can_be_captured_in_a_cuda_graph(case):
-    task, x, v = _task(case)
-    with measuring(task.model):
+    hooked, x, v = _task(case)
+    with measuring(hooked.model):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            _pass(task, x, v)
+            _pass(hooked, x, v)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = _pass(task, x, v)
+            captured = _pass(hooked, x, v)
         with torch.no_grad():
             x.add_(0.1)  # a replay reads the inputs and the weights as they are then
-            next(task.model.parameters()).data.mul_(1.1)
+            next(hooked.model.parameters()).data.mul_(1.1)
         graph.replay()
-        eager = _pass(task, x, v)
+        eager = _pass(hooked, x, v)
     for layer in eager:
         assert torch.allclose(eager[layer], captured[layer], rtol=1e-4, atol=1e-6 * eager[layer].abs().max())
 

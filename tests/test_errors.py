@@ -112,7 +112,12 @@ def test_more_directions_than_inputs():
 def test_directions_of_a_wrong_shape_or_with_another_estimator():
     _refused(r"directions= has shape \(4, 5\)", models.mlp(), directions=X)
     _refused("must be a floating tensor", models.mlp(), directions=torch.ones(1, 4, 5, dtype=torch.long))
-    _refused("go with the estimator Subspace", models.mlp(), directions=X[None], estimator=tgp.Exact())
+    _refused(
+        r"directions= are an estimator of their own.*\n.*estimator=Along\(directions\)",
+        models.mlp(),
+        directions=X[None],
+        estimator=tgp.Exact(),
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- the tangent
@@ -339,7 +344,14 @@ def test_options():
     model = models.mlp()
     _refused("engine='fast' is unknown", model, engine="fast")
     _refused("mode='train' is unknown", model, mode="train")
-    _refused("estimator='exact' is no estimator", model, estimator="exact")
+    _refused("estimator=10 is no estimator", model, estimator=10)
+    _refused(r"is no estimator.\n.*estimator=Exact\(\)", model, estimator=tgp.Exact)
+    _refused(
+        "estimator='fast' is unknown; there are exact, logdet, subspace, topk, trace", model, estimator="fast"
+    )
+    _refused("TopK has no argument 'p'; it has k, tol, block", model, estimator="topk:p=3")
+    _refused("Exact takes no argument", model, estimator="exact:3")
+    _refused("source='0' and wrt='input' each say", model, source="0", wrt="input")
     _refused("memory_budget=0", model, memory_budget=0)
     _refused("memory_budget='1GB': it is a number of bytes", model, memory_budget="1GB")
     _refused("model is a function", lambda x: x)

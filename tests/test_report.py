@@ -36,13 +36,13 @@ def test_statistics_drop_and_count_what_is_not_finite(report):
     g = report["1"]
     volume = g.log_volume.clone()
     volume[2], volume[5] = -torch.inf, torch.nan
-    s = tgp.LayerGeometry(**{**vars(g), "log_volume": volume}).statistics()
+    s = tgp.LayerGeometry(**{**vars(g), "value": volume}).statistics()
     finite = volume[volume.isfinite()]
     assert s["nonfinite"] == 2
     assert s["median"] == finite.median().item()  # five values
     assert s["p10"] < s["median"] < s["p90"]
     assert math.isclose(s["mean"], finite.mean().item())
-    nothing = tgp.LayerGeometry(**{**vars(g), "log_volume": torch.full_like(volume, -torch.inf)}).statistics()
+    nothing = tgp.LayerGeometry(**{**vars(g), "value": torch.full_like(volume, -torch.inf)}).statistics()
     assert math.isnan(nothing["median"])
     assert nothing["nonfinite"] == 7
 

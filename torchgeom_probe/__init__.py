@@ -11,17 +11,19 @@ from torchgeom_probe.boundary.magnification import (
     boundary_points,
     magnification,
 )
+from torchgeom_probe.check import CheckReport
 from torchgeom_probe.curvature.scalar import scalar_curvature
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators import Estimator, Exact, LogDet, Subspace, TopK, Trace
+from torchgeom_probe.estimators import Along, Estimator, Exact, LogDet, Subspace, TopK, Trace
 from torchgeom_probe.monitor.monitor import Budget, Every, LogSpaced, Monitor, Schedule
-from torchgeom_probe.probe import CheckReport, GeometryProbe, measure
+from torchgeom_probe.probe import GeometryProbe, measure
 from torchgeom_probe.report import CSVWriter, GeometryReport, JSONWriter, LayerGeometry, Writer
 from torchgeom_probe.slices.scan import Line, Plane, SliceScan, scan
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Along",
     "BoundaryPoints",
     "Budget",
     "CSVWriter",

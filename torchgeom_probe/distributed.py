@@ -28,8 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.isolation import unwrapped
-from torchgeom_probe.probe import _joined as joined
-from torchgeom_probe.report import GeometryReport
+from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Tensor
 
 # How long rank 0 waits for a rank that has always come before it measures that rank's samples itself.
@@ -113,7 +112,7 @@ class Ranks:
                 if packed is not None:
                     self._store.delete_key(f"{key}/{rank}")
                 reports.append(_unpacked(packed) if packed else measure(part))
-        layers = {name: joined([report[name] for report in reports]) for name in reports[0]}
+        layers = {name: LayerGeometry.joined([report[name] for report in reports]) for name in reports[0]}
         return GeometryReport(layers)
 
     def _hand_out(self, key: str, buffers: Mapping[str, Tensor]) -> None:

@@ -23,6 +23,18 @@ class EngineRefusal(ProbeError):
     """One engine cannot run this model; ``engine="auto"`` goes on to the next one."""
 
 
+class LayerRefusal(ProbeError):
+    """Some layers have nothing to measure; ``layers="auto"`` leaves them out and goes on.
+
+    Attributes:
+        layers: name → why, in a few words.
+    """
+
+    def __init__(self, message: str, layers: dict[str, str]) -> None:
+        super().__init__(message)
+        self.layers = layers
+
+
 def optional(module: str, *, extra: str) -> ModuleType:
     """Import an optional package, or raise a ProbeError with the pip line that brings it.
 

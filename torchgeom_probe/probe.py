@@ -6,33 +6,46 @@ x → directions → dual forward pass → per-layer factor → LayerGeometry �
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves
 from tqdm import tqdm
 
-from torchgeom_probe.dual import recording
-from torchgeom_probe.errors import EngineRefusal, ProbeError
-from torchgeom_probe.estimators import Estimator, Exact, Subspace, TopK
-from torchgeom_probe.estimators.cost import Forecast
-from torchgeom_probe.estimators.subspace import along
-from torchgeom_probe.estimators.topk import start_from
-from torchgeom_probe.jacobian.compiled import CompiledPasses
-from torchgeom_probe.jacobian.jacobians import EngineName, Linearization
+from torchgeom_probe.check import CheckReport
+from torchgeom_probe.errors import LayerRefusal, ProbeError
+from torchgeom_probe.estimators import Along, Estimator, Subspace, named
+from torchgeom_probe.estimators.cost import Cost
+from torchgeom_probe.jacobian.jacobians import EngineName, Jacobians
 from torchgeom_probe.jacobian.plan import Plan, make_plan
-from torchgeom_probe.linalg import directions as tangents
-from torchgeom_probe.linalg.spectrum import SpectralDensity
-from torchgeom_probe.model.hooked import Batch, Task, Transform, features
+from torchgeom_probe.model.hooked import HookedModel, Transform
+from torchgeom_probe.model.inputs import Inputs, Wrt
 from torchgeom_probe.model.isolation import Mode, measuring, unwrapped
 from torchgeom_probe.model.layers import LayerSpec, close_names, resolve
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Tensor
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _ENGINES = ("auto", "fused", "functorch", "vjp")
+
+
+class ProbeOptions(TypedDict, total=False):
+    """The options of :class:`GeometryProbe`, which every verb takes beside its own arguments."""
+
+    layers: LayerSpec
+    estimator: Estimator | str | None
+    normalize: bool
+    transform: Transform | Mapping[str, Transform] | None
+    engine: EngineName
+    source: str | nn.Module | None
+    wrt: Wrt | None
+    memory_budget: int | None
+    mode: Mode
 
 
 class GeometryProbe:
@@ -45,20 +58,21 @@ class GeometryProbe:
     Args:
         model: any ``nn.Module``; behind ``torch.compile`` or DistributedDataParallel the user's own module is probed.
         layers: names, globs (``*`` within a level, ``**`` across), modules, module types, a callable ``(name, module) -> bool``, a
-            sequence of these, ``""`` (the model itself) or ``"auto"`` (its stages).
-        estimator: what to estimate: ``Exact()``, ``Subspace(k, seed)`` (the default), ….
+            sequence of these, ``""`` (the model itself) or ``"auto"``: its stages, without those that have nothing to measure (they
+            never run, do not depend on x, have no axis of samples), which one warning and the report name.
+        estimator: what to estimate: ``Exact()``, ``TopK(k=10)``, …, or a name: ``"exact"``, ``"topk:10"``.  By default
+            ``Subspace()``: the volume on a random frame of min(8, d) directions.
         normalize: divide J by √n, the paper's convention.
         transform: maps a layer's output before it is flattened (pooling, say); a callable, or a dict layer → callable.
         engine: ``"fused"``, ``"functorch"``, ``"vjp"``, or ``"auto"``: the first of them, in this order, that can run the model.
         source: a module's name; its output, instead of the model's input, is the space that the metric is pulled back to.
+        wrt: which of several floating inputs the metric lives on, by argument name or place; several of them are one space.
         memory_budget: bytes that a measurement may use; default: half of what is free.  Samples, then directions, are taken in
             chunks to keep to it; the results do not depend on the chunking.
         mode: ``"eval"`` measures in eval mode whatever mode the model is in; ``"as_is"`` keeps it.
-        compile: trace the whole dual pass, hooks and reductions included, and compile it with Inductor (on CUDA, under CUDA graphs;
-            on a CPU the eager pass is the faster one).  Once per shape: it takes half a minute to five, so it pays where one shape is
-            measured many times.  The weights are inputs of the compiled code, which so follows the optimizer.  The first measurement
-            of a shape is still the eager pass, which checks the model; what cannot be compiled runs eagerly, with one warning that
-            says why.
+
+    Attributes:
+        left_out: layers that ``"auto"`` would take and that have nothing to measure → why.
 
     Raises:
         ProbeError: a layer or source that the model does not have, an unknown engine or mode, a model that cannot be hooked.
@@ -76,14 +90,14 @@ class GeometryProbe:
         model: nn.Module,
         *,
         layers: LayerSpec = "auto",
-        estimator: Estimator | None = None,
+        estimator: Estimator | str | None = None,
         normalize: bool = True,
         transform: Transform | Mapping[str, Transform] | None = None,
         engine: EngineName = "auto",
         source: str | nn.Module | None = None,
+        wrt: Wrt | None = None,
         memory_budget: int | None = None,
         mode: Mode = "eval",
-        compile: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ProbeError(
@@ -95,42 +109,48 @@ class GeometryProbe:
             raise ProbeError(f"engine={engine!r} is unknown.\nWrite one of {', '.join(map(repr, _ENGINES))}.")
         if mode not in ("eval", "as_is"):
             raise ProbeError(f"mode={mode!r} is unknown.\nWrite mode='eval' (the default) or mode='as_is'.")
-        if estimator is None:
-            estimator = Subspace()
-        if not isinstance(estimator, Estimator):
-            raise ProbeError(
-                f"estimator={estimator!r} is no estimator.\nWrite, for instance, estimator=Subspace(k=8) or estimator=Exact()."
-            )
         if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
             raise ProbeError(
                 f"memory_budget={memory_budget!r}: it is a number of bytes.\nWrite, for instance, memory_budget=2 * 2**30."
             )
-        if compile and (engine not in ("auto", "fused") or not isinstance(estimator, (Subspace, Exact))):
+        if source is not None and wrt is not None:
             raise ProbeError(
-                f"compile=True compiles the dual pass of Subspace and Exact; this probe has engine={engine!r} and {estimator}.\n"
-                "Leave it out, or write GeometryProbe(model, ..., estimator=Subspace(), engine='fused', compile=True)"
+                f"source={source!r} and wrt={wrt!r} each say where the metric lives.\nLeave one of them out."
             )
         chosen = resolve(model, layers)
-        self.estimator = estimator
+        self.estimator = _estimator(estimator)
         self.normalize = normalize
         self.engine: EngineName = engine
+        self.wrt = wrt
         self.memory_budget = memory_budget
         self.mode: Mode = mode
-        self._task = Task(
+        self.left_out: dict[str, str] = {}
+        self._may_leave_out = isinstance(layers, str) and layers == "auto"
+        self._hooked = HookedModel(
             model,
             chosen,
             **_resolved_source(model, source),
             transforms=_resolved_transforms(model, chosen, transform),
         )
-        self._compiled = CompiledPasses(self._task) if compile else None
+        #: By shape, from the first pass on that was compared with the plain model.
         self._plans: dict[Any, Plan] = {}
+        self._memory: dict[Any, Tensor] = {}
         self._engine_that_runs: EngineName = engine
         self._closed = False
+
+    def __repr__(self) -> str:
+        model = type(self._hooked.model).__name__
+        return f"GeometryProbe({model}, layers={self.layers}, estimator={self.estimator})"
 
     @property
     def layers(self) -> list[str]:
         """The names of the layers that are measured."""
-        return list(self._task.layers)
+        return list(self._hooked.layers)
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's own module."""
+        return self._hooked.model
 
     def __enter__(self) -> GeometryProbe:
         return self
@@ -141,159 +161,140 @@ class GeometryProbe:
     def close(self) -> None:
         """Let go of the model; measuring afterwards raises."""
         self._closed = True
-        self._compiled = None
         self._plans.clear()
+        self._memory.clear()
 
     def measure(
         self,
         x: Any,
         *,
         directions: Tensor | None = None,
-        warm: GeometryReport | None = None,
+        start: Mapping[str, LayerGeometry] | None = None,
         progress: bool | None = None,
     ) -> GeometryReport:
         """Measure every layer at a batch of samples.
 
         Args:
-            x: [B, ...], or a tuple of the model's positional arguments, or a dict of its keyword arguments; exactly one floating
-                tensor among them, unless the probe has a ``source``.
-            directions: [k, B, *x.shape[1:]], the caller's own tangents (with the estimator Subspace): the volume of what they span.
-            warm: the report of an earlier measurement of the same samples (with the estimator TopK), to start from its singular vectors.
+            x: [B, ...], or a tuple of the model's positional arguments, or a dict of its keyword arguments; one floating tensor
+                among them, or else a probe with ``wrt`` or ``source``.
+            directions: [k, B, *x.shape[1:]], the caller's own tangents: the short form of ``estimator=Along(directions)``.
+            start: the report of an earlier measurement of the same samples, from which an estimator may start: ``TopK`` does, from its
+                singular vectors, and needs fewer products.
             progress: show a progress bar over the chunks; by default only on a terminal and only if it takes more than a second.
 
         Raises:
             ProbeError: an integer input, k > d, a layer that never fired, a tangent that was lost, an op without a derivative, ….
         """
-        if self._closed:
-            raise ProbeError("this probe is closed.\nMake a new one:  GeometryProbe(model, layers=...)")
-        if directions is not None and not isinstance(self.estimator, Subspace):
-            raise ProbeError(
-                f"directions= go with the estimator Subspace; this probe has {self.estimator}.\n"
-                "Write GeometryProbe(model, ..., estimator=Subspace())"
-            )
-        if warm is not None and not isinstance(self.estimator, TopK):
-            raise ProbeError(
-                f"warm= goes with the estimator TopK; this probe has {self.estimator}.\n"
-                "Leave it out, or write GeometryProbe(model, ..., estimator=TopK())"
-            )
-        task = self._task
-        batch = Batch.of(x, task)
-        with measuring(task.model, mode=self.mode):
-            plan = self._planned(batch)
-            start_vectors = None if warm is None else start_from(warm, plan, batch.size)
-            if directions is not None:
-                like = torch.empty((batch.size, *plan.space), dtype=plan.dtype, device=batch.device)
-                directions = tangents.checked(directions, like)
-            rows = self.estimator.num_rows(plan) if directions is None else directions.shape[0]
-            at_once = plan.samples_at_once(rows, batch.size)
-            parts: list[dict[str, LayerGeometry]] = []
-            with _bar(batch.size, progress) as bar:
-                start = 0
-                while start < batch.size:
-                    stop = min(start + at_once, batch.size)
-                    try:
-                        parts.append(
-                            self._measured(
-                                batch.chunk(start, stop),
-                                plan,
-                                directions,
-                                start_vectors,
-                                start,
-                                stop,
-                                at_once,
-                            )
-                        )
-                    except torch.OutOfMemoryError as error:
-                        if at_once == 1:
-                            raise ProbeError(
-                                "out of memory with a single sample at a time.\nGive a smaller memory_budget= (directions are then taken "
-                                "in chunks too), pool the features with transform=, or take fewer directions: Subspace(k=...)"
-                            ) from error
-                        at_once = max(1, at_once // 2)
-                        continue
-                    bar.update(stop - start)
-                    start = stop
-        return GeometryReport({entry: _joined([part[entry] for part in parts]) for entry in parts[0]})
+        self._refuse_closed()
+        estimator = self.estimator
+        if directions is not None:
+            if not isinstance(estimator, (Subspace, Along)):
+                raise ProbeError(
+                    f"directions= are an estimator of their own, and this probe has {estimator}.\n"
+                    "Write GeometryProbe(model, ..., estimator=Along(directions)), or leave its estimator out"
+                )
+            estimator = Along(directions)
+        with measuring(self._hooked.model, mode=self.mode):
+            while True:
+                try:
+                    return self._measured(x, estimator, start, progress)
+                except LayerRefusal as refusal:
+                    self._leave_out(refusal)
 
     def _measured(
         self,
-        chunk: Batch,
-        plan: Plan,
-        directions: Tensor | None,
-        start_vectors: Mapping[str, Tensor] | None,
-        start: int,
-        stop: int,
-        at_once: int,
-    ) -> dict[str, LayerGeometry]:
-        # A last chunk that is smaller than the others is not worth a compilation of its own.
-        compiled = self._compiled if start == 0 or stop - start == at_once else None
-        linear = Linearization(self._task, chunk, plan, self._engine_that_runs, compiled=compiled)
-        if start_vectors is not None and isinstance(self.estimator, TopK):
-            warm = {entry: vectors[start:stop] for entry, vectors in start_vectors.items()}
-            measured = self.estimator.estimate(linear, normalize=self.normalize, warm=warm)
-        elif directions is None:
-            measured = self.estimator.estimate(linear, normalize=self.normalize)
-        else:
-            measured = along(directions[:, start:stop], linear, normalize=self.normalize)
-        self._engine_that_runs = linear.engine
-        plan.reference.clear()  # compared: the next passes need not wait for it
-        if linear.ran_compiled:
-            measured = {entry: replace(result, engine="compiled") for entry, result in measured.items()}
-        return measured
+        x: Any,
+        estimator: Estimator,
+        start: Mapping[str, LayerGeometry] | None,
+        progress: bool | None,
+    ) -> GeometryReport:
+        inputs, plan = self._planned(x)
+        if plan.coupled:
+            raise _coupled(plan.coupled[0])
+        if start is not None:
+            _refuse_other_samples(start, inputs, plan)
+        rows = max(count.at_once for count in estimator.cost(plan, engine=self._engine_that_runs).values())
+        at_once = plan.samples_at_once(rows, inputs.size)
+        parts: list[GeometryReport] = []
+        with _bar(inputs.size, progress) as bar:
+            done = 0
+            while done < inputs.size:
+                stop = min(done + at_once, inputs.size)
+                chunk = inputs.chunk(done, stop)
+                begin = None if start is None else {e: g.samples(done, stop) for e, g in start.items()}
+                jacobians = self._jacobians(chunk, plan, self._engine_that_runs)
+                try:
+                    parts.append(
+                        GeometryReport(estimator.estimate(jacobians, start=begin), left_out=self.left_out)
+                    )
+                except torch.OutOfMemoryError as error:
+                    if at_once == 1 or plan.whole:
+                        raise ProbeError(
+                            "out of memory with a single sample at a time.\nGive a smaller memory_budget= (directions are then taken "
+                            "in chunks too), pool the features with transform=, or take fewer directions: Subspace(k=...)"
+                        ) from error
+                    at_once = max(1, at_once // 2)
+                    continue
+                self._engine_that_runs = jacobians.engine
+                plan = replace(plan, reference={})  # compared: the next passes need not wait for it
+                self._plans[inputs.key()] = plan
+                bar.update(stop - done)
+                done = stop
+        return GeometryReport.joined(parts)
 
-    def _planned(self, batch: Batch) -> Plan:
-        leaves, spec = tree_flatten((batch.args, dict(batch.kwargs)))
-        key = (
-            str(spec),
-            *(
-                (tuple(v.shape[1:]), v.shape[0] == 1, v.dtype, v.device) if isinstance(v, Tensor) else repr(v)
-                for v in leaves
-            ),
-        )
-        if key not in self._plans:
+    def _jacobians(self, inputs: Inputs, plan: Plan, engine: EngineName) -> Jacobians:
+        return Jacobians(self._hooked, inputs, plan, engine, normalize=self.normalize, memory=self._memory)
+
+    def _planned(self, x: Any) -> tuple[Inputs, Plan]:
+        inputs = Inputs.of(x, self._hooked, self.wrt)
+        plan = self._plans.get(inputs.key())
+        if plan is None:
             try:
-                self._plans[key] = make_plan(self._task, batch, memory_budget=self.memory_budget)
+                plan = make_plan(self._hooked, inputs, memory_budget=self.memory_budget)
             except ProbeError:
                 raise
             except Exception as error:
-                shapes = [
-                    tuple(v.shape)
-                    for v in tree_leaves((batch.args, dict(batch.kwargs)))
-                    if isinstance(v, Tensor)
-                ]
-                raise ProbeError(
-                    f"the model's own forward pass fails on x of shape {shapes[0] if len(shapes) == 1 else shapes}: "
-                    f"{type(error).__name__}: {error}\nRun it by hand:  model.eval(); model(x)"
-                ) from error
-        return self._plans[key]
+                raise _models_own(self._hooked.model, inputs, error) from error
+        return inputs.cut_at(plan.per_sample), plan
 
-    def plan(self, x: Any) -> Forecast:
+    def _leave_out(self, refusal: LayerRefusal) -> None:
+        """Go on without the layers that have nothing to measure, if nobody named them."""
+        if not self._may_leave_out or not set(self._hooked.layers) - set(refusal.layers):
+            raise refusal
+        self._hooked = self._hooked.without(set(refusal.layers))
+        self.left_out.update(refusal.layers)
+        self._plans.clear()
+        listed = "; ".join(f"{name!r} ({why})" for name, why in refusal.layers.items())
+        warnings.warn(f"layers='auto' leaves out {listed}", stacklevel=4)
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise ProbeError("this probe is closed.\nMake a new one:  GeometryProbe(model, layers=...)")
+
+    def cost(self, x: Any) -> Cost:
         """Say what ``measure(x)`` will take, without measuring: rows, bytes, seconds, chunks, forward or reverse mode per layer and why.
 
         The seconds are rows times the time of a row in a plain forward pass, which is run for this on up to eight samples.
 
         >>> probe = GeometryProbe(nn.Sequential(nn.Linear(5, 3), nn.Tanh()), layers="*", estimator=Subspace(k=2))
-        >>> forecast = probe.plan(torch.randn(7, 5))
-        >>> forecast.rows, forecast.samples_at_once        # 7 samples, the primal and 2 directions each, in one pass
+        >>> cost = probe.cost(torch.randn(7, 5))
+        >>> cost.rows, cost.samples_at_once                # 7 samples, the primal and 2 directions each, in one pass
         (21, 7)
-        >>> print(forecast)                                # doctest: +ELLIPSIS
+        >>> print(cost)                                    # doctest: +ELLIPSIS
         7 samples of d = 5, engine auto
           rows: 21, in 1 chunk of up to 7 samples x 2 directions at once
         ...
           0 (n = 3), 1 (n = 3): 2 directions, one dual pass for all layers
         """
-        if self._closed:
-            raise ProbeError("this probe is closed.\nMake a new one:  GeometryProbe(model, layers=...)")
-        batch = Batch.of(x, self._task)
-        with measuring(self._task.model, mode=self.mode):
-            plan = self._planned(batch)
-            return Forecast.of(
+        self._refuse_closed()
+        with measuring(self._hooked.model, mode=self.mode):
+            inputs, plan = self._planned_without_empty_layers(x)
+            return Cost.of(
                 self.estimator,
                 plan,
-                batch.size,
-                seconds_per_row=_seconds_per_row(self._task, batch),
+                inputs.size,
+                seconds_per_row=_seconds_per_row(self._hooked.model, inputs, plan),
                 engine=self._engine_that_runs,
-                compiled=self._compiled is not None,
             )
 
     def check(self, x: Any, *, seed: int = 0) -> CheckReport:
@@ -306,195 +307,155 @@ class GeometryProbe:
         >>> probe.check(torch.randn(2, 3)).ok
         True
         """
-        task = self._task
-        batch = Batch.of(x, task).chunk(0, 4)
-        with measuring(task.model, mode=self.mode), recording() as ops:
-            plan = self._planned(batch)
-            coupled = _coupled(task, batch)
-            linear = Linearization(task, batch, plan, self.engine)
-            generator = torch.Generator("cpu").manual_seed(seed)
-            v = torch.randn(
-                1, batch.size, *plan.space, generator=generator, dtype=torch.float64, device="cpu"
-            )
-            v = v.to(device=batch.device, dtype=plan.dtype)
-            pushed: dict[str, Tensor] = {}
-            refusal = None
+        self._refuse_closed()
+        with measuring(self._hooked.model, mode=self.mode):
+            inputs, plan = self._planned_without_empty_layers(x)
+            few = inputs if plan.whole else inputs.chunk(0, 4)
+            jacobians = Jacobians(self._hooked, few, plan, self.engine, memory=self._memory)
+            return CheckReport.of(jacobians, seed=seed)
+
+    def _planned_without_empty_layers(self, x: Any) -> tuple[Inputs, Plan]:
+        while True:
             try:
-                linear.push(v, lambda entry, blocks: pushed.update({entry: torch.cat(blocks, dim=2).clone()}))
-            except ProbeError as error:
-                refusal = str(error)
-            errors: dict[str, float] = {}
-            if refusal is None:
-                try:
-                    errors = _adjoint_errors(linear, pushed, v, generator)
-                except (ProbeError, EngineRefusal) as error:
-                    refusal = f"the adjoint check needs reverse mode, which cannot run: {error}"
-        tolerance = 100 * torch.finfo(plan.dtype).eps * max(1.0, len(plan.features)) ** 0.5
-        return CheckReport(
-            engine=linear.engine,
-            adjoint_errors=errors,
-            tolerance=tolerance,
-            coupled_layers=coupled,
-            fused=sorted(ops["fused"]),
-            fallback=sorted(ops["fallback"]),
-            refused=sorted(ops["refused"]),
-            refusal=refusal,
+                return self._planned(x)
+            except LayerRefusal as refusal:
+                self._leave_out(refusal)
+
+
+def probe_of(model_or_probe: nn.Module | GeometryProbe, options: ProbeOptions) -> GeometryProbe:
+    """The probe that a verb was given, or a new one on the model that it was given.
+
+    Raises:
+        ProbeError: options beside a probe, which has its own; an option that no probe has.
+    """
+    odd = sorted(set(options) - set(ProbeOptions.__annotations__))
+    if odd:
+        near = close_names(odd[0], list(ProbeOptions.__annotations__))
+        raise ProbeError(
+            f"{odd[0]!r} is no option of a probe; they are {', '.join(ProbeOptions.__annotations__)}.\n"
+            + (f"Did you mean {near[0]}=?" if near else "help(torchgeom_probe.GeometryProbe) explains each.")
         )
+    if not isinstance(model_or_probe, GeometryProbe):
+        return GeometryProbe(model_or_probe, **options)
+    if options:
+        raise ProbeError(
+            f"a probe that is already made has its own options; {', '.join(f'{name}=' for name in options)} came beside it.\n"
+            "Give them to GeometryProbe(model, ...), or pass the model in place of the probe."
+        )
+    return model_or_probe
 
 
 def measure(
-    model: nn.Module,
+    model_or_probe: nn.Module | GeometryProbe,
     x: Any,
     *,
-    layers: LayerSpec = "auto",
-    estimator: Estimator | None = None,
-    normalize: bool = True,
-    transform: Transform | Mapping[str, Transform] | None = None,
-    engine: EngineName = "auto",
-    source: str | nn.Module | None = None,
-    memory_budget: int | None = None,
-    mode: Mode = "eval",
     directions: Tensor | None = None,
+    start: Mapping[str, LayerGeometry] | None = None,
     progress: bool | None = None,
+    **options: Unpack[ProbeOptions],
 ) -> GeometryReport:
-    """Measure a model once: :class:`GeometryProbe` and its ``measure`` in one call, with the same arguments.
+    """Measure how much each layer of a model magnifies its input space around a batch of samples.
 
-    >>> report = measure(nn.Linear(2, 3), torch.zeros(5, 2), layers="")
-    Traceback (most recent call last):
-        ...
-    torchgeom_probe.errors.ProbeError: k=8 orthonormal directions were asked for in an input space of d=2 dimensions.
-    Write Subspace(k=2) or fewer, or take all directions:  estimator=Exact()
-    >>> measure(nn.Linear(2, 3), torch.zeros(5, 2), layers="", estimator=Subspace(k=2))[""].rank.tolist()
-    [2, 2, 2, 2, 2]
+    >>> model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
+    >>> report = measure(model, torch.randn(5, 2))
+    >>> report["2"].log_volume.shape
+    torch.Size([5])
+
+    Of each layer's feature map Φ: R^d → R^n with J = ∂Φ/∂x and g = JᵀJ: by default the volume element √det VᵀgV on a random frame V of
+    min(8, d) directions, which is √det g itself where d ≤ 8; in natural logs.  All layers come from one dual forward pass, and the
+    model is left as it was.
+
+    Args:
+        model_or_probe: any ``nn.Module``; or a :class:`GeometryProbe`, which plans once for many measurements.
+        x: [B, ...], a tuple of the model's positional arguments, or a dict of its keyword arguments.
+        directions: [k, B, *x.shape[1:]], tangents of your own: the short form of ``estimator=Along(directions)``.
+        start: an earlier report on the same samples; ``TopK`` starts from it.
+        progress: show a progress bar over chunks of samples; by default on a terminal, after a second.
+        layers: which layers: ``"auto"`` (the stages), names, globs, modules, types, ``""`` (the model).
+        estimator: what to estimate: an estimator or its name, ``"exact"``, ``"topk:10"``, ``"logdet:1e-6"``.
+        normalize: divide J by √n, the paper's convention (the default).
+        transform: maps a layer's output before it is flattened; a callable, or a dict layer → callable.
+        engine: ``"auto"``, ``"fused"``, ``"functorch"`` or ``"vjp"``.
+        source: a module whose output is the space that the metric is pulled back to, such as an embedding.
+        wrt: which floating arguments the metric lives on, where there are several.
+        memory_budget: bytes that the measurement may use; by default half of what is free.
+        mode: ``"eval"`` (the default) or ``"as_is"``.
+
+    Returns:
+        layer → :class:`LayerGeometry`; ``print(report)`` is a table.
+
+    Raises:
+        ProbeError: what cannot be measured, with its likely cause and the line to write.
+
+    Cost: one plain pass to plan by, and a dual pass over (1 + k)·B rows; ``GeometryProbe.cost(x)`` says it beforehand.
     """
-    with GeometryProbe(
-        model,
-        layers=layers,
-        estimator=estimator,
-        normalize=normalize,
-        transform=transform,
-        engine=engine,
-        source=source,
-        memory_budget=memory_budget,
-        mode=mode,
-    ) as probe:
-        return probe.measure(x, directions=directions, progress=progress)
+    probe = probe_of(model_or_probe, options)
+    return probe.measure(x, directions=directions, start=start, progress=progress)
 
 
-@dataclass(frozen=True)
-class CheckReport:
-    """What :meth:`GeometryProbe.check` found; ``str()`` says it in words.
-
-    Attributes:
-        engine: the engine that a measurement would use.
-        adjoint_errors: entry → |⟨u, Jv⟩ − ⟨Jᵀu, v⟩| relative to |u||Jv|, the largest over the samples.
-        tolerance: what rounding explains.
-        coupled_layers: entries in which one sample's output depends on the other samples.
-        fused, fallback, refused: names of the ops of one pass.
-        refusal: the error that a measurement would raise, or None.
-    """
-
-    engine: str
-    adjoint_errors: dict[str, float]
-    tolerance: float
-    coupled_layers: list[str]
-    fused: list[str]
-    fallback: list[str]
-    refused: list[str]
-    refusal: str | None
-
-    @property
-    def ok(self) -> bool:
-        """Whether a measurement can be trusted."""
-        return (
-            self.refusal is None
-            and not self.coupled_layers
-            and all(e <= self.tolerance for e in self.adjoint_errors.values())
+def _estimator(estimator: Estimator | str | None) -> Estimator:
+    if estimator is None:
+        return Subspace()
+    if isinstance(estimator, str):
+        return named(estimator)
+    if not isinstance(estimator, Estimator):
+        made = f"  estimator={estimator.__name__}()" if isinstance(estimator, type) else ""
+        raise ProbeError(
+            f"estimator={estimator!r} is no estimator.\nWrite, for instance, estimator=Subspace(k=8), 'exact' or 'topk:10'.{made}"
         )
+    return estimator
 
-    def __str__(self) -> str:
-        lines = [f"{'OK' if self.ok else 'NOT OK'}: engine {self.engine}"]
-        for entry, error in self.adjoint_errors.items():
-            verdict = (
-                "ok" if error <= self.tolerance else f"TOO LARGE (rounding explains {self.tolerance:.0e})"
+
+def _coupled(entry: str) -> ProbeError:
+    return ProbeError(
+        f"layer {entry!r} couples the samples: what it puts out at one of them changes with the others, so no sample has a metric "
+        "of its own.\nPut the samples first (nn.LSTM and attention: batch_first=True); normalise by running statistics, in eval mode; "
+        "a set that is one sample (the nodes of a graph) goes into a Module that takes it as x[None]."
+    )
+
+
+def _refuse_other_samples(start: Mapping[str, LayerGeometry], inputs: Inputs, plan: Plan) -> None:
+    for entry in plan.features:
+        if entry not in start:
+            raise ProbeError(
+                f"start= has no layer {entry!r}; it has {list(start)}.\n"
+                "Pass the report of the same probe:  report = probe.measure(x, start=report)"
             )
-            lines.append(f"  {entry or '(model)'}: adjoint error {error:.1e} {verdict}")
-        if self.coupled_layers:
-            lines.append(
-                f"  samples depend on each other in {', '.join(map(repr, self.coupled_layers))}: no metric per sample there"
+        samples, d = len(start[entry].value), start[entry].num_inputs
+        if (samples, d) != (inputs.size, plan.num_inputs):
+            raise ProbeError(
+                f"start= was measured on {samples} samples of {d} numbers; x has {inputs.size} of {plan.num_inputs}.\n"
+                "A start needs the same samples in the same order:  probe.measure(x, start=report_of_the_same_x)"
             )
-        for kind in ("fused", "fallback", "refused"):
-            names = getattr(self, kind)
-            if names:
-                lines.append(f"  {kind}: {', '.join(names)}")
-        if self.refusal:
-            lines.append(self.refusal)
-        return "\n".join(lines)
 
 
-def _seconds_per_row(task: Task, batch: Batch) -> float:
-    few = batch.repeated(8)
+def _models_own(model: nn.Module, inputs: Inputs, error: Exception) -> ProbeError:
+    """The error for a plain pass that fails: it is the model's own."""
+    weights = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    given = [
+        v for v in inputs.leaves if isinstance(v, Tensor) and v.is_floating_point() and v.dtype not in weights
+    ]
+    if weights and given:
+        wanted = ", ".join(sorted(map(str, weights)))
+        advice = f"x is {given[0].dtype}, the model's parameters are {wanted}.\nConvert it:  x.to({wanted.split(', ')[0]})\n"
+    else:
+        advice = ""
+    return ProbeError(
+        f"{advice}the model's own forward pass fails on x of shape {inputs.shapes()}: {type(error).__name__}: {error}\n"
+        "Run it by hand:  model.eval(); model(x)"
+    )
+
+
+def _seconds_per_row(model: nn.Module, inputs: Inputs, plan: Plan) -> float:
+    few = inputs if plan.whole else inputs.repeated(8)
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        few.run(task.model)
+        few.run(model)
         if few.device.type != "cpu":
             torch.accelerator.synchronize(few.device)
         best = min(best, time.perf_counter() - start)
     return best / few.size
-
-
-def _adjoint_errors(
-    linear: Linearization, pushed: Mapping[str, Tensor], v: Tensor, generator: torch.Generator
-) -> dict[str, float]:
-    errors = {}
-    with linear.pullback() as back:
-        for entry, jv in pushed.items():
-            u = torch.randn(jv.shape, generator=generator, dtype=torch.float64, device="cpu").to(
-                device=jv.device, dtype=jv.dtype
-            )
-            forward = (u.double() * jv.double()).flatten(2).sum(-1)
-            reverse = (back.pull(entry, u).double() * v.double()).flatten(2).sum(-1)
-            scale = (u.double().flatten(2).norm(dim=-1) * jv.double().flatten(2).norm(dim=-1)).clamp_min(
-                1e-300
-            )
-            errors[entry] = ((forward - reverse).abs() / scale).max().item()
-    return errors
-
-
-def _coupled(task: Task, batch: Batch) -> list[str]:
-    """Entries whose output at sample 0 changes when the other samples are replaced by copies of it."""
-    if batch.size < 2:
-        return []
-
-    def outputs(of: Batch) -> dict[str, Tensor]:
-        seen: dict[str, Tensor] = {}
-
-        def on_output(entry: str, layer: str, output: Any) -> None:
-            flats = features(task.leaves(layer, output), layer=layer, batch=of.size)
-            seen[entry] = torch.cat(flats, dim=1)[0].clone()
-
-        with task.hooked(on_output):
-            of.run(task.model)
-        return seen
-
-    def copies(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch.size:
-            return value[:1].expand_as(value).clone()
-        return value
-
-    alone = replace(
-        batch,
-        args=tuple(map(copies, batch.args)),
-        kwargs={k: copies(v) for k, v in batch.kwargs.items()},
-        point=None,
-    )
-    together, apart = outputs(batch), outputs(alone)
-    return [
-        entry
-        for entry, y in together.items()
-        if (y - apart[entry]).abs().max() > 1e-3 * y.abs().max().clamp_min(torch.finfo(y.dtype).tiny)
-    ]
 
 
 def _refuse_unhookable(model: nn.Module) -> None:
@@ -550,20 +511,6 @@ def _resolved_transforms(
             )
         found.update(dict.fromkeys(names, function))
     return found
-
-
-def _joined(parts: Sequence[LayerGeometry]) -> LayerGeometry:
-    if len(parts) == 1:
-        return parts[0]
-    values: dict[str, Any] = {
-        f.name: torch.cat([getattr(part, f.name) for part in parts])
-        for f in fields(LayerGeometry)
-        if isinstance(getattr(parts[0], f.name), Tensor)
-    }
-    densities = [part.spectrum for part in parts if part.spectrum is not None]
-    if densities:
-        values["spectrum"] = SpectralDensity.joined(densities)
-    return replace(parts[0], **values)
 
 
 def _bar(total: int, progress: bool | None) -> tqdm:

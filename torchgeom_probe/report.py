@@ -1,27 +1,35 @@
-"""What a measurement returns, and where its numbers can be sent.
+"""What a measurement returns: the numbers of each layer, and all layers as one table.
 
-Legend of axes: B samples, r singular values, L layers.
+Legend of axes: B samples, r singular values.
 """
 
 from __future__ import annotations
 
 import csv
+import html
+import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
-from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.errors import ProbeError, optional
+from torchgeom_probe.files import encoded, finite_or_null, read, write_atomically, write_json
 from torchgeom_probe.linalg.spectrum import SpectralDensity
 from torchgeom_probe.shapes import Float, Int, Tensor
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+else:  # pandas is optional: its types are for the type checker alone
+    DataFrame = Any
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerGeometry:
     """The local geometry of one layer's feature map Φ around each of B samples.
 
@@ -29,27 +37,27 @@ class LayerGeometry:
 
     Attributes:
         name: the layer's name; ``name#1``, ``name#2`` … for the later calls of a module that is called repeatedly.
-        estimand: in words, what ``log_volume`` is: √det g, √det JJᵀ, √det VᵀgV, ….
+        estimand: in words, what ``value`` is: log √det g, log √det VᵀgV, ….
         engine: which engine ran: ``"fused"``, ``"functorch"`` or ``"vjp"``.
-        log_volume: [B], NATURAL log of the volume element named by ``estimand``; ``-inf`` where it is zero (``rank``
-            says why), ``nan`` only where the Jacobian itself is not finite (a diverged model).
-        singular_values: [B, r], descending, of the Jacobian restricted to the directions (r = min(k, n)).
-        rank: [B], how many singular values exceed ``rank_tolerance`` · σ_max; -1 where the Jacobian is not finite.
-        log_pseudo_volume: [B], natural log of the product of those; 0 at rank 0 (an empty product).
+        value: [B], what was estimated, in ``unit``.  Of a log-volume: ``-inf`` where the volume is zero (``rank`` says why), ``nan``
+            only where the Jacobian itself is not finite (a diverged model).
+        singular_values: [B, r], descending, of the Jacobian restricted to the directions (r = min(k, n)); of an estimator that
+            finds fewer, those.
         num_features: n, the layer's features per sample.
         num_inputs: d, the numbers per sample of the space that is pulled back to.
         num_directions: k, the tangent directions used.
         normalized: whether J was divided by √n.
+        unit: of ``value``: ``"nat"``, the natural log of a volume, or another.
+        rank: [B], how many singular values exceed ``rank_tolerance`` · σ_max; -1 where the Jacobian is not finite; None where the
+            estimator does not see it.
+        log_pseudo_volume: [B], natural log of the product of those; 0 at rank 0 (an empty product); None without a rank.
         rank_tolerance: the threshold of ``rank``, relative to the largest singular value.
-        std_error: [B] standard error of a stochastic ``log_volume``, in nats, or None.
-        error_bound: [B] bound on the error of ``log_volume``, in nats, or None.
-        log_det: [B], log det(g + εI), or None.
-        trace: [B], tr g, or None.
-        num_products: [B], how many Jv and Jᵀu a matrix-free estimator formed for each sample, or None.
-        trace_std_error: [B] standard error of ``trace``, or None.
-        interval: [B, 2], 95 % confidence interval of ``log_volume``, or None.
-        spectrum: the spectral density of g, or None; see :meth:`GeometryReport.density`; not exported.
-        right_singular_vectors: [B, q, d], the leading ones, for ``measure(x, warm=...)``, or None; not exported.
+        std_error: [B] standard error of a stochastic ``value``, in its unit, or None.
+        error_bound: [B] bound on the error of ``value``, in its unit, or None.
+        extras: name → [B, ...], what else the estimator found: ``trace``, ``log_det``, ``interval`` [B, 2] (95 %),
+            ``num_products`` (Jv and Jᵀu formed for each sample), ….  Each can be read as an attribute, too.
+        spectrum: the spectral density of g, or None; see :meth:`GeometryReport.density`.
+        right_singular_vectors: [B, q, d], the leading ones, for ``measure(x, start=report)``, or None.
 
     Tensors stay on the model's device.
     """
@@ -57,26 +65,53 @@ class LayerGeometry:
     name: str
     estimand: str
     engine: str
-    log_volume: Float[Tensor, " batch"]
+    value: Float[Tensor, " batch"]
     singular_values: Float[Tensor, "batch r"]
-    rank: Int[Tensor, " batch"]
-    log_pseudo_volume: Float[Tensor, " batch"]
     num_features: int
     num_inputs: int
     num_directions: int
     normalized: bool
-    rank_tolerance: float
+    unit: str = "nat"
+    rank: Int[Tensor, " batch"] | None = None
+    log_pseudo_volume: Float[Tensor, " batch"] | None = None
+    rank_tolerance: float | None = None
     std_error: Float[Tensor, " batch"] | None = None
     error_bound: Float[Tensor, " batch"] | None = None
-    log_det: Float[Tensor, " batch"] | None = None
-    trace: Float[Tensor, " batch"] | None = None
-    trace_std_error: Float[Tensor, " batch"] | None = None
-    interval: Float[Tensor, "batch 2"] | None = None
-    spectrum: SpectralDensity | None = field(default=None, repr=False, metadata={"export": False})
-    num_products: Int[Tensor, " batch"] | None = None
-    right_singular_vectors: Float[Tensor, "batch q d"] | None = field(
-        default=None, repr=False, metadata={"export": False}
-    )
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    spectrum: SpectralDensity | None = None
+    right_singular_vectors: Float[Tensor, "batch q d"] | None = None
+
+    def __getattr__(self, name: str) -> Tensor:
+        extras = self.__dict__.get("extras", {})
+        if name in extras:
+            return extras[name]
+        known = f"; its extras are {list(extras)}" if extras else ""
+        estimand = self.__dict__.get("estimand", "nothing yet")
+        raise AttributeError(f"{name!r} was not measured: the estimand is {estimand!r}{known}")
+
+    def __repr__(self) -> str:
+        numbers = self.statistics()
+        spread = f"{numbers['median']:.4g} ({numbers['p10']:.4g} … {numbers['p90']:.4g}) {self.unit}".rstrip()
+        return f"LayerGeometry({self.name!r}: {self.estimand}; {len(self.value)} samples, median {spread})"
+
+    @property
+    def quantity(self) -> str:
+        """``"log_volume"``, or ``"value"`` where the estimand is none: the heading of its column."""
+        return "log_volume" if self.unit == "nat" else "value"
+
+    @property
+    def log_volume(self) -> Float[Tensor, " batch"]:
+        """[B], NATURAL log of the volume element that ``estimand`` names: ``value``.
+
+        Raises:
+            ProbeError: the estimand is no log-volume.
+        """
+        if self.unit != "nat":
+            raise ProbeError(
+                f"layer {self.name!r} was measured as {self.estimand!r}, which is no log-volume.\n"
+                "Read report[layer].value, or measure with estimator=Exact(), Subspace() or TopK()"
+            )
+        return self.value
 
     @property
     def log10_volume(self) -> Float[Tensor, " batch"]:
@@ -104,12 +139,13 @@ class LayerGeometry:
         )
 
     def statistics(self) -> dict[str, float]:
-        """Numbers over the batch: percentiles (nats, finite values only), rank, σ_max, and how many were not finite.
+        """Numbers over the batch: percentiles of the value (finite ones only), σ_max, rank, extras, and how many were not finite.
 
-        ``nan`` stands where no sample has a finite log-volume.  Copies to the host: not for the hot path.
+        ``nan`` stands where no sample has a finite value, and where the estimator has none.  Of an extra with a number a sample it
+        is the median.  Copies to the host: not for the hot path.
         """
-        volume = self.log_volume.detach().double().cpu()
-        finite = volume[volume.isfinite()]
+        value = self.value.detach().double().cpu()
+        finite = value[value.isfinite()]
         percentiles = [math.nan] * 3
         if finite.numel():
             percentiles = torch.quantile(finite, torch.tensor([0.1, 0.5, 0.9], dtype=finite.dtype)).tolist()
@@ -121,13 +157,60 @@ class LayerGeometry:
             "median": percentiles[1],
             "p90": percentiles[2],
             "sigma_max": sigma.max().item() if sigma.numel() else math.nan,
-            "rank": self.rank.detach().double().median().item() if self.rank.numel() else math.nan,
-            "nonfinite": float(volume.numel() - finite.numel()),
+            "rank": math.nan if self.rank is None else self.rank.detach().double().median().item(),
+            "nonfinite": float(value.numel() - finite.numel()),
+            **{
+                name: extra.detach().double().nanmedian().item()
+                for name, extra in self.extras.items()
+                if extra.ndim == 1
+            },
         }
+
+    def samples(self, start: int, stop: int) -> LayerGeometry:
+        """The same at samples ``start … stop`` alone; without the spectrum."""
+        cut = {name: tensor[start:stop] for name, tensor in self._tensors().items()}
+        return replace(self, spectrum=None, **_as_fields(cut))
+
+    @staticmethod
+    def joined(parts: Sequence[LayerGeometry]) -> LayerGeometry:
+        """One layer's parts, measured at one batch of samples after the other, as one."""
+        if len(parts) == 1:
+            return parts[0]
+        several = [part._tensors() for part in parts]
+        densities = [part.spectrum for part in parts if part.spectrum is not None]
+        return replace(
+            parts[0],
+            engine="+".join(dict.fromkeys(part.engine for part in parts)),
+            spectrum=SpectralDensity.joined(densities) if len(densities) == len(parts) else None,
+            **_as_fields({name: torch.cat([tensors[name] for tensors in several]) for name in several[0]}),
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every tensor with a sample axis, by name; extras as ``extras/name``."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        found = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+        return found | {f"extras/{name}": extra for name, extra in self.extras.items()}
+
+    def _constants(self) -> dict[str, Any]:
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {n: v for n, v in own.items() if v is None or isinstance(v, (str, bool, int, float))}
+
+
+def _as_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    own = {name: value for name, value in tensors.items() if "/" not in name}
+    extras = {n.removeprefix("extras/"): v for n, v in tensors.items() if n.startswith("extras/")}
+    return {**own, "extras": extras}
+
+
+#: What a saved report may leave out: as large as the Jacobians themselves.
+_LARGE = "right_singular_vectors"
 
 
 class GeometryReport(Mapping[str, LayerGeometry]):
     """Layer name → :class:`LayerGeometry`, in the order in which the layers fired.
+
+    Attributes:
+        left_out: layers that ``layers="auto"`` did not measure → why.
 
     >>> import torch, torchgeom_probe as tgp
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh())
@@ -136,8 +219,11 @@ class GeometryReport(Mapping[str, LayerGeometry]):
     (['0', '1'], (5,))
     """
 
-    def __init__(self, layers: Mapping[str, LayerGeometry]) -> None:
+    def __init__(
+        self, layers: Mapping[str, LayerGeometry], *, left_out: Mapping[str, str] | None = None
+    ) -> None:
         self._layers = dict(layers)
+        self.left_out = dict(left_out or {})
 
     def __getitem__(self, name: str) -> LayerGeometry:
         try:
@@ -157,6 +243,12 @@ class GeometryReport(Mapping[str, LayerGeometry]):
     def __str__(self) -> str:
         return self.summary()
 
+    @staticmethod
+    def joined(parts: Sequence[GeometryReport]) -> GeometryReport:
+        """Reports on one batch of samples after the other, as one."""
+        layers = {name: LayerGeometry.joined([part[name] for part in parts]) for name in parts[0]}
+        return GeometryReport(layers, left_out=parts[0].left_out)
+
     def density(self, layer: str) -> SpectralDensity:
         """The spectral density of g at one layer, where the estimator found it: ``LogDet`` or ``Exact``.
 
@@ -172,111 +264,177 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         return found
 
     def summary(self) -> str:
-        """A table for people: per layer n, k, the log-volume's median and spread in nats, rank and σ_max."""
-        header = (
-            "layer",
-            "n",
-            "d",
-            "k",
-            "log-volume [nat]",
-            "p10 … p90",
-            "log10",
-            "rank",
-            "σ_max",
-            "not finite",
-        )
-        rows = [header]
-        for name, layer in self.items():
-            s = layer.statistics()
-            rows.append(
-                (
-                    name or "(model)",
-                    str(layer.num_features),
-                    str(layer.num_inputs),
-                    str(layer.num_directions),
-                    f"{s['median']:.3f}",
-                    f"{s['p10']:.2f} … {s['p90']:.2f}",
-                    f"{s['median'] / math.log(10):.3f}",
-                    f"{s['rank']:g}",
-                    f"{s['sigma_max']:.3g}",
-                    f"{s['nonfinite']:g} of {layer.log_volume.numel()}",
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        """A table for people: per layer n, d, k, the value's median and spread, rank, σ_max and what else the estimator found."""
+        rows = self._cells()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
             "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+                c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
             )
             for row in rows
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        for group, members in self._by_convention().items():
-            lines.append(f"{', '.join(m or '(model)' for m in members)}: {group}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._legend()])
 
-    def _by_convention(self) -> dict[str, list[str]]:
+    def _repr_html_(self) -> str:
+        head, *rows = [[html.escape(cell) for cell in row] for row in self._cells()]
+        table = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+        legend = "<br>".join(map(html.escape, self._legend()))
+        return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{table}</table><small>{legend}</small>"
+
+    def _cells(self) -> list[list[str]]:
+        unit = next((layer.unit for layer in self.values()), "nat")
+        names = list(
+            dict.fromkeys(n for g in self.values() for n, extra in g.extras.items() if extra.ndim == 1)
+        )
+        log10 = ["log10"] if unit == "nat" else []
+        value = "log-volume [nat]" if unit == "nat" else f"value [{unit}]" if unit else "value"
+        rows = [["layer", "n", "d", "k", value, "p10 … p90", *log10, "rank", "σ_max", *names, "not finite"]]
+        for name, layer in self.items():
+            s = layer.statistics()
+            sizes = map(str, (layer.num_features, layer.num_inputs, layer.num_directions))
+            rows.append(
+                [
+                    name or "(model)",
+                    *sizes,
+                    f"{s['median']:.3f}",
+                    f"{s['p10']:.2f} … {s['p90']:.2f}",
+                    *[f"{s['median'] / math.log(10):.3f}" for _ in log10],
+                    "–" if layer.rank is None else f"{s['rank']:g}",
+                    *[_short(s.get(key, math.nan)) for key in ("sigma_max", *names)],
+                    f"{s['nonfinite']:g} of {layer.value.numel()}",
+                ]
+            )
+        return rows
+
+    def _legend(self) -> list[str]:
         groups: dict[str, list[str]] = {}
         for name, layer in self.items():
             scaling = "J divided by √n" if layer.normalized else "J not divided by √n"
-            groups.setdefault(f"{layer.estimand}; {scaling}; engine {layer.engine}", []).append(name)
-        return groups
+            key = f"{layer.estimand}; {scaling}; engine {layer.engine}"
+            groups.setdefault(key, []).append(name or "(model)")
+        lines = [f"{', '.join(members)}: {group}" for group, members in groups.items()]
+        if self.left_out:
+            lines.append(
+                "left out: " + "; ".join(f"{n or '(model)'} ({why})" for n, why in self.left_out.items())
+            )
+        return lines
 
     def to_csv(self, path: str | os.PathLike[str]) -> Path:
         """Write one row per layer and sample (log-volumes in nats); returns the path."""
-        fields = (
-            "layer",
-            "sample",
-            "log_volume",
-            "log10_volume",
-            "log_pseudo_volume",
-            "rank",
-            "sigma_max",
-            "sigma_min",
+        text = io.StringIO(newline="")
+        rows = self._rows()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["layer", "sample"])
+        writer.writeheader()
+        writer.writerows(rows)
+        return write_atomically(path, text.getvalue().encode())
+
+    def to_pandas(self) -> DataFrame:
+        """A DataFrame with one row per layer and sample, the columns those of :meth:`to_csv`; needs pandas."""
+        return optional("pandas", extra="pandas").DataFrame(self._rows())
+
+    def _rows(self) -> list[dict[str, Any]]:
+        constants = (
+            "unit",
+            "num_features",
+            "num_inputs",
+            "num_directions",
+            "normalized",
+            "engine",
+            "estimand",
         )
-        extras = [
-            f
-            for f in ("std_error", "error_bound", "log_det", "trace", "trace_std_error", "num_products")
-            if any(getattr(g, f) is not None for g in self.values())
-        ]
-        constants = ("num_features", "num_inputs", "num_directions", "normalized", "engine", "estimand")
-        target = _parent_made(path)
-        with target.open("w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow([*fields, *extras, *constants])
-            for layer in self.values():
-                sigma = layer.singular_values
-                columns: list[Any] = [
-                    layer.log_volume,
-                    layer.log10_volume,
-                    layer.log_pseudo_volume,
-                    layer.rank,
-                ]
-                columns += [sigma[:, 0] if sigma.shape[1] else None, sigma[:, -1] if sigma.shape[1] else None]
-                columns += [getattr(layer, f) for f in extras]
-                lists = [[""] * len(layer.rank) if c is None else c.tolist() for c in columns]
-                for sample, values in enumerate(zip(*lists, strict=True)):
-                    rows.writerow([layer.name, sample, *values, *(getattr(layer, c) for c in constants)])
-        return target
+        rows: list[dict[str, Any]] = []
+        for layer in self.values():
+            sigma = layer.singular_values
+            columns: dict[str, Tensor | None] = {layer.quantity: layer.value}
+            if layer.rank is not None:
+                columns |= {"log_pseudo_volume": layer.log_pseudo_volume, "rank": layer.rank}
+            if sigma.shape[1]:
+                columns |= {"sigma_max": sigma[:, 0], "sigma_min": sigma[:, -1]}
+            columns |= {name: getattr(layer, name) for name in ("std_error", "error_bound")}
+            for name, extra in layer.extras.items():
+                parts = (
+                    {name: extra}
+                    if extra.ndim == 1
+                    else {f"{name}_{i}": e for i, e in enumerate(extra.flatten(1).T)}
+                )
+                columns |= parts
+            lists = {name: column.tolist() for name, column in columns.items() if column is not None}
+            fixed = {name: getattr(layer, name) for name in constants}
+            for sample in range(len(layer.value)):
+                own = {name: values[sample] for name, values in lists.items()}
+                rows.append({"layer": layer.name, "sample": sample, **own, **fixed})
+        return rows
 
     def to_json(self, path: str | os.PathLike[str]) -> Path:
         """Write everything, singular values included; non-finite numbers become null, ``nonfinite`` counts them."""
         layers = []
         for layer in self.values():
-            entry: dict[str, Any] = {}
-            for name, spec in LayerGeometry.__dataclass_fields__.items():
-                if not spec.metadata.get("export", True):
-                    continue
-                value = getattr(layer, name)
-                entry[name] = _finite_or_null(value.tolist()) if isinstance(value, Tensor) else value
-            entry["nonfinite"] = int((~layer.log_volume.isfinite()).sum())
-            layers.append(entry)
-        target = _parent_made(path)
-        target.write_text(
-            json.dumps({"units": "natural log", "layers": layers}, indent=1, allow_nan=False),
-            encoding="utf-8",
+            tensors = {
+                n.removeprefix("extras/"): t
+                for n, t in layer._tensors().items()
+                if n not in (_LARGE, "value")
+            }
+            count = int((~layer.value.isfinite()).sum())
+            layers.append({**layer._constants(), layer.quantity: layer.value, **tensors, "nonfinite": count})
+        return write_json(path, {"units": "natural log", "left_out": self.left_out, "layers": layers})
+
+    def tensors(self, *, large: bool = False) -> dict[str, Tensor]:
+        """Every tensor by name, for a file of any format; with ``large`` spectra and singular vectors too."""
+        found: dict[str, Tensor] = {}
+        for i, layer in enumerate(self.values()):
+            found |= {f"{i}/{name}": t for name, t in layer._tensors().items() if large or name != _LARGE}
+            if large and layer.spectrum is not None:
+                found |= {
+                    f"{i}/spectrum/{part}": getattr(layer.spectrum, part) for part in ("nodes", "weights")
+                }
+        return found
+
+    def metadata(self) -> dict[str, Any]:
+        """What is no tensor, as JSON can hold it."""
+        exact = [None if layer.spectrum is None else layer.spectrum.exact for layer in self.values()]
+        layers = [layer._constants() for layer in self.values()]
+        return {"left_out": self.left_out, "layers": layers, "spectrum_is_exact": exact}
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> GeometryReport:
+        """Make a report of what :meth:`tensors` and :meth:`metadata` gave."""
+        layers = {}
+        for i, constants in enumerate(metadata["layers"]):
+            own = {n.removeprefix(f"{i}/"): t for n, t in tensors.items() if n.startswith(f"{i}/")}
+            spectrum = None
+            if "spectrum/nodes" in own:
+                nodes, weights = own.pop("spectrum/nodes"), own.pop("spectrum/weights")
+                exact = metadata["spectrum_is_exact"][i]
+                spectrum = SpectralDensity(nodes, weights, constants["num_inputs"], exact)
+            known = {**constants, "spectrum": spectrum, **_as_fields(own)}
+            layers[constants["name"]] = LayerGeometry(**known)
+        return GeometryReport(layers, left_out=metadata["left_out"])
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write everything to one safetensors file, its metadata as JSON in the header; returns the path.
+
+        >>> import tempfile, torch, torchgeom_probe as tgp
+        >>> report = tgp.measure(torch.nn.Linear(2, 3), torch.zeros(4, 2), layers="")
+        >>> again = GeometryReport.load(report.save(tempfile.mkdtemp() + "/report.safetensors"))
+        >>> assert torch.equal(again[""].log_volume, report[""].log_volume)
+        """
+        return write_atomically(
+            path, encoded(self.tensors(large=True), self.metadata(), kind="GeometryReport")
         )
-        return target
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> GeometryReport:
+        """Read what :meth:`save` wrote, onto the CPU.
+
+        Raises:
+            ProbeError: no such file, or one that is no report.
+        """
+        return GeometryReport.of(*read(path, kind="GeometryReport"))
+
+
+def _short(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3g}"
 
 
 @runtime_checkable
@@ -317,7 +475,7 @@ class JSONWriter:
             self._resume_at(step)
             self._begun = True
         layers = {
-            name: {k: _finite_or_null(v) for k, v in g.statistics().items()} for name, g in report.items()
+            name: {k: finite_or_null(v) for k, v in g.statistics().items()} for name, g in report.items()
         }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "layers": layers}, allow_nan=False) + "\n")
@@ -396,9 +554,3 @@ def _parent_made(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
-
-
-def _finite_or_null(values: Any) -> Any:
-    if isinstance(values, list):
-        return [_finite_or_null(v) for v in values]
-    return values if not isinstance(values, float) or math.isfinite(values) else None

@@ -30,7 +30,6 @@ def load() -> ModuleType:
 #: table → (rows that a quick run prints, the columns that hold figures)
 FIGURES = {
     "The dual pass against the limit": (2, slice(4, None)),
-    "The compiled pass": (1, slice(4, None)),
     "Peak memory": (1, slice(3, None)),
     "Four stages of a ResNet-34: one probe against a Jacobian for each": (5, slice(2, None)),
     "Scaling": (12, slice(3, None)),

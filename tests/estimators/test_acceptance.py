@@ -76,7 +76,7 @@ def test_topk_on_the_paper_network(steps):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1e-3 * p.abs().mean() * torch.randn_like(p))
-    warm, again = probe.measure(x, warm=cold)[layer], probe.measure(x)[layer]
+    warm, again = probe.measure(x, start=cold)[layer], probe.measure(x)[layer]
     print(
         f"\n{'trained' if steps else 'random'} (accuracy {accuracy:.2f}): products {g.num_products.tolist()}, "
         f"max |Δ log10 σ| {error.tolist()}, |Δ volume| {total.tolist()} ≤ bound {g.error_bound.tolist()}, "

@@ -1,4 +1,4 @@
-"""probe.plan(x): what it promises is what a measurement does."""
+"""probe.cost(x): what it promises is what a measurement does."""
 
 import models
 import pytest
@@ -30,10 +30,10 @@ def _mlp():
 def test_the_products_are_those_of_the_measurement(estimator, layers):
     probe = tgp.GeometryProbe(_mlp(), layers=layers, estimator=estimator)
     x = torch.randn(3, 41)
-    forecast, report = probe.plan(x), probe.measure(x)
-    for entry, work in forecast.work.items():
+    forecast, report = probe.cost(x), probe.measure(x)
+    for entry, work in forecast.products.items():
         assert work.pushes + work.pulls <= work.most
-        products = report[entry].num_products
+        products = report[entry].extras.get("num_products")
         if products is not None:
             assert products.max() <= work.most + 16  # a round in hand is still finished
             if work.most == work.pushes + work.pulls:
@@ -54,11 +54,11 @@ def test_the_rows_are_those_that_pass_through_the_model(k, chunks):
             rows.append(output.buffer.shape[:2].numel())
 
     model[0].register_forward_hook(counted)
-    probe = tgp.GeometryProbe(model, layers=["3"], estimator=tgp.Subspace(k=k))
-    probe.plan(x)
-    plan = next(iter(probe._plans.values()))
-    object.__setattr__(plan, "budget", -(-10 // chunks) * (1 + k) * 2 * plan.row_bytes)
-    forecast = probe.plan(x)
+    options = {"layers": ["3"], "estimator": tgp.Subspace(k=k)}
+    _, plan = tgp.GeometryProbe(model, **options)._planned(x)
+    budget = -(-10 // chunks) * (1 + k) * 2 * plan.row_bytes
+    probe = tgp.GeometryProbe(model, **options, memory_budget=budget)
+    forecast = probe.cost(x)
     assert not rows  # nothing is measured
     probe.measure(x)
     assert sum(rows) == forecast.rows == 10 * (1 + k)
@@ -70,17 +70,17 @@ def test_forward_or_reverse_mode_is_said_and_done():
     narrow = nn.Sequential(nn.Linear(41, 53), nn.Tanh(), nn.Linear(53, 5))
     x = torch.randn(3, 41)
     probe = tgp.GeometryProbe(narrow, layers=["2"], estimator=tgp.Exact())
-    assert "5 features in all, fewer than d = 41 directions: a pullback a feature" in str(probe.plan(x))
+    assert "5 features in all, fewer than d = 41 directions: a pullback a feature" in str(probe.cost(x))
     assert probe.measure(x)["2"].engine == "vjp"
     probe = tgp.GeometryProbe(narrow, layers=["1", "2"], estimator=tgp.Exact())
-    assert "all d = 41 directions, one dual pass for all layers" in str(probe.plan(x))
+    assert "all d = 41 directions, one dual pass for all layers" in str(probe.cost(x))
     assert {g.engine for g in probe.measure(x).values()} == {"fused"}
 
 
 def test_in_words():
     factory, shape, layers = models.CASES["cifar_resnet"]
     model, x = factory(), torch.randn(6, *shape)
-    text = str(tgp.GeometryProbe(model, layers=layers, estimator=tgp.TopK(k=2)).plan(x))
+    text = str(tgp.GeometryProbe(model, layers=layers, estimator=tgp.TopK(k=2)).cost(x))
     assert "6 samples of d = 192" in text
     assert "block Krylov" in text
     assert "the whole J is about as cheap" in text

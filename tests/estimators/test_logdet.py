@@ -227,7 +227,7 @@ def test_zero_jacobian_and_diverged_sample(method):
     x[0] = torch.nan
     g = _measured(model, x, layer, eps=0.1, method=method)
     assert g.log_volume.isnan().tolist() == [True, False]
-    assert g.rank.tolist() == [-1, 60]
+    assert g.rank is None, "it sees no rank"
 
 
 def test_density_of_a_lanczos_run():

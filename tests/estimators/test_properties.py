@@ -103,7 +103,7 @@ def test_duplicated_samples_get_the_same(seed, n, d, name):
     torch.testing.assert_close(
         g.log_volume[[2, 3]], g.log_volume[[0, 0]], rtol=1e-9, atol=1e-9, equal_nan=True
     )
-    if g.num_products is not None:
+    if "num_products" in g.extras:
         assert len(set(g.num_products[[0, 2, 3]].tolist())) == 1
 
 
@@ -155,7 +155,7 @@ def test_a_constant_layer_has_rank_zero(seed, n, d):
     ):
         g = tgp.measure(model, x, layers=["0"], estimator=estimator)["0"]
         assert g.log_volume.isneginf().all()
-        assert g.rank.tolist() == [0, 0]
+        assert g.rank is None if isinstance(estimator, tgp.Trace) else g.rank.tolist() == [0, 0]
     log_det = tgp.measure(model, x, layers=["0"], estimator=tgp.LogDet(eps=0.1, method="lanczos"))[
         "0"
     ].log_det

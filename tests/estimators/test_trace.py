@@ -10,7 +10,6 @@ from torch import nn
 
 import torchgeom_probe as tgp
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.subspace import student_quantile
 from torchgeom_probe.linalg.lanczos import rademacher
 
 
@@ -86,7 +85,7 @@ def test_zero_jacobian(method):
     g = _measured(model, torch.randn(2, 60), method=method)
     assert g.trace.tolist() == [0, 0]
     assert g.log_volume.isneginf().all()
-    assert g.rank.tolist() == [0, 0]
+    assert g.rank is None, "it sees no rank"
     assert g.std_error.tolist() == [0, 0]
 
 
@@ -157,7 +156,7 @@ def test_one_frame_is_what_it_was():
     one = tgp.measure(model, x, layers=[layer], estimator=tgp.Subspace(k=3, seed=4))[layer]
     many = tgp.measure(model, x, layers=[layer], estimator=tgp.Subspace(k=3, seed=4, frames=8))[layer]
     assert torch.equal(one.singular_values, many.singular_values)
-    assert one.interval is None
+    assert "interval" not in one.extras
     assert many.interval.shape == (2, 2)
     assert "8 random orthonormal 3-frames" in many.estimand
 
@@ -177,9 +176,3 @@ def test_frames_are_refused_where_they_have_no_interval():
     for frames in (0, 2, 3):
         with pytest.raises(ProbeError, match="at least 4"):
             tgp.Subspace(frames=frames)
-
-
-def test_student_quantiles():
-    table = {3: 3.1824463, 7: 2.3646243, 15: 2.1314495, 31: 2.0395134, 255: 1.9693106}
-    for freedom, quantile in table.items():
-        assert abs(student_quantile(0.975, freedom) - quantile) < 1e-5

@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 import torchgeom_probe as tgp
 from torchgeom_probe.jacobian import fused
 from torchgeom_probe.linalg.gram import Factor
-from torchgeom_probe.model.hooked import Batch, Task
+from torchgeom_probe.model.hooked import HookedModel
+from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import measuring
 
 SYNCHRONISING = {
@@ -47,13 +48,13 @@ def _task(case):
     factory, shape, layers = models.CASES[case]
     model = factory()
     return (
-        Task(model, {name: model.get_submodule(name) for name in layers}),
+        HookedModel(model, {name: model.get_submodule(name) for name in layers}),
         torch.randn(2, *shape),
         torch.randn(3, 2, *shape),
     )
 
 
-def _pass(task, x, v):
+def _pass(hooked, x, v):
     """The pass and its reductions, as one function of tensors."""
     grams = {}
 
@@ -61,17 +62,17 @@ def _pass(task, x, v):
         factor = Factor.of(blocks)
         grams[entry] = factor.gram if factor.gram is not None else factor.triangle
 
-    fused.push(task, Batch.of(x, task), v, reduce)
+    fused.push(hooked, Inputs.of(x, hooked), v, reduce)
     return grams
 
 
 @pytest.mark.parametrize("case", models.CASES)
 def test_no_host_synchronisation(case):
-    task, x, v = _task(case)
+    hooked, x, v = _task(case)
     for dtype in (torch.float32, torch.float64):
-        task.model.to(dtype)
-        with measuring(task.model), NoHostSynchronisation():
-            assert len(_pass(task, x.to(dtype), v.to(dtype))) == len(task.layers)
+        hooked.model.to(dtype)
+        with measuring(hooked.model), NoHostSynchronisation():
+            assert len(_pass(hooked, x.to(dtype), v.to(dtype))) == len(hooked.layers)
 
 
 def test_the_check_for_synchronisation_can_fail():
@@ -80,9 +81,9 @@ def test_the_check_for_synchronisation_can_fail():
             return x if (x > 0).any() else -x
 
     model = Peeks()
-    task = Task(model, {"": model})
+    hooked = HookedModel(model, {"": model})
     with pytest.raises(AssertionError, match="waits for the device"), NoHostSynchronisation():
-        _pass(task, torch.randn(2, 3), torch.randn(1, 2, 3))
+        _pass(hooked, torch.randn(2, 3), torch.randn(1, 2, 3))
     with pytest.raises(AssertionError, match="copies to the host"), FakeTensorMode(), NoHostSynchronisation():
         torch.ones(2, device="cuda").cpu()
 
@@ -105,9 +106,9 @@ def test_no_mixed_devices_on_cuda(case, dtype):
                 if b is not None:
                     module._buffers[name] = torch.empty_like(mode.from_tensor(b), device="cuda")
         x = torch.empty(2, *shape, device="cuda", dtype=dtype)
-        task = Task(model, {name: model.get_submodule(name) for name in layers})
+        hooked = HookedModel(model, {name: model.get_submodule(name) for name in layers})
         with measuring(model), NoHostSynchronisation():
-            grams = _pass(task, x, torch.empty(3, *x.shape, device="cuda", dtype=dtype))
+            grams = _pass(hooked, x, torch.empty(3, *x.shape, device="cuda", dtype=dtype))
         assert {g.device.type for g in grams.values()} == {"cuda"}
         for estimator in (tgp.Subspace(k=3), tgp.Exact()) if case == "mlp" else (tgp.Subspace(k=3),):
             report = tgp.measure(model, x, layers=layers, estimator=estimator, memory_budget=2**30)
@@ -122,21 +123,25 @@ def test_fake_tensors_do_find_a_mixed_device():
 
     model = Mixed()
     with FakeTensorMode(), pytest.raises(Exception, match=r"device"):
-        _pass(Task(model, {"": model}), torch.empty(2, 3, device="cuda"), torch.empty(1, 2, 3, device="cuda"))
+        _pass(
+            HookedModel(model, {"": model}),
+            torch.empty(2, 3, device="cuda"),
+            torch.empty(1, 2, 3, device="cuda"),
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", models.CASES)
 def test_traced_by_make_fx_equals_eager(case, dtype):
-    task, x, v = _task(case)
-    task.model.to(dtype)
+    hooked, x, v = _task(case)
+    hooked.model.to(dtype)
     x, v = x.to(dtype), v.to(dtype)
-    with measuring(task.model):
-        graph = make_fx(lambda x, v: _pass(task, x, v))(x, v)
+    with measuring(hooked.model):
+        graph = make_fx(lambda x, v: _pass(hooked, x, v))(x, v)
         ops = {n.target for n in graph.graph.nodes if n.op == "call_function"}
         assert all(isinstance(op, torch._ops.OpOverload) or op.__name__ == "getitem" for op in ops), ops
         for _ in range(2):  # the second time on inputs that the trace has not seen
-            eager, traced = _pass(task, x, v), graph(x, v)
+            eager, traced = _pass(hooked, x, v), graph(x, v)
             for layer in eager:
                 scale = eager[layer].abs().max()
                 assert (eager[layer] - traced[layer]).abs().max() <= (

@@ -8,9 +8,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchgeom_probe as tgp
+from torchgeom_probe.jacobian.layout import Layout
 from torchgeom_probe.jacobian.plan import make_plan
 from torchgeom_probe.jacobian.vjp import pullback
-from torchgeom_probe.model.hooked import Batch, Task
+from torchgeom_probe.model.hooked import HookedModel
+from torchgeom_probe.model.inputs import Inputs
 
 
 class _CountsOnItsLayout(nn.Module):
@@ -31,10 +33,11 @@ def _convolutional():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(4 * 16, 6))
 
 
-def _pulled(model, x, copies, count, *, own_layout=True):
-    task, batch = Task(model, {"": model}), Batch((x,), {}, len(x), x)
+def _pulled(model, x, copies, count, *, layout=Layout.of):
+    hooked = HookedModel(model, {"": model})
+    inputs = Inputs.of(x, hooked)
     u = torch.randn(count, len(x), 6, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
-    with pullback(task, batch, copies=copies, own_layout=own_layout) as back:
+    with pullback(hooked, inputs, copies=copies, layout=layout(model)) as back:
         return u, back.pull("", u)
 
 
@@ -57,25 +60,28 @@ def test_a_model_that_counts_on_its_layout_is_run_in_it():
     if torch.backends.mkldnn.is_available():
         assert model.runs == [True, False]  # tried with the channels last, then as the model wants it
     model.runs.clear()
-    _pulled(model, x, 2, 2, own_layout=False)
+    _pulled(model, x, 2, 2, layout=lambda model: None)
     assert model.runs == [False]
 
 
 def test_copies_keep_to_the_budget_and_leave_random_models_alone():
     model, x = _convolutional().eval(), torch.randn(3, 3, 6, 6)
-    task, batch = Task(model, {"": model}), Batch((x,), {}, 3, x)
-    plan = make_plan(task, batch, memory_budget=1 << 30)
+    hooked = HookedModel(model, {"": model})
+    inputs = Inputs.of(x, hooked)
+    plan = make_plan(hooked, inputs, memory_budget=1 << 30)
     # a copy of the input, conv and GELU 4·4·4 floats each, the linear layer 6: all that the pass makes
     assert plan.graph_bytes == 4 * (3 * 36 + 64 + 64 + 6)
     assert plan.copies(8, 3, x.device) == 8
     large = replace(plan, graph_bytes=10 << 20, budget=1 << 40)
     assert large.copies(99, 2, x.device) == 16  # 32 rows
     assert replace(large, graph_bytes=1 << 29).copies(99, 1, x.device) == 2  # a GiB
-    tight = make_plan(task, batch, memory_budget=4 * 3 * 2 * plan.graph_bytes)
+    tight = make_plan(hooked, inputs, memory_budget=4 * 3 * 2 * plan.graph_bytes)
     assert tight.copies(8, 3, x.device) == 2
-    assert make_plan(task, batch, memory_budget=1).copies(8, 3, x.device) == 1
+    assert make_plan(hooked, inputs, memory_budget=1).copies(8, 3, x.device) == 1
     noisy = nn.Sequential(nn.Dropout(), *_convolutional()).train()
-    assert make_plan(Task(noisy, {"": noisy}), batch, memory_budget=1 << 30).copies(8, 3, x.device) == 1
+    assert (
+        make_plan(HookedModel(noisy, {"": noisy}), inputs, memory_budget=1 << 30).copies(8, 3, x.device) == 1
+    )
 
 
 def test_rows_are_the_same_in_a_budget_for_one_copy():

@@ -18,7 +18,9 @@ def test_a_factor_has_the_singular_values_of_all_blocks_together(count, sizes, d
     expected = torch.linalg.svdvals(torch.cat(blocks, dim=2).double().transpose(0, 1))
     factor = Factor.of(blocks)
     torch.testing.assert_close(factor.singular_values(), expected, rtol=1e-7, atol=1e-7)
-    assert factor.dtype == dtype
+    torch.testing.assert_close(factor.scaled(3.0).singular_values(), 3 * expected, rtol=1e-7, atol=1e-7)
+    assert factor.scaled(1.0) is factor
+    assert factor.dtype == factor.scaled(3.0).dtype == dtype
     assert (factor.triangle is None) == (dtype != torch.float64)
 
 

@@ -146,17 +146,46 @@ def test_in_place_writes_through_views_are_right_or_left_to_another_engine(funct
 
 
 def test_an_axis_as_long_as_the_batch_is_not_taken_for_it():
-    lstm = nn.LSTM(4, 3, bidirectional=True, batch_first=True).double()
-    with pytest.raises(tgp.ProbeError, match="first axis is not the batch"):
-        tgp.measure(lstm, torch.randn(2, 5, 4).double(), layers="", estimator=tgp.Subspace(k=2))
-    g = tgp.measure(
-        lstm,
-        torch.randn(2, 5, 4).double(),
-        layers="",
-        transform=lambda out: out[0],
-        estimator=tgp.Subspace(k=2),
-    )[""]
+    class States(nn.LSTM):
+        """The output sequence [B, T, 6] and the last states [2, B, 3]: with two samples either could be first."""
+
+        def forward(self, x):
+            out, states = super().forward(x)
+            return {"out": out, "states": states[0]}
+
+    lstm, x = States(4, 3, bidirectional=True, batch_first=True).double(), torch.randn(2, 5, 4).double()
+    options = {"layers": "", "estimator": tgp.Subspace(k=2)}
+    with pytest.raises(
+        tgp.ProbeError, match=r"first axis is not the batch.*\n.*take one:  transform=.*out\['out'\]"
+    ):
+        tgp.measure(lstm, x, **options)
+    g = tgp.measure(lstm, x, **options, transform=lambda out: out["out"])[""]
     assert g.log_volume.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_recurrent_layer_answers_with_its_output_sequence(kind, batch_first):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cells = kind(4, 3, batch_first=batch_first).double()
+
+        def forward(self, x):
+            x = x if batch_first else x.transpose(0, 1)
+            return self.cells(x)[0][:, -1] if batch_first else self.cells(x)[0][-1]
+
+    model, x = Recurrent(), torch.randn(2, 5, 4).double()
+    g = tgp.measure(model, x, layers="cells", estimator="exact", normalize=False)["cells"]
+    assert g.num_features == 5 * 3
+
+    def sequence(z):
+        out = model.cells(z[None] if batch_first else z[:, None])[0]
+        return out.flatten()
+
+    for sample in range(2):
+        sigma = torch.linalg.svdvals(torch.func.jacrev(sequence)(x[sample]).flatten(1))
+        assert torch.allclose(g.singular_values[sample], sigma, atol=1e-10)
 
 
 def test_complex_outputs_count_as_pairs_and_sgn_is_not_constant():

@@ -23,7 +23,7 @@ from torchgeom_probe.curvature.twice import (
 )
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.linalg.volume import regular
-from torchgeom_probe.model.hooked import Task
+from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.isolation import measuring, unwrapped
 from torchgeom_probe.model.layers import resolve
 from torchgeom_probe.shapes import Float, Tensor
@@ -219,7 +219,7 @@ def _feature_map(
     call = module if isinstance(model, nn.Module) and module is not None else model
     if layer is None:
         return lambda x: _flat(_run(call, x), x, "the model's output")
-    task, entry = _one_layer(module, layer)
+    hooked, entry = _one_layer(module, layer)
     label = f"layer {entry!r}"
 
     def features(x: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ def _feature_map(
             # Cloned, because an in-place activation after the layer would overwrite what was captured.
             outputs[fired] = _only_tensor(output, label).clone()
 
-        with task.hooked(on_output):
+        with hooked.attached(on_output):
             _run(call, x)
         if entry not in outputs:
             raise ProbeError(
@@ -249,7 +249,7 @@ def _run(call: Callable[..., Any], x: Tensor) -> Any:
     return torch.func.functional_call(call, buffers, (x,)) if buffers else call(x)  # type: ignore[arg-type]
 
 
-def _one_layer(module: nn.Module | None, layer: str | nn.Module) -> tuple[Task, str]:
+def _one_layer(module: nn.Module | None, layer: str | nn.Module) -> tuple[HookedModel, str]:
     """The module with the one layer to hook, and which of its calls is meant: ``name``, or ``name#1`` …."""
     if module is None:
         raise ProbeError(
@@ -266,7 +266,7 @@ def _one_layer(module: nn.Module | None, layer: str | nn.Module) -> tuple[Task, 
             f"Write one of them:  layer={next(iter(found))!r}"
         )
     call = f"#{int(number)}" if int(number or 0) else ""
-    return Task(module, found), next(iter(found)) + call
+    return HookedModel(module, found), next(iter(found)) + call
 
 
 def _only_tensor(output: Any, label: str) -> Tensor:

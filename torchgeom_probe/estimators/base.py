@@ -1,14 +1,19 @@
-"""What an estimator is, and the last step that all share: a factor becomes a LayerGeometry."""
+"""What an estimator is, what it costs, and the last step that most share: a factor becomes a LayerGeometry."""
 
 from __future__ import annotations
 
-import math
+import ast
+import importlib
+import pkgutil
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 
-from torchgeom_probe.jacobian.jacobians import Linearization
+from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.gram import Factor
 from torchgeom_probe.linalg.spectrum import SpectralDensity
@@ -20,13 +25,14 @@ GRAM_RESOLUTION = 1e-7
 
 
 @dataclass(frozen=True)
-class Work:
+class ProductCount:
     """The products that an estimator needs of one layer, per sample, and why these.
 
     Attributes:
         pushes, pulls: Jv by the dual pass and Jᵀu by reverse mode, as many as are expected.
         most: products at which it stops at the latest; equal to the sum where the number is fixed.
         shared: whether the pushes are those of one pass for all layers.
+        at_once: tangent rows that one sample takes at once, what is kept beside them included: samples are chunked by it.
         why: the choice between forward and reverse mode, and between all directions and some, in words.
     """
 
@@ -34,10 +40,11 @@ class Work:
     pulls: int
     most: int
     shared: bool
+    at_once: int
     why: str
 
 
-def dense_work(num_features: int, num_inputs: int, why: str) -> Work:
+def dense_count(num_features: int, num_inputs: int, *, at_once: int, why: str) -> ProductCount:
     """All of J: by rows or by columns, whichever are fewer."""
     by_rows = num_features <= num_inputs
     count = min(num_features, num_inputs)
@@ -46,60 +53,135 @@ def dense_work(num_features: int, num_inputs: int, why: str) -> Work:
         if by_rows
         else f"{num_inputs} columns of J by forward mode, n = {num_features} is more"
     )
-    return Work(0 if by_rows else count, count if by_rows else 0, count, False, f"{why}: {how}")
+    return ProductCount(
+        0 if by_rows else count, count if by_rows else 0, count, False, at_once, f"{why}: {how}"
+    )
 
 
 class Estimator(ABC):
-    """A frozen dataclass that names an estimand and computes it from the Jacobians of all layers at once."""
+    """A frozen dataclass that names an estimand and computes it from the Jacobians of all layers at once.
+
+    A new one is a file in this folder: it is found by its class's name (``estimator="topk:10"``) in every verb and on the command
+    line, and what it puts into ``extras`` shows in every table and chart.
+
+    Attributes:
+        argument: the field that is meant by ``name:value``.
+    """
+
+    argument: ClassVar[str | None] = None
 
     @abstractmethod
-    def num_rows(self, plan: Plan) -> int:
-        """How many tangent rows one sample needs at once: what samples are chunked by."""
+    def cost(self, plan: Plan, *, engine: str = "auto") -> dict[str, ProductCount]:
+        """The products that each entry needs of one sample.
+
+        Raises:
+            ProbeError: what cannot be estimated at these sizes.
+        """
 
     @abstractmethod
-    def work(self, plan: Plan, *, engine: str = "auto") -> dict[str, Work]:
-        """The products that each entry needs of one sample."""
+    def estimate(
+        self, jacobians: Jacobians, *, start: Mapping[str, LayerGeometry] | None = None
+    ) -> dict[str, LayerGeometry]:
+        """Measure every layer at the samples of one chunk.
 
-    @abstractmethod
-    def estimate(self, linear: Linearization, *, normalize: bool) -> dict[str, LayerGeometry]:
-        """Measure every layer at the samples of one chunk."""
+        ``start``: an earlier result at the same samples, from which an estimator may start, or not.
+        """
 
 
-def geometry(
+def named(text: str) -> Estimator:
+    """Return the estimator that a text names: ``"exact"``, ``"topk:10"``, ``"logdet:1e-6"``, ``"subspace:k=4,seed=1"``.
+
+    Raises:
+        ProbeError: no estimator of that name, or no such argument.
+
+    >>> named("topk:3").k, named("subspace:k=4,frames=16").frames
+    (3, 16)
+    """
+    name, _, rest = text.partition(":")
+    known = estimators()
+    if name.strip().lower() not in known:
+        raise ProbeError(
+            f"estimator={text!r} is unknown; there are {', '.join(known)}.\nWrite, for instance, estimator='topk:10'"
+        )
+    kind = known[name.strip().lower()]
+    values: dict[str, Any] = {}
+    for part in filter(None, (piece.strip() for piece in rest.split(","))):
+        key, equals, value = part.partition("=")
+        values[key if equals else kind.argument or key] = _literal(value if equals else key)
+    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    odd = [key for key in values if key not in names]
+    if odd:
+        raise ProbeError(
+            f"estimator={text!r}: {kind.__name__} has no argument {odd[0]!r}; it has {', '.join(names) or 'none'}.\n"
+            f"Write, for instance, estimator='{name}:{names[0]}=...'"
+            if names
+            else f"estimator={text!r}: {kind.__name__} takes no argument.\nWrite estimator={name!r}"
+        )
+    return kind(**values)
+
+
+def estimators() -> dict[str, type[Estimator]]:
+    """Name → class of every estimator in this folder that a text can make."""
+    package = importlib.import_module("torchgeom_probe.estimators")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    found = {
+        kind.__name__.lower(): kind
+        for kind in Estimator.__subclasses__()
+        if kind.__module__.startswith(package.__name__)
+    }
+    return {name: found[name] for name in sorted(found) if name != "along"}  # whose argument is a tensor
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def conventions(jacobians: Jacobians, entry: str, engine: str) -> dict[str, Any]:
+    """The fields of a LayerGeometry that every estimator fills in the same way."""
+    return {
+        "name": entry,
+        "engine": engine,
+        "num_features": jacobians.plan.features[entry],
+        "num_inputs": jacobians.plan.num_inputs,
+        "normalized": jacobians.normalize,
+    }
+
+
+def from_factor(
+    jacobians: Jacobians,
     entry: str,
     factor: Factor,
     *,
     estimand: str,
     engine: str,
-    num_features: int,
-    num_inputs: int,
     num_directions: int,
     full_rank: int,
-    dtype: torch.dtype,
-    normalize: bool,
 ) -> LayerGeometry:
     """Singular values, rank and log-volume of one layer from the factor of its tangents."""
     sigma = factor.singular_values()
-    if normalize:
-        sigma = sigma / math.sqrt(num_features)
-    tolerance = rank_tolerance(factor.dtype or dtype)
+    tolerance = rank_tolerance(factor.dtype or jacobians.plan.dtype)
     if factor.gram is not None:
         tolerance = max(tolerance, GRAM_RESOLUTION)  # float64 tangents that did not fit into memory together
     volume, rank, pseudo = log_volume(sigma, num_directions=full_rank, tolerance=tolerance)
+    num_inputs = jacobians.plan.num_inputs
+    whole = num_directions == num_inputs
     return LayerGeometry(
-        name=entry,
+        **conventions(jacobians, entry, engine),
         estimand=estimand,
-        engine=engine,
-        log_volume=volume,
+        value=volume,
         singular_values=sigma,
         rank=rank,
         log_pseudo_volume=pseudo,
-        num_features=num_features,
-        num_inputs=num_inputs,
         num_directions=num_directions,
-        normalized=normalize,
         rank_tolerance=tolerance,
-        spectrum=SpectralDensity.of_singular_values(sigma, num_inputs)
-        if num_directions == num_inputs
-        else None,
+        spectrum=SpectralDensity.of_singular_values(sigma, num_inputs) if whole else None,
     )
+
+
+def counted(like: torch.Tensor, products: int) -> torch.Tensor:
+    """[B], the same number of products for every sample."""
+    return torch.full((len(like),), products, dtype=torch.long, device=like.device)

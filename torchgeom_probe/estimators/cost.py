@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torchgeom_probe.estimators import Estimator
-from torchgeom_probe.estimators.base import Work
+from torchgeom_probe.estimators.base import Estimator, ProductCount
 from torchgeom_probe.jacobian.plan import Plan
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Cost:
     """How a measurement will be made; ``str()`` says it in words.
 
     Attributes:
         samples: B.
         samples_at_once, directions_at_once: the chunks that fit the memory budget.
-        work: entry → the products that it needs of one sample, and why.
+        products: entry → the products that it needs of one sample, and why.
         features: entry → n.
         num_inputs: d.
         rows: forward and reverse rows over all samples and layers: the primal rows, the pushes and the pulls.
@@ -26,13 +25,12 @@ class Forecast:
         budget: what it may be.
         seconds: expected for ``rows``, at the speed of a plain forward pass that was timed for this.
         engine: the engine asked for.
-        compiled: whether the dual pass is compiled, from the second measurement on.
     """
 
     samples: int
     samples_at_once: int
     directions_at_once: int
-    work: dict[str, Work]
+    products: dict[str, ProductCount]
     features: dict[str, int]
     num_inputs: int
     rows: int
@@ -42,41 +40,35 @@ class Forecast:
     budget: int
     seconds: float
     engine: str
-    compiled: bool
 
     @staticmethod
-    def of(
-        estimator: Estimator, plan: Plan, batch: int, *, seconds_per_row: float, engine: str, compiled: bool
-    ) -> Forecast:
+    def of(estimator: Estimator, plan: Plan, batch: int, *, seconds_per_row: float, engine: str) -> Cost:
         """Work out the chunks as a measurement does, and add up what they cost."""
-        work = {entry: _by_engine(w, engine) for entry, w in estimator.work(plan, engine=engine).items()}
-        wanted = estimator.num_rows(plan)
+        counts = estimator.cost(plan, engine=engine)
+        wanted = max(count.at_once for count in counts.values())
+        products = {entry: _by_engine(count, engine) for entry, count in counts.items()}
         at_once = plan.samples_at_once(wanted, batch)
-        directions = min(
-            plan.directions_at_once(wanted, at_once), max(w.pushes + w.pulls for w in work.values())
-        )
-        shared = max((w.pushes for w in work.values() if w.shared), default=0)
-        passes = -(-shared // directions)
-        own = [w for w in work.values() if not w.shared]
+        largest = max(count.pushes + count.pulls for count in products.values())
+        directions = min(plan.directions_at_once(wanted, at_once), largest)
+        shared = max((count.pushes for count in products.values() if count.shared), default=0)
+        own = [count for count in products.values() if not count.shared]
         # Every pass carries its primal row; reverse mode saves one for all its pullbacks (a few, where copies pay).
-        primals = passes + bool(own)
-        rows = batch * (primals + shared + sum(w.pushes + w.pulls for w in own))
-        most = batch * (primals + shared + sum(w.most for w in own))
-        return Forecast(
+        primals = -(-shared // directions) + bool(own)
+        rows = batch * (primals + shared + sum(count.pushes + count.pulls for count in own))
+        return Cost(
             samples=batch,
             samples_at_once=at_once,
             directions_at_once=directions,
-            work=work,
+            products=products,
             features=dict(plan.features),
             num_inputs=plan.num_inputs,
             rows=rows,
-            most_rows=most,
+            most_rows=batch * (primals + shared + sum(count.most for count in own)),
             split=directions < shared,
             bytes=plan.bytes_of(at_once, directions),
             budget=plan.budget,
             seconds=rows * seconds_per_row,
             engine=engine,
-            compiled=compiled and not own and directions >= shared,
         )
 
     def __str__(self) -> str:
@@ -85,24 +77,24 @@ class Forecast:
             most += ", or several times that: the tangents do not fit the budget together, and some are made again"
         chunks = -(-self.samples // self.samples_at_once)
         lines = [
-            f"{self.samples} samples of d = {self.num_inputs}, engine {self.engine}{', compiled' if self.compiled else ''}",
+            f"{self.samples} samples of d = {self.num_inputs}, engine {self.engine}",
             f"  rows: {self.rows}{most}, in {chunks} chunk{'s' if chunks > 1 else ''} of up to {self.samples_at_once} samples"
             f" x {self.directions_at_once} directions at once",
             f"  memory: about {_amount(self.bytes)} at the peak, of a budget of {_amount(self.budget)}",
             f"  time: about {self.seconds:.2g} s, at the speed of a plain forward pass over as many rows",
         ]
         reasons: dict[str, list[str]] = {}
-        for entry, work in self.work.items():
-            reasons.setdefault(work.why, []).append(f"{entry or '(model)'} (n = {self.features[entry]})")
+        for entry, count in self.products.items():
+            reasons.setdefault(count.why, []).append(f"{entry or '(model)'} (n = {self.features[entry]})")
         lines += [f"  {', '.join(entries)}: {why}" for why, entries in reasons.items()]
         return "\n".join(lines)
 
 
-def _by_engine(work: Work, engine: str) -> Work:
+def _by_engine(count: ProductCount, engine: str) -> ProductCount:
     """What is one dual pass for all layers is a pass per layer in reverse mode."""
-    if engine != "vjp" or not work.shared:
-        return work
-    return replace(work, shared=False, why=f"{work.pushes} directions by reverse mode, layer by layer")
+    if engine != "vjp" or not count.shared:
+        return count
+    return replace(count, shared=False, why=f"{count.pushes} directions by reverse mode, layer by layer")
 
 
 def _amount(count: int) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.base import Estimator, Work, geometry
-from torchgeom_probe.jacobian.jacobians import Linearization
+from torchgeom_probe.estimators.base import Estimator, ProductCount, from_factor
+from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.directions import basis
 from torchgeom_probe.linalg.gram import Factor, streamed_factor
@@ -44,51 +45,43 @@ class Exact(Estimator):
     True
     """
 
-    def num_rows(self, plan: Plan) -> int:
-        """Rows that one sample needs at once: all d directions."""
-        return plan.num_inputs
-
-    def work(self, plan: Plan, *, engine: str = "auto") -> dict[str, Work]:
+    def cost(self, plan: Plan, *, engine: str = "auto") -> dict[str, ProductCount]:
         """All d directions in one dual pass for all layers, or a pullback a feature where those are fewer."""
         d, total = plan.num_inputs, sum(plan.features.values())
         if _by_reverse_mode(plan, engine):
             fewer = f", fewer than d = {d} directions" if total < d else ""
             why = f"the layers have {total} features in all{fewer}: a pullback a feature"
-            return {entry: Work(0, n, n, False, why) for entry, n in plan.features.items()}
+            return {entry: ProductCount(0, n, n, False, d, why) for entry, n in plan.features.items()}
         why = f"all d = {d} directions, one dual pass for all layers; they have {total} features"
-        return {entry: Work(d, 0, d, True, why) for entry in plan.features}
+        return {entry: ProductCount(d, 0, d, True, d, why) for entry in plan.features}
 
-    def estimate(self, linear: Linearization, *, normalize: bool) -> dict[str, LayerGeometry]:
-        """Measure every layer at the samples of one chunk."""
-        plan = linear.plan
-        num_inputs = plan.num_inputs
-        reverse = _by_reverse_mode(plan, linear.engine)
+    def estimate(
+        self, jacobians: Jacobians, *, start: Mapping[str, LayerGeometry] | None = None
+    ) -> dict[str, LayerGeometry]:
+        """Measure every layer at the samples of one chunk; an earlier result is of no use to it."""
+        plan = jacobians.plan
+        d = plan.num_inputs
         factors: dict[str, Factor] = {}
         engine = "vjp"
-        if reverse:
+        if _by_reverse_mode(plan, jacobians.engine):
             try:
-                factors = _by_rows(linear)
+                factors = _by_rows(jacobians)
             except ProbeError:
-                if linear.engine == "vjp":
+                if jacobians.engine == "vjp":
                     raise  # asked for by name; under "auto" the dual pass may do what reverse mode cannot
         if not factors:
-            like = torch.empty(linear.batch.size, 0, dtype=plan.dtype, device=linear.device)
-            factors = linear.factors(
-                num_inputs, lambda start, stop: basis(start, stop, plan.space, like=like)
-            )
-            engine = linear.engine
+            like = torch.empty(jacobians.inputs.size, 0, dtype=plan.dtype, device=jacobians.device)
+            factors = jacobians.factors(d, lambda start, stop: basis(start, stop, plan.space, like=like))
+            engine = jacobians.engine
         return {
-            entry: geometry(
+            entry: from_factor(
+                jacobians,
                 entry,
                 factors[entry],
-                estimand=FULL if n >= num_inputs else FEW_FEATURES,
+                estimand=FULL if n >= d else FEW_FEATURES,
                 engine=engine,
-                num_features=n,
-                num_inputs=num_inputs,
-                num_directions=num_inputs,
-                full_rank=min(n, num_inputs),
-                dtype=plan.dtype,
-                normalize=normalize,
+                num_directions=d,
+                full_rank=min(n, d),
             )
             for entry, n in plan.features.items()
         }
@@ -99,20 +92,21 @@ def _by_reverse_mode(plan: Plan, engine: str) -> bool:
     return engine == "vjp" or (engine == "auto" and sum(plan.features.values()) < plan.num_inputs)
 
 
-def _by_rows(linear: Linearization) -> dict[str, Factor]:
-    """Rows of J by pullbacks over one saved pass; where they do not fit together, in blocks (``linalg.stream``)."""
-    plan = linear.plan
+def _by_rows(jacobians: Jacobians) -> dict[str, Factor]:
+    """Rows of J by pullbacks over one saved pass; where they do not fit together, in blocks (``linalg.gram``)."""
+    plan = jacobians.plan
     factors: dict[str, Factor] = {}
-    with linear.pullback(max(plan.features.values()) // _ROWS_A_COPY) as back:
+    with jacobians.pullback(max(plan.features.values()) // _ROWS_A_COPY) as back:
         for entry, n in plan.features.items():
             plan.refuse_too_long(entry, plan.num_inputs, n)
-            factors[entry] = streamed_factor(
+            factor = streamed_factor(
                 lambda start, stop, entry=entry: back.rows(entry, start, stop).flatten(2),  # type: ignore[misc]
                 count=n,
                 length=plan.num_inputs,
-                at_once=plan.directions_at_once(n, linear.batch.size),
-                batch=linear.batch.size,
+                at_once=plan.directions_at_once(n, jacobians.inputs.size),
+                batch=jacobians.inputs.size,
                 budget=plan.budget,
                 itemsize=plan.itemsize,
             )
+            factors[entry] = factor.scaled(jacobians.scale(entry))
     return factors

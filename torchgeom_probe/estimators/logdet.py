@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch.nn import functional
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.base import Estimator, Work, dense_work
-from torchgeom_probe.jacobian.jacobians import Linearization
-from torchgeom_probe.jacobian.layer import LayerJacobian, engine_of, jacobians
+from torchgeom_probe.estimators.base import Estimator, ProductCount, conventions, counted, dense_count
+from torchgeom_probe.jacobian.jacobians import Jacobians
+from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.krylov import Leading, leading
 from torchgeom_probe.linalg.lanczos import Bidiagonalisation, rademacher
 from torchgeom_probe.linalg.spectrum import SpectralDensity
-from torchgeom_probe.linalg.volume import rank_tolerance
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Tensor
 
@@ -80,6 +80,7 @@ class LogDet(Estimator):
     deflate: int | Literal["auto"] = "auto"
     seed: int = 0
     method: Literal["auto", "lanczos", "exact"] = "auto"
+    argument: ClassVar[str] = "eps"
 
     def __post_init__(self) -> None:
         if not self.eps > 0:
@@ -107,20 +108,22 @@ class LogDet(Estimator):
                 f"LogDet(method={self.method!r}) is unknown.\nWrite 'auto', 'lanczos' or 'exact'."
             )
 
-    def num_rows(self, plan: Plan) -> int:
-        """Rows that one sample needs at once: the probes, the graph saved for reverse mode, and the Krylov vectors."""
-        krylov_bytes = (
-            2 * 8 * self.probes * min(self.steps, 32) * (plan.num_inputs + max(plan.features.values()))
-        )
-        return self.probes + 48 + int(krylov_bytes / max(plan.row_bytes, 1) / 2)
-
-    def work(self, plan: Plan, *, engine: str = "auto") -> dict[str, Work]:
+    def cost(self, plan: Plan, *, engine: str = "auto") -> dict[str, ProductCount]:
         """Per layer: Lanczos runs from the probes, at most the products of the dense Jacobian; or that at once."""
+        # The probes, the graph saved for reverse mode, and the Krylov vectors.
+        vectors = 2 * 8 * self.probes * min(self.steps, 32) * (plan.num_inputs + max(plan.features.values()))
+        rows = self.probes + 48 + int(vectors / max(plan.row_bytes, 1) / 2)
         found = {}
         for entry, n in plan.features.items():
             smaller = min(n, plan.num_inputs)
+            if self.deflate != "auto" and self.deflate >= smaller:
+                raise ProbeError(
+                    f"LogDet(deflate={self.deflate}): layer {entry!r} has {smaller} singular values in all.\n"
+                    "Write fewer, or method='exact'."
+                )
             if self._exact_at_once(smaller):
-                found[entry] = dense_work(n, plan.num_inputs, "the exact value is cheaper than Lanczos runs")
+                why = "the exact value is cheaper than Lanczos runs"
+                found[entry] = dense_count(n, plan.num_inputs, at_once=rows, why=why)
             else:
                 most = smaller if self.method == "auto" else 2 * self.probes * self.steps
                 half = min(self.probes * min(self.steps, 16), most // 2)
@@ -129,55 +132,55 @@ class LogDet(Estimator):
                     f"Lanczos runs from {self.probes} probes, Jv and Jᵀu in turn, "
                     f"about {most} products at the most{after}"
                 )
-                found[entry] = Work(half, half, most + (smaller if after else 0), False, why)
+                found[entry] = ProductCount(half, half, most + (smaller if after else 0), False, rows, why)
         return found
 
     def _exact_at_once(self, smaller: int) -> bool:
         return self.method == "exact" or (self.method == "auto" and smaller <= 16 * self.probes)
 
-    def estimate(self, linear: Linearization, *, normalize: bool) -> dict[str, LayerGeometry]:
-        """Measure every layer at the samples of one chunk."""
-        with jacobians(linear, estimator=f"LogDet(eps={self.eps:g})", at_once=self.probes) as maps:
-            measured = {entry: self._layer(jacobian, normalize) for entry, jacobian in maps.items()}
-        engine = engine_of(linear)
-        return {entry: replace(result, engine=engine) for entry, result in measured.items()}
+    def estimate(
+        self, jacobians: Jacobians, *, start: Mapping[str, LayerGeometry] | None = None
+    ) -> dict[str, LayerGeometry]:
+        """Measure every layer at the samples of one chunk; an earlier result is of no use to it."""
+        with layer_jacobians(jacobians, estimator=f"LogDet(eps={self.eps:g})", at_once=self.probes) as maps:
+            return {entry: self._layer(jacobians, jacobian) for entry, jacobian in maps.items()}
 
-    def _layer(self, jacobian: LayerJacobian, normalize: bool) -> LayerGeometry:
+    def _layer(self, jacobians: Jacobians, jacobian: LayerJacobian) -> LayerGeometry:
         smaller = min(jacobian.num_features, jacobian.num_inputs)
-        if self.deflate != "auto" and self.deflate >= smaller:
-            raise ProbeError(
-                f"LogDet(deflate={self.deflate}): layer {jacobian.entry!r} has {smaller} singular values in all.\n"
-                "Write fewer, or method='exact'."
-            )
-        scale = 1 / jacobian.num_features if normalize else 1.0
-        if self._exact_at_once(smaller):
-            found = self._exact(jacobian, scale)
-        else:
-            found = self._stochastic(jacobian, scale, smaller)
-        return self._geometry(jacobian, found, normalize)
+        exact = self._exact_at_once(smaller)
+        found = self._exact(jacobian) if exact else self._stochastic(jacobian, smaller)
+        floor = f"{self.eps:g} λ_1" if self.relative else f"{self.eps:g}"
+        return LayerGeometry(
+            **conventions(jacobians, jacobian.entry, jacobian.engine),
+            estimand=f"½ log det(g + εI), ε = {floor} ({found.how})",
+            value=torch.where(found.log_det.isfinite(), found.log_det / 2, torch.nan),
+            singular_values=found.largest,
+            num_directions=jacobian.num_inputs,
+            std_error=found.error / 2,
+            extras={"log_det": found.log_det, "num_products": found.products},
+            spectrum=found.density,
+        )
 
-    def _exact(self, jacobian: LayerJacobian, scale: float) -> _Found:
-        sigma = jacobian.dense().singular_values() * math.sqrt(scale)
+    def _exact(self, jacobian: LayerJacobian) -> _Found:
+        sigma = jacobian.dense().singular_values()
         eigenvalues = sigma.square()
         eps = self._eps(eigenvalues[:, :1])
         log_det = (eigenvalues + eps).log().sum(1) + (jacobian.num_inputs - sigma.shape[1]) * eps[:, 0].log()
-        density = SpectralDensity.of_singular_values(sigma, jacobian.num_inputs)
-        products = torch.full_like(log_det, jacobian.products, dtype=torch.long)
         return _Found(
             log_det,
             torch.zeros_like(log_det),
-            products,
+            counted(log_det, jacobian.products),
             sigma[:, :1],
-            density,
+            SpectralDensity.of_singular_values(sigma, jacobian.num_inputs),
             "exact, from all singular values",
         )
 
-    def _stochastic(self, jacobian: LayerJacobian, scale: float, smaller: int) -> _Found:
+    def _stochastic(self, jacobian: LayerJacobian, smaller: int) -> _Found:
         limit = smaller if self.method == "auto" else math.inf
         top: Leading | None = None
         if self.deflate != "auto" and self.deflate > 0:
             top = _leading(jacobian, self.deflate, self.seed)
-        sample = _Sample(self, jacobian, scale, top)
+        sample = _Sample(self, jacobian, top)
         finished = sample.draw(limit)
         while self.tol is not None and finished and not sample.settled(self.tol):
             needed = sample.probes_needed(self.tol)
@@ -186,7 +189,7 @@ class LogDet(Estimator):
                 rank = min(_AUTO_DEFLATION, smaller // 4)
                 deflated = sample.probes_needed(self.tol, without=rank) * 2 * sample.steps + 8 * rank + 16
                 if deflated < price and jacobian.products + deflated < limit:
-                    sample = _Sample(self, jacobian, scale, _leading(jacobian, rank, self.seed))
+                    sample = _Sample(self, jacobian, _leading(jacobian, rank, self.seed))
                     finished = sample.draw(limit)
                     continue
             if jacobian.products + 0.9 * price > limit:
@@ -194,35 +197,12 @@ class LogDet(Estimator):
                 break
             finished = sample.draw(limit)
         if not finished and self.method == "auto":
-            return self._exact(jacobian, scale)
+            return self._exact(jacobian)
         return sample.found()
 
     def _eps(self, largest: Tensor) -> Tensor:
         """ε of every sample, [B, 1]."""
         return self.eps * largest.clamp_min(1e-300) if self.relative else torch.full_like(largest, self.eps)
-
-    def _geometry(self, jacobian: LayerJacobian, found: _Found, normalize: bool) -> LayerGeometry:
-        floor = f"{self.eps:g} λ_1" if self.relative else f"{self.eps:g}"
-        volume = found.log_det / 2
-        finite = volume.isfinite()
-        return LayerGeometry(
-            name=jacobian.entry,
-            estimand=f"½ log det(g + εI), ε = {floor} ({found.how})",
-            engine="auto",
-            log_volume=torch.where(finite, volume, torch.nan),
-            singular_values=found.largest,
-            rank=torch.where(finite, jacobian.num_inputs, -1),
-            log_pseudo_volume=torch.where(finite, volume, torch.nan),
-            num_features=jacobian.num_features,
-            num_inputs=jacobian.num_inputs,
-            num_directions=jacobian.num_inputs,
-            normalized=normalize,
-            rank_tolerance=rank_tolerance(jacobian.linear.plan.dtype),
-            std_error=found.error / 2,
-            log_det=found.log_det,
-            num_products=found.products,
-            spectrum=found.density,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +220,7 @@ def _leading(jacobian: LayerJacobian, rank: int, seed: int) -> Leading:
     generator = torch.Generator().manual_seed(seed)
     block = min(4, smaller)
     start = torch.randn(block, jacobian.num_inputs, generator=generator, dtype=torch.float64).to(
-        jacobian.linear.device
+        jacobian.device
     )
     start = start.expand(jacobian.batch, -1, -1)
     return leading(
@@ -251,10 +231,9 @@ def _leading(jacobian: LayerJacobian, rank: int, seed: int) -> Leading:
 class _Sample:
     """The probes drawn so far for one layer, and what they say."""
 
-    def __init__(self, estimator: LogDet, jacobian: LayerJacobian, scale: float, top: Leading | None) -> None:
+    def __init__(self, estimator: LogDet, jacobian: LayerJacobian, top: Leading | None) -> None:
         self.estimator = estimator
         self.jacobian = jacobian
-        self.scale = scale
         self.top = top
         self.smaller = min(jacobian.num_features, jacobian.num_inputs)
         self.steps = 0
@@ -277,19 +256,19 @@ class _Sample:
         deflated = None if self.top is None else self.top.left if few_features else self.top.vectors
         if deflated is not None and self.top is not None:
             deflated = deflated[:, : self.top.values.shape[1]]
-        run = Bidiagonalisation(self.jacobian, probes.to(self.jacobian.linear.device), deflated)
+        run = Bidiagonalisation(self.jacobian, probes.to(self.jacobian.device), deflated)
         previous = math.inf
         while True:
             nodes, weights = run.quadrature()
             if self.eps is None or not self._values:
-                largest = nodes.amax((1, 2))[:, None] * self.scale
+                largest = nodes.amax((1, 2))[:, None]
                 if self.top is not None:
-                    largest = torch.maximum(largest, self.top.values[:, :1].square() * self.scale)
+                    largest = torch.maximum(largest, self.top.values[:, :1].square())
                 eps, before = self.estimator._eps(largest), self.eps
                 self._largest, self.eps = largest.sqrt(), eps
                 if self.estimator.relative:
                     # ε moves with the largest Ritz value, and log det by tr ε(g + ε)⁻¹ times as much: up to d times.
-                    share = eps[:, :, None] / (nodes * self.scale + eps[:, :, None])
+                    share = eps[:, :, None] / (nodes + eps[:, :, None])
                     pull = (self.jacobian.num_inputs - self.smaller) + (weights * share).sum(2).mean(1)
                     moved = torch.inf if before is None else (eps / before).log().abs()[:, 0]
                     self._drift = pull * moved
@@ -317,7 +296,7 @@ class _Sample:
         self._masses.append(run.mass)
         self._halves.append((upper - lower).clamp_min(0) / 2)
         nodes, weights = run.quadrature()
-        self._nodes.append(nodes * self.scale)
+        self._nodes.append(nodes)
         self._weights.append(weights)
         return True
 
@@ -331,7 +310,7 @@ class _Sample:
 
     def _function(self, nodes: Tensor) -> Tensor:
         assert self.eps is not None
-        return (nodes * self.scale + self.eps[:, :, None]).log()
+        return (nodes + self.eps[:, :, None]).log()
 
     def _left(self) -> int:
         return self.smaller - (0 if self.top is None else self.top.values.shape[1])
@@ -391,7 +370,7 @@ class _Sample:
         weights = weights * (self._left() / weights.sum(2, keepdim=True).clamp_min(1e-300))
         how = f"stochastic Lanczos quadrature, {probes} probes"
         if self.top is not None:
-            eigenvalues = self.top.values.square() * self.scale
+            eigenvalues = self.top.values.square()
             log_det = log_det + (eigenvalues + self.eps).log().sum(1)
             top = eigenvalues[:, None].expand(-1, probes, -1)
             nodes, weights = torch.cat([nodes, top], 2), torch.cat([weights, torch.ones_like(top)], 2)
@@ -399,7 +378,7 @@ class _Sample:
         zeros = self.jacobian.num_inputs - self.smaller
         nodes, weights = functional.pad(nodes, (0, 1)), functional.pad(weights, (0, 1), value=float(zeros))
         density = SpectralDensity(nodes, weights, self.jacobian.num_inputs, exact=False)
-        products = torch.full_like(log_det, self.jacobian.products, dtype=torch.long)
+        products = counted(log_det, self.jacobian.products)
         return _Found(log_det, error, products, self._largest, density, how)
 
 

@@ -1,30 +1,33 @@
-"""k directions: a slice's own tangents, or a random orthonormal frame."""
+"""k random directions: √det VᵀgV on an orthonormal frame, or its mean over frames."""
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
+from scipy.stats import t as student_t
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.base import Estimator, Work, geometry
-from torchgeom_probe.jacobian.jacobians import Linearization
+from torchgeom_probe.estimators.along import on_directions
+from torchgeom_probe.estimators.base import Estimator, ProductCount
+from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.directions import for_every_sample, orthonormal_frame
 from torchgeom_probe.report import LayerGeometry
-from torchgeom_probe.shapes import Tensor
+
+#: Directions of a frame where none are named and the input space has as many.
+_DEFAULT = 8
 
 
 @dataclass(frozen=True)
 class Subspace(Estimator):
     """√det VᵀgV: how much the layer magnifies k-dimensional volume within the span of k directions V.
 
-    Definition: log √det VᵀgV = Σ log σ_i(JV), in nats.  With ``directions=`` of the caller's own it is exact for the parallelepiped
-    that they span (a slice's tangents).  Without, V is one random orthonormal k-frame drawn from ``seed``, the same for every
-    sample, layer and epoch, so that differences between them carry little noise.
+    Definition: log √det VᵀgV = Σ log σ_i(JV), in nats.  V is one random orthonormal k-frame drawn from ``seed``, the
+    same for every sample, layer and epoch, so that differences between them carry little noise.  For directions of your own see
+    :class:`Along`.
 
     NOT an estimate of √det g unless k = d.  Over random frames E det VᵀgV = e_k(λ)/C(d, k), the mean squared magnification of
     k-planes, with e_k the elementary symmetric polynomial of g's eigenvalues λ; and (k/d) log √det g ≤ E log √det VᵀgV: it is biased
@@ -37,12 +40,12 @@ class Subspace(Estimator):
     confidence interval (Cox).  ``singular_values``, ``rank`` and ``log_pseudo_volume`` are then those of the first frame, which is the
     frame of ``frames=1``.
 
-    Bias: none for one frame's own volume; as an estimate of log √det g upward, second order k(d − k)/(4(d −
-    1)(d + 2)) tr ε² for g = λ(I + ε).
-    Variance: over frames, s² of L/2; zero for a slice's own tangents.  Cost: one dual pass over frames · k directions for all layers.
+    Bias: none for one frame's own volume; as an estimate of log √det g upward, for g = λ(I + ε) of second order:
+    k(d − k) / (4(d − 1)(d + 2)) · tr ε².
+    Variance: over frames, s² of L/2.  Cost: one dual pass over frames · k directions for all layers.
 
     Args:
-        k: how many random directions; ignored when ``measure(x, directions=...)`` brings its own.
+        k: how many random directions; by default 8, or d where that is less.
         seed: of the frames.
         frames: how many; 1, or at least 4 for an interval.
 
@@ -59,12 +62,13 @@ class Subspace(Estimator):
     True
     """
 
-    k: int = 8
+    k: int | None = None
     seed: int = 0
     frames: int = 1
+    argument: ClassVar[str] = "k"
 
     def __post_init__(self) -> None:
-        if self.k < 1:
+        if self.k is not None and self.k < 1:
             raise ProbeError(
                 f"k={self.k} directions were asked for; at least one is needed.\nWrite Subspace(k=8)"
             )
@@ -73,46 +77,39 @@ class Subspace(Estimator):
                 f"Subspace(frames={self.frames}): one frame, or at least 4, whose spread gives an interval.\nWrite frames=16"
             )
 
-    def num_rows(self, plan: Plan) -> int:
-        """Rows that one sample needs at once: k directions."""
-        return self.k
+    def _size(self, plan: Plan) -> int:
+        return min(_DEFAULT, plan.num_inputs) if self.k is None else self.k
 
-    def work(self, plan: Plan, *, engine: str = "auto") -> dict[str, Work]:
+    def cost(self, plan: Plan, *, engine: str = "auto") -> dict[str, ProductCount]:
         """One dual pass over k directions a frame, for all layers."""
-        count = self.frames * self.k
+        k = self._size(plan)
+        count = self.frames * k
         frames = "" if self.frames == 1 else f" of each of {self.frames} frames"
-        return {
-            entry: Work(count, 0, count, True, f"{self.k} directions{frames}, one dual pass for all layers")
-            for entry in plan.features
-        }
+        why = f"{k} directions{frames}, one dual pass for all layers"
+        return {entry: ProductCount(count, 0, count, True, k, why) for entry in plan.features}
 
-    def estimate(self, linear: Linearization, *, normalize: bool) -> dict[str, LayerGeometry]:
-        """Measure every layer at the samples of one chunk, on the frames of the seed."""
-        measured = [self._on_frame(number, linear, normalize) for number in range(self.frames)]
+    def estimate(
+        self, jacobians: Jacobians, *, start: Mapping[str, LayerGeometry] | None = None
+    ) -> dict[str, LayerGeometry]:
+        """Measure every layer at the samples of one chunk, on the frames of the seed; an earlier result is of no use to it."""
+        measured = [self._on_frame(number, jacobians) for number in range(self.frames)]
         if self.frames == 1:
             return measured[0]
         return {entry: _over_frames([part[entry] for part in measured]) for entry in measured[0]}
 
-    def _on_frame(self, number: int, linear: Linearization, normalize: bool) -> dict[str, LayerGeometry]:
-        plan = linear.plan
-        key = (self.k, self.seed, number, linear.device)
-        if key not in plan.frames:  # drawn on the CPU: once, not in every step of a training run
-            drawn = orthonormal_frame(self.k, plan.num_inputs, seed=self.seed + 7919 * number)
-            plan.frames[key] = drawn.to(device=linear.device, dtype=plan.dtype)
-        frame = plan.frames[key]
-        directions = for_every_sample(frame, plan.space, linear.batch.size)
-        return along(
-            directions,
-            linear,
-            normalize=normalize,
-            estimand=f"log √det VᵀgV, V a random orthonormal {self.k}-frame",
-        )
+    def _on_frame(self, number: int, jacobians: Jacobians) -> dict[str, LayerGeometry]:
+        plan = jacobians.plan
+        k, seed = self._size(plan), self.seed + 7919 * number
+        # Drawn on the CPU: once, not at every step of a training.
+        frame = jacobians.remembered((k, seed), lambda: orthonormal_frame(k, plan.num_inputs, seed=seed))
+        directions = for_every_sample(frame, plan.space, jacobians.inputs.size)
+        return on_directions(directions, jacobians, f"log √det VᵀgV, V a random orthonormal {k}-frame")
 
 
 def _over_frames(parts: Sequence[LayerGeometry]) -> LayerGeometry:
     """½ log E det VᵀgV and its interval from the log-volumes of M frames (Cox's interval for a log-normal mean)."""
     count = len(parts)
-    logs = 2 * torch.stack([part.log_volume for part in parts])
+    logs = 2 * torch.stack([part.value for part in parts])
     some = logs.isfinite()
     # A determinant of zero has no logarithm: the frames' mean is over all of them, the spread over the others.
     kept = some.sum(0)
@@ -121,58 +118,15 @@ def _over_frames(parts: Sequence[LayerGeometry]) -> LayerGeometry:
     variance = (torch.where(some, (logs - mean).square(), 0.0)).sum(0) / (kept - 1).clamp_min(1)
     value = mean + variance / 2 + (kept.clamp_min(1) / count).log()
     error = (variance / count + variance.square() / (2 * (count - 1))).sqrt()
-    margin = student_quantile(0.975, count - 1) * error
+    margin = float(student_t.ppf(0.975, count - 1)) * error
     none = kept == 0
-    diverged = torch.stack([part.log_volume for part in parts]).isnan().any(0)
+    diverged = torch.stack([part.value for part in parts]).isnan().any(0)
     value = torch.where(diverged, torch.nan, torch.where(none, -torch.inf, value))
     first = parts[0]
     return replace(
         first,
         estimand=f"½ log E det VᵀgV over {count} random orthonormal {first.num_directions}-frames = ½ log(e_k(λ)/C(d, k))",
-        log_volume=value / 2,
+        value=value / 2,
         std_error=torch.where(none | diverged, 0.0, error / 2),
-        interval=torch.stack([(value - margin) / 2, (value + margin) / 2], dim=1),
+        extras={"interval": torch.stack([(value - margin) / 2, (value + margin) / 2], dim=1)},
     )
-
-
-@functools.lru_cache
-def student_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t, by bisection of its distribution function: with t = √ν tan θ the density is cos^(ν−1) θ.
-
-    >>> round(student_quantile(0.975, 15), 4), round(student_quantile(0.975, 3), 4)
-    (2.1314, 3.1824)
-    """
-    angles = torch.linspace(-math.pi / 2, math.pi / 2, 200_001, dtype=torch.float64)
-    cumulative = torch.cumulative_trapezoid(angles.cos().clamp_min(0) ** (freedom - 1), angles)
-    target = probability * float(cumulative[-1])
-    place = int(torch.searchsorted(cumulative, target))
-    low, high = float(cumulative[place - 1]), float(cumulative[place])
-    step = float(angles[1] - angles[0])
-    return math.sqrt(freedom) * math.tan(float(angles[place]) + step * (target - low) / (high - low))
-
-
-def along(
-    directions: Tensor,
-    linear: Linearization,
-    *,
-    normalize: bool,
-    estimand: str = "log √det VᵀgV, V the given directions",
-) -> dict[str, LayerGeometry]:
-    """Measure every layer on directions [k, B, *space]."""
-    plan, k = linear.plan, directions.shape[0]
-    factors = linear.factors(k, lambda start, stop: directions[start:stop])
-    return {
-        entry: geometry(
-            entry,
-            factors[entry],
-            estimand=estimand,
-            engine=linear.engine,
-            num_features=n,
-            num_inputs=plan.num_inputs,
-            num_directions=k,
-            full_rank=k,
-            dtype=plan.dtype,
-            normalize=normalize,
-        )
-        for entry, n in plan.features.items()
-    }

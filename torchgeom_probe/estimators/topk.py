@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch.nn import functional
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.base import Estimator, Work, dense_work
-from torchgeom_probe.jacobian.jacobians import Linearization
-from torchgeom_probe.jacobian.layer import LayerJacobian, engine_of, jacobians
+from torchgeom_probe.estimators.base import Estimator, ProductCount, conventions, counted, dense_count
+from torchgeom_probe.jacobian.jacobians import Jacobians
+from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.krylov import leading
 from torchgeom_probe.linalg.volume import log_volume, rank_tolerance
@@ -41,11 +41,11 @@ class TopK(Estimator):
     Bias: downward, within ``error_bound``; variance: none for a given ``seed`` (the start block, the same for all samples and layers).
     Cost: ``num_products`` [B] products per sample and layer, half of them Jv and half Jᵀu: 40 to 140 at k =
     10, n = 512, d = 3072, against 512
-    for the whole Jacobian; about 40 with ``measure(x, warm=previous_report)``, which starts from the previous singular vectors.
+    for the whole Jacobian; about 40 with ``measure(x, start=report)``, which starts from the previous singular vectors.
 
     The paper's conventions (Zavatone-Veth et al., arXiv:2301.11375): J/√n, log10, k = 10 or all 512, the
     stages of a ResNet average-pooled to
-    512 features.  ``paper=True`` divides by √n whatever the probe's ``normalize``; :func:`paper_pool` is the pooling, for ``transform=``.
+    512 features.  :func:`paper_pool` is the pooling, for ``transform=``.
     Their code sets every log10 σ below a threshold (−8 by default) to zero, which RAISES the sum; here nothing is dropped: a value that
     is zero to rounding makes the volume −inf, with ``rank`` < k and the product of the others in ``log_pseudo_volume``.
 
@@ -56,7 +56,6 @@ class TopK(Estimator):
         seed: of the start block.
         max_products: per sample and layer; by default the price of the dense Jacobian, which is then formed.  With a number, what has
             not converged by then is reported with a larger ``error_bound`` (inf where it is still a guess).
-        paper: J/√n always.
         method: ``"auto"``, or ``"krylov"`` or ``"dense"`` to insist.
 
     Raises:
@@ -76,8 +75,8 @@ class TopK(Estimator):
     block: int | None = None
     seed: int = 0
     max_products: int | None = None
-    paper: bool = False
     method: Literal["auto", "krylov", "dense"] = "auto"
+    argument: ClassVar[str] = "k"
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -98,102 +97,92 @@ class TopK(Estimator):
         if self.method not in ("auto", "krylov", "dense"):
             raise ProbeError(f"TopK(method={self.method!r}) is unknown.\nWrite 'auto', 'krylov' or 'dense'.")
 
-    def num_rows(self, plan: Plan) -> int:
-        """Rows that one sample needs at once: a block, the graph that is saved for reverse mode, and the Krylov vectors."""
+    def cost(self, plan: Plan, *, engine: str = "auto") -> dict[str, ProductCount]:
+        """Per layer: about 8 k products and at most those of the dense Jacobian; or the dense Jacobian at once."""
+        # A block, the graph that is saved for reverse mode, and the Krylov vectors.
         expected = min(8 * self.k + 16, plan.num_inputs)
         krylov_bytes = 3 * 8 * expected * (plan.num_inputs + max(plan.features.values()))
-        return self._block("cpu") + 48 + int(krylov_bytes / max(plan.row_bytes, 1) / 2)
-
-    def work(self, plan: Plan, *, engine: str = "auto") -> dict[str, Work]:
-        """Per layer: about 8 k products and at most those of the dense Jacobian; or the dense Jacobian at once."""
+        rows = self._block("cpu") + 48 + int(krylov_bytes / max(plan.row_bytes, 1) / 2)
         found = {}
         for entry, n in plan.features.items():
             smaller = min(n, plan.num_inputs)
+            if self.k > smaller:
+                raise ProbeError(
+                    f"TopK(k={self.k}): the Jacobian of layer {entry!r} is {n} x {plan.num_inputs} and has {smaller} singular values.\n"
+                    f"Write TopK(k={smaller}) or fewer, or take them all:  estimator=Exact()"
+                )
             if self._dense_at_once(smaller):
-                found[entry] = dense_work(n, plan.num_inputs, "the whole J is about as cheap as an iteration")
+                why = "the whole J is about as cheap as an iteration"
+                found[entry] = dense_count(n, plan.num_inputs, at_once=rows, why=why)
             else:
-                most = self._most_products(smaller)
+                most = self._most_products(smaller, self._block("cpu"))
                 half = min(8 * self.k, most) // 2
-                after = ", then the dense J" if self.method == "auto" and self.max_products is None else ""
+                after = ", then the dense J" if self._may_go_dense else ""
                 why = f"block Krylov, Jv and Jᵀu in turn, about {most} products at the most{after}"
-                found[entry] = Work(half, half, most + (smaller if after else 0), False, why)
+                found[entry] = ProductCount(half, half, most + (smaller if after else 0), False, rows, why)
         return found
+
+    @property
+    def _may_go_dense(self) -> bool:
+        return self.method == "auto" and self.max_products is None
 
     def _dense_at_once(self, smaller: int) -> bool:
         return self.method == "dense" or (self.method == "auto" and smaller <= 2 * (8 * self.k + 16))
 
-    def _most_products(self, smaller: int) -> int:
+    def _most_products(self, smaller: int, block: int) -> int:
         if self.max_products is not None:
             return self.max_products
-        return smaller if self.method == "auto" else 4 * smaller + 4 * self._block("cpu")
+        return smaller if self.method == "auto" else 4 * smaller + 4 * block
 
     def estimate(
-        self, linear: Linearization, *, normalize: bool, warm: dict[str, Tensor] | None = None
+        self, jacobians: Jacobians, *, start: Mapping[str, LayerGeometry] | None = None
     ) -> dict[str, LayerGeometry]:
-        """Measure every layer at the samples of one chunk; ``warm``: entry → right singular vectors [B, q, d] to start from."""
-        self._refuse_too_many(linear.plan)
-        measured = {}
-        block = self._block(linear.device.type)
-        with jacobians(linear, estimator=f"TopK(k={self.k})", at_once=block) as maps:
-            for entry, jacobian in maps.items():
-                measured[entry] = self._layer(
-                    jacobian, normalize or self.paper, None if warm is None else warm.get(entry)
-                )
-        engine = engine_of(linear)
-        return {entry: replace(result, engine=engine) for entry, result in measured.items()}
+        """Measure every layer at the samples of one chunk; from the right singular vectors of ``start`` where it has them."""
+        vectors = {} if start is None else {e: g.right_singular_vectors for e, g in start.items()}
+        block = self._block(jacobians.device.type)
+        with layer_jacobians(jacobians, estimator=f"TopK(k={self.k})", at_once=block) as maps:
+            return {e: self._layer(jacobians, jacobian, vectors.get(e)) for e, jacobian in maps.items()}
 
-    def _layer(self, jacobian: LayerJacobian, normalize: bool, warm: Tensor | None) -> LayerGeometry:
+    def _layer(self, jacobians: Jacobians, jacobian: LayerJacobian, start: Tensor | None) -> LayerGeometry:
         smaller = min(jacobian.num_features, jacobian.num_inputs)
-        block = min(self._block(jacobian.linear.device.type), smaller)
+        block = min(self._block(jacobian.device.type), smaller)
         vectors: Tensor | None = None
         how = "dense"
         if self._dense_at_once(smaller):
-            values, bound, products = self._dense(jacobian)
+            sigma, bound, products = self._dense(jacobian)
         else:
             how = "block Krylov"
             generator = torch.Generator().manual_seed(self.seed)
-            limit = (
-                self.max_products
-                if self.max_products is not None
-                else smaller
-                if self.method == "auto"
-                else 4 * smaller + 4 * block
-            )
             found = leading(
                 jacobian,
-                _start(jacobian, block, warm, generator),
+                _first_block(jacobian, block, start, generator),
                 k=self.k,
                 block=block,
                 tolerance=self.tol,
-                max_products=limit,
+                max_products=self._most_products(smaller, block),
                 generator=generator,
-                warm=warm is not None,
+                warm=start is not None,
             )
-            values, bound, products, vectors = found.values, found.bound, found.products, found.vectors
-            if self.max_products is None and self.method == "auto" and not bool(found.converged.all()):
+            sigma, bound, products, vectors = found.values, found.bound, found.products, found.vectors
+            if self._may_go_dense and not bool(found.converged.all()):
                 how = "block Krylov, dense where that did not converge"
                 exact, exact_bound, _ = self._dense(jacobian)
-                values = torch.where(found.converged[:, None], values, exact)
+                sigma = torch.where(found.converged[:, None], sigma, exact)
                 bound = torch.where(found.converged, bound, exact_bound)
                 products = torch.where(found.converged, products, jacobian.products)
-        tolerance = rank_tolerance(jacobian.linear.plan.dtype)
-        sigma = values / math.sqrt(jacobian.num_features) if normalize else values
+        tolerance = rank_tolerance(jacobian.dtype)
         volume, rank, pseudo = log_volume(sigma, num_directions=self.k, tolerance=tolerance)
         return LayerGeometry(
-            name=jacobian.entry,
+            **conventions(jacobians, jacobian.entry, jacobian.engine),
             estimand=f"Σ log σ_i over the {self.k} largest singular values of J (effective volume; {how})",
-            engine="auto",
-            log_volume=volume,
+            value=volume,
             singular_values=sigma,
             rank=rank,
             log_pseudo_volume=pseudo,
-            num_features=jacobian.num_features,
-            num_inputs=jacobian.num_inputs,
             num_directions=self.k,
-            normalized=normalize,
             rank_tolerance=tolerance,
             error_bound=bound,
-            num_products=products,
+            extras={"num_products": products},
             right_singular_vectors=vectors,
         )
 
@@ -204,19 +193,20 @@ class TopK(Estimator):
         relative = values[:, :1] / values.clamp_min(1e-300)
         rounding = 8 * jacobian.eps * relative + 1e-15 * relative.square()
         bound = torch.where(values > 16 * jacobian.eps * values[:, :1], rounding, 0.0).sum(1)
-        return values, bound, torch.full_like(bound, jacobian.products - before, dtype=torch.long)
+        return values, bound, counted(bound, jacobian.products - before)
 
     def _block(self, device: str) -> int:
         return self.block if self.block is not None else 4 if device == "cpu" else 8
 
-    def _refuse_too_many(self, plan: Plan) -> None:
-        for entry, n in plan.features.items():
-            if self.k > min(n, plan.num_inputs):
-                raise ProbeError(
-                    f"TopK(k={self.k}): the Jacobian of layer {entry!r} is {n} x {plan.num_inputs} and has "
-                    f"{min(n, plan.num_inputs)} singular values.\n"
-                    f"Write TopK(k={min(n, plan.num_inputs)}) or fewer, or take them all:  estimator=Exact()"
-                )
+
+def _first_block(
+    jacobian: LayerJacobian, block: int, start: Tensor | None, generator: torch.Generator
+) -> Tensor:
+    """The first block, [B, b, d]: random, the same for every sample; or an earlier measurement's singular vectors."""
+    if start is not None:
+        return start.to(device=jacobian.device, dtype=torch.float64)
+    random = torch.randn(block, jacobian.num_inputs, generator=generator, dtype=torch.float64)
+    return random.to(jacobian.device).expand(jacobian.batch, -1, -1)
 
 
 def paper_pool(output: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels h w"]:
@@ -247,42 +237,3 @@ def paper_pool(output: Float[Tensor, "batch channels height width"]) -> Float[Te
             "Pool by hand:  transform=lambda out: torch.nn.functional.adaptive_avg_pool2d(out, (2, 2))"
         )
     return functional.avg_pool2d(output, (output.shape[2] // height, output.shape[3] // width))
-
-
-def start_from(warm: Mapping[str, LayerGeometry], plan: Plan, batch: int) -> dict[str, Tensor]:
-    """The right singular vectors of an earlier report, per entry, after checking that they belong to the same samples and layers.
-
-    An entry whose Jacobian was formed whole has none, and starts cold.
-    """
-    vectors: dict[str, Tensor] = {}
-    for entry in plan.features:
-        if entry not in warm:
-            raise ProbeError(
-                f"warm= has no layer {entry!r}; it has {list(warm)}.\n"
-                "Pass the report of the same probe:  report = probe.measure(x, warm=report)"
-            )
-        found = warm[entry].right_singular_vectors
-        if found is None:
-            if warm[entry].num_products is None:
-                raise ProbeError(
-                    f"warm= was measured by another estimator ({warm[entry].estimand}) and holds no singular vectors.\n"
-                    "Pass a report of TopK:  report = probe.measure(x, warm=report)"
-                )
-            continue
-        if found.shape[0] != batch or found.shape[2] != plan.num_inputs:
-            raise ProbeError(
-                f"warm= was measured on {found.shape[0]} samples of {found.shape[2]} numbers; x has {batch} of {plan.num_inputs}.\n"
-                "A warm start needs the same samples in the same order:  probe.measure(x, warm=report_of_the_same_x)"
-            )
-        vectors[entry] = found
-    return vectors
-
-
-def _start(jacobian: LayerJacobian, block: int, warm: Tensor | None, generator: torch.Generator) -> Tensor:
-    """The first block, [B, b, d]: random, the same for every sample; or the previous measurement's singular vectors."""
-    if warm is not None:
-        return warm.to(device=jacobian.linear.device, dtype=torch.float64)
-    start = torch.randn(block, jacobian.num_inputs, generator=generator, dtype=torch.float64).to(
-        jacobian.linear.device
-    )
-    return start.expand(jacobian.batch, -1, -1)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.base import Estimator, Work
-from torchgeom_probe.jacobian.jacobians import Linearization
-from torchgeom_probe.jacobian.layer import LayerJacobian, engine_of, jacobians
+from torchgeom_probe.estimators.base import Estimator, ProductCount, conventions, counted
+from torchgeom_probe.jacobian.jacobians import Jacobians
+from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.directions import basis, for_every_sample
 from torchgeom_probe.linalg.lanczos import rademacher
 from torchgeom_probe.linalg.orthonormal import orthonormal
-from torchgeom_probe.linalg.volume import rank_tolerance
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Tensor
 
@@ -31,9 +31,9 @@ class Trace(Estimator):
     How: ``"hutchinson"``: mean of |Jz|² over random signs z.  ``"hutch++"``: the range of g is sketched first, tr g within it counted
     exactly, and probes see the rest.  Both are unbiased.
 
-    Bias: none in ``trace``; of second order in ``log_volume``.  Variance: hutchinson 2(‖g‖²_F − Σ
-    g_ii²)/probes, so a relative standard error of
-    √(2/(probes · participation ratio)); hutch++ falls like 1/probes² in all for decaying spectra, and gains nothing on flat ones.
+    Bias: none in ``trace``; of second order in ``log_volume``.
+    Variance: hutchinson 2(‖g‖²_F − Σ g_ii²)/probes, so a relative standard error of √(2/(probes · participation ratio));
+    hutch++ falls like 1/probes² in all for decaying spectra, and gains nothing on flat ones.
     ``trace_std_error`` and (by the delta method) ``std_error`` come from the spread of the probes; zero where d ≤ probes and the basis
     itself is taken.  Cost: hutchinson one dual pass over ``probes`` directions for ALL layers; hutch++ 3 · probes Jv and probes Jᵀu per
     layer, and reverse mode must be able to run.
@@ -61,6 +61,7 @@ class Trace(Estimator):
     method: Literal["hutch++", "hutchinson"] = "hutch++"
     probes: int = 16
     seed: int = 0
+    argument: ClassVar[str] = "probes"
 
     def __post_init__(self) -> None:
         if self.method not in ("hutch++", "hutchinson"):
@@ -70,69 +71,48 @@ class Trace(Estimator):
                 f"Trace(probes={self.probes}): a standard error needs at least 2 probes.\nWrite Trace(probes=16)"
             )
 
-    def num_rows(self, plan: Plan) -> int:
-        """Rows that one sample needs at once: the probes, and for hutch++ the graph saved for reverse mode."""
-        return min(self.probes, plan.num_inputs) + (48 if self.method == "hutch++" else 0)
-
-    def work(self, plan: Plan, *, engine: str = "auto") -> dict[str, Work]:
+    def cost(self, plan: Plan, *, engine: str = "auto") -> dict[str, ProductCount]:
         """Hutchinson: one dual pass for all layers; Hutch++: per layer a sketch, its span and the probes."""
         d, p = plan.num_inputs, self.probes
+        # For hutch++ the graph that is saved for reverse mode, too.
+        rows = min(p, d) + (48 if self.method == "hutch++" else 0)
         if d <= p:
-            return {
-                e: Work(d, 0, d, True, f"all d = {d} directions are no more than the probes")
-                for e in plan.features
-            }
-        if self.method == "hutchinson":
-            return {
-                e: Work(p, 0, p, True, f"{p} probes, one dual pass for all layers") for e in plan.features
-            }
-        why = f"a sketch of {p}, its span by reverse mode, and {p} probes of the rest"
-        return {e: Work(3 * p, p, 4 * p, False, why) for e in plan.features}
+            each = ProductCount(d, 0, d, True, rows, f"all d = {d} directions are no more than the probes")
+        elif self.method == "hutchinson":
+            each = ProductCount(p, 0, p, True, rows, f"{p} probes, one dual pass for all layers")
+        else:
+            why = f"a sketch of {p}, its span by reverse mode, and {p} probes of the rest"
+            each = ProductCount(3 * p, p, 4 * p, False, rows, why)
+        return dict.fromkeys(plan.features, each)
 
-    def estimate(self, linear: Linearization, *, normalize: bool) -> dict[str, LayerGeometry]:
-        """Measure every layer at the samples of one chunk."""
-        if linear.plan.num_inputs <= self.probes:
-            return self._all_directions(linear, normalize)
-        if self.method == "hutchinson":
-            return self._hutchinson(linear, normalize)
-        with jacobians(linear, estimator="Trace(method='hutch++')", at_once=self.probes // 4) as maps:
-            measured = {entry: self._hutch_plus_plus(jacobian, normalize) for entry, jacobian in maps.items()}
-        engine = engine_of(linear)
-        return {entry: replace(result, engine=engine) for entry, result in measured.items()}
-
-    def _all_directions(self, linear: Linearization, normalize: bool) -> dict[str, LayerGeometry]:
-        d = linear.plan.num_inputs
-        like = torch.empty(linear.batch.size, 0, dtype=linear.plan.dtype, device=linear.device)
-        energies = _energies(linear, basis(0, d, linear.plan.space, like=like))
+    def estimate(
+        self, jacobians: Jacobians, *, start: Mapping[str, LayerGeometry] | None = None
+    ) -> dict[str, LayerGeometry]:
+        """Measure every layer at the samples of one chunk; an earlier result is of no use to it."""
+        plan = jacobians.plan
+        d, p = plan.num_inputs, self.probes
+        if d > p and self.method == "hutch++":
+            with layer_jacobians(jacobians, estimator="Trace(method='hutch++')", at_once=p // 4) as maps:
+                return {entry: self._hutch_plus_plus(jacobians, jacobian) for entry, jacobian in maps.items()}
+        if d <= p:
+            like = torch.empty(jacobians.inputs.size, 0, dtype=plan.dtype, device=jacobians.device)
+            energies = jacobians.energies(basis(0, d, plan.space, like=like))
+            found = {e: (energy.sum(0), torch.zeros_like(energy[0])) for e, energy in energies.items()}
+            count, how = d, "all d directions"
+        else:
+            signs = jacobians.remembered(("signs", p, self.seed), lambda: rademacher(p, d, seed=self.seed))
+            energies = jacobians.energies(for_every_sample(signs, plan.space, jacobians.inputs.size))
+            found = {e: (energy.mean(0), energy.std(0) / math.sqrt(p)) for e, energy in energies.items()}
+            count, how = p, f"Hutchinson, {p} probes"
         return {
-            entry: self._geometry(
-                entry, energy.sum(0), torch.zeros_like(energy[0]), d, "all d directions", linear, normalize
+            entry: _geometry(
+                conventions(jacobians, entry, jacobians.engine), *values, count, how, products=count
             )
-            for entry, energy in energies.items()
+            for entry, values in found.items()
         }
 
-    def _hutchinson(self, linear: Linearization, normalize: bool) -> dict[str, LayerGeometry]:
-        plan = linear.plan
-        signs = rademacher(self.probes, plan.num_inputs, seed=self.seed).to(
-            device=linear.device, dtype=plan.dtype
-        )
-        energies = _energies(linear, for_every_sample(signs, plan.space, linear.batch.size))
-        how = f"Hutchinson, {self.probes} probes"
-        return {
-            entry: self._geometry(
-                entry,
-                energy.mean(0),
-                energy.std(0) / math.sqrt(self.probes),
-                self.probes,
-                how,
-                linear,
-                normalize,
-            )
-            for entry, energy in energies.items()
-        }
-
-    def _hutch_plus_plus(self, jacobian: LayerJacobian, normalize: bool) -> LayerGeometry:
-        signs = rademacher(2 * self.probes, jacobian.num_inputs, seed=self.seed).to(jacobian.linear.device)
+    def _hutch_plus_plus(self, jacobians: Jacobians, jacobian: LayerJacobian) -> LayerGeometry:
+        signs = rademacher(2 * self.probes, jacobian.num_inputs, seed=self.seed).to(jacobian.device)
         sketch, probes = signs.expand(jacobian.batch, -1, -1).split(self.probes, dim=1)
         span = orthonormal(jacobian.pull(jacobian.push(sketch)), None, eps=jacobian.eps)
         within = jacobian.push(span).square().sum((1, 2))
@@ -142,64 +122,20 @@ class Trace(Estimator):
         # Rounding of the products, so that a sketch that holds everything does not claim to be exact.
         error = energy.std(1) / math.sqrt(self.probes) + 8 * jacobian.eps * trace
         how = f"Hutch++, {self.probes} probes"
-        return self._geometry(
-            jacobian.entry,
-            trace,
-            error,
-            self.probes,
-            how,
-            jacobian.linear,
-            normalize,
-            products=jacobian.products,
-        )
-
-    def _geometry(
-        self,
-        entry: str,
-        trace: Tensor,
-        error: Tensor,
-        directions: int,
-        how: str,
-        linear: Linearization,
-        normalize: bool,
-        *,
-        products: int | None = None,
-    ) -> LayerGeometry:
-        n, d = linear.plan.features[entry], linear.plan.num_inputs
-        if normalize:
-            trace, error = trace / n, error / n
-        volume = (trace / d).log() / 2
-        finite = trace.isfinite()
-        products = directions if products is None else products
-        return LayerGeometry(
-            name=entry,
-            estimand=f"½ log(tr g / d), the root mean square stretch of a direction ({how})",
-            engine=linear.engine,
-            log_volume=torch.where(finite, volume, torch.nan),
-            singular_values=trace.new_zeros(trace.shape[0], 0),
-            rank=torch.where(finite, (trace > 0).long(), -1),
-            log_pseudo_volume=torch.where(finite, torch.where(trace > 0, volume, 0.0), torch.nan),
-            num_features=n,
-            num_inputs=d,
-            num_directions=directions,
-            normalized=normalize,
-            rank_tolerance=rank_tolerance(linear.plan.dtype),
-            std_error=torch.where(trace > 0, error / (2 * trace), 0.0),
-            trace=trace,
-            trace_std_error=error,
-            num_products=torch.full_like(trace, products, dtype=torch.long),
-        )
+        made = conventions(jacobians, jacobian.entry, jacobian.engine)
+        return _geometry(made, trace, error, self.probes, how, products=jacobian.products)
 
 
-def _energies(linear: Linearization, directions: Tensor) -> dict[str, Tensor]:
-    """|Jv|² of every layer for directions [s, B, *space], float64 [s, B]; one dual pass, or a few where memory asks for it."""
-    found: dict[str, list[Tensor]] = {}
-
-    def keep(entry: str, blocks: list[Tensor]) -> None:
-        energy = sum(torch.linalg.vector_norm(block, dim=2, dtype=torch.float64).square() for block in blocks)
-        assert isinstance(energy, Tensor)
-        found.setdefault(entry, []).append(energy)
-
-    for part in directions.split(linear.plan.directions_at_once(directions.shape[0], linear.batch.size)):
-        linear.push(part, keep)
-    return {entry: torch.cat(parts) for entry, parts in found.items()}
+def _geometry(
+    made: Mapping[str, Any], trace: Tensor, error: Tensor, directions: int, how: str, *, products: int
+) -> LayerGeometry:
+    volume = (trace / made["num_inputs"]).log() / 2
+    return LayerGeometry(
+        **made,
+        estimand=f"½ log(tr g / d), the root mean square stretch of a direction ({how})",
+        value=torch.where(trace.isfinite(), volume, torch.nan),
+        singular_values=trace.new_zeros(len(trace), 0),
+        num_directions=directions,
+        std_error=torch.where(trace > 0, error / (2 * trace), 0.0),
+        extras={"trace": trace, "trace_std_error": error, "num_products": counted(trace, products)},
+    )

@@ -12,29 +12,30 @@ from torch.autograd import forward_ad
 
 from torchgeom_probe.jacobian.detached import refused_cuts
 from torchgeom_probe.jacobian.fused import Sink
-from torchgeom_probe.model.hooked import Batch, Task, features, no_tangent
+from torchgeom_probe.model.hooked import HookedModel
+from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.shapes import Tensor
 
 
-def push(task: Task, batch: Batch, directions: Tensor, sink: Sink) -> None:
+def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink) -> None:
     """Push k directions [k, B, *space] through the model, then hand each layer's tangents to the sink."""
-    point = starting_point(task, batch)
+    point = starting_point(hooked, inputs)
 
     def captured(z: Tensor) -> dict[str, list[Tensor]]:
         # RETURNED, not stashed: outside the transform a stashed tensor is a dead wrapper.
         outputs: dict[str, list[Tensor]] = {}
 
         def on_output(entry: str, layer: str, output: Any) -> None:
-            flats = features(task.leaves(layer, output), layer=layer, batch=batch.size)
+            flats = hooked.features(layer, hooked.leaves(layer, output), inputs.size, output)
             if all(forward_ad.unpack_dual(flat).tangent is None for flat in flats):
-                raise no_tangent(entry, task, "it does not depend on it, or was cut off (detach, .data)")
+                raise hooked.no_tangent(entry, "it does not depend on it, or was cut off (detach, .data)")
             outputs[entry] = [flat.clone() for flat in flats]  # the next layer may write over it
 
         # Copies made inside the transform, or a forward pass that writes to a buffer could not be transformed.
-        copies = {name: buffer.clone() for name, buffer in task.model.named_buffers()}
-        with task.hooked(on_output, lambda output: z):
-            args, kwargs = batch.arguments(None if batch.point is None else z)
-            torch.func.functional_call(task.model, copies, args, kwargs)
+        copies = {name: buffer.clone() for name, buffer in hooked.model.named_buffers()}
+        with hooked.attached(on_output, lambda output: z):
+            args, kwargs = inputs.arguments(z if inputs.wrt else None)
+            torch.func.functional_call(hooked.model, copies, args, kwargs)
         return outputs
 
     def pushed(direction: Tensor) -> dict[str, list[Tensor]]:
@@ -46,15 +47,7 @@ def push(task: Task, batch: Batch, directions: Tensor, sink: Sink) -> None:
         sink(entry, blocks)
 
 
-def starting_point(task: Task, batch: Batch) -> Tensor:
-    """Return the tensor that the metric is pulled back to: the batch's own, or the source's output on it."""
-    if batch.point is not None:
-        return batch.point.clone()
-    outputs: list[Tensor] = []
-
-    def on_source(output: Any) -> None:
-        outputs.append(task.source_value(output).detach().clone())
-
-    with Task(task.model, {}, task.source_name, task.source).hooked(lambda *_: None, on_source):
-        batch.run(task.model)
-    return outputs[0]
+def starting_point(hooked: HookedModel, inputs: Inputs) -> Tensor:
+    """Return the tensor that the metric is pulled back to: the samples' own, or the source's output on them."""
+    point = inputs.point
+    return hooked.without(set(hooked.layers)).outputs(inputs).sources[0] if point is None else point.clone()

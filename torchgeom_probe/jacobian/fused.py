@@ -9,7 +9,9 @@ import torch
 
 from torchgeom_probe.dual import DualTensor, LostTensor, dual_pass
 from torchgeom_probe.errors import EngineRefusal
-from torchgeom_probe.model.hooked import Batch, Task, features, no_tangent
+from torchgeom_probe.jacobian.layout import Layout
+from torchgeom_probe.model.hooked import HookedModel
+from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.shapes import Tensor
 
 #: (entry, blocks [k, B, n_i] of the layer's tangents): called inside the forward pass; the blocks may be overwritten after it returns.
@@ -17,68 +19,68 @@ Sink = Callable[[str, list[Tensor]], None]
 
 
 def push(
-    task: Task,
-    batch: Batch,
+    hooked: HookedModel,
+    inputs: Inputs,
     directions: Tensor,
     sink: Sink,
     *,
     reference: Mapping[str, Tensor] | None = None,
-    state: Mapping[str, Tensor] | None = None,
     any_order: bool = False,
-    own_layout: bool = True,
+    layout: Layout | None = None,
 ) -> None:
     """Push k directions [k, B, *space] through the model, and hand each layer's tangents to the sink as it fires.
 
     With ``reference``, plain outputs [m, n] of the first m samples, the primal of every layer is compared with them: a rule that gave
-    another value than torch itself must not be believed for its tangents.  ``state``: parameters and buffers by name, to run the model
-    with in the place of its own.  ``any_order``: the sink does not mind in which order the features come, so channels that lie last in
-    memory need not be copied.  ``own_layout``: images may lie in memory as suits the convolutions.
+    another value than torch itself must not be believed for its tangents.  ``any_order``: the sink does not mind in which order the
+    features come, so channels that lie last in memory need not be copied.  ``layout``: images may lie in memory as it says.
     """
 
     def on_output(entry: str, layer: str, output: Any) -> None:
-        leaves = task.leaves(layer, output)
+        leaves = hooked.leaves(layer, output)
         lost = next((leaf for leaf in leaves if isinstance(leaf, LostTensor)), None)
         if lost is not None:
-            raise no_tangent(entry, task, f"it was cut off by {lost.reason}")
+            raise hooked.no_tangent(entry, f"it was cut off by {lost.reason}")
         if leaves and not any(isinstance(leaf, DualTensor) for leaf in leaves):
-            raise no_tangent(entry, task, "it does not depend on it")
-        flats = features(leaves, layer=layer, batch=batch.size)
+            raise hooked.independent(entry)
+        flats = hooked.features(layer, leaves, inputs.size, output)
         if reference and entry in reference:
             _refuse_another_value(entry, leaves, reference[entry])
-        blocks = []
-        for leaf, flat in zip(leaves, flats, strict=True):
-            if isinstance(leaf, DualTensor):
-                tangents = leaf.tangents
-                if any_order and tangents.ndim == 5 and leaf.is_contiguous(memory_format=torch.channels_last):
-                    tangents = tangents.permute(0, 1, 3, 4, 2)
-                blocks.append(tangents.reshape(directions.shape[0], *flat.shape))
-            else:  # a constant beside the features (a positional table): its derivative IS zero
-                blocks.append(flat.new_zeros(directions.shape[0], *flat.shape))
-        sink(entry, blocks)
-
-    def dual(value: Tensor) -> DualTensor:
-        buffer = torch.cat([value[None], directions.to(value.dtype)])
-        if value.ndim == 4 and (
-            value.is_contiguous(memory_format=torch.channels_last)
-            or (
-                own_layout
-                and task.convolves(value)
-                and task.pays_for_its_weights(value, buffer.shape[0] * len(value))
-            )
-        ):
-            rows = buffer.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            buffer = rows.unflatten(0, (-1, value.shape[0]))
-        return DualTensor(buffer)
+        sink(
+            entry,
+            [
+                _tangents(leaf, flat, len(directions), any_order)
+                for leaf, flat in zip(leaves, flats, strict=True)
+            ],
+        )
 
     def on_source(output: Any) -> Any:
-        return dual(task.source_value(output))
+        return _dual(hooked.source_value(output), directions, layout)
 
-    with dual_pass(), task.hooked(on_output, on_source):
-        args, kwargs = batch.arguments(None if batch.point is None else dual(batch.point))
-        if state is None:
-            task.model(*args, **kwargs)
-        else:
-            torch.func.functional_call(task.model, dict(state), args, kwargs)
+    with dual_pass(), hooked.attached(on_output, on_source):
+        point = inputs.point
+        args, kwargs = inputs.arguments(None if point is None else _dual(point, directions, layout))
+        hooked.model(*args, **kwargs)
+
+
+def _tangents(leaf: Tensor, flat: Tensor, count: int, any_order: bool) -> Tensor:
+    """[k, B, n] of one leaf; of a constant beside the features (a positional table) the derivative IS zero."""
+    if not isinstance(leaf, DualTensor):
+        return flat.new_zeros(count, *flat.shape)
+    tangents = leaf.tangents
+    if any_order and tangents.ndim == 5 and leaf.is_contiguous(memory_format=torch.channels_last):
+        tangents = tangents.permute(0, 1, 3, 4, 2)
+    return tangents.reshape(count, *flat.shape)
+
+
+def _dual(value: Tensor, directions: Tensor, layout: Layout | None) -> DualTensor:
+    buffer = torch.cat([value[None], directions.to(value.dtype)])
+    if value.ndim == 4 and (
+        value.is_contiguous(memory_format=torch.channels_last)
+        or (layout is not None and layout.suits(value) and layout.pays(value, buffer.shape[0] * len(value)))
+    ):
+        rows = buffer.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        buffer = rows.unflatten(0, (-1, value.shape[0]))
+    return DualTensor(buffer)
 
 
 def _refuse_another_value(entry: str, leaves: list[Tensor], reference: Tensor) -> None:

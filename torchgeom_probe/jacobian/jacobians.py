@@ -8,52 +8,65 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from torchgeom_probe.errors import EngineRefusal, ProbeError
 from torchgeom_probe.jacobian import functorch, fused, vjp
-from torchgeom_probe.jacobian.compiled import CompiledPasses
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.gram import Factor, streamed_factor
-from torchgeom_probe.model.hooked import Batch, Task
+from torchgeom_probe.model.hooked import HookedModel
+from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import same_random_numbers
 from torchgeom_probe.shapes import Tensor
 
 EngineName = Literal["auto", "fused", "functorch", "vjp"]
-_PUSHES = {"fused": fused.push, "functorch": functorch.push, "vjp": vjp.push}
+_PUSHES: dict[str, Callable[..., None]] = {"fused": fused.push, "functorch": functorch.push, "vjp": vjp.push}
 
 
-class Linearization:
-    """J = ∂Φ/∂x of every hooked layer at the samples of ``batch``.
+class Jacobians:
+    """J = ∂Φ/∂x of every hooked layer at a batch of samples; divided by √n where ``normalize``.
 
     Attributes:
+        hooked, inputs: the model and the samples.
         plan: the sizes: entries and their features, the space, the memory budget.
         engine: the engine asked for; after the first push, under ``"auto"``, the one that ran.
-        ran_compiled: whether the factors came from a compiled pass.
+        normalize: whether every J is divided by √n, the paper's convention: here, once, and nowhere else.
     """
 
     def __init__(
         self,
-        task: Task,
-        batch: Batch,
+        hooked: HookedModel,
+        inputs: Inputs,
         plan: Plan,
         engine: EngineName,
         *,
-        compiled: CompiledPasses | None = None,
+        normalize: bool = False,
+        memory: dict[Any, Tensor] | None = None,
     ) -> None:
-        self.task = task
-        self.batch = batch
+        self.hooked = hooked
+        self.inputs = inputs
         self.plan = plan
         self.engine: EngineName = engine
-        self._compiled = compiled
-        self.ran_compiled = False
+        self.normalize = normalize
+        self._memory = {} if memory is None else memory
 
     @property
     def device(self) -> torch.device:
         """Where the samples are."""
-        return self.batch.device
+        return self.inputs.device
+
+    def scale(self, entry: str) -> float:
+        """What J of an entry is multiplied by: 1/√n or 1."""
+        return self.plan.features[entry] ** -0.5 if self.normalize else 1.0
+
+    def remembered(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that is made once in the life of a probe: random directions need not be drawn at every step of a training."""
+        key = (key, self.plan.space, self.plan.dtype, self.device)
+        if key not in self._memory:
+            self._memory[key] = make().to(device=self.device, dtype=self.plan.dtype)
+        return self._memory[key]
 
     def factors(self, num_directions: int, directions: Callable[[int, int], Tensor]) -> dict[str, Factor]:
         """Per entry, the factor of JV for all k directions; ``directions(start, stop)`` gives some of them, [·, B, *space].
@@ -61,32 +74,38 @@ class Linearization:
         One pass where they fit into memory at once.  Otherwise several: the tangents of all of them are kept, because their cross
         terms are part of the metric, and layers are taken in groups that fit.
         """
-        at_once = self.plan.directions_at_once(num_directions, self.batch.size)
+        at_once = self.plan.directions_at_once(num_directions, self.inputs.size)
+        done: dict[str, Factor] = {}
         if at_once == num_directions:
-            pushed = directions(0, num_directions)
-            # The first pass of a plan is eager: it compares with the plain model, and finds the engine that can run it.
-            if self._compiled is not None and self.engine == "fused" and not self.plan.reference:
-                compiled = self._compiled.factors(self.batch, pushed, self.plan)
-                if compiled is not None:
-                    self.ran_compiled = True
-                    return compiled
-            done: dict[str, Factor] = {}
 
             def reduce(entry: str, blocks: list[Tensor]) -> None:
                 done[entry] = Factor.of(blocks)
 
-            self.push(pushed, reduce, any_order=True)
-            return done
-        if self._compiled is not None:
-            self._compiled.refuse("not all directions fit into the memory budget at once")
-        return dict(self._factors_in_chunks(num_directions, directions, at_once))
+            self.push(directions(0, num_directions), reduce, any_order=True)
+        else:
+            done.update(self._factors_in_chunks(num_directions, directions, at_once))
+        return {entry: factor.scaled(self.scale(entry)) for entry, factor in done.items()}
+
+    def energies(self, directions: Tensor) -> dict[str, Tensor]:
+        """|Jv|² of every layer for directions [s, B, *space], float64 [s, B]; one dual pass, or a few where memory asks for it."""
+        found: dict[str, list[Tensor]] = {}
+
+        def keep(entry: str, blocks: list[Tensor]) -> None:
+            squares = [
+                torch.linalg.vector_norm(block, dim=2, dtype=torch.float64).square() for block in blocks
+            ]
+            found.setdefault(entry, []).append(torch.stack(squares).sum(0) * self.scale(entry) ** 2)
+
+        for part in directions.split(self.plan.directions_at_once(directions.shape[0], self.inputs.size)):
+            self.push(part, keep)
+        return {entry: torch.cat(parts) for entry, parts in found.items()}
 
     def _factors_in_chunks(
         self, num_directions: int, directions: Callable[[int, int], Tensor], at_once: int
     ) -> Iterator[tuple[str, Factor]]:
-        for group in self.plan.layer_groups(num_directions, self.batch.size):
+        for group in self.plan.layer_groups(num_directions, self.inputs.size):
             length = self.plan.features[group[0]]
-            if num_directions * length * self.plan.itemsize * self.batch.size > self.plan.budget:
+            if num_directions * length * self.plan.itemsize * self.inputs.size > self.plan.budget:
                 yield group[0], self._streamed(group[0], num_directions, directions, at_once)
                 continue
             for entry, tangents in self._kept(group, num_directions, directions, at_once).items():
@@ -128,7 +147,7 @@ class Linearization:
             count=num_directions,
             length=self.plan.features[entry],
             at_once=at_once,
-            batch=self.batch.size,
+            batch=self.inputs.size,
             budget=self.plan.budget,
             itemsize=self.plan.itemsize,
         )
@@ -161,15 +180,15 @@ class Linearization:
 
     def _push(self, directions: Tensor, sink: fused.Sink, any_order: bool) -> None:
         if self.engine != "auto":
-            _guarded(self.engine, self.task, self.batch, directions, sink, self.plan, any_order)
+            _guarded(self.engine, self.hooked, self.inputs, directions, sink, self.plan, any_order)
             return
         refusals = []
         names: tuple[EngineName, ...] = ("fused", "functorch", "vjp")
         for engine in names:
             try:
-                _guarded(engine, self.task, self.batch, directions, sink, self.plan, any_order)
+                _guarded(engine, self.hooked, self.inputs, directions, sink, self.plan, any_order)
             except EngineRefusal as refusal:
-                refusals.append(f"  {engine}: {_first_line(refusal)}")
+                refusals.append(f"  {engine}: {first_line(refusal)}")
                 continue
             except _Reached:
                 self.engine = engine
@@ -183,37 +202,38 @@ class Linearization:
 
     @contextlib.contextmanager
     def pullback(self, at_once: int = 1) -> Iterator[vjp.Pullback]:
-        """Reverse mode at these samples: Jᵀu of every layer, ``at_once`` cotangents together where the saved pass fits so often."""
-        copies = self.plan.copies(at_once, self.batch.size, self.device)
-        own_layout = not self.plan.writes_through_views
+        """Reverse mode at these samples: Jᵀu of every layer, not scaled.
+
+        ``at_once`` cotangents go together where the saved pass fits so often.
+        """
+        copies = self.plan.copies(at_once, self.inputs.size, self.device)
         try:
-            with vjp.pullback(self.task, self.batch, copies=copies, own_layout=own_layout) as back:
+            with vjp.pullback(self.hooked, self.inputs, copies=copies, layout=self.plan.layout) as back:
                 yield back
         except (ProbeError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
             raise EngineRefusal(
-                f"reverse mode failed ({_first_line(error)}).\nMeasure with forward mode:  GeometryProbe(model, ..., engine='fused')"
+                f"reverse mode failed ({first_line(error)}).\nMeasure with forward mode:  GeometryProbe(model, ..., engine='fused')"
             ) from error
 
-    def only(self, layers: list[str]) -> Linearization:
+    def only(self, layers: list[str]) -> Jacobians:
         """The same with fewer entries, of those layers alone."""
-        modules = {name: module for name, module in self.task.layers.items() if name in layers}
-        features = {e: n for e, n in self.plan.features.items() if e.split("#")[0] in modules}
-        return Linearization(
-            replace(self.task, layers=modules), self.batch, replace(self.plan, features=features), self.engine
-        )
+        hooked = self.hooked.without(set(self.hooked.layers) - set(layers))
+        features = {e: n for e, n in self.plan.features.items() if e.split("#")[0] in hooked.layers}
+        return self._with(hooked, self.inputs, replace(self.plan, features=features))
 
-    def at(self, samples: list[int]) -> Linearization:
+    def at(self, samples: list[int]) -> Jacobians:
         """The same at some of the samples; not for a model that draws random numbers, which then are others."""
-        plan = replace(self.plan, reference={})  # of the batch's own first samples
-        return Linearization(self.task, self.batch.at(samples), plan, self.engine)
+        # The reference is of the batch's own first samples.
+        return self._with(self.hooked, self.inputs.at(samples), replace(self.plan, reference={}))
+
+    def _with(self, hooked: HookedModel, inputs: Inputs, plan: Plan) -> Jacobians:
+        return Jacobians(hooked, inputs, plan, self.engine, normalize=self.normalize, memory=self._memory)
 
 
-class _Reached(
-    BaseException
-):  # no Exception: neither the model's nor our own error handling may take it for a failure
-    pass
+class _Reached(BaseException):
+    """No Exception: neither the model's nor our own error handling may take it for a failure."""
 
 
 def _ending_at(entry: str, sink: fused.Sink) -> fused.Sink:
@@ -227,8 +247,8 @@ def _ending_at(entry: str, sink: fused.Sink) -> fused.Sink:
 
 def _guarded(
     engine: str,
-    task: Task,
-    batch: Batch,
+    hooked: HookedModel,
+    inputs: Inputs,
     directions: Tensor,
     sink: fused.Sink,
     plan: Plan,
@@ -239,29 +259,20 @@ def _guarded(
         # The same random numbers in every pass: directions that are pushed apart must be pushed through the same function.
         with same_random_numbers(directions.device):
             if engine == "fused":
-                fused.push(
-                    task,
-                    batch,
-                    directions,
-                    sink,
-                    reference=plan.reference,
-                    any_order=any_order,
-                    own_layout=not plan.writes_through_views,
-                )
+                options = {"reference": plan.reference, "any_order": any_order, "layout": plan.layout}
+                fused.push(hooked, inputs, directions, sink, **options)  # type: ignore[arg-type]
             else:
-                _PUSHES[engine](task, batch, directions, sink)
+                _PUSHES[engine](hooked, inputs, directions, sink)
     except (ProbeError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        others = " or ".join(repr(name) for name in ("auto", *_PUSHES) if name != engine)
         raise EngineRefusal(
-            f"the engine {engine!r} failed on this model ({_first_line(error)}).\nTry another:  engine='auto', 'functorch' or 'vjp'"
+            f"the engine {engine!r} failed on this model ({first_line(error)}).\nTry another:  engine={others}"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return (
-        text.splitlines()[0]
-        if isinstance(error, ProbeError)
-        else f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
-    )
+def first_line(error: BaseException) -> str:
+    """The first line of an error, with its type where it is not our own."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] if isinstance(error, ProbeError) else f"{type(error).__name__}: {lines[0]}"

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.model.hooked import Batch, Task, features
+from torchgeom_probe.errors import LayerRefusal, ProbeError
+from torchgeom_probe.jacobian.layout import Layout
+from torchgeom_probe.jacobian.memory import LiveBytes, free_memory
+from torchgeom_probe.model.hooked import HookedModel, Outputs
+from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import same_random_numbers
 from torchgeom_probe.model.layers import close_names
 from torchgeom_probe.shapes import Tensor
 
+#: Samples of a first run, at most: more would tell nothing new.
+_MANY_SAMPLES = 64
+#: Samples whose plain outputs are kept, for a pass to be compared with.
+_COMPARED = 3
 #: The share of the free memory that a measurement may take where no budget is given.
 SHARE_OF_FREE_MEMORY = 0.5
 #: A rule holds its input, its output and at most one temporary: twice the peak of a plain forward pass over the same rows.
@@ -43,11 +44,13 @@ class Plan:
         row_bytes: peak bytes of live activations per sample of a plain forward pass.
         graph_bytes: bytes per sample of all that a plain forward pass makes, which is the most that reverse mode saves.
         budget: bytes that a measurement may use.
-        reference: entry → plain outputs [≤ 3, n] of the first samples, until a pass was compared with them.
-        frames: random directions that were drawn for this space.
+        reference: entry → plain outputs [≤ 3, n] of the first samples, for a pass to be compared with.
         random: whether the forward pass draws random numbers.
-        writes_through_views: whether it writes in place to memory that it has viewed in another shape: what such a write reaches
-            depends on how the tensors lie in memory, so a pass must lay them as the model does.
+        layout: what suits the convolutions; None where the model writes in place to memory that it has viewed in another shape:
+            what such a write reaches depends on how the tensors lie in memory, so a pass must lay them as the model does.
+        per_sample: the arguments (places among the inputs' leaves) that are cut with the samples.
+        whole: whether the model takes its own number of samples alone, so that no chunks can be made.
+        coupled: entries in which one sample's output depends on the others.
     """
 
     features: dict[str, int]
@@ -56,10 +59,12 @@ class Plan:
     row_bytes: int
     graph_bytes: int
     budget: int
-    reference: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
-    frames: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    reference: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     random: bool = False
-    writes_through_views: bool = False
+    layout: Layout | None = None
+    per_sample: frozenset[int] = frozenset()
+    whole: bool = False
+    coupled: tuple[str, ...] = ()
 
     @property
     def num_inputs(self) -> int:
@@ -68,7 +73,7 @@ class Plan:
 
     def samples_at_once(self, num_directions: int, batch: int) -> int:
         """How many samples fit with all their k directions (at least 1)."""
-        return max(1, min(batch, self._rows() // (1 + num_directions)))
+        return batch if self.whole else max(1, min(batch, self._rows() // (1 + num_directions)))
 
     def directions_at_once(self, num_directions: int, samples: int) -> int:
         """How many directions fit at once for that many samples (at least 1)."""
@@ -76,7 +81,7 @@ class Plan:
 
     def copies(self, at_once: int, samples: int, device: torch.device) -> int:
         """How often reverse mode saves its pass, so that as many cotangents are pulled back together (at least once)."""
-        if self.random:  # copies would draw other numbers
+        if self.random or self.whole:  # copies would draw other numbers
             return 1
         each = max(1, self.graph_bytes)
         rows = max(_COPIED_ROWS, _COPIED_BYTES.get(device.type, _MOST_COPIED_BYTES) // each)
@@ -98,7 +103,7 @@ class Plan:
     def layer_groups(self, num_directions: int, samples: int = 1) -> Iterator[list[str]]:
         """Split the entries so that their kept tangents fit: all directions are needed at once for their cross terms.
 
-        An entry whose tangents do not fit comes alone, and is streamed (``linalg.stream``).
+        An entry whose tangents do not fit comes alone, and is streamed (``linalg.gram``).
 
         Raises:
             ProbeError: not even two directions of an entry fit.
@@ -128,165 +133,159 @@ class Plan:
             )
 
 
-def make_plan(task: Task, batch: Batch, *, memory_budget: int | None) -> Plan:
-    """Run the model plainly on two samples and on three, hooked, and read off what a measurement needs to know.
+def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None) -> Plan:
+    """Run the model plainly on the user's own samples, hooked, and read off what a measurement needs to know.
+
+    A second run, on another number of samples, tells which axis and which arguments are the samples'.
 
     Raises:
-        ProbeError: a layer that never fires, an output that has no samples axis or no floating numbers.
+        LayerRefusal: layers that never fire, or whose output has no samples axis or no floating numbers.
+        ProbeError: a source that does not run, or more than once.
     """
-    few = batch.chunk(0, 2)
-    sizes: dict[str, int] = {}
-    reference: dict[str, Tensor] = {}
-    spaces: list[Tensor] = [] if few.point is None else [few.point]
-
-    def on_output(entry: str, layer: str, output: Any) -> None:
-        flats = features(task.leaves(layer, output), layer=layer, batch=few.size)
-        sizes[entry] = sum(flat.shape[1] for flat in flats)
-
-    def on_source(output: Any) -> None:
-        value = task.source_value(output)
-        if spaces:
-            raise ProbeError(
-                f"source={task.source_name!r} runs more than once in a forward pass, so it does not name one space.\n"
-                "Name a module that runs once."
-            )
-        if value.shape[0] != few.size:
-            raise ProbeError(
-                f"source={task.source_name!r} puts out shape {tuple(value.shape)}, whose first axis is not the batch of {few.size}.\n"
-                "Name a module whose output has the samples first."
-            )
-        spaces.append(value)
-
-    def on_output_of_three(entry: str, layer: str, output: Any) -> None:
-        # Of another size, so that an axis which happens to be as long as the batch is not taken for it.
-        flats = features(task.leaves(layer, output), layer=layer, batch=3)
-        reference[entry] = torch.cat([flat.detach().clone() for flat in flats], dim=1)[: batch.size]
-
-    with same_random_numbers(batch.device):
+    with same_random_numbers(inputs.device):
         before = _random_state()
-        with _LiveBytes(tree_leaves((list(task.model.parameters()), few.args, dict(few.kwargs)))) as live:
-            with task.hooked(on_output, on_source):
-                few.run(task.model)
-        _refuse_silent(task, sizes, spaces)
-        with task.hooked(on_output_of_three):
-            batch.repeated(3).run(task.model)
+        own, found, live = _first_run(hooked, inputs)
+        _refuse_silent(hooked, found)
+        space = _space(hooked, own, found)
         # Random outputs are never the same, and a fake tensor has no values to compare.
-        fake = isinstance(spaces[0], FakeTensor)
+        fake = isinstance(space, FakeTensor)
         draws = not fake and not all(map(torch.equal, before, _random_state()))
-        if fake or draws:
-            reference.clear()
+        per_sample, whole, coupled = _samples(hooked, own, found, compare=not (fake or draws))
     return Plan(
-        features=sizes,
-        space=tuple(spaces[0].shape[1:]),
-        dtype=spaces[0].dtype,
-        row_bytes=live.peak // few.size,
-        graph_bytes=live.total // few.size,
-        reference=reference,
+        features={entry: values.shape[1] for entry, values in found.features.items()},
+        space=tuple(space.shape[1:]),
+        dtype=space.dtype,
+        row_bytes=live.peak // own.size,
+        graph_bytes=live.total // own.size,
+        reference={} if fake or draws else {e: values[: inputs.size] for e, values in found.features.items()},
         random=draws,
-        writes_through_views=live.wrote_through_views,
+        layout=None if live.wrote_through_views else Layout.of(hooked.model),
+        per_sample=per_sample,
+        whole=whole,
+        coupled=coupled,
         budget=memory_budget
         if memory_budget is not None
-        else int(SHARE_OF_FREE_MEMORY * free_memory(spaces[0].device)),
+        else int(SHARE_OF_FREE_MEMORY * free_memory(space.device)),
     )
+
+
+def _first_run(hooked: HookedModel, inputs: Inputs) -> tuple[Inputs, Outputs, LiveBytes]:
+    """Run the user's own samples, or the first of very many."""
+
+    def run(own: Inputs) -> tuple[Inputs, Outputs, LiveBytes]:
+        with LiveBytes([*hooked.model.parameters(), *own.leaves]) as live:
+            return own, hooked.outputs(own, keep=_COMPARED, aside=live.paused), live
+
+    if inputs.size <= _MANY_SAMPLES:
+        return run(inputs)
+    try:
+        return run(inputs.chunk(0, _MANY_SAMPLES))
+    except ProbeError:
+        raise
+    except Exception:  # a model that takes its own number of samples alone
+        return run(inputs)
+
+
+def _space(hooked: HookedModel, own: Inputs, found: Outputs) -> Tensor:
+    """The samples as points of the space that the metric lives on."""
+    if own.point is not None:
+        return own.point
+    if not found.sources:
+        raise ProbeError(
+            f"source={hooked.source_name!r} did not run in the forward pass.\n"
+            "Name a module that does; torchgeom-probe layers lists them."
+        )
+    if len(found.sources) > 1:
+        raise ProbeError(
+            f"source={hooked.source_name!r} runs more than once in a forward pass, so it does not name one space.\n"
+            "Name a module that runs once."
+        )
+    if found.sources[0].ndim == 0 or found.sources[0].shape[0] != own.size:
+        raise ProbeError(
+            f"source={hooked.source_name!r} puts out shape {tuple(found.sources[0].shape)}, whose first axis is not the batch of "
+            f"{own.size}.\nName a module whose output has the samples first."
+        )
+    return found.sources[0]
+
+
+def _samples(
+    hooked: HookedModel, own: Inputs, found: Outputs, *, compare: bool
+) -> tuple[frozenset[int], bool, tuple[str, ...]]:
+    """Which arguments are cut with the samples; whether no others can be taken; the entries in which samples see each other.
+
+    Other samples beside them must not change what a layer puts out at the first ones.  Where it does, an argument that happens
+    to be as long as the batch may have been cut (a table, say), or the samples depend on each other.
+    """
+    count = 2 if own.size > 2 else 3
+
+    def apart(inputs: Inputs) -> list[str] | None:
+        try:
+            other = hooked.outputs(inputs.repeated(count), keep=_COMPARED).features
+        except LayerRefusal:
+            raise
+        except Exception:
+            return None
+        return [e for e, values in found.features.items() if compare and not _same(values, other.get(e))]
+
+    fixed = frozenset(own.wrt or sorted(own.per_sample)[:1])
+    doubtful = sorted(own.per_sample - fixed)
+    # The likeliest first: all of them are cut, one is not, none is.
+    candidates = [
+        own.per_sample,
+        *(own.per_sample - {i} for i in doubtful),
+        *([fixed] if len(doubtful) > 1 else []),
+    ]
+    refusal: LayerRefusal | None = None
+    first: list[str] | None = None
+    for candidate in candidates:
+        try:
+            different = apart(replace(own, per_sample=candidate))
+        except LayerRefusal as error:
+            refusal = refusal or error
+            continue
+        if different == []:
+            return candidate, False, ()
+        first = different if candidate == own.per_sample else first
+    if first is not None:
+        return own.per_sample, False, tuple(first)
+    if refusal is not None:
+        raise refusal
+    # No part of the batch can be run: every sample at once, and others in their places to see whether they matter.
+    if not compare or own.size == 1:
+        return own.per_sample, True, ()
+    try:
+        copies = hooked.outputs(own.with_copies_of_the_first(), keep=1).features
+    except Exception:
+        return own.per_sample, True, ()
+    return (
+        own.per_sample,
+        True,
+        tuple(e for e, values in found.features.items() if not _same(values[:1], copies.get(e))),
+    )
+
+
+def _same(values: Tensor, other: Tensor | None) -> bool:
+    if other is None or other.shape[1:] != values.shape[1:]:
+        return False
+    rows = min(len(values), len(other))
+    # Another number of samples is rounded in another order, and nan is everyone's own.
+    eps = torch.finfo(values.dtype).eps
+    allowed = max(1e-3, 16 * eps) if eps > 1e-12 else 1e-6
+    scale = values[:rows].abs().nan_to_num(posinf=0.0).amax().clamp_min(torch.finfo(values.dtype).tiny)
+    return not bool(((values[:rows] - other[:rows]).abs() > allowed * scale).any())
 
 
 def _random_state() -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
 
-def _refuse_silent(task: Task, fired: dict[str, int], spaces: Sequence[Tensor]) -> None:
-    silent = [name for name in task.layers if name not in fired]
-    if not spaces:
-        raise ProbeError(
-            f"source={task.source_name!r} did not run in the forward pass.\nName a module that does; torchgeom-probe layers lists them."
-        )
+def _refuse_silent(hooked: HookedModel, found: Outputs) -> None:
+    silent = [name for name in hooked.layers if name not in found.features]
     if silent:
-        near = close_names(silent[0], [n for n, _ in task.model.named_modules() if n and n not in silent])
-        raise ProbeError(
+        near = close_names(silent[0], [n for n, _ in hooked.model.named_modules() if n and n not in silent])
+        raise LayerRefusal(
             f"layer{'s' if len(silent) > 1 else ''} {', '.join(map(repr, silent))} never fired in the forward pass.\n"
             "Likely: the model reaches past the module (activation checkpointing: model.set_grad_checkpointing(False); a traced or fx "
-            f"model: hook its leaves), or does not use it in this mode.\nClose names: {', '.join(map(repr, near)) or 'none'}"
+            f"model: hook its leaves), or does not use it in this mode.\nClose names: {', '.join(map(repr, near)) or 'none'}",
+            dict.fromkeys(silent, "never ran"),
         )
-
-
-#: What a reshape ends with where it copied: in another layout it would not have.
-_HALF_VIEWS = {torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default}
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Follows the bytes of the storages that ops make, until the tensors die: now, at the peak, and in all."""
-
-    def __init__(self, known: Sequence[Any]) -> None:
-        super().__init__()
-        self.live = self.peak = self.total = 0
-        self.wrote_through_views = False
-        self._viewed: set[int] = set()
-        self._alive: dict[int, int] = {}
-        self._known = {t.untyped_storage()._cdata for t in known if isinstance(t, Tensor)}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (
-            func._schema.is_mutable
-            and args
-            and isinstance(args[0], Tensor)
-            and args[0].layout == torch.strided
-        ):
-            self.wrote_through_views |= args[0].untyped_storage()._cdata in self._viewed
-        out = func(*args, **(kwargs or {}))
-        views = func.is_view or func in _HALF_VIEWS
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-                self._follow(leaf)
-                if views:
-                    self._viewed.add(leaf.untyped_storage()._cdata)
-        return out
-
-    def _follow(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        if key not in self._alive:
-            self.live += storage.nbytes()
-            self.total += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            self._alive[key] = 0
-        self._alive[key] += 1
-        weakref.finalize(tensor, self._released, key, storage.nbytes())
-
-    def _released(self, key: int, nbytes: int) -> None:
-        self._alive[key] -= 1
-        if not self._alive[key]:
-            del self._alive[key]
-            self._viewed.discard(key)  # what takes its place is another tensor
-            self.live -= nbytes
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on a device; on a CPU within the limits of the control group, too."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = _available_ram()
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(usage).read_text()))
-        except (OSError, ValueError):
-            continue
-    return max(free, 1 << 28)
-
-
-def _available_ram() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (AttributeError, ValueError, OSError):
-        return 4 << 30

@@ -12,7 +12,9 @@ from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.jacobian.detached import GradientsOff, refused_cuts
 from torchgeom_probe.jacobian.functorch import starting_point
 from torchgeom_probe.jacobian.fused import Sink
-from torchgeom_probe.model.hooked import Batch, Task, features, no_tangent
+from torchgeom_probe.jacobian.layout import Layout, weights_with_channels_last
+from torchgeom_probe.model.hooked import HookedModel
+from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import frozen, same_random_numbers
 from torchgeom_probe.shapes import Tensor
 
@@ -54,40 +56,48 @@ class Pullback:
 
 
 @contextlib.contextmanager
-def pullback(task: Task, batch: Batch, *, copies: int = 1, own_layout: bool = False) -> Iterator[Pullback]:
+def pullback(
+    hooked: HookedModel, inputs: Inputs, *, copies: int = 1, layout: Layout | None = None
+) -> Iterator[Pullback]:
     """Make the primal pass, parameters held constant, and yield the pullback of every layer; the graph goes with the body.
 
-    ``own_layout``: images may lie in memory as suits the convolutions.
+    ``layout``: images may lie in memory as it says.
     """
-    point = starting_point(task, batch)
+    point = starting_point(hooked, inputs)
     point = torch.cat([point] * copies) if copies > 1 else point
-    batch = batch.repeated(copies * batch.size) if copies > 1 else batch
+    inputs = inputs.repeated(copies * inputs.size) if copies > 1 else inputs
     # Until the last pullback: activation checkpointing runs the forward pass again in each.
-    with frozen(task.model):
-        if own_layout and point.ndim == 4 and task.convolves(point):
+    with frozen(hooked.model):
+        if layout is not None and layout.suits(point):
             last = point.contiguous(memory_format=torch.channels_last)
             try:
-                saved = _saved(task, batch, last, copies, weights=task.weights_with_channels_last())
+                saved = _saved(hooked, inputs, last, copies, weights=weights_with_channels_last(hooked.model))
             except RuntimeError:  # a model that calls .view on what a convolution made counts on its layout
-                saved = _saved(task, batch, point, copies)
+                saved = _saved(hooked, inputs, point, copies)
         else:
-            saved = _saved(task, batch, point, copies)
+            saved = _saved(hooked, inputs, point, copies)
         yield saved
 
 
 def _saved(
-    task: Task, batch: Batch, point: Tensor, copies: int, *, weights: dict[str, Tensor] | None = None
+    hooked: HookedModel,
+    inputs: Inputs,
+    point: Tensor,
+    copies: int,
+    *,
+    weights: dict[str, Tensor] | None = None,
 ) -> Pullback:
     point.requires_grad_()
     outputs: dict[str, Tensor] = {}
 
     def on_output(entry: str, layer: str, output: Any) -> None:
-        flats = features(task.leaves(layer, output), layer=layer, batch=batch.size)
-        whole = (
-            flats[0].clone() if len(flats) == 1 else torch.cat(flats, dim=1)
-        )  # a copy: the next layer may write over it
+        flats = hooked.features(layer, hooked.leaves(layer, output), inputs.size, output)
+        # A copy: the next layer may write over it.
+        whole = flats[0].clone() if len(flats) == 1 else torch.cat(flats, dim=1)
         if not whole.requires_grad:
-            raise no_tangent(entry, task, "it does not depend on it, or runs under no_grad or inference_mode")
+            raise hooked.no_tangent(
+                entry, "it does not depend on it, or runs under no_grad or inference_mode"
+            )
         outputs[entry] = whole
 
     # The random numbers of every pass are the same, as in forward mode.
@@ -99,18 +109,18 @@ def _saved(
     ):
         # A fresh non-leaf: a model whose first op is in place must not write to a leaf that requires a gradient.
         z = point.view_as(point).clone()
-        with task.hooked(on_output, lambda output: z):
-            args, kwargs = batch.arguments(None if batch.point is None else z)
+        with hooked.attached(on_output, lambda output: z):
+            args, kwargs = inputs.arguments(z if inputs.wrt else None)
             if weights:
-                torch.func.functional_call(task.model, weights, args, kwargs)
+                torch.func.functional_call(hooked.model, weights, args, kwargs)
             else:
-                task.model(*args, **kwargs)
+                hooked.model(*args, **kwargs)
     return Pullback(point, outputs, copies)
 
 
-def push(task: Task, batch: Batch, directions: Tensor, sink: Sink) -> None:
+def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink) -> None:
     """Push k directions by reverse mode alone: Jv as the derivative of u ↦ Jᵀu, which is linear; Jacobian rows if they are fewer."""
-    with pullback(task, batch) as back:
+    with pullback(hooked, inputs) as back:
         tangents_KBd = directions.to(back.point.dtype)
         for entry, y in back.features.items():
             if y.shape[1] <= tangents_KBd.shape[0]:

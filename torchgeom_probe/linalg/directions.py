@@ -72,7 +72,7 @@ def checked(directions: Tensor, point: Tensor) -> Tensor:
             f"directions= has shape {tuple(directions.shape)}; x has shape {tuple(point.shape)}, so it must be "
             f"[k, {', '.join(map(str, point.shape))}]: k tangents for every sample.\nPerhaps:  directions={hint}"
         )
-    return directions.detach().to(device=point.device, dtype=point.dtype)
+    return directions.detach()
 
 
 def _described(thing: object) -> str:

@@ -6,7 +6,7 @@ Legend: K tangents, B samples, N features; r = min(K, N).  Where two sets of row
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,6 +54,16 @@ class Factor:
         for side in sides[1:]:
             gram = gram + inner_products(side, side)
         return Factor(gram=gram, dtype=dtype)
+
+    def scaled(self, scale: float) -> Factor:
+        """The factor of the tangents times a number."""
+        if scale == 1:
+            return self
+        return replace(
+            self,
+            gram=None if self.gram is None else self.gram * scale**2,
+            triangle=None if self.triangle is None else self.triangle * scale,
+        )
 
     def singular_values(self) -> Float[Tensor, "batch r"]:
         """[B, r] float64, descending; nan for a sample whose factor is not finite."""

@@ -34,6 +34,10 @@ class Operator(Protocol):
         """Where vectors are taken and given."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the products inside; what it rounds to is the resolution of singular values."""
+
+    @property
     def eps(self) -> float:
         """The rounding of a product, relative to σ_1."""
 
@@ -64,7 +68,8 @@ class MatrixOperator:
     """
 
     def __init__(self, matrix_BND: Float[Tensor, "B N D"]) -> None:
-        self.eps = torch.finfo(matrix_BND.dtype).eps
+        self.dtype = matrix_BND.dtype
+        self.eps = torch.finfo(self.dtype).eps
         self.matrix = matrix_BND.double()
         self.batch, self.num_features, self.num_inputs = matrix_BND.shape
         self.device = matrix_BND.device

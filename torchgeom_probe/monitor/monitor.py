@@ -207,7 +207,6 @@ class Monitor:
         engine: as in :class:`~torchgeom_probe.GeometryProbe`.
         memory_budget: as in :class:`~torchgeom_probe.GeometryProbe`.
         mode: as in :class:`~torchgeom_probe.GeometryProbe`.
-        compile: as in :class:`~torchgeom_probe.GeometryProbe`; the compiled pass follows the optimizer.
         on_error: ``"warn"``: an exception inside a probe or a writer is counted (``failures``), kept
             (``last_error``) and shown once per kind as a ``RuntimeWarning``, and the training goes on;
             ``"raise"``: it is raised.
@@ -274,7 +273,6 @@ class Monitor:
         engine: EngineName = "auto",
         memory_budget: int | None = None,
         mode: Mode = "eval",
-        compile: bool = False,
         on_error: Literal["warn", "raise"] = "warn",
         indices: Sequence[int] | None = None,
         keep: int | None = 1000,
@@ -342,7 +340,6 @@ class Monitor:
             model,
             estimator=_eight_directions(tensors, source) if estimator is None else estimator,
             mode=mode,
-            compile=compile,
             **self._scanned,
         )
         self._history: deque[tuple[int, GeometryReport]] = deque(maxlen=keep)

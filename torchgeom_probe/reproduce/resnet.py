@@ -262,7 +262,7 @@ def papers_view(images: Images, settings: Settings, *, epochs: Sequence[int]) ->
         "plane_top",
         _plane(images, grid),
         layers=list(STAGES if not settings.quick else STAGES[-1:]),
-        estimator=TopK(k=3 if settings.quick else 10, tol=3e-3, paper=True),
+        estimator=TopK(k=3 if settings.quick else 10, tol=3e-3),
         transform=paper_pool,
         epochs=epochs,
         class_names=images.class_names,

@@ -13,7 +13,9 @@ from torchgeom_probe.dual import DualTensor, dual_pass
 from torchgeom_probe.dual.rules.convolution import KnownPrimals
 from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.jacobian import fused
-from torchgeom_probe.model.hooked import Batch, Task
+from torchgeom_probe.jacobian.layout import Layout
+from torchgeom_probe.model.hooked import HookedModel
+from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import measuring
 
 K = 3
@@ -286,7 +288,7 @@ def test_a_write_to_fresh_memory_is_no_write_through_a_view(reshaped):
             return (h if reshaped else h + 0).mul_(2)
 
     probe = tgp.GeometryProbe(Block(), layers="", estimator=tgp.Subspace(k=2))
-    probe.plan(torch.randn(2, 5, 7, 9))
+    probe.cost(torch.randn(2, 5, 7, 9))
     (plan,) = probe._plans.values()
     assert plan.writes_through_views == reshaped
 
@@ -301,8 +303,13 @@ def test_channels_lie_last_where_the_rows_outweigh_the_weights(side, last):
     with model[0].register_forward_hook(
         lambda module, args, output: layouts.append(args[0].stride()[1] == 1)
     ):
+        hooked = HookedModel(model, {"": model})
         fused.push(
-            Task(model, {"": model}), Batch((x,), {}, 1, x), v, lambda _, blocks: pushed.append(blocks[0])
+            hooked,
+            Inputs.of(x, hooked),
+            v,
+            lambda _, blocks: pushed.append(blocks[0]),
+            layout=Layout.of(model),
         )
     assert layouts == [last and torch.backends.mkldnn.is_available()]
     expected = torch.func.vmap(lambda t: torch.func.jvp(model, (x,), (t,))[1])(v)
@@ -336,12 +343,13 @@ def test_a_pass_with_known_primals_is_the_same_pass_with_fewer_rows(layout):
         )
     )
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64).contiguous(memory_format=layout)
-    task, batch = Task(model, {"": model}), Batch((x,), {}, 2, x)
+    hooked = HookedModel(model, {"": model})
+    inputs = Inputs.of(x, hooked)
 
     def pushed(v):
         found = []
         with measuring(model), _ConvolvedRows() as convolved:
-            fused.push(task, batch, v, lambda _, blocks: found.append(blocks[0].clone()))
+            fused.push(hooked, inputs, v, lambda _, blocks: found.append(blocks[0].clone()))
         return found[0], set(convolved.rows)
 
     known = KnownPrimals()

@@ -1,0 +1,88 @@
+"""Directions of the caller's own: how much the volume that they span is magnified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.estimators.base import Estimator, ProductCount, from_factor
+from torchgeom_probe.jacobian.jacobians import Jacobians
+from torchgeom_probe.jacobian.plan import Plan
+from torchgeom_probe.linalg.directions import checked
+from torchgeom_probe.report import LayerGeometry
+from torchgeom_probe.shapes import Float, Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Along(Estimator):
+    """√det VᵀgV on directions V of your own: the tangents of a slice, a path's velocity, the axes of a generator.
+
+    Definition: log √det VᵀgV = Σ log σ_i(JV), in nats: the k-volume of the image of the parallelepiped that V spans.  V need not be
+    orthonormal; of the magnification proper, subtract log √det VᵀV.
+
+    Shapes: V [k, B, *x.shape[1:]], k tangents for every sample; ``probe.measure(x, directions=V)`` is its short form.
+
+    Bias and variance: none but rounding.  Cost: one dual pass over k directions for all layers.
+
+    Raises:
+        ProbeError: another shape than the samples have, an integer dtype, no direction at all.
+
+    >>> import torch, torchgeom_probe as tgp
+    >>> model, x = torch.nn.Linear(3, 5, bias=False), torch.zeros(2, 3)
+    >>> along = tgp.measure(model, x, layers="", estimator=tgp.Along(torch.ones(1, 2, 3)), normalize=False)[""]
+    >>> torch.allclose(along.log_volume.exp(), (model.weight @ torch.ones(3)).norm().double())           # |Jv|
+    True
+    """
+
+    directions: Float[Tensor, "k batch *space"]
+
+    def __repr__(self) -> str:
+        shape = (
+            list(self.directions.shape)
+            if isinstance(self.directions, Tensor)
+            else type(self.directions).__name__
+        )
+        return f"Along({shape})"
+
+    def cost(self, plan: Plan, *, engine: str = "auto") -> dict[str, ProductCount]:
+        """One dual pass over the k directions, for all layers."""
+        if not isinstance(self.directions, Tensor) or self.directions.ndim < 2:
+            raise ProbeError(
+                "directions= must be a floating tensor [k, B, *x.shape[1:]].\nWrite, for one direction, directions=v.unsqueeze(0)"
+            )
+        k = self.directions.shape[0]
+        return {
+            entry: ProductCount(k, 0, k, True, k, f"{k} directions, one dual pass for all layers")
+            for entry in plan.features
+        }
+
+    def estimate(
+        self, jacobians: Jacobians, *, start: Mapping[str, LayerGeometry] | None = None
+    ) -> dict[str, LayerGeometry]:
+        """Measure every layer at the samples of one chunk; an earlier result is of no use to it."""
+        inputs, plan = jacobians.inputs, jacobians.plan
+        like = torch.empty((inputs.total, *plan.space), dtype=plan.dtype, device="meta")
+        own = checked(self.directions, like)[:, inputs.start : inputs.start + inputs.size]
+        directions = own.to(device=inputs.device, dtype=plan.dtype)
+        return on_directions(directions, jacobians, "log √det VᵀgV, V the given directions")
+
+
+def on_directions(directions: Tensor, jacobians: Jacobians, estimand: str) -> dict[str, LayerGeometry]:
+    """Measure every layer on directions [k, B, *space]."""
+    k = directions.shape[0]
+    factors = jacobians.factors(k, lambda start, stop: directions[start:stop])
+    return {
+        entry: from_factor(
+            jacobians,
+            entry,
+            factors[entry],
+            estimand=estimand,
+            engine=jacobians.engine,
+            num_directions=k,
+            full_rank=k,
+        )
+        for entry in jacobians.plan.features
+    }
