@@ -25,7 +25,6 @@ from torchgeom_probe import GeometryProbe, Subspace
 from torchgeom_probe.jacobian import fused
 from torchgeom_probe.linalg.gram import Factor
 from torchgeom_probe.model.hooked import HookedModel
-from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import measuring
 
 TITLE = "On a GPU"
@@ -135,7 +134,7 @@ def _pass(hooked: HookedModel, x: Tensor, v: Tensor) -> dict[str, Factor]:
     found: dict[str, Factor] = {}
     fused.push(
         hooked,
-        Inputs.of(x, hooked),
+        hooked.inputs(x),
         v,
         lambda entry, blocks: found.__setitem__(entry, Factor.of(blocks)),
         any_order=True,

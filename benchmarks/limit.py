@@ -18,7 +18,6 @@ from torchgeom_probe import GeometryProbe, Subspace
 from torchgeom_probe.jacobian import fused
 from torchgeom_probe.jacobian.layout import Layout
 from torchgeom_probe.model.hooked import HookedModel
-from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import measuring
 from torchgeom_probe.model.stages import stage_layers
 
@@ -65,7 +64,7 @@ SHAPES = [(8, 2), (2, 16), (1, 64)]
 def dual_pass(model: nn.Module, x: Tensor, v: Tensor) -> Tensor:
     hooked, found = HookedModel(model, {"": model}), []
     fused.push(
-        hooked, Inputs.of(x, hooked), v, lambda _, blocks: found.append(blocks[0]), layout=Layout.of(model)
+        hooked, hooked.inputs(x), v, lambda _, blocks: found.append(blocks[0]), layout=Layout.of(model)
     )
     return found[0]
 

@@ -12,7 +12,6 @@ import torchgeom_probe as tgp
 from torchgeom_probe.jacobian import fused
 from torchgeom_probe.linalg.gram import Factor
 from torchgeom_probe.model.hooked import HookedModel
-from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import measuring
 
 pytestmark = pytest.mark.cuda
@@ -46,7 +45,7 @@ def _pass(hooked, x, v):
     def reduce(entry, blocks):
         grams[entry] = Factor.of(blocks).gram
 
-    fused.push(hooked, Inputs.of(x, hooked), v, reduce)
+    fused.push(hooked, hooked.inputs(x), v, reduce)
     return grams
 
 

@@ -267,7 +267,7 @@ class GeometryProbe:
         return Jacobians(self._hooked, inputs, plan, engine, normalize=self.normalize, memory=self._memory)
 
     def _planned(self, x: Any) -> tuple[Inputs, Plan]:
-        inputs = Inputs.of(x, self._hooked, self.wrt)
+        inputs = self._hooked.inputs(x, self.wrt)
         plan = self._plans.get(inputs.key())
         if plan is None:
             try:

@@ -69,15 +69,17 @@ except tgp.ProbeError as error:
 else:
     raise SystemExit("a nuclear norm passed for a log-volume")
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-with tgp.Monitor(model, x, layers="1", every=1, estimator="nuclear", writer=str(out / "runs"), on_error="raise").follow(optimizer) as monitor:
+options = {"layers": "1", "estimator": "nuclear", "every": 1, "on_error": "raise"}
+with tgp.Monitor(model, x, writer=str(out / "runs"), **options).follow(optimizer):
     model(x).sum().backward(); optimizer.step()
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 found = EventAccumulator(str(out / "runs")); found.Reload()
 tags = found.Tags()["scalars"]
 assert any("stable_rank" in tag for tag in tags), tags
 from torchgeom_probe.cli import main as cli
-(out / "m.py").write_text("import torch\\ndef make(): return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh())\\n")
-code = cli.main(["measure", "--model", str(out / "m.py") + ":make", "--input-shape", "5", "--estimator", "nuclear", "--out", str(out / "cli")])
+(out / "m.py").write_text("from torch import nn\\ndef make(): return nn.Sequential(nn.Linear(5, 7), nn.Tanh())\\n")
+words = f"measure --model {out}/m.py:make --input-shape 5 --estimator nuclear --out {out}/cli"
+code = cli.main(words.split())
 assert not code
 """
 

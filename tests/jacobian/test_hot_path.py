@@ -12,7 +12,6 @@ import torchgeom_probe as tgp
 from torchgeom_probe.jacobian import fused
 from torchgeom_probe.linalg.gram import Factor
 from torchgeom_probe.model.hooked import HookedModel
-from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import measuring
 
 SYNCHRONISING = {
@@ -62,7 +61,7 @@ def _pass(hooked, x, v):
         factor = Factor.of(blocks)
         grams[entry] = factor.gram if factor.gram is not None else factor.triangle
 
-    fused.push(hooked, Inputs.of(x, hooked), v, reduce)
+    fused.push(hooked, hooked.inputs(x), v, reduce)
     return grams
 
 

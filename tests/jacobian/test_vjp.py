@@ -12,7 +12,6 @@ from torchgeom_probe.jacobian.layout import Layout
 from torchgeom_probe.jacobian.plan import make_plan
 from torchgeom_probe.jacobian.vjp import pullback
 from torchgeom_probe.model.hooked import HookedModel
-from torchgeom_probe.model.inputs import Inputs
 
 
 class _CountsOnItsLayout(nn.Module):
@@ -35,7 +34,7 @@ def _convolutional():
 
 def _pulled(model, x, copies, count, *, layout=Layout.of):
     hooked = HookedModel(model, {"": model})
-    inputs = Inputs.of(x, hooked)
+    inputs = hooked.inputs(x)
     u = torch.randn(count, len(x), 6, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
     with pullback(hooked, inputs, copies=copies, layout=layout(model)) as back:
         return u, back.pull("", u)
@@ -67,7 +66,7 @@ def test_a_model_that_counts_on_its_layout_is_run_in_it():
 def test_copies_keep_to_the_budget_and_leave_random_models_alone():
     model, x = _convolutional().eval(), torch.randn(3, 3, 6, 6)
     hooked = HookedModel(model, {"": model})
-    inputs = Inputs.of(x, hooked)
+    inputs = hooked.inputs(x)
     plan = make_plan(hooked, inputs, memory_budget=1 << 30)
     # a copy of the input, conv and GELU 4·4·4 floats each, the linear layer 6: all that the pass makes
     assert plan.graph_bytes == 4 * (3 * 36 + 64 + 64 + 6)

@@ -6,17 +6,15 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from torchgeom_probe.errors import LayerRefusal, ProbeError
+from torchgeom_probe.model.inputs import Inputs, Wrt
 from torchgeom_probe.shapes import Tensor
-
-if TYPE_CHECKING:
-    from torchgeom_probe.model.inputs import Inputs
 
 Transform = Callable[[Any], Any]
 #: (entry, layer, output): what a layer's hook calls, inside the forward pass.
@@ -48,6 +46,10 @@ class HookedModel:
     source_name: str | None = None
     source: nn.Module | None = None
     transforms: Mapping[str, Transform] = field(default_factory=dict)
+
+    def inputs(self, x: Any, wrt: Wrt | None = None) -> Inputs:
+        """Read what the user passes as ``x``; see :meth:`Inputs.of`."""
+        return Inputs.of(x, self.model, wrt=wrt, from_source=self.source is not None)
 
     def without(self, layers: set[str]) -> HookedModel:
         """The same with fewer layers."""

@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.shapes import Tensor
 
 #: Arguments by name or place, one or several.
@@ -42,7 +41,7 @@ class Inputs:
     total: int = 0
 
     @staticmethod
-    def of(x: Any, hooked: HookedModel, wrt: Wrt | None = None) -> Inputs:
+    def of(x: Any, model: nn.Module, *, wrt: Wrt | None = None, from_source: bool = False) -> Inputs:
         """Read what the user passes: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
         Raises:
@@ -51,7 +50,7 @@ class Inputs:
         """
         args, kwargs = _arguments(x)
         paths, spec = tree_flatten_with_path((args, kwargs))
-        parameters = _parameter_names(hooked.model)
+        parameters = _parameter_names(model)
         leaves, names = tuple(leaf for _, leaf in paths), tuple(_name(path, parameters) for path, _ in paths)
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if not tensors:
@@ -59,10 +58,8 @@ class Inputs:
                 "x holds no tensor.\n"
                 "Pass a batch [B, ...] of inputs:  probe.measure(x); arrays become tensors by torch.as_tensor(x)"
             )
-        _refuse_other_device(hooked.model, [leaves[i] for i in tensors])
-        places = (
-            tensors[:1] if hooked.source is not None else _places(leaves, names, tensors, wrt, hooked.model)
-        )
+        _refuse_other_device(model, [leaves[i] for i in tensors])
+        places = tensors[:1] if from_source else _places(leaves, names, tensors, wrt, model)
         first = leaves[places[0]]
         if any(leaves[i].ndim == 0 or leaves[i].shape[0] == 0 for i in places):
             shapes = [tuple(leaves[i].shape) for i in tensors]
@@ -76,7 +73,7 @@ class Inputs:
             spec,
             names,
             size,
-            wrt=() if hooked.source is not None else tuple(places),
+            wrt=() if from_source else tuple(places),
             per_sample=frozenset(i for i in tensors if leaves[i].ndim and leaves[i].shape[0] == size),
             total=size,
         )

@@ -16,7 +16,6 @@ from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.jacobian import fused
 from torchgeom_probe.jacobian.layout import Layout
 from torchgeom_probe.model.hooked import HookedModel
-from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import measuring
 
 K = 3
@@ -322,7 +321,7 @@ def test_channels_lie_last_where_the_rows_outweigh_the_weights(side, last):
         hooked = HookedModel(model, {"": model})
         fused.push(
             hooked,
-            Inputs.of(x, hooked),
+            hooked.inputs(x),
             v,
             lambda _, blocks: pushed.append(blocks[0]),
             layout=Layout.of(model),
@@ -360,7 +359,7 @@ def test_a_pass_with_known_primals_is_the_same_pass_with_fewer_rows(layout):
     )
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64).contiguous(memory_format=layout)
     hooked = HookedModel(model, {"": model})
-    inputs = Inputs.of(x, hooked)
+    inputs = hooked.inputs(x)
 
     def pushed(v):
         found = []
