@@ -131,7 +131,7 @@ def test_an_output_that_is_no_logits_is_refused_before_anything_is_measured(head
 def test_points_are_taken_in_chunks_and_a_chunk_keeps_to_the_memory_budget():
     model, surface = mlp(), plane(steps=20)
     plain = scan(model, surface, layers=["1"], progress=False)
-    assert plain.settings["batch_size"] == 64
+    assert plain.settings["batch_size"] == 128
     rows = []
     model[0].register_forward_hook(lambda module, args, output: rows.append(len(output)))
     small = scan(model, surface, layers=["1"], progress=False, batch_size=400, memory_budget=20_000)
