@@ -11,10 +11,12 @@ from torchgeom_probe.check import CheckReport
 from torchgeom_probe.curvature.scalar import scalar_curvature
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators import Along, Estimator, Exact, LogDet, Subspace, TopK, Trace
-from torchgeom_probe.monitor.monitor import Budget, Every, LogSpaced, Monitor, Schedule
+from torchgeom_probe.monitor.monitor import Monitor
+from torchgeom_probe.monitor.schedules import Budget, Every, LogSpaced, Schedule
+from torchgeom_probe.monitor.writers import CSVWriter, JSONWriter, Writer
 from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.probe import GeometryProbe, measure
-from torchgeom_probe.report import CSVWriter, GeometryReport, JSONWriter, LayerGeometry, Writer
+from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.slices.result import SliceScan
 from torchgeom_probe.slices.scan import scan
 from torchgeom_probe.slices.slice import Line, Plane

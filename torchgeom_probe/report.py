@@ -8,18 +8,17 @@ from __future__ import annotations
 import csv
 import html
 import io
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torchgeom_probe.errors import ProbeError, optional
-from torchgeom_probe.files import encoded, finite_or_null, read, write_atomically, write_json
+from torchgeom_probe.files import encoded, read, write_atomically, write_json
 from torchgeom_probe.linalg.spectrum import SpectralDensity
 from torchgeom_probe.shapes import Float, Int, Tensor
 
@@ -438,124 +437,3 @@ class GeometryReport(Mapping[str, LayerGeometry]):
 
 def _short(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3g}"
-
-
-@runtime_checkable
-class Writer(Protocol):
-    """Where a :class:`~torchgeom_probe.Monitor` sends its reports: anything with these two methods."""
-
-    def write(self, step: int, report: GeometryReport) -> None:
-        """Record the report of one training step."""
-
-    def close(self) -> None:
-        """Flush and let go of the file."""
-
-
-STATISTICS = ("mean", "p10", "median", "p90", "sigma_max", "rank", "nonfinite")
-
-
-class JSONWriter:
-    """A :class:`Writer` of one JSON object per step and line (JSON Lines), appended and on disk at once.
-
-    ``{"step": …, "layers": {name: statistics}}`` with the numbers of :meth:`LayerGeometry.statistics` (nats; null where
-    not finite). An existing file is continued as by :class:`CSVWriter`: steps at or after the first one written now are
-    dropped.
-
-    >>> import json, pathlib, tempfile, torch, torchgeom_probe as tgp
-    >>> path = pathlib.Path(tempfile.mkdtemp(), "geometry.jsonl")
-    >>> writer = tgp.JSONWriter(path)
-    >>> writer.write(0, tgp.measure(torch.nn.Linear(2, 3), torch.zeros(4, 2), layers=[""], estimator=tgp.Exact()))
-    >>> json.loads(path.read_text())["layers"][""]["rank"]
-    2.0
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._begun = False
-
-    def write(self, step: int, report: GeometryReport) -> None:
-        """Append the statistics of every layer at this step; they are on disk when it returns."""
-        if not self._begun:
-            self._resume_at(step)
-            self._begun = True
-        layers = {
-            name: {k: finite_or_null(v) for k, v in g.statistics().items()} for name, g in report.items()
-        }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "layers": layers}, allow_nan=False) + "\n")
-
-    def _resume_at(self, step: int) -> None:
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
-            try:
-                entry = json.loads(line)
-                kept += [line] if entry["step"] < step else []
-            except (ValueError, TypeError, KeyError) as error:
-                raise ProbeError(
-                    f"{self.path} exists and is no geometry log: it has the line {line[:60]!r}.\n"
-                    "Write to another file:  JSONWriter('geometry.jsonl')"
-                ) from error
-        beside = _parent_made(self.path).with_suffix(".partial")
-        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        beside.replace(self.path)
-
-    def close(self) -> None:
-        """Nothing is held open between writes; writing again continues the file."""
-
-
-class CSVWriter:
-    """A :class:`Writer` of one row per step and layer, appended and flushed at once: a killed run loses nothing.
-
-    Columns: step, layer, then the statistics of :meth:`LayerGeometry.statistics` (nats).  An existing file is
-    continued: rows of an earlier, interrupted run at or after the first step written now are dropped, so a resumed run
-    has no doubles.
-
-    >>> import pathlib, tempfile, torch, torchgeom_probe as tgp
-    >>> path = pathlib.Path(tempfile.mkdtemp(), "geometry.csv")
-    >>> writer = tgp.CSVWriter(path)
-    >>> writer.write(0, tgp.measure(torch.nn.Linear(2, 3), torch.zeros(4, 2), layers=[""], estimator=tgp.Exact()))
-    >>> path.read_text().splitlines()[0]
-    'step,layer,mean,p10,median,p90,sigma_max,rank,nonfinite'
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._begun = False
-
-    def write(self, step: int, report: GeometryReport) -> None:
-        """Append the statistics of every layer at this step; they are on disk when it returns."""
-        if not self._begun:
-            self._resume_at(step)
-            self._begun = True
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            for name, layer in report.items():
-                statistics = layer.statistics()
-                rows.writerow([step, name, *(statistics[key] for key in STATISTICS)])
-
-    def _resume_at(self, step: int) -> None:
-        header = ["step", "layer", *STATISTICS]
-        kept: list[list[str]] = []
-        if self.path.exists() and self.path.stat().st_size:
-            with self.path.open(newline="", encoding="utf-8") as file:
-                found = list(csv.reader(file))
-            if found[0] != header:
-                raise ProbeError(
-                    f"{self.path} exists and is no geometry log: its first line is {found[0]}.\n"
-                    "Write to another file:  CSVWriter('geometry.csv')"
-                )
-            kept = [row for row in found[1:] if len(row) == len(header) and int(row[0]) < step]
-        # Written beside and moved into place: a process killed here leaves the earlier log whole.
-        beside = _parent_made(self.path).with_suffix(".partial")
-        with beside.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([header, *kept])
-        beside.replace(self.path)
-
-    def close(self) -> None:
-        """Nothing is held open between writes; writing again continues the file."""
-
-
-def _parent_made(path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target

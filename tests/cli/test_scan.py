@@ -10,7 +10,7 @@ import torch
 
 import torchgeom_probe as tgp
 from torchgeom_probe.cli.main import main
-from torchgeom_probe.reproduce.data.photographs import _few_classes
+from torchgeom_probe.cli.scan import _few_classes
 from torchgeom_probe.slices.resume import Parts
 
 PIL = pytest.importorskip("PIL.Image")
@@ -22,7 +22,8 @@ import torch
 from torch import nn
 def make():
     torch.manual_seed(1)
-    return nn.Sequential(nn.Conv2d(3, 5, 3, 2), nn.GELU(), nn.Conv2d(5, 7, 3, 2), nn.GELU(), nn.Flatten(), nn.Linear(7 * 16, 4))
+    body = nn.Conv2d(3, 5, 3, 2), nn.GELU(), nn.Conv2d(5, 7, 3, 2), nn.GELU(), nn.Flatten()
+    return nn.Sequential(*body, nn.Linear(7 * 16, 4))
 """
 
 

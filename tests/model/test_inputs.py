@@ -150,7 +150,7 @@ def test_samples_that_see_each_other_have_no_metric_of_their_own():
     cases.append((nn.LSTM(4, 3), torch.randn(5, 6, 4)))  # batch_first=False: the samples are taken for time
     for model, x in cases:
         for engine in ("auto", "functorch", "vjp"):
-            with pytest.raises(tgp.ProbeError, match="couples the samples|first axis is not the batch"):
+            with pytest.raises(tgp.ProbeError, match=r"couples the samples|first axis is not the batch"):
                 tgp.measure(model, x, layers="", engine=engine)
     probe = tgp.GeometryProbe(nn.Sequential(MeanFree(), nn.Linear(4, 2)), layers="*")
     assert probe.check(torch.randn(5, 4)).coupled_layers == ["0", "1"]

@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from torchgeom_probe.dual.tensor import CONSTANT, CUTS, ESCAPES, MADE_LIKE, mutates, name_of
+from torchgeom_probe.dual.ops import CONSTANT, DETACHES, ESCAPES, MADE_LIKE, mutates, name_of
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.shapes import Tensor
 
@@ -26,7 +26,7 @@ class _Refusals(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in CUTS or func in ESCAPES:
+        if func in DETACHES or func in ESCAPES:
             target = args[0] if args else kwargs.get("input")
             if isinstance(target, Tensor) and target.is_floating_point() and self.carries(target):
                 raise ProbeError(
