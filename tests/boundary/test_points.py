@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from annotations import shapes_unchecked
 from torch import nn
 
 from torchgeom_probe import ProbeError
@@ -77,5 +78,5 @@ def test_boundary_points_leave_the_model_as_it_was():
     ],
 )
 def test_boundary_points_refuse(a, b, options, message):
-    with pytest.raises(ProbeError, match=message):
+    with shapes_unchecked(), pytest.raises(ProbeError, match=message):
         boundary_points(nn.Linear(3, 2), a, b, **options)

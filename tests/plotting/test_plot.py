@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from annotations import shapes_unchecked
 from torch import nn
 
 import torchgeom_probe as tgp
@@ -50,25 +51,31 @@ def test_what_has_no_drawing_is_refused(planes):
 def test_what_is_refused(planes, lines, monkeypatch):
     other = scan(nn.Linear(25, 4), Plane(*torch.randn(3, 25), steps=11), layers=[""], progress=False)
     for different in (other, lines[0]):
-        with pytest.raises(ProbeError, match="of different slices"):
+        with shapes_unchecked(), pytest.raises(ProbeError, match="of different slices"):
             plot([planes[0], different])
     for nothing, held in (([], "nothing"), ([None], "NoneType"), ([*planes, 3], "SliceScan, int")):
-        with pytest.raises(ProbeError, match=rf"no list of scans: it holds {held}.*\n.*tgp.plot\(\[tgp.scan"):
+        with (
+            shapes_unchecked(),
+            pytest.raises(ProbeError, match=rf"no list of scans: it holds {held}.*\n.*tgp.plot\(\[tgp.scan"),
+        ):
             plot(nothing)
-    with pytest.raises(ProbeError, match=r"'conv9' to draw.*\n.*\['1', '3'\]"):
+    with shapes_unchecked(), pytest.raises(ProbeError, match=r"'conv9' to draw.*\n.*\['1', '3'\]"):
         plot(planes, layers=["1", "conv9"])
-    with pytest.raises(ProbeError, match="none to draw"):
+    with shapes_unchecked(), pytest.raises(ProbeError, match="none to draw"):
         plot(lines, layers=[])
-    with pytest.raises(ProbeError, match="unit='bit' is unknown"):
+    with shapes_unchecked(), pytest.raises(ProbeError, match="unit='bit' is unknown"):
         plot(lines, unit="bit")
-    with pytest.raises(ProbeError, match="1 names for 2 scans"):
+    with shapes_unchecked(), pytest.raises(ProbeError, match="1 names for 2 scans"):
         plot(lines, names=["one"])
-    with pytest.raises(ProbeError, match=r"a Plane has 3 samples.*\n.*reshape\(8, 8\)"):
+    with shapes_unchecked(), pytest.raises(ProbeError, match=r"a Plane has 3 samples.*\n.*reshape\(8, 8\)"):
         plot(planes, images=[torch.rand(5, 5)] * 2)
-    with pytest.raises(ProbeError, match="images='yes'"):
+    with shapes_unchecked(), pytest.raises(ProbeError, match="images='yes'"):
         plot(planes, images="yes")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ProbeError, match=r"'matplotlib', which is not installed.*\n.*torchgeom_probe\[figures\]"):
+    with (
+        shapes_unchecked(),
+        pytest.raises(ProbeError, match=r"'matplotlib', which is not installed.*\n.*torchgeom_probe\[figures\]"),
+    ):
         plot(planes)
 
 

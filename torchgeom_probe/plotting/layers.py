@@ -30,7 +30,7 @@ def plot_report(
     """
     names = style.chosen_layers(layers, list(report))
     chosen = [report[name] for name in names]
-    figure = style.new_figure(7.0, 0.34 * len(chosen) + 1.3)
+    figure = style.new_figure(7.0, 0.34 * len(chosen) + 1.6)
     axes = figure.add_subplot()
     random = np.random.default_rng(0)
     for row, layer in enumerate(chosen):
@@ -40,7 +40,7 @@ def plot_report(
             low, middle, high = np.quantile(finite, [0.1, 0.5, 0.9])
             drawn = finite if len(finite) <= _POINTS else random.choice(finite, _POINTS, replace=False)
             heights = row + random.uniform(-0.22, 0.22, len(drawn))
-            axes.plot(drawn, heights, ".", color=AFTER, markersize=3, alpha=0.45, markeredgewidth=0, zorder=2)
+            axes.plot(drawn, heights, ".", color=AFTER, markersize=4, alpha=0.5, markeredgewidth=0, zorder=2)
             axes.barh(row, high - low, 0.56, left=low, color=AFTER, alpha=0.25, linewidth=0, zorder=1)
             axes.plot([middle] * 2, [row - 0.34, row + 0.34], color="black", linewidth=1.8, zorder=3)
         if len(finite) < len(values):
@@ -53,5 +53,5 @@ def plot_report(
     axes.tick_params(axis="x", labelsize=SMALL)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
     legend = "dot: a sample; bar: 10 to 90 % of them; line: their median"
-    style.finish(figure, title, "\n".join([legend, *textwrap.wrap(style.note(report, names), 110)]))
+    style.finish(figure, title, "\n".join([legend, *textwrap.wrap(style.note(report, names), 125)]))
     return figure

@@ -33,7 +33,7 @@ else:  # matplotlib is optional: its types are for the type checker alone
 Images = Sequence[Tensor | np.ndarray] | Literal["auto"] | None
 
 BEFORE, AFTER = "#7f7f7f", "#31688e"
-SMALL, NORMAL, LARGE = 8, 9.5, 12
+SMALL, NORMAL, LARGE = 8.0, 9.5, 12.0
 # Class c has the colour c mod 20, light enough for a contour and a picture on it.
 _CLASSES = (
     "#aec7e8 #ffbb78 #98df8a #ff9896 #c5b0d5 #c49c94 #f7b6d2 #c7c7c7 #dbdb8d #9edae5 "

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 #: Points a chunk: what a kill can cost, and one file of a scan that is stored.
-_CHUNK = 64
+_CHUNK = 128
 _PART = "part of a SliceScan"
 _TANGENTS = "the slice's own tangents"
 
@@ -59,7 +59,7 @@ def scan(
             device.
         readout: maps the model's output to logits [B, C], C ≥ 2 (for a self-supervised model: its linear classifier);
             None where the model's output is the logits.
-        batch_size: points a chunk; None: 64, or what an interrupted scan to ``path`` had.  Within a chunk the probe
+        batch_size: points a chunk; None: 128, or what an interrupted scan to ``path`` had.  Within a chunk the probe
             keeps to its memory budget.
         path: where the scan is saved when it is done.  Each chunk is stored beside it, in ``<path>.parts``, as soon as
             it is measured; called again after an interruption, the scan goes on where it was and ends with the same
