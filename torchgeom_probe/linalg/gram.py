@@ -103,7 +103,7 @@ def inner_products(
 
 
 def _add_products(total_BPQ: Tensor, left_BPN: Tensor, right_BQN: Tensor) -> None:
-    """Add left·rightᵀ to the total, in float64."""
+    """Add left·rightᵀ to the total, in float64; on a GPU as the sum over pieces of the features, side by side."""
     symmetric = right_BQN is left_BPN
     pieces = _pieces(left_BPN, right_BQN)
     length = left_BPN.shape[2]
