@@ -8,23 +8,22 @@ Legend of axes: B samples, D augmentation directions (one less than the views of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators import Estimator, Subspace
-from torchgeom_probe.jacobian.jacobians import EngineName
-from torchgeom_probe.model.hooked import Transform
 from torchgeom_probe.model.isolation import unwrapped
-from torchgeom_probe.model.layers import LayerSpec
 from torchgeom_probe.model.stages import stage_layers
-from torchgeom_probe.probe import GeometryProbe
+from torchgeom_probe.probe import ProbeOptions, probe_of
 from torchgeom_probe.report import GeometryReport
 from torchgeom_probe.shapes import Float, Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # What lightly's own examples call the trained branch: Barlow Twins, SimCLR, BYOL, VICReg, MoCo …; then DINO.
 _BRANCHES = (("backbone", "projection_head"), ("student_backbone", "student_head"))
@@ -33,8 +32,8 @@ _BRANCHES = (("backbone", "projection_head"), ("student_backbone", "student_head
 def views(batch: Any) -> list[Tensor]:
     """Return the views of a batch as lightly's loaders give it, ``(views, targets, file names)``.
 
-    Also a plain ``(views, targets)``, a bare list of views, and a single tensor: then one view.  A view is a
-    floating tensor [B, ...].
+    Also a plain ``(views, targets)``, a bare list of views, and a single tensor: then one view.  A view is a floating
+    tensor [B, ...].
 
     Raises:
         ProbeError: no view in the batch.
@@ -62,9 +61,9 @@ def encoder(module: nn.Module) -> nn.Module:
     """Return the trained branch of a module as one network: x → backbone → flatten → projection head.
 
     The parts are the module's own, under their own names (``backbone``, ``projection_head``; for DINO
-    ``student_backbone``, ``student_head``), so layer names are those of the module.  Momentum branches,
-    prediction heads and prototypes are left out; without a projection head it is the backbone alone.  What it
-    computes, z = head(flatten(backbone(x))), is what lightly's examples have in ``forward``.
+    ``student_backbone``, ``student_head``), so layer names are those of the module.  Momentum branches, prediction
+    heads and prototypes are left out; without a projection head it is the backbone alone.  What it computes, z =
+    head(flatten(backbone(x))), is what lightly's examples have in ``forward``.
 
     Raises:
         ProbeError: the module has neither ``backbone`` nor ``student_backbone``.
@@ -81,8 +80,8 @@ def encoder(module: nn.Module) -> nn.Module:
 def embedding_layers(module: nn.Module) -> list[str]:
     """Return the layers to probe: the backbone's stages, its output, and the end of every projector layer.
 
-    A projector layer is a ``Linear`` with what follows it (normalisation, activation) up to the next one.
-    The names hold for :func:`encoder` and for the module itself.
+    A projector layer is a ``Linear`` with what follows it (normalisation, activation) up to the next one. The names
+    hold for :func:`encoder` and for the module itself.
 
     Raises:
         ProbeError: the module has neither ``backbone`` nor ``student_backbone``.
@@ -127,8 +126,8 @@ class AugmentationExpansion:
     def statistics(self) -> dict[str, float]:
         """Mean over the samples and its standard error, for ``along``, ``random`` and ``difference``, in nats.
 
-        A sample counts with the mean over its D directions, if that is finite for both; ``nonfinite`` counts
-        the others.  The error is the samples' standard deviation / √B, nan for a single one.
+        A sample counts with the mean over its D directions, if that is finite for both; ``nonfinite`` counts the
+        others.  The error is the samples' standard deviation / √B, nan for a single one.
         """
         per_sample = torch.stack([self.along, self.random, self.difference]).double().mean(1).cpu()
         finite = per_sample[:, per_sample.isfinite().all(0)]
@@ -140,60 +139,41 @@ class AugmentationExpansion:
         return found
 
 
-class AugmentationReport(Mapping[str, AugmentationExpansion]):
+class AugmentationReport(dict[str, AugmentationExpansion]):
     """Layer name → :class:`AugmentationExpansion`, in the order in which the layers fired."""
 
-    def __init__(self, layers: Mapping[str, AugmentationExpansion]) -> None:
-        self._layers = dict(layers)
-
-    def __getitem__(self, name: str) -> AugmentationExpansion:
-        if name not in self._layers:
-            raise KeyError(f"{name!r} was not measured; the report has {list(self._layers)}")
-        return self._layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
+    def __missing__(self, name: str) -> AugmentationExpansion:
+        raise KeyError(f"{name!r} was not measured; the report has {list(self)}")
 
     def __repr__(self) -> str:
-        return f"AugmentationReport({list(self._layers)})"
+        return f"AugmentationReport({list(self)})"
 
     def __str__(self) -> str:
         return self.summary()
 
     def summary(self) -> str:
         """A table for people: per layer log ‖Jv‖ along augmentations and noise, in nats, with standard errors."""
-        header = ("layer", "along views [nat]", "random [nat]", "difference", "not finite")
-        rows: list[tuple[str, ...]] = [header]
+        rows: list[tuple[str, ...]] = [("layer", "along views [nat]", "random [nat]", "difference", "not finite")]
         for name, layer in self.items():
             s = layer.statistics()
             cells = [f"{s[k]:.3f} ± {s[f'{k}_std_error']:.3f}" for k in ("along", "random", "difference")]
             rows.append((name, *cells, f"{s['nonfinite']:g} of {layer.along.shape[1]}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
-            "  ".join(
-                cell.rjust(w) if i else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
+            "  ".join([name.ljust(first), *(cell.rjust(w) for cell, w in zip(cells, widths, strict=True))])
+            for name, *cells in rows
         )
 
 
-class BarlowTwinsProbe:
-    """Probe a lightly-style module, from its batches: SimCLR, BYOL, VICReg and DINO modules as well.
+class TwoViewProbe:
+    """Probe a module that learns from two views of its images, at its own batches: Barlow Twins, SimCLR, BYOL ….
 
     Args:
         module: with ``backbone`` and ``projection_head``, or ``student_backbone`` and ``student_head``: the
-            LightningModule or plain module of lightly's examples.  Its batch normalisation, dropout and
-            gradients are left as they are.
-        layers: within the module; by default :func:`embedding_layers`.
-        estimator: of :meth:`measure`; ``Subspace(k=8, seed=0)`` by default.
-        normalize: as in :class:`~torchgeom_probe.GeometryProbe`.
-        transform: as in :class:`~torchgeom_probe.GeometryProbe`.
-        engine: as in :class:`~torchgeom_probe.GeometryProbe`.
-        memory_budget: as in :class:`~torchgeom_probe.GeometryProbe`.
+            LightningModule or plain module of lightly's examples.  Its batch normalisation, dropout and gradients are
+            left as they are.
+        options: of the probe, as :class:`~torchgeom_probe.GeometryProbe` has them; ``layers`` are those of
+            :func:`embedding_layers` by default.
 
     Raises:
         ProbeError: no backbone; layers that the module does not have; a batch without views.
@@ -205,7 +185,7 @@ class BarlowTwinsProbe:
     >>> module.projection_head = nn.Sequential(nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 5))
     >>> x = torch.randn(9, 3, 2, 2)
     >>> batch = [[x, x + 0.1 * torch.randn(9, 3, 2, 2)], torch.zeros(9), [""] * 9]
-    >>> with BarlowTwinsProbe(module) as probe:
+    >>> with TwoViewProbe(module) as probe:
     ...     report, augmentation = probe.measure(batch), probe.augmentation(batch)
     >>> list(report) == list(augmentation) == ["backbone.1", "backbone", "projection_head.1", "projection_head.2"]
     True
@@ -213,30 +193,11 @@ class BarlowTwinsProbe:
 
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        layers: LayerSpec | None = None,
-        estimator: Estimator | None = None,
-        normalize: bool = True,
-        transform: Transform | Mapping[str, Transform] | None = None,
-        engine: EngineName = "auto",
-        memory_budget: int | None = None,
-    ) -> None:
-        def probe(estimator: Estimator | None) -> GeometryProbe:
-            return GeometryProbe(
-                encoder(module),
-                layers=embedding_layers(module) if layers is None else layers,
-                estimator=estimator,
-                normalize=normalize,
-                transform=transform,
-                engine=engine,
-                memory_budget=memory_budget,
-            )
-
-        self._probe = probe(estimator)
-        self._directional = probe(Subspace(k=1))
+    def __init__(self, module: nn.Module, **options: Unpack[ProbeOptions]) -> None:
+        options.setdefault("layers", embedding_layers(module))
+        self._probe = probe_of(encoder(module), options)
+        options.pop("estimator", None)  # the directions to the other views are one
+        self._directional = probe_of(encoder(module), options)
 
     @property
     def layers(self) -> list[str]:
@@ -258,9 +219,9 @@ class BarlowTwinsProbe:
     def augmentation(self, batch: Any, *, seed: int = 0) -> AugmentationReport:
         """Measure the expansion from the first view towards each other one, against as many random directions.
 
-        Joint-embedding losses ask for invariance to augmentation, so training should squeeze these directions
-        more than others.  The directions are chords, taken at the first view: the crop's shift is in them as a
-        difference of pixels.  Views of another shape than the first (DINO's local crops) are left out.
+        Joint-embedding losses ask for invariance to augmentation, so training should squeeze these directions more than
+        others.  The directions are chords, taken at the first view: the crop's shift is in them as a difference of
+        pixels.  Views of another shape than the first (DINO's local crops) are left out.
 
         Args:
             batch: with two views or more.
@@ -302,15 +263,15 @@ class BarlowTwinsProbe:
         self._probe.close()
         self._directional.close()
 
-    def __enter__(self) -> BarlowTwinsProbe:
+    def __enter__(self) -> TwoViewProbe:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-# One probe for all of them: the names say what a reader of a training script looks for.
-SimCLRProbe = BYOLProbe = VICRegProbe = DINOProbe = BarlowTwinsProbe
+# What a reader of a Barlow Twins script looks for.
+BarlowTwinsProbe = TwoViewProbe
 
 
 class _Encoder(nn.Module):

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from torchgeom_probe.errors import ProbeError, optional
-from torchgeom_probe.model.layers import LayerSpec
 from torchgeom_probe.monitor.monitor import Monitor
-from torchgeom_probe.report import GeometryReport, Writer
+from torchgeom_probe.monitor.writers import Writer, charts, label
+from torchgeom_probe.probe import ProbeOptions
+from torchgeom_probe.report import GeometryReport
 from torchgeom_probe.shapes import Tensor
-
-from .tensorboard import TensorBoardWriter
 
 # Under these names a batch that is a dict keeps the model's input, as data sets have them.
 _INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "features", "data")
@@ -41,58 +40,51 @@ if TYPE_CHECKING:
     class _Callback:
         """What the type checker sees of Lightning's base class."""
 else:
-    _Callback = type(
-        "_Callback", _callback_bases(), {"__doc__": "Lightning's own base class, or both of them."}
-    )
+    _Callback = type("_Callback", _callback_bases(), {"__doc__": "Lightning's own base class, or both of them."})
 
 
 class GeometryCallback(_Callback):
     """Probe a LightningModule while it trains, and send the reports to the Trainer's own loggers.
 
     Works with a Trainer of ``pytorch_lightning`` and of ``lightning.pytorch``; give it in a list:
-    ``Trainer(callbacks=[GeometryCallback(...)])``.  It probes before the first step
-    (step 0), after every optimizer step that the schedule picks (``trainer.global_step``: with gradient
-    accumulation once an update), at the end of each epoch (``epoch_ends=True``) and of the fit; never in the
-    sanity check, never twice at one step.  Weights, gradients, random state and modes stay bit for bit as they
-    would be without it; autocast is off inside a probe, and true half or double precision is the model's own.
+    ``Trainer(callbacks=[GeometryCallback(...)])``.  It probes before the first step (step 0), after every optimizer
+    step that the schedule picks (``trainer.global_step``: with gradient accumulation once an update), at the end of
+    each epoch (``epoch_ends=True``) and of the fit; never in the sanity check, never twice at one step.  Weights,
+    gradients, random state and modes stay bit for bit as they would be without it; autocast is off inside a probe, and
+    true half or double precision is the model's own.
 
-    Every TensorBoard logger gets all charts of
-    :class:`~torchgeom_probe.integrations.tensorboard.TensorBoardWriter`, any other logger the medians
-    ``logvol/NN_layer`` and ``sigma_max/NN_layer``; without a logger, and under ``fast_dev_run``, read
-    ``callback.history``.
+    Every TensorBoard logger gets all charts of :class:`~torchgeom_probe.integrations.tensorboard.TensorBoardWriter`,
+    any other logger those with one number a step (no bands, histograms or maps); without a logger, and under
+    ``fast_dev_run``, read ``callback.history``.
 
-    What a resumed run needs is in the checkpoint: the step, the latest probe, the fingerprint of the probe
-    samples, and the samples themselves where the callback chose them.  A run that is resumed into the same
-    TensorBoard directory hides the events from the checkpoint's step on and probes at that step anew, so no
-    point is missing or doubled.
+    What a resumed run needs is in the checkpoint: the step, the latest probe, the fingerprint of the probe samples, and
+    the samples themselves where the callback chose them.  A run that is resumed into the same TensorBoard directory
+    hides the events from the checkpoint's step on and probes at that step anew, so no point is missing or doubled.
 
-    With DDP the ranks share the samples of each probe, and rank 0 writes.  Several callbacks in one Trainer
-    need different ``layers`` or ``model``, and a ``writer`` each.
+    With DDP the ranks share the samples of each probe, and rank 0 writes.  Several callbacks in one Trainer need
+    different ``layers`` or ``model``, and a ``writer`` each.
 
     Args:
-        layers: as in :class:`~torchgeom_probe.GeometryProbe`, within ``model``.
         every: probe each N optimizer steps (100 by default).
         x_probe: [B, *shape], the samples to probe at, in the model's own preprocessing.  By default the first
-            ``samples`` of the first validation batch that the sanity check shows, or else of the first training
-            batch.
+            ``samples`` of the first validation batch that the sanity check shows, or else of the first training batch.
         samples: how many of that batch.
-        inputs: batch → the model's input, for ``x_probe`` by default.  Without it: a tensor itself, the first
-            part of a tuple or list (the first view of lightly's ``(views, targets, names)``), and of a dict
-            what goes by ``x``, ``input``, ``image``, ``pixel_values`` or the like.
-        model: what to probe: the LightningModule (``""``), a submodule's name, or a function of the
-            LightningModule that returns an ``nn.Module`` (such as ``integrations.lightly.encoder``).
+        inputs: batch → the model's input, for ``x_probe`` by default.  Without it: a tensor itself, the first part of a
+            tuple or list (the first view of lightly's ``(views, targets, names)``), and of a dict what goes by ``x``,
+            ``input``, ``image``, ``pixel_values`` or the like.
+        model: what to probe: the LightningModule (``""``), a submodule's name, or a function of the LightningModule
+            that returns an ``nn.Module`` (such as ``integrations.lightly.encoder``).
         epoch_ends: probe after every training epoch too.
-        writer: one or several :class:`~torchgeom_probe.Writer`, in place of the Trainer's loggers.
-        options: anything else that :class:`~torchgeom_probe.Monitor` takes: ``max_overhead``, ``schedule``,
-            ``estimator``, ``normalize``, ``transform``, ``source``, ``engine``, ``memory_budget``, ``on_error``,
-            ``indices``, ``keep``, ``maps``, ….
+        writer: what :class:`~torchgeom_probe.Monitor` takes, in place of the Trainer's loggers.
+        options: anything else that :class:`~torchgeom_probe.Monitor` takes (``max_overhead``, ``maps``, ``on_error``,
+            …), and the options of :class:`~torchgeom_probe.GeometryProbe` (``layers``, ``estimator``, …).
 
     Attributes:
         monitor: the :class:`~torchgeom_probe.Monitor` of the running or latest fit, or None before it.
 
     Raises:
-        ProbeError: neither package is installed; an option that Monitor does not have; a batch without a tensor
-            that could be the input; FSDP or DeepSpeed; at the start of the fit, what Monitor refuses.
+        ProbeError: neither package is installed; an option that Monitor does not have; a batch without a tensor that
+            could be the input; FSDP or DeepSpeed; at the start of the fit, what Monitor refuses.
 
     Cost: that of the Monitor; log-volumes are in nats.
 
@@ -114,7 +106,6 @@ class GeometryCallback(_Callback):
 
     def __init__(
         self,
-        layers: LayerSpec = "auto",
         *,
         every: int | None = None,
         x_probe: Any = None,
@@ -122,12 +113,12 @@ class GeometryCallback(_Callback):
         inputs: Callable[[Any], Any] | None = None,
         model: str | Callable[[Any], nn.Module] = "",
         epoch_ends: bool = False,
-        writer: Writer | Sequence[Writer] | None = None,
+        writer: Any = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        own = {"self", "model", "x_probe", "layers", "every", "writer", "distributed"}
-        known = set(inspect.signature(Monitor).parameters) - own
+        known = inspect.signature(Monitor).parameters.keys() | ProbeOptions.__annotations__.keys()
+        known -= {"model_or_probe", "x_probe", "every", "writer", "distributed", "options"}
         if unknown := sorted(set(options) - known):
             raise ProbeError(
                 f"GeometryCallback has no option {', '.join(map(repr, unknown))}; "
@@ -135,7 +126,6 @@ class GeometryCallback(_Callback):
             )
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise ProbeError(f"samples is a whole number of 1 or more; got {samples!r}.\nWrite:  samples=16")
-        self.layers = layers
         self.every = every
         self.x_probe = x_probe
         self.samples = samples
@@ -147,7 +137,7 @@ class GeometryCallback(_Callback):
         self.monitor: Monitor | None = None
         self._running = False
         self._chosen: Any = None
-        self._state: Mapping[str, Any] | None = None
+        self._state: Mapping[str, Any] = {}
         self._earlier: list[tuple[int, GeometryReport]] = []
 
     @property
@@ -158,12 +148,13 @@ class GeometryCallback(_Callback):
     @property
     def state_key(self) -> str:
         """Under which a checkpoint keeps this callback's state: its model and layers tell several apart."""
-        return f"GeometryCallback{{'model': {_spelled(self.model)}, 'layers': {_spelled(self.layers)}}}"
+        layers = _spelled(self.options.get("layers", "auto"))
+        return f"GeometryCallback{{'model': {_spelled(self.model)}, 'layers': {layers}}}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: the monitor's state, and the samples if the callback chose them."""
         if self.monitor is None:
-            return dict(self._state or {})
+            return dict(self._state)
         return {"monitor": self.monitor.state_dict(), "x_probe": self._chosen}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -174,14 +165,13 @@ class GeometryCallback(_Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep the first batch of the sanity check: no probe, only its samples."""
-        if trainer.sanity_checking and self.x_probe is None and self._chosen is None and not self._resumed:
+        if trainer.sanity_checking and self.x_probe is None and self._chosen is None and not self._state:
             self._chosen = self._first_samples(batch)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Probe before the first step, if the samples are known by now."""
         self._end()
-        if self._resumed:
-            self._chosen = self._resumed.get("x_probe", self._chosen)
+        self._chosen = self._state.get("x_probe", self._chosen)
         if self.x_probe is not None or self._chosen is not None:
             self._begin(trainer, pl_module)
 
@@ -191,9 +181,7 @@ class GeometryCallback(_Callback):
             self._chosen = self._first_samples(batch)
             self._begin(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Probe if an optimizer step was made and it is due."""
         if self._running and self.monitor is not None:
             self.monitor.step(at=trainer.global_step)
@@ -211,10 +199,6 @@ class GeometryCallback(_Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Close the writers of a run that ends early, Ctrl-C included."""
         self._end()
-
-    @property
-    def _resumed(self) -> Mapping[str, Any]:
-        return self._state or {}
 
     def _probe_unless_done(self, trainer: Any) -> None:
         if not self._running or self.monitor is None:
@@ -234,14 +218,13 @@ class GeometryCallback(_Callback):
         self.monitor = Monitor(
             self._probed_part(pl_module),
             trainer.precision_plugin.convert_input(x_probe),
-            layers=self.layers,
             every=self.every,
             writer=self._writers(trainer),
             distributed=trainer.world_size > 1,
             **self._options(trainer),
         )
         self._running = True
-        state, self._state = self._resumed.get("monitor"), None
+        state, self._state = self._state.get("monitor"), {}
         if state is not None and state["step"] <= trainer.global_step:
             self.monitor.load_state_dict(state)
         # One probe at the start of every fit: a resumed one hides the events from its checkpoint's step on.
@@ -275,48 +258,38 @@ class GeometryCallback(_Callback):
 
     def _first_samples(self, batch: Any) -> Any:
         x = self.inputs(batch)
-        return tree_map_only(
-            Tensor, lambda t: t.detach()[: self.samples].to("cpu", copy=True) if t.dim() else t, x
-        )
+        return tree_map_only(Tensor, lambda t: t.detach()[: self.samples].to("cpu", copy=True) if t.dim() else t, x)
 
-    def _writers(self, trainer: Any) -> list[Writer] | Writer | Sequence[Writer]:
+    def _writers(self, trainer: Any) -> Any:
         if not trainer.is_global_zero:
-            return []
+            return None
         if self.writer is not None:
             return self.writer
-        writers: list[Writer] = []
+        writers: list[Any] = []
         for logger in trainer.loggers:
             kinds = {kind.__name__ for kind in type(logger).__mro__}
             if "TensorBoardLogger" in kinds:
                 if trainer.global_step:
                     _hide_events_from(trainer.global_step, logger.experiment)
-                writers.append(TensorBoardWriter(logger.experiment))
+                writers.append(logger.experiment)
             elif "DummyLogger" not in kinds:
-                writers.append(_Medians(logger))
+                writers.append(_Numbers(logger))
         return writers
 
 
-class _Medians:
-    """A writer into a Lightning logger that knows scalars only."""
+class _Numbers(Writer):
+    """Into a Lightning logger of which nothing is known but that it takes numbers."""
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
 
     def write(self, step: int, report: GeometryReport) -> None:
-        scalars = {}
-        for number, (name, layer) in enumerate(report.items()):
-            label = f"{number:02d}_" + (re.sub(r"[^\w.\-]", "_", name, flags=re.ASCII) or "model")
-            statistics = layer.statistics()
-            scalars[f"logvol/{label}"] = statistics["median"]
-            scalars[f"sigma_max/{label}"] = statistics["sigma_max"]
-        finite = {key: value for key, value in scalars.items() if abs(value) < float("inf")}
-        self.logger.log_metrics(finite, step=step)
+        for place, (name, layer) in enumerate(report.items()):
+            scalars = charts(layer, label(place, name))
+            self.logger.log_metrics({tag: value for tag, value in scalars.items() if isfinite(value)}, step=step)
 
     def write_scalar(self, tag: str, value: float, step: int) -> None:
         self.logger.log_metrics({tag: value}, step=step)
-
-    def close(self) -> None:
-        """The Trainer finishes its own loggers."""
 
 
 def _input_of(batch: Any) -> Any:

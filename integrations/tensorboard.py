@@ -1,27 +1,37 @@
-"""Reports as TensorBoard charts: a tag per layer, a band and a histogram over the samples."""
+"""Reports as TensorBoard charts: a tag per layer, a band and a histogram over the samples.
+
+``Monitor(writer="runs/a")`` and ``Monitor(writer=SummaryWriter(...))`` come here: the last line registers them.
+"""
 
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torchgeom_probe.errors import ProbeError, optional
+from torchgeom_probe.monitor.writers import (
+    Writer,
+    chart_of,
+    charts,
+    finite_median,
+    label,
+    local_path,
+    register_writer,
+)
+from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Our event files end in this, so that a resumed run can tell its own earlier files from those of the training
-# loop.
+# Our event files end in this, so that a resumed run can tell its own earlier files from those of the training loop.
 _SUFFIX = ".geometry"
 
 # TensorBoard stores float32: what overflows it would come back as inf.
@@ -45,17 +55,13 @@ MONITOR_TAGS = {
     "geometry/overhead": "the share of the time that probes took so far (from the second probe on)",
 }
 
-# What an estimator adds beside the log-volume: the field, and the tag group of the same name.
-_EXTRAS = ("log_pseudo_volume", "log_det", "trace", "std_error", "error_bound")
 
-
-class TensorBoardWriter:
+class TensorBoardWriter(Writer):
     """Write reports to TensorBoard: a :class:`~torchgeom_probe.Writer`.
 
-    Every layer has the name ``NN_layer``: its zero-padded place in the order of firing, then its name with
-    every character other than letters, digits, ``.``, ``-`` and ``_`` replaced by ``_`` (``block#1`` becomes
-    ``04_block_1``; the model itself is ``00_model``).  Per report and layer these tags are written, all over
-    the samples of the batch:
+    Every layer has the name ``NN_layer``: its zero-padded place in the order of firing, then its name with every
+    character other than letters, digits, ``.``, ``-`` and ``_`` replaced by ``_`` (``block#1`` becomes ``04_block_1``;
+    the model itself is ``00_model``).  Per report and layer these tags are written, all over the samples of the batch:
 
     =================================  ======================================================================
     ``logvol/NN_layer``                median log-volume over the finite samples, nats (natural log)
@@ -76,28 +82,27 @@ class TensorBoardWriter:
     ``geometry/overhead``              the share of the time that probes took so far (from the second probe on)
     =================================  ======================================================================
 
-    Where the estimator measured them there are medians over the finite samples in ``log_det/…``, ``trace/…``,
-    ``std_error/…`` and ``error_bound/…``; ``log_pseudo_volume/…`` where a layer has samples of log-volume
-    -inf.  The CUSTOM SCALARS tab has all layers in one chart, and one chart with the band per layer.  A
-    non-finite number never reaches a chart or a histogram: it is left out, and counted.
+    Where the estimand is no log-volume, ``value`` stands in the place of ``logvol``. Whatever else the estimator
+    measured has a tag of its own name, with medians over the finite samples: ``std_error/…``, ``error_bound/…``,
+    ``trace/…``; ``log_pseudo_volume/…`` where a layer has samples of log-volume -inf.  A map is an image under its own
+    tag.  The CUSTOM SCALARS tab has all layers in one chart, and one chart with the band per layer.  A non-finite
+    number never reaches a chart or a histogram: it is left out, and counted.
 
     Args:
         log_dir: a directory, or a ``SummaryWriter`` that you already have (yours to resume and to close).
         histograms: whether to write the histograms, the largest part of the file.
-        layout: whether to write the custom-scalars layout; a run has one, so turn it off where you write your
-            own.
+        layout: whether to write the custom-scalars layout; a run has one, so turn it off where you write your own.
 
-    A resumed run continues in its directory: at the first write the event file is opened, and where an
-    earlier ``TensorBoardWriter`` left events, those at this step and later are hidden (``purge_step``), so no
-    point is doubled. TensorBoard hides them for all tags of the directory; so where another ``SummaryWriter``
-    logs to the same directory nothing is purged: pass that writer instead, made with its own ``purge_step``.
+    A resumed run continues in its directory: at the first write the event file is opened, and where an earlier
+    ``TensorBoardWriter`` left events, those at this step and later are hidden (``purge_step``), so no point is doubled.
+    TensorBoard hides them for all tags of the directory; so where another ``SummaryWriter`` logs to the same directory
+    nothing is purged: pass that writer instead, made with its own ``purge_step``.
 
-    Every write ends with a flush: a run that is killed loses nothing.  Values are stored in float32, as
-    TensorBoard does.
+    Every write ends with a flush: a run that is killed loses nothing.  Values are stored in float32, as TensorBoard
+    does.
 
     Raises:
-        ProbeError: tensorboard is not installed; the events cannot be written (a full disk, a read-only
-            directory).
+        ProbeError: tensorboard is not installed; the events cannot be written (a full disk, a read-only directory).
 
     Cost: a copy of the report to the host and some 10 kB per report and layer with histograms, 1 kB without.
 
@@ -114,9 +119,7 @@ class TensorBoardWriter:
 
     """
 
-    def __init__(
-        self, log_dir: str | os.PathLike[str] | Any, *, histograms: bool = True, layout: bool = True
-    ) -> None:
+    def __init__(self, log_dir: str | os.PathLike[str] | Any, *, histograms: bool = True, layout: bool = True) -> None:
         self.histograms = histograms
         self.layout = layout
         # Imported here, a second or two, and not inside of the first probe, whose cost a budget goes by.
@@ -128,13 +131,13 @@ class TensorBoardWriter:
         self._events: Any = None
         self._log_dir: Path | None = None
         if isinstance(log_dir, str | os.PathLike):
-            self._log_dir = Path(log_dir)
+            self._log_dir = local_path(log_dir)
             if self._log_dir.exists() and not self._log_dir.is_dir():
                 raise ProbeError(
                     f"TensorBoardWriter needs a directory, and {self._log_dir} is a file.\n"
                     "Write:  TensorBoardWriter('runs/experiment_1')"
                 )
-        elif hasattr(log_dir, "add_scalar"):
+        elif _takes(log_dir):
             self._events = log_dir
         else:
             raise ProbeError(
@@ -152,8 +155,7 @@ class TensorBoardWriter:
         width = max(2, len(str(len(report) - 1)))
         for name in report:
             if name not in self._labels:
-                cleaned = re.sub(r"[^\w.\-]", "_", name, flags=re.ASCII) or "model"
-                self._labels[name] = f"{len(self._labels):0{width}d}_{cleaned}"
+                self._labels[name] = label(len(self._labels), name, width=width)
         return {name: self._labels[name] for name in report}
 
     def write(self, step: int, report: GeometryReport) -> None:
@@ -162,16 +164,25 @@ class TensorBoardWriter:
         with self._opened(step) as events:
             for name, layer in report.items():
                 self._write_layer(events, step, labels[name], layer)
-            self._write_text(events, step, report, labels)
+            text = _conventions(report, labels)
+            if text != self._conventions:
+                self._conventions = text
+                events.add_text("geometry/conventions", text, step)
             if self.layout and self._charted != tuple(self._labels.values()):
                 self._charted = tuple(self._labels.values())
-                events.add_custom_scalars(_layout(self._charted))
+                events.add_custom_scalars(_layout(self._charted, chart_of(next(iter(report.values())))))
 
     def write_scalar(self, tag: str, value: float, step: int) -> None:
         """Write one number of the run as a whole; one that is not finite in float32 is left out."""
         if abs(value) <= _FLOAT32_MAX:
             with self._opened(step) as events:
                 events.add_scalar(tag, value, step)
+
+    def write_map(self, tag: str, result: Any, step: int) -> None:
+        """Draw a result as ``tgp.plot`` does and write it as an image under ``tag``; a matplotlib figure as it is."""
+        figures = optional("matplotlib.figure", extra="figures")
+        drawn = isinstance(result, figures.Figure)
+        self.write_figure(tag, result if drawn else plot(result, title=f"{tag}, step {step}"), step)
 
     def write_figure(self, tag: str, figure: Figure, step: int) -> None:
         """Write a matplotlib figure (a slice map) as an image under ``tag``; the figure stays open."""
@@ -180,45 +191,27 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         """Flush and close the event file; a ``SummaryWriter`` of yours stays open.  Writing reopens."""
-        if self._events is None:
-            return
-        if self._log_dir is None:
+        if self._events is not None:
             with self._explained():
-                self._events.flush()
-            return
-        events, self._events = self._events, None
-        with self._explained():
-            events.close()
+                if self._log_dir is None:
+                    self._events.flush()
+                else:
+                    events, self._events = self._events, None
+                    events.close()
 
-    def _write_layer(self, events: Any, step: int, label: str, layer: LayerGeometry) -> None:
-        numbers = layer.statistics()
-        scalars = {
-            f"logvol/{label}": numbers["median"],
-            f"logvol_band/{label}/p10": numbers["p10"],
-            f"logvol_band/{label}/median": numbers["median"],
-            f"logvol_band/{label}/p90": numbers["p90"],
-            f"sigma_max/{label}": numbers["sigma_max"],
-            f"rank/{label}": numbers["rank"],
-            f"nonfinite/{label}": numbers["nonfinite"],
-        }
-        for field in _EXTRAS:
-            extra: Tensor | None = getattr(layer, field)
-            if extra is None or (field == "log_pseudo_volume" and not layer.log_volume.isneginf().any()):
-                continue
-            scalars[f"{field}/{label}"] = replace(layer, value=extra).statistics()["median"]
+    def _write_layer(self, events: Any, step: int, name: str, layer: LayerGeometry) -> None:
+        found, chart = layer.statistics(), chart_of(layer)
+        scalars = charts(layer, name)
+        scalars |= {f"{chart}_band/{name}/{part}": found[part] for part in ("p10", "median", "p90")}
+        if layer.log_pseudo_volume is not None and layer.value.isneginf().any():
+            scalars[f"log_pseudo_volume/{name}"] = finite_median(layer.log_pseudo_volume)
         for tag, value in scalars.items():
             if abs(value) <= _FLOAT32_MAX:  # false for nan and ±inf too
                 events.add_scalar(tag, value, step)
-        finite = layer.log_volume[layer.log_volume.isfinite()]
+        finite = layer.value[layer.value.isfinite()]
         if self.histograms and finite.numel():
             values = finite.detach().double().cpu()
-            events.add_histogram(f"logvol_histogram/{label}", values, step, bins=_edges(values))
-
-    def _write_text(self, events: Any, step: int, report: GeometryReport, labels: dict[str, str]) -> None:
-        text = _conventions(report, labels)
-        if text != self._conventions:
-            self._conventions = text
-            events.add_text("geometry/conventions", text, step)
+            events.add_histogram(f"{chart}_histogram/{name}", values, step, bins=_edges(values))
 
     @contextmanager
     def _opened(self, step: int) -> Iterator[Any]:
@@ -234,8 +227,7 @@ class TensorBoardWriter:
         ours_alone = bool(earlier) and all(path.name.endswith(_SUFFIX) for path in earlier)
         if earlier:
             _try_bytes(self._log_dir)
-        # Everything that a fresh reader needs is written anew: what is purged takes the layout and the text
-        # with it.
+        # Everything that a fresh reader needs is written anew: what is purged takes the layout and the text with it.
         self._charted, self._conventions = (), ""
         return optional("torch.utils.tensorboard", extra="tensorboard").SummaryWriter(
             str(self._log_dir), purge_step=step if ours_alone else None, filename_suffix=_SUFFIX
@@ -271,27 +263,25 @@ def _edges(values: Float[Tensor, " samples"]) -> list[float]:
     return torch.linspace(middle - width / 2, middle + width / 2, 31, dtype=torch.float64).tolist()
 
 
-def _layout(labels: tuple[str, ...]) -> dict[str, dict[str, list[Any]]]:
+def _layout(labels: tuple[str, ...], chart: str) -> dict[str, dict[str, list[Any]]]:
+    what, unit = ("log-volume", " [nat]") if chart == "logvol" else ("value", "")
     together = {
-        "log-volume by layer [nat]": ["Multiline", [r"logvol/\d+_.*"]],
+        f"{what} by layer{unit}": ["Multiline", [rf"{chart}/\d+_.*"]],
         "largest σ by layer": ["Multiline", [r"sigma_max/\d+_.*"]],
         "rank by layer": ["Multiline", [r"rank/\d+_.*"]],
         "samples that are not finite, by layer": ["Multiline", [r"nonfinite/\d+_.*"]],
     }
-    # A margin chart looks its three tags up as they are: escaped like the patterns above, it stays empty for
-    # `a.b`.
+    # A margin chart looks its three tags up as they are: escaped like the patterns above, it stays empty for `a.b`.
+    parts = ("median", "p10", "p90")
     bands = {
-        f"{label}: p10, median, p90 [nat]": [
-            "Margin",
-            [f"logvol_band/{label}/{part}" for part in ("median", "p10", "p90")],
-        ]
-        for label in labels
+        f"{name}: p10, median, p90{unit}": ["Margin", [f"{chart}_band/{name}/{part}" for part in parts]]
+        for name in labels
     }
     return {"volume element": together, "volume element, band over the samples": bands}
 
 
 def _conventions(report: GeometryReport, labels: dict[str, str]) -> str:
-    header = ("tag", "layer", "log-volume is", "n", "d", "k", "J divided by √n", "samples", "engine")
+    header = ("tag", "layer", "estimand", "n", "d", "k", "J divided by √n", "samples", "engine")
     rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for name, layer in report.items():
         cells = (
@@ -302,16 +292,25 @@ def _conventions(report: GeometryReport, labels: dict[str, str]) -> str:
             layer.num_inputs,
             layer.num_directions,
             "yes" if layer.normalized else "no",
-            layer.log_volume.numel(),
+            layer.value.numel(),
             layer.engine,
         )
         rows.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     units = (
-        "Log-volumes are natural logarithms (nats); divide by ln 10 ≈ 2.3026 for the base-10 ones of the "
-        "paper's figures.  n: the layer's features per sample; d: the numbers per sample of the space pulled "
-        "back to; k: tangent directions.  Medians, percentiles and histograms are over the samples with a "
-        "finite log-volume; `nonfinite` counts the others."
+        "Log-volumes are natural logarithms (nats); divide by ln 10 ≈ 2.3026 for the base-10 ones of the paper's "
+        "figures.  n: the layer's features per sample; d: the numbers per sample of the space pulled back to; k: "
+        "tangent directions.  Medians, percentiles and histograms are over the finite samples; `nonfinite` counts the "
+        "others."
     )
     legend = ["| tag | shows |", "|---|---|"]
     legend += [f"| {tag} | {meaning} |" for tag, meaning in (TAGS | MONITOR_TAGS).items()]
     return "\n".join([*rows, "", units, "", *legend])
+
+
+def _takes(target: Any) -> bool:
+    if isinstance(target, str | os.PathLike):
+        return True
+    return not isinstance(target, type) and callable(getattr(target, "add_scalar", None))  # tensorboardX has one too
+
+
+register_writer(_takes, TensorBoardWriter)

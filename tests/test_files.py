@@ -57,9 +57,7 @@ def test_equal_contents_give_equal_bytes_in_whatever_order():
 
 def test_one_tensor_under_two_names_is_saved_twice():
     value = torch.randn(4)
-    tensors, _ = decoded(
-        encoded({"a": value, "b": value, "c": value[1:]}, {}, kind="X"), kind="X", origin="bytes"
-    )
+    tensors, _ = decoded(encoded({"a": value, "b": value, "c": value[1:]}, {}, kind="X"), kind="X", origin="bytes")
     assert torch.equal(tensors["a"], tensors["b"])
     assert torch.equal(tensors["c"], value[1:])
 
@@ -70,16 +68,12 @@ def test_what_is_no_such_file_is_refused(tmp_path):
     foreign = safetensors.torch.save({"a": torch.zeros(3)})
     for broken in (data[:-9], data[:40], b"", b"PNG" * 100, foreign):
         path.write_bytes(broken)
-        with pytest.raises(
-            ProbeError, match=r"x is no saved Example, or was cut short.*\n.*result.save\(path\)"
-        ):
+        with pytest.raises(ProbeError, match=r"x is no saved Example, or was cut short.*\n.*result.save\(path\)"):
             read(path, kind="Example")
     path.write_bytes(data)
     with pytest.raises(ProbeError, match=r"x holds a Example, not a SliceScan.*\n.*Example.load\(path\)"):
         read(path, kind="SliceScan")
-    with pytest.raises(
-        ProbeError, match=r"nothing is no file, so there is no Example to load.*\n.*result.save"
-    ):
+    with pytest.raises(ProbeError, match=r"nothing is no file, so there is no Example to load.*\n.*result.save"):
         read(tmp_path / "nothing", kind="Example")
 
 
@@ -107,9 +101,7 @@ def test_the_bytes_are_on_the_disk_before_the_file_is_moved_into_place(tmp_path,
     order = []
     for name in ("fsync", "replace"):
         plain = getattr(files.os, name)
-        monkeypatch.setattr(
-            files.os, name, lambda *a, name=name, plain=plain: (order.append(name), plain(*a))
-        )
+        monkeypatch.setattr(files.os, name, lambda *a, name=name, plain=plain: (order.append(name), plain(*a)))
     write_atomically(tmp_path / "x", b"data")
     assert order == ["fsync", "replace"]
 

@@ -1,4 +1,4 @@
-"""Reports and the writers that the core carries."""
+"""Reports: tables, files, what they say of numbers that are not finite."""
 
 import csv
 import json
@@ -55,9 +55,7 @@ def test_csv_and_json_hold_the_same_numbers(report, tmp_path):
     for layer in document["layers"]:
         mine = [r for r in rows if r["layer"] == layer["name"]]
         assert (
-            [float(r["log_volume"]) for r in mine]
-            == layer["log_volume"]
-            == report[layer["name"]].log_volume.tolist()
+            [float(r["log_volume"]) for r in mine] == layer["log_volume"] == report[layer["name"]].log_volume.tolist()
         )
         assert [float(r["sigma_max"]) for r in mine] == [s[0] for s in layer["singular_values"]]
         assert {r["estimand"] for r in mine} == {layer["estimand"]}
@@ -66,55 +64,8 @@ def test_csv_and_json_hold_the_same_numbers(report, tmp_path):
 
 def test_json_has_null_where_a_number_is_not_finite(tmp_path):
     singular = nn.Sequential(nn.Linear(5, 2), nn.Linear(2, 7))
-    path = tgp.measure(singular, torch.randn(3, 5), layers="", estimator=tgp.Exact()).to_json(
-        tmp_path / "r.json"
-    )
+    path = tgp.measure(singular, torch.randn(3, 5), layers="", estimator=tgp.Exact()).to_json(tmp_path / "r.json")
     (layer,) = json.loads(path.read_text())["layers"]
     assert layer["log_volume"] == [None] * 3
     assert layer["nonfinite"] == 3
     assert layer["rank"] == [2] * 3
-
-
-def test_csv_writer_appends_flushes_and_resumes_without_doubles(report, tmp_path):
-    path = tmp_path / "geometry.csv"
-    assert isinstance(tgp.CSVWriter(path), tgp.Writer)
-
-    def steps():
-        with path.open(newline="", encoding="utf-8") as file:
-            return [int(r["step"]) for r in csv.DictReader(file) if r["layer"] == "1"]
-
-    writer = tgp.CSVWriter(path)
-    for step in (0, 10, 20):
-        writer.write(step, report)
-        assert steps()[-1] == step  # on disk at once: a killed run loses nothing
-    resumed = tgp.CSVWriter(path)  # the first writer was never closed: the run was killed
-    resumed.write(20, report)
-    resumed.write(30, report)
-    resumed.close()
-    assert steps() == [0, 10, 20, 30]
-    with path.open(newline="", encoding="utf-8") as file:
-        row = list(csv.DictReader(file))[-1]
-    assert float(row["median"]) == report["4"].statistics()["median"]
-
-
-def test_csv_writer_leaves_a_strangers_file_alone(report, tmp_path):
-    path = tmp_path / "thesis.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(tgp.ProbeError, match="is no geometry log"):
-        tgp.CSVWriter(path).write(0, report)
-    assert path.read_text() == "a,b\n1,2\n"
-
-
-def test_json_writer_holds_the_same_numbers_and_resumes_without_doubles(report, tmp_path):
-    path = tmp_path / "geometry.jsonl"
-    assert isinstance(tgp.JSONWriter(path), tgp.Writer)
-    for start in (0, 10):  # the second run resumes at 10 what the first had taken to 20
-        writer = tgp.JSONWriter(path)
-        for step in (start, start + 10, start + 20):
-            writer.write(step, report)
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [entry["step"] for entry in entries] == [0, 10, 20, 30]
-    assert entries[-1]["layers"]["4"] == report["4"].statistics()
-    (tmp_path / "notes.txt").write_text("dear diary")
-    with pytest.raises(tgp.ProbeError, match="is no geometry log"):
-        tgp.JSONWriter(tmp_path / "notes.txt").write(0, report)

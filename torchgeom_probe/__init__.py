@@ -1,24 +1,25 @@
 """torchgeom_probe: how much each layer of a PyTorch model magnifies its input space.
 
-Attach a :class:`GeometryProbe` to the layers of a model that you already have; one dual forward pass gives log √det g, g = JᵀJ, per
-layer and sample.
+Attach a :class:`GeometryProbe` to the layers of a model that you already have; one dual forward pass gives log √det g,
+g = JᵀJ, per layer and sample.
 """
 
 from torchgeom_probe import analytic
-from torchgeom_probe.boundary.magnification import (
-    BoundaryPoints,
-    Magnification,
-    boundary_points,
-    magnification,
-)
+from torchgeom_probe.boundary.magnification import Magnification, magnification
+from torchgeom_probe.boundary.points import BoundaryPoints, boundary_points
 from torchgeom_probe.check import CheckReport
 from torchgeom_probe.curvature.scalar import scalar_curvature
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators import Along, Estimator, Exact, LogDet, Subspace, TopK, Trace
-from torchgeom_probe.monitor.monitor import Budget, Every, LogSpaced, Monitor, Schedule
+from torchgeom_probe.monitor.monitor import Monitor
+from torchgeom_probe.monitor.schedules import Budget, Every, LogSpaced, Schedule
+from torchgeom_probe.monitor.writers import CSVWriter, JSONWriter, Writer
+from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.probe import GeometryProbe, measure
-from torchgeom_probe.report import CSVWriter, GeometryReport, JSONWriter, LayerGeometry, Writer
-from torchgeom_probe.slices.scan import Line, Plane, SliceScan, scan
+from torchgeom_probe.report import GeometryReport, LayerGeometry
+from torchgeom_probe.slices.result import SliceScan
+from torchgeom_probe.slices.scan import scan
+from torchgeom_probe.slices.slice import Line, Plane
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ __all__ = [
     "boundary_points",
     "magnification",
     "measure",
+    "plot",
     "scalar_curvature",
     "scan",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from torchgeom_probe.dual import recording
-from torchgeom_probe.errors import EngineRefusal, ProbeError
+from torchgeom_probe.errors import EngineRefusal, LayerRefusal, ProbeError
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.shapes import Tensor
 
@@ -37,7 +37,11 @@ class CheckReport:
 
     @staticmethod
     def of(jacobians: Jacobians, *, seed: int) -> CheckReport:
-        """Push one random direction, pull one random cotangent a layer, and note what every op did."""
+        """Push one random direction, pull one random cotangent a layer, and note what every op did.
+
+        Raises:
+            LayerRefusal: layers that have nothing to measure.
+        """
         plan = jacobians.plan
         generator = torch.Generator("cpu").manual_seed(seed)
         v = _drawn((1, jacobians.inputs.size, *plan.space), generator, jacobians.device, plan.dtype)
@@ -47,6 +51,8 @@ class CheckReport:
         with recording() as ops:
             try:
                 jacobians.push(v, lambda entry, blocks: pushed.update({entry: torch.cat(blocks, dim=2)}))
+            except LayerRefusal:
+                raise
             except ProbeError as error:
                 refusal = str(error)
             if refusal is None:

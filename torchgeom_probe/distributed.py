@@ -1,11 +1,11 @@
-"""One probe over several processes that hold the same weights (DDP): samples shared out, results on rank 0.
+"""One measurement over several processes that hold the same weights (DDP): samples shared out, results on rank 0.
 
-No collective: a rank that reaches a probe leaves its part in the process group's key-value store and goes on;
-rank 0 collects the parts, and measures itself what does not come.  So a probe that only some ranks reach ends.
+No collective: a rank that reaches a measurement leaves its part in the process group's key-value store and goes on;
+rank 0 collects the parts, and measures itself what does not come.  So one that only some ranks reach ends.
 
 DDP keeps the parameters equal, and not the buffers: after a step each rank's batch normalisation has seen its own
-batch, until the next forward pass brings rank 0's.  So every rank measures with rank 0's buffers, as they will be
-in the checkpoint.
+batch, until the next forward pass brings rank 0's.  So every rank measures with rank 0's buffers, as they will be in
+the checkpoint.
 
 Legend of axes: B samples.
 """
@@ -19,7 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.isolation import unwrapped
-from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Tensor
+
+Part = TypeVar("Part")
 
 # How long rank 0 waits for a rank that has always come before it measures that rank's samples itself.
 PATIENCE_SECONDS = 20.0
@@ -80,16 +81,14 @@ class Ranks:
             )
         return Ranks(model.process_group if wrapped else None, samples=samples)
 
-    def measured(
-        self, model: nn.Module, x: Any, step: int, measure: Callable[[Any], GeometryReport]
-    ) -> GeometryReport | None:
-        """Measure this rank's samples of ``x``; on rank 0 return the report over all of them, elsewhere None.
+    def measured(self, model: nn.Module, x: Any, step: int, measure: Callable[[Any], Part]) -> list[Part] | None:
+        """Measure this rank's samples of ``x``; on rank 0 return the results of all ranks in order, elsewhere None.
 
         Args:
             model: what is measured; its buffers are rank 0's for the time of the measurement.
             x: the same on every rank: a tensor [B, ...], or a tuple or dict of them.
-            step: names the probe, so that parts of different steps are not mixed.
-            measure: what to do with a part of ``x``.
+            step: names the measurement, so that parts of different steps are not mixed.
+            measure: what to do with a part of ``x``; its result is pickled on its way to rank 0.
 
         """
         size = next(leaf.shape[0] for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.dim())
@@ -105,15 +104,14 @@ class Ranks:
             return None
         if buffers:
             self._hand_out(f"{key}/buffers", buffers)
-        reports = [] if parts[0] is None else [measure(parts[0])]
+        results = [] if parts[0] is None else [measure(parts[0])]
         for rank, part in enumerate(parts[1:], start=1):
             if part is not None:
                 packed = self._awaited(f"{key}/{rank}", rank, step)
                 if packed is not None:
                     self._store.delete_key(f"{key}/{rank}")
-                reports.append(_unpacked(packed) if packed else measure(part))
-        layers = {name: LayerGeometry.joined([report[name] for report in reports]) for name in reports[0]}
-        return GeometryReport(layers)
+                results.append(_unpacked(packed) if packed else measure(part))
+        return results
 
     def _hand_out(self, key: str, buffers: Mapping[str, Tensor]) -> None:
         if self._handed_out:
@@ -127,7 +125,7 @@ class Ranks:
         x: Any,
         step: int,
         buffers: Mapping[str, Tensor],
-        measure: Callable[[Any], GeometryReport],
+        measure: Callable[[Any], Any],
     ) -> None:
         theirs: Mapping[str, Tensor] = {}
         if buffers:
@@ -137,13 +135,11 @@ class Ranks:
             theirs = _unpacked(packed)
         try:
             with _borrowed(buffers, theirs):
-                report = measure(x)
+                result = measure(x)
         except Exception:
-            self._store.set(
-                f"{key}/{self.rank}", ""
-            )  # rank 0 need not wait; it meets the same error by itself
+            self._store.set(f"{key}/{self.rank}", "")  # rank 0 need not wait; it meets the same error by itself
             raise
-        self._store.set(f"{key}/{self.rank}", _packed(report))  # type: ignore[arg-type]  # bytes go too
+        self._store.set(f"{key}/{self.rank}", _packed(result))  # type: ignore[arg-type]  # bytes go too
 
     def _awaited(self, key: str, rank: int, step: int) -> bytes | None:
         deadline = time.monotonic() + (0.0 if rank in self._absent else PATIENCE_SECONDS)

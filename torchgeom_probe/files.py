@@ -28,8 +28,8 @@ _KEY = "torchgeom_probe"
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write a file at once or not at all, and make its folder; returns the path.
 
-    The bytes go to a file beside it and are on the disk before that takes the place of the old one.  So a kill or a full
-    disk leaves the old file whole, and never half of the new one.
+    The bytes go to a file beside it and are on the disk before that takes the place of the old one.  So a kill or a
+    full disk leaves the old file whole, and never half of the new one.
 
     >>> import tempfile
     >>> write_atomically(tempfile.mkdtemp() + "/new/file", b"whole").read_bytes()
@@ -97,8 +97,7 @@ def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, kind:
     text = json.dumps({"kind": kind, "metadata": finite_or_null(metadata)}, sort_keys=True, allow_nan=False)
     # Copies: safetensors refuses tensors that share memory, as one value under two names does.
     copies = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     return safetensors.torch.save(copies, {_KEY: text})
 
@@ -139,9 +138,7 @@ def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor],
     """
     source = Path(path)
     if not source.is_file():
-        raise ProbeError(
-            f"{source} is no file, so there is no {kind} to load.\nSave one first:  result.save(path)"
-        )
+        raise ProbeError(f"{source} is no file, so there is no {kind} to load.\nSave one first:  result.save(path)")
     return decoded(source.read_bytes(), kind=kind, origin=str(source))
 
 

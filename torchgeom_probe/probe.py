@@ -51,31 +51,37 @@ class ProbeOptions(TypedDict, total=False):
 class GeometryProbe:
     """Measures the volume element of chosen layers of a model, in one dual forward pass for all of them.
 
-    With J = ∂Φ/∂x for a layer's feature map Φ: R^d → R^n (its output, flattened per sample) and g = JᵀJ, √det g is how much the layer
-    magnifies the input space around x.  The layers are resolved here, once; hooks sit on the model only while :meth:`measure` runs,
-    so an ordinary forward pass costs nothing and the model can be copied, pickled and compiled meanwhile.
+    With J = ∂Φ/∂x for a layer's feature map Φ: R^d → R^n (its output, flattened per sample) and g = JᵀJ, √det g is how
+    much the layer magnifies the input space around x.  The layers are resolved here, once; hooks sit on the model only
+    while :meth:`measure` runs, so an ordinary forward pass costs nothing and the model can be copied, pickled and
+    compiled meanwhile.
 
     Args:
         model: any ``nn.Module``; behind ``torch.compile`` or DistributedDataParallel the user's own module is probed.
-        layers: names, globs (``*`` within a level, ``**`` across), modules, module types, a callable ``(name, module) -> bool``, a
-            sequence of these, ``""`` (the model itself) or ``"auto"``: its stages, without those that have nothing to measure (they
-            never run, do not depend on x, have no axis of samples), which one warning and the report name.
+        layers: names, globs (``*`` within a level, ``**`` across), modules, module types, a callable ``(name, module)
+            -> bool``, a sequence of these, ``""`` (the model itself) or ``"auto"``: its stages, without those that have
+            nothing to measure (they never run, do not depend on x, have no axis of samples), which one warning and the
+            report name.
         estimator: what to estimate: ``Exact()``, ``TopK(k=10)``, …, or a name: ``"exact"``, ``"topk:10"``.  By default
             ``Subspace()``: the volume on a random frame of min(8, d) directions.
         normalize: divide J by √n, the paper's convention.
         transform: maps a layer's output before it is flattened (pooling, say); a callable, or a dict layer → callable.
-        engine: ``"fused"``, ``"functorch"``, ``"vjp"``, or ``"auto"``: the first of them, in this order, that can run the model.
-        source: a module's name; its output, instead of the model's input, is the space that the metric is pulled back to.
-        wrt: which of several floating inputs the metric lives on, by argument name or place; several of them are one space.
-        memory_budget: bytes that a measurement may use; default: half of what is free.  Samples, then directions, are taken in
-            chunks to keep to it; the results do not depend on the chunking.
+        engine: ``"fused"``, ``"functorch"``, ``"vjp"``, or ``"auto"``: the first of them, in this order, that can run
+            the model.
+        source: a module's name; its output, instead of the model's input, is the space that the metric is pulled back
+            to.
+        wrt: which of several floating inputs the metric lives on, by argument name or place; several of them are one
+            space.
+        memory_budget: bytes that a measurement may use; default: half of what is free.  Samples, then directions, are
+            taken in chunks to keep to it; the results do not depend on the chunking.
         mode: ``"eval"`` measures in eval mode whatever mode the model is in; ``"as_is"`` keeps it.
 
     Attributes:
         left_out: layers that ``"auto"`` would take and that have nothing to measure → why.
 
     Raises:
-        ProbeError: a layer or source that the model does not have, an unknown engine or mode, a model that cannot be hooked.
+        ProbeError: a layer or source that the model does not have, an unknown engine or mode, a model that cannot be
+            hooked.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(2, 16), nn.Sigmoid(), nn.Linear(16, 16), nn.Sigmoid())
@@ -101,7 +107,8 @@ class GeometryProbe:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ProbeError(
-                f"model is a {type(model).__name__}, not an nn.Module.\nWrap a function in one:  a Module whose forward calls it."
+                f"model is a {type(model).__name__}, not an nn.Module.\n"
+                "Wrap a function in one:  a Module whose forward calls it."
             )
         model = unwrapped(model)
         _refuse_unhookable(model)
@@ -111,21 +118,22 @@ class GeometryProbe:
             raise ProbeError(f"mode={mode!r} is unknown.\nWrite mode='eval' (the default) or mode='as_is'.")
         if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
             raise ProbeError(
-                f"memory_budget={memory_budget!r}: it is a number of bytes.\nWrite, for instance, memory_budget=2 * 2**30."
+                f"memory_budget={memory_budget!r}: it is a number of bytes.\n"
+                "Write, for instance, memory_budget=2 * 2**30."
             )
         if source is not None and wrt is not None:
             raise ProbeError(
                 f"source={source!r} and wrt={wrt!r} each say where the metric lives.\nLeave one of them out."
             )
         chosen = resolve(model, layers)
+        self.left_out: dict[str, str] = {}
+        self._may_leave_out = isinstance(layers, str) and layers == "auto"
         self.estimator = _estimator(estimator)
         self.normalize = normalize
         self.engine: EngineName = engine
         self.wrt = wrt
         self.memory_budget = memory_budget
         self.mode: Mode = mode
-        self.left_out: dict[str, str] = {}
-        self._may_leave_out = isinstance(layers, str) and layers == "auto"
         self._hooked = HookedModel(
             model,
             chosen,
@@ -137,6 +145,14 @@ class GeometryProbe:
         self._memory: dict[Any, Tensor] = {}
         self._engine_that_runs: EngineName = engine
         self._closed = False
+        scripted = {n: "is scripted" for n, m in chosen.items() if isinstance(m, torch.jit.ScriptModule)}
+        if scripted:
+            names = ", ".join(map(repr, scripted))
+            self._leave_out(
+                LayerRefusal(
+                    f"layers {names} are scripted: hooks do not see into them.\nName others.", scripted
+                )
+            )
 
     def __repr__(self) -> str:
         model = type(self._hooked.model).__name__
@@ -175,15 +191,18 @@ class GeometryProbe:
         """Measure every layer at a batch of samples.
 
         Args:
-            x: [B, ...], or a tuple of the model's positional arguments, or a dict of its keyword arguments; one floating tensor
-                among them, or else a probe with ``wrt`` or ``source``.
-            directions: [k, B, *x.shape[1:]], the caller's own tangents: the short form of ``estimator=Along(directions)``.
-            start: the report of an earlier measurement of the same samples, from which an estimator may start: ``TopK`` does, from its
-                singular vectors, and needs fewer products.
-            progress: show a progress bar over the chunks; by default only on a terminal and only if it takes more than a second.
+            x: [B, ...], or a tuple of the model's positional arguments, or a dict of its keyword arguments; one
+                floating tensor among them, or else a probe with ``wrt`` or ``source``.
+            directions: [k, B, *x.shape[1:]], the caller's own tangents: the short form of
+                ``estimator=Along(directions)``.
+            start: the report of an earlier measurement of the same samples, from which an estimator may start: ``TopK``
+                does, from its singular vectors, and needs fewer products.
+            progress: show a progress bar over the chunks; by default only on a terminal and only if it takes more than
+                a second.
 
         Raises:
-            ProbeError: an integer input, k > d, a layer that never fired, a tangent that was lost, an op without a derivative, ….
+            ProbeError: an integer input, k > d, a layer that never fired, a tangent that was lost, an op without a
+                derivative, ….
         """
         self._refuse_closed()
         estimator = self.estimator
@@ -230,8 +249,10 @@ class GeometryProbe:
                 except torch.OutOfMemoryError as error:
                     if at_once == 1 or plan.whole:
                         raise ProbeError(
-                            "out of memory with a single sample at a time.\nGive a smaller memory_budget= (directions are then taken "
-                            "in chunks too), pool the features with transform=, or take fewer directions: Subspace(k=...)"
+                            "out of memory with a single sample at a time.\n"
+                            "Give a smaller memory_budget= (directions are then taken "
+                            "in chunks too), pool the features with transform=, or take fewer directions: "
+                            "Subspace(k=...)"
                         ) from error
                     at_once = max(1, at_once // 2)
                     continue
@@ -257,9 +278,12 @@ class GeometryProbe:
                 raise _models_own(self._hooked.model, inputs, error) from error
         return inputs.cut_at(plan.per_sample), plan
 
+    def _may_go_without(self, refusal: LayerRefusal) -> bool:
+        return self._may_leave_out and bool(set(self._hooked.layers) - set(refusal.layers))
+
     def _leave_out(self, refusal: LayerRefusal) -> None:
         """Go on without the layers that have nothing to measure, if nobody named them."""
-        if not self._may_leave_out or not set(self._hooked.layers) - set(refusal.layers):
+        if not self._may_go_without(refusal):
             raise refusal
         self._hooked = self._hooked.without(set(refusal.layers))
         self.left_out.update(refusal.layers)
@@ -272,9 +296,10 @@ class GeometryProbe:
             raise ProbeError("this probe is closed.\nMake a new one:  GeometryProbe(model, layers=...)")
 
     def cost(self, x: Any) -> Cost:
-        """Say what ``measure(x)`` will take, without measuring: rows, bytes, seconds, chunks, forward or reverse mode per layer and why.
+        """Say what ``measure(x)`` will take, without measuring: rows, bytes, seconds, chunks, and why.
 
-        The seconds are rows times the time of a row in a plain forward pass, which is run for this on up to eight samples.
+        The seconds are rows times the time of a row in a plain forward pass, which is run for this on up to eight
+        samples.
 
         >>> probe = GeometryProbe(nn.Sequential(nn.Linear(5, 3), nn.Tanh()), layers="*", estimator=Subspace(k=2))
         >>> cost = probe.cost(torch.randn(7, 5))
@@ -288,7 +313,12 @@ class GeometryProbe:
         """
         self._refuse_closed()
         with measuring(self._hooked.model, mode=self.mode):
-            inputs, plan = self._planned_without_empty_layers(x)
+            while True:
+                try:
+                    inputs, plan = self._planned(x)
+                    break
+                except LayerRefusal as refusal:
+                    self._leave_out(refusal)
             return Cost.of(
                 self.estimator,
                 plan,
@@ -300,8 +330,9 @@ class GeometryProbe:
     def check(self, x: Any, *, seed: int = 0) -> CheckReport:
         """Check the model before a long run: derivatives, samples and ops, on at most four samples.
 
-        Per layer the adjoint identity ⟨u, Jv⟩ = ⟨Jᵀu, v⟩ between the dual pass and reverse mode; whether the samples of a batch leave each
-        other alone; and which op takes a fused rule, which falls back to ``vmap(jvp)`` and which is refused.
+        Per layer the adjoint identity ⟨u, Jv⟩ = ⟨Jᵀu, v⟩ between the dual pass and reverse mode; whether the samples of
+        a batch leave each other alone; and which op takes a fused rule, which falls back to ``vmap(jvp)`` and which is
+        refused.
 
         >>> probe = GeometryProbe(nn.Sequential(nn.Linear(3, 5), nn.Tanh()), layers="*")
         >>> probe.check(torch.randn(2, 3)).ok
@@ -309,17 +340,16 @@ class GeometryProbe:
         """
         self._refuse_closed()
         with measuring(self._hooked.model, mode=self.mode):
-            inputs, plan = self._planned_without_empty_layers(x)
-            few = inputs if plan.whole else inputs.chunk(0, 4)
-            jacobians = Jacobians(self._hooked, few, plan, self.engine, memory=self._memory)
-            return CheckReport.of(jacobians, seed=seed)
-
-    def _planned_without_empty_layers(self, x: Any) -> tuple[Inputs, Plan]:
-        while True:
-            try:
-                return self._planned(x)
-            except LayerRefusal as refusal:
-                self._leave_out(refusal)
+            while True:
+                try:
+                    inputs, plan = self._planned(x)
+                    few = inputs if plan.whole else inputs.chunk(0, 4)
+                    jacobians = Jacobians(self._hooked, few, plan, self.engine, memory=self._memory)
+                    return CheckReport.of(jacobians, seed=seed)
+                except LayerRefusal as refusal:
+                    if not self._may_go_without(refusal):
+                        return CheckReport(self.engine, {}, 0.0, [], [], [], [], str(refusal))
+                    self._leave_out(refusal)
 
 
 def probe_of(model_or_probe: nn.Module | GeometryProbe, options: ProbeOptions) -> GeometryProbe:
@@ -339,7 +369,8 @@ def probe_of(model_or_probe: nn.Module | GeometryProbe, options: ProbeOptions) -
         return GeometryProbe(model_or_probe, **options)
     if options:
         raise ProbeError(
-            f"a probe that is already made has its own options; {', '.join(f'{name}=' for name in options)} came beside it.\n"
+            f"a probe that is already made has its own options; {', '.join(f'{name}=' for name in options)} came "
+            "beside it.\n"
             "Give them to GeometryProbe(model, ...), or pass the model in place of the probe."
         )
     return model_or_probe
@@ -361,9 +392,9 @@ def measure(
     >>> report["2"].log_volume.shape
     torch.Size([5])
 
-    Of each layer's feature map Φ: R^d → R^n with J = ∂Φ/∂x and g = JᵀJ: by default the volume element √det VᵀgV on a random frame V of
-    min(8, d) directions, which is √det g itself where d ≤ 8; in natural logs.  All layers come from one dual forward pass, and the
-    model is left as it was.
+    Of each layer's feature map Φ: R^d → R^n with J = ∂Φ/∂x and g = JᵀJ: by default the volume element √det VᵀgV on a
+    random frame V of min(8, d) directions, which is √det g itself where d ≤ 8; in natural logs.  All layers come from
+    one dual forward pass, and the model is left as it was.
 
     Args:
         model_or_probe: any ``nn.Module``; or a :class:`GeometryProbe`, which plans once for many measurements.
@@ -401,15 +432,18 @@ def _estimator(estimator: Estimator | str | None) -> Estimator:
     if not isinstance(estimator, Estimator):
         made = f"  estimator={estimator.__name__}()" if isinstance(estimator, type) else ""
         raise ProbeError(
-            f"estimator={estimator!r} is no estimator.\nWrite, for instance, estimator=Subspace(k=8), 'exact' or 'topk:10'.{made}"
+            f"estimator={estimator!r} is no estimator.\n"
+            f"Write, for instance, estimator=Subspace(k=8), 'exact' or 'topk:10'.{made}"
         )
     return estimator
 
 
 def _coupled(entry: str) -> ProbeError:
     return ProbeError(
-        f"layer {entry!r} couples the samples: what it puts out at one of them changes with the others, so no sample has a metric "
-        "of its own.\nPut the samples first (nn.LSTM and attention: batch_first=True); normalise by running statistics, in eval mode; "
+        f"layer {entry!r} couples the samples: what it puts out at one of them changes with the others, so no sample "
+        "has a metric "
+        "of its own.\nPut the samples first (nn.LSTM and attention: batch_first=True); normalise by running "
+        "statistics, in eval mode; "
         "a set that is one sample (the nodes of a graph) goes into a Module that takes it as x[None]."
     )
 
@@ -437,7 +471,8 @@ def _models_own(model: nn.Module, inputs: Inputs, error: Exception) -> ProbeErro
     ]
     if weights and given:
         wanted = ", ".join(sorted(map(str, weights)))
-        advice = f"x is {given[0].dtype}, the model's parameters are {wanted}.\nConvert it:  x.to({wanted.split(', ')[0]})\n"
+        to = wanted.split(", ")[0]
+        advice = f"x is {given[0].dtype}, the model's parameters are {wanted}.\nConvert it:  x.to({to})\n"
     else:
         advice = ""
     return ProbeError(
@@ -475,7 +510,8 @@ def _refuse_unhookable(model: nn.Module) -> None:
     if sharded is not None:
         raise ProbeError(
             f"{sharded}: its ops need every rank at once.\n"
-            "Gather the model first (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into a "
+            "Gather the model first (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+            "full_state_dict=True) into a "
             "plain copy, and probe that."
         )
 
@@ -506,7 +542,8 @@ def _resolved_transforms(
         if not names:
             near = close_names(key, list(layers))
             raise ProbeError(
-                f"transform= has the key {key!r}, which is none of the layers measured ({', '.join(map(repr, list(layers)[:8]))}).\n"
+                f"transform= has the key {key!r}, which is none of the layers measured "
+                f"({', '.join(map(repr, list(layers)[:8]))}).\n"
                 f"Write one of them as the key{': ' + repr(near[0]) if near else ''}, or add {key!r} to layers=."
             )
         found.update(dict.fromkeys(names, function))

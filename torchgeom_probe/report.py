@@ -8,18 +8,17 @@ from __future__ import annotations
 import csv
 import html
 import io
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torchgeom_probe.errors import ProbeError, optional
-from torchgeom_probe.files import encoded, finite_or_null, read, write_atomically, write_json
+from torchgeom_probe.files import encoded, read, write_atomically, write_json
 from torchgeom_probe.linalg.spectrum import SpectralDensity
 from torchgeom_probe.shapes import Float, Int, Tensor
 
@@ -39,18 +38,19 @@ class LayerGeometry:
         name: the layer's name; ``name#1``, ``name#2`` … for the later calls of a module that is called repeatedly.
         estimand: in words, what ``value`` is: log √det g, log √det VᵀgV, ….
         engine: which engine ran: ``"fused"``, ``"functorch"`` or ``"vjp"``.
-        value: [B], what was estimated, in ``unit``.  Of a log-volume: ``-inf`` where the volume is zero (``rank`` says why), ``nan``
-            only where the Jacobian itself is not finite (a diverged model).
-        singular_values: [B, r], descending, of the Jacobian restricted to the directions (r = min(k, n)); of an estimator that
-            finds fewer, those.
+        value: [B], what was estimated, in ``unit``.  Of a log-volume: ``-inf`` where the volume is zero (``rank`` says
+            why), ``nan`` only where the Jacobian itself is not finite (a diverged model).
+        singular_values: [B, r], descending, of the Jacobian restricted to the directions (r = min(k, n)); of an
+            estimator that finds fewer, those.
         num_features: n, the layer's features per sample.
         num_inputs: d, the numbers per sample of the space that is pulled back to.
         num_directions: k, the tangent directions used.
         normalized: whether J was divided by √n.
         unit: of ``value``: ``"nat"``, the natural log of a volume, or another.
-        rank: [B], how many singular values exceed ``rank_tolerance`` · σ_max; -1 where the Jacobian is not finite; None where the
-            estimator does not see it.
-        log_pseudo_volume: [B], natural log of the product of those; 0 at rank 0 (an empty product); None without a rank.
+        rank: [B], how many singular values exceed ``rank_tolerance`` · σ_max; -1 where the Jacobian is not finite; None
+            where the estimator does not see it.
+        log_pseudo_volume: [B], natural log of the product of those; 0 at rank 0 (an empty product); None without a
+            rank.
         rank_tolerance: the threshold of ``rank``, relative to the largest singular value.
         std_error: [B] standard error of a stochastic ``value``, in its unit, or None.
         error_bound: [B] bound on the error of ``value``, in its unit, or None.
@@ -122,7 +122,8 @@ class LayerGeometry:
     def lipschitz_bounds(self) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
         """Lower and upper bound [B] of σ_1 of J, the layer's local Lipschitz constant (of J/√n when normalised).
 
-        From ``Exact`` they coincide; from ``TopK`` every Ritz value is a lower bound, and ``error_bound`` says how far off.
+        From ``Exact`` they coincide; from ``TopK`` every Ritz value is a lower bound, and ``error_bound`` says how far
+        off.
 
         Raises:
             ProbeError: an estimator that does not bound σ_1.
@@ -135,14 +136,15 @@ class LayerGeometry:
             largest = self.singular_values[:, 0]
             return largest, largest if self.error_bound is None else largest * self.error_bound.exp()
         raise ProbeError(
-            f"layer {self.name!r} was measured as {self.estimand!r}, which does not bound σ_1.\nMeasure with estimator=TopK(k=1)"
+            f"layer {self.name!r} was measured as {self.estimand!r}, which does not bound σ_1.\n"
+            "Measure with estimator=TopK(k=1)"
         )
 
     def statistics(self) -> dict[str, float]:
-        """Numbers over the batch: percentiles of the value (finite ones only), σ_max, rank, extras, and how many were not finite.
+        """Numbers over the batch: percentiles of the value, σ_max, rank, extras, and how many were not finite.
 
-        ``nan`` stands where no sample has a finite value, and where the estimator has none.  Of an extra with a number a sample it
-        is the median.  Copies to the host: not for the hot path.
+        ``nan`` stands where no sample has a finite value, and where the estimator has none.  Of an extra with a number
+        a sample it is the median.  Copies to the host: not for the hot path.
         """
         value = self.value.detach().double().cpu()
         finite = value[value.isfinite()]
@@ -264,7 +266,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         return found
 
     def summary(self) -> str:
-        """A table for people: per layer n, d, k, the value's median and spread, rank, σ_max and what else the estimator found."""
+        """A table for people: per layer n, d, k, the value's median and spread, rank, σ_max and the extras."""
         rows = self._cells()
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
@@ -435,122 +437,3 @@ class GeometryReport(Mapping[str, LayerGeometry]):
 
 def _short(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3g}"
-
-
-@runtime_checkable
-class Writer(Protocol):
-    """Where a :class:`~torchgeom_probe.Monitor` sends its reports: anything with these two methods."""
-
-    def write(self, step: int, report: GeometryReport) -> None:
-        """Record the report of one training step."""
-
-    def close(self) -> None:
-        """Flush and let go of the file."""
-
-
-STATISTICS = ("mean", "p10", "median", "p90", "sigma_max", "rank", "nonfinite")
-
-
-class JSONWriter:
-    """A :class:`Writer` of one JSON object per step and line (JSON Lines), appended and on disk at once.
-
-    ``{"step": …, "layers": {name: statistics}}`` with the numbers of :meth:`LayerGeometry.statistics` (nats; null where not finite).
-    An existing file is continued as by :class:`CSVWriter`: steps at or after the first one written now are dropped.
-
-    >>> import json, pathlib, tempfile, torch, torchgeom_probe as tgp
-    >>> path = pathlib.Path(tempfile.mkdtemp(), "geometry.jsonl")
-    >>> writer = tgp.JSONWriter(path)
-    >>> writer.write(0, tgp.measure(torch.nn.Linear(2, 3), torch.zeros(4, 2), layers=[""], estimator=tgp.Exact()))
-    >>> json.loads(path.read_text())["layers"][""]["rank"]
-    2.0
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._begun = False
-
-    def write(self, step: int, report: GeometryReport) -> None:
-        """Append the statistics of every layer at this step; they are on disk when it returns."""
-        if not self._begun:
-            self._resume_at(step)
-            self._begun = True
-        layers = {
-            name: {k: finite_or_null(v) for k, v in g.statistics().items()} for name, g in report.items()
-        }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "layers": layers}, allow_nan=False) + "\n")
-
-    def _resume_at(self, step: int) -> None:
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
-            try:
-                entry = json.loads(line)
-                kept += [line] if entry["step"] < step else []
-            except (ValueError, TypeError, KeyError) as error:
-                raise ProbeError(
-                    f"{self.path} exists and is no geometry log: it has the line {line[:60]!r}.\n"
-                    "Write to another file:  JSONWriter('geometry.jsonl')"
-                ) from error
-        beside = _parent_made(self.path).with_suffix(".partial")
-        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        beside.replace(self.path)
-
-    def close(self) -> None:
-        """Nothing is held open between writes; writing again continues the file."""
-
-
-class CSVWriter:
-    """A :class:`Writer` of one row per step and layer, appended and flushed at once: a killed run loses nothing.
-
-    Columns: step, layer, then the statistics of :meth:`LayerGeometry.statistics` (nats).  An existing file is continued:
-    rows of an earlier, interrupted run at or after the first step written now are dropped, so a resumed run has no doubles.
-
-    >>> import pathlib, tempfile, torch, torchgeom_probe as tgp
-    >>> path = pathlib.Path(tempfile.mkdtemp(), "geometry.csv")
-    >>> writer = tgp.CSVWriter(path)
-    >>> writer.write(0, tgp.measure(torch.nn.Linear(2, 3), torch.zeros(4, 2), layers=[""], estimator=tgp.Exact()))
-    >>> path.read_text().splitlines()[0]
-    'step,layer,mean,p10,median,p90,sigma_max,rank,nonfinite'
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._begun = False
-
-    def write(self, step: int, report: GeometryReport) -> None:
-        """Append the statistics of every layer at this step; they are on disk when it returns."""
-        if not self._begun:
-            self._resume_at(step)
-            self._begun = True
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            for name, layer in report.items():
-                statistics = layer.statistics()
-                rows.writerow([step, name, *(statistics[key] for key in STATISTICS)])
-
-    def _resume_at(self, step: int) -> None:
-        header = ["step", "layer", *STATISTICS]
-        kept: list[list[str]] = []
-        if self.path.exists() and self.path.stat().st_size:
-            with self.path.open(newline="", encoding="utf-8") as file:
-                found = list(csv.reader(file))
-            if found[0] != header:
-                raise ProbeError(
-                    f"{self.path} exists and is no geometry log: its first line is {found[0]}.\n"
-                    "Write to another file:  CSVWriter('geometry.csv')"
-                )
-            kept = [row for row in found[1:] if len(row) == len(header) and int(row[0]) < step]
-        # Written beside and moved into place: a process killed here leaves the earlier log whole.
-        beside = _parent_made(self.path).with_suffix(".partial")
-        with beside.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([header, *kept])
-        beside.replace(self.path)
-
-    def close(self) -> None:
-        """Nothing is held open between writes; writing again continues the file."""
-
-
-def _parent_made(path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target

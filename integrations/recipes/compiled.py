@@ -15,9 +15,7 @@ def main(steps=20, backend="inductor"):
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
 
     x = torch.linspace(-3, 3, 64).unsqueeze(1)
-    with tgp.Monitor(model, x, layers=["1", "3"], every=10, estimator=tgp.Exact()).follow(
-        optimizer
-    ) as monitor:
+    with tgp.Monitor(model, x, layers=["1", "3"], every=10, estimator=tgp.Exact()).follow(optimizer) as monitor:
         for _ in range(steps):
             optimizer.zero_grad()
             nn.functional.mse_loss(model(x), x.sin()).backward()

@@ -20,8 +20,7 @@ def main(csv="torchgeom_runs/ddp/geometry.csv", steps=20):
 
     x_probe = torch.randn(32, 8)
     batches = torch.Generator().manual_seed(1 + dist.get_rank())
-    writer = tgp.CSVWriter(csv)
-    with tgp.Monitor(model, x_probe, layers=["1"], every=10, writer=writer).follow(optimizer) as monitor:
+    with tgp.Monitor(model, x_probe, layers=["1"], every=10, writer=csv).follow(optimizer) as monitor:
         for _ in range(steps):
             x = torch.randn(16, 8, generator=batches)
             optimizer.zero_grad()

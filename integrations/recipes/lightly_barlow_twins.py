@@ -7,7 +7,7 @@ from lightly.loss import BarlowTwinsLoss
 from lightly.models.modules import BarlowTwinsProjectionHead
 from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 from torch import nn
-from torchgeom_probe.integrations.lightly import BarlowTwinsProbe, embedding_layers, encoder, views
+from torchgeom_probe.integrations.lightly import TwoViewProbe, embedding_layers, encoder, views
 from torchgeom_probe.integrations.timm import cifar_resnet
 
 import torchgeom_probe as tgp
@@ -35,7 +35,7 @@ def main(data=None, epochs=2, channels=(8, 8, 16, 16), size=16):
             criterion(network(x0), network(x1)).backward()
             optimizer.step()
 
-    print(monitor.history[-1][1], BarlowTwinsProbe(model).augmentation(batch), sep="\n\n")
+    print(monitor.history[-1][1], TwoViewProbe(model).augmentation(batch), sep="\n\n")
     return monitor.history[-1][1]
 
 

@@ -29,13 +29,9 @@ class Classifier(pl.LightningModule):
 def main(log_dir="torchgeom_runs/lightning", **options):
     """Train for two epochs, with a probe before, every 8 steps, at the ends of epochs and after."""
     x = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long()), batch_size=16
-    )
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long()), batch_size=16)
     geometry = GeometryCallback(layers=["net.1", "net.3"], every=8, epoch_ends=True)
-    pl.Trainer(max_epochs=2, callbacks=[geometry], default_root_dir=log_dir, **options).fit(
-        Classifier(), loader
-    )
+    pl.Trainer(max_epochs=2, callbacks=[geometry], default_root_dir=log_dir, **options).fit(Classifier(), loader)
     print([step for step, _ in geometry.history], geometry.history[-1][1], sep="\n")
     return geometry.history[-1][1]
 

@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torchgeom_probe.integrations.tensorboard import TensorBoardWriter
 
 import torchgeom_probe as tgp
 
@@ -19,8 +18,7 @@ def main(log_dir="torchgeom_runs/plain_loop", epochs=8):
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
 
     x_probe = torch.stack([data[i][0] for i in range(32)])
-    writer = TensorBoardWriter(log_dir)
-    with tgp.Monitor(model, x_probe, layers=["1"], every=20, writer=writer).follow(optimizer) as monitor:
+    with tgp.Monitor(model, x_probe, layers=["1"], every=20, writer=log_dir).follow(optimizer) as monitor:
         for _ in range(epochs):
             for inputs, labels in loader:
                 optimizer.zero_grad()

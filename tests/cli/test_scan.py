@@ -10,7 +10,8 @@ import torch
 
 import torchgeom_probe as tgp
 from torchgeom_probe.cli.main import main
-from torchgeom_probe.plotting.photographs import _few_classes
+from torchgeom_probe.cli.scan import _few_classes
+from torchgeom_probe.slices.resume import Parts
 
 PIL = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -21,7 +22,8 @@ import torch
 from torch import nn
 def make():
     torch.manual_seed(1)
-    return nn.Sequential(nn.Conv2d(3, 5, 3, 2), nn.GELU(), nn.Conv2d(5, 7, 3, 2), nn.GELU(), nn.Flatten(), nn.Linear(7 * 16, 4))
+    body = nn.Conv2d(3, 5, 3, 2), nn.GELU(), nn.Conv2d(5, 7, 3, 2), nn.GELU(), nn.Flatten()
+    return nn.Sequential(*body, nn.Linear(7 * 16, 4))
 """
 
 
@@ -105,7 +107,7 @@ def test_stopped_in_the_middle_it_ends_with_the_same_bytes(work, monkeypatch, ca
     extra = ["--batch-size", "4"]
     assert main([*command(work, "a", "b", "c", out="straight"), *extra]) == 0
     chunks = [0]
-    put = tgp.slices.scan._Parts.put
+    put = Parts.put
 
     def interrupted(self, index, data):
         if chunks[0] == 3:
@@ -113,7 +115,7 @@ def test_stopped_in_the_middle_it_ends_with_the_same_bytes(work, monkeypatch, ca
         chunks[0] += 1
         put(self, index, data)
 
-    monkeypatch.setattr(tgp.slices.scan._Parts, "put", interrupted)
+    monkeypatch.setattr(Parts, "put", interrupted)
     assert main([*command(work, "a", "b", "c", out="stopped"), *extra]) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
     monkeypatch.undo()

@@ -14,13 +14,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from torchgeom_probe.dual import RULES, DualTensor, LostTensor, recording
+from torchgeom_probe.dual import RULES, DualTensor, LostTensor, dual_pass, recording
 from torchgeom_probe.errors import EngineRefusal, ProbeError
 
 
 @pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
+def _in_a_pass():
+    with torch.no_grad(), dual_pass():
         yield
 
 
@@ -258,14 +258,8 @@ def test_what_depends_on_a_cut_tensor_is_lost(cut: Callable[..., Any], reason: s
     assert isinstance(lost, LostTensor)
     assert lost.reason == reason
     assert repr(lost) == f"LostTensor(shape=(5, 7), cut by {reason})"
-    for out in (
-        lost * 2,
-        x + lost,
-        torch.cat([x, lost]),
-        F.linear(lost, torch.randn(3, 7).double()),
-        lost[0],
-        lost.to(x),
-    ):
+    linear = F.linear(lost, torch.randn(3, 7).double())
+    for out in (lost * 2, x + lost, torch.cat([x, lost]), linear, lost[0], lost.to(x)):
         assert isinstance(out, LostTensor)
         assert out.reason == reason
     assert torch.equal((x + lost).primal, 2 * x.primal)
@@ -297,16 +291,14 @@ def test_writing_a_cut_tensor_into_a_dual_loses_it() -> None:
     view, cut = x[:, 1:], x.detach()
     view.mul_(cut[:, 1:])
     assert isinstance(view, LostTensor)
-    assert (
-        x.tangents[..., 1:].isnan().all()
-    )  # the whole, which knows nothing of it, cannot be read as if it had tangents
+    assert x.tangents[..., 1:].isnan().all()  # the whole does not know of it: what is read there must show
     assert x.tangents[..., 0].isfinite().all()
     y = dual(5, 7)
     y[0] = cut[0]
     assert isinstance(y, LostTensor)
 
 
-# ------------------------------------------------------------------------------------------------- op by op, by vmap(jvp)
+# ----------------------------------------------------------------------------------------------- op by op, by vmap(jvp)
 
 
 @pytest.mark.parametrize(
@@ -406,15 +398,14 @@ def test_arguments_by_keyword() -> None:
     check(lambda z: torch.sum(input=z, dim=1), x, fallback=set())
 
 
-# ---------------------------------------------------------------------------------------------- whole modules, other tools
+# ------------------------------------------------------------------------------------------ whole modules, other tools
 
 
+CAUSAL = nn.Transformer.generate_square_subsequent_mask(5).double()
 ATTENTION = {
     "self": lambda m, x: m(x, x, x, need_weights=False)[0],
     "weights": lambda m, x: m(x, x, x)[1],
-    "masked": lambda m, x: m(x, x, x, attn_mask=nn.Transformer.generate_square_subsequent_mask(5).double())[
-        0
-    ],
+    "masked": lambda m, x: m(x, x, x, attn_mask=CAUSAL)[0],
     "padding": lambda m, x: m(x, x, x, key_padding_mask=torch.tensor([[False] * 4 + [True]] * 2))[0],
     "cross": lambda m, x: m(x, x[:, :3], x[:, :3])[0],
 }
@@ -437,9 +428,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     block = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x = dual(2, 7)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "warnings.warn", lambda *a, **k: None
-        )  # "none of the inputs requires grad": torch.utils.checkpoint
+        patch.setattr("warnings.warn", lambda *a, **k: None)  # torch's "none of the inputs requires grad"
         out = checkpoint(block, x, use_reentrant=reentrant)
     torch.testing.assert_close(out.buffer, pushed(block, x))
 

@@ -75,7 +75,7 @@ found["alone"] = (alone["2"].log_volume, alone["0"].rank, alone["2"].singular_va
 
 # a slice map: rank 0 draws, and waits for nobody
 plane = tgp.Plane(X[0], X[1], X[2], steps=4)
-maps = {"plane": plane, "own": lambda m: tgp.scan(m, plane, layers=["2"]).plot()}
+maps = {"plane": plane, "own": lambda m: tgp.plot(tgp.scan(m, plane, layers=["2"]))}
 made = monitor(model, writer=TensorBoardWriter(f"{out}/maps"), maps=maps)
 made.probe_now(); made.close()
 found["maps"] = made.failures
@@ -148,7 +148,7 @@ class Module(pl.LightningModule):
         return optimizer_of(self)
 
 for how in ("lightning without", "lightning"):
-    callback = GeometryCallback(["net.2"], every=2, samples=4, on_error="raise")
+    callback = GeometryCallback(layers=["net.2"], every=2, samples=4, on_error="raise")
     trainer = pl.Trainer(max_steps=5, devices=2, strategy="ddp", accelerator="cpu", enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
         callbacks=[] if how == "lightning without" else [callback],
@@ -284,9 +284,7 @@ def test_lightning_with_ddp(ranks):
 
 
 def test_sharing_needs_a_process_group():
-    with pytest.raises(
-        tgp.ProbeError, match=r"there is no process group.\nWrite  torch.distributed.init_proc"
-    ):
+    with pytest.raises(tgp.ProbeError, match=r"there is no process group.\nWrite  torch.distributed.init_proc"):
         tgp.Monitor(nn.Linear(2, 3), torch.zeros(2, 2), layers=[""], distributed=True)
     assert Ranks.of(nn.Linear(2, 3), None) is None
 

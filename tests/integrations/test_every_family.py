@@ -1,7 +1,7 @@
 """45 models at initialisation and after training: their stages, and volumes that are float64's.
 
-The reference shares nothing with the probe: a float64 copy of the model, ``torch.func.vmap`` of ``torch.func.jvp`` over directions
-of our own, and an SVD of the tangents that plain hooks return.
+The reference shares nothing with the probe: a float64 copy of the model, ``torch.func.vmap`` of ``torch.func.jvp`` over
+directions of our own, and an SVD of the tangents that plain hooks return.
 
 Legend of axes: K directions, B samples, N features of a layer.
 """
@@ -24,10 +24,10 @@ import torchgeom_probe as tgp
 K, B = 3, 2
 FAMILIES = (*TIMM, *(f"tv:{name}" for name in TORCHVISION))
 
-# Nats, of a sum of K logarithms. Measured over the 45 models, untrained and trained: in float64 1e-9 at most; in float32 mostly
-# below 1e-6, and up to 7e-3 where the float32 network itself differs from the float64 one: a ReLU whose input is zero up to
-# rounding is open in one and shut in the other, which one depends on the processor. That is the bad luck of a sample; a wrong
-# rule would be off at every one, so in float32 one of the two samples may be, and by so much.
+# Nats, of a sum of K logarithms. Measured over the 45 models, untrained and trained: in float64 1e-9 at most; in
+# float32 mostly below 1e-6, and up to 7e-3 where the float32 network itself differs from the float64 one: a ReLU whose
+# input is zero up to rounding is open in one and shut in the other, which one depends on the processor. That is the bad
+# luck of a sample; a wrong rule would be off at every one, so in float32 one of the two samples may be, and by so much.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-3}
 UNLUCKY = 1e-2
 
@@ -60,9 +60,9 @@ def reference(model, layers, x, v):
     torch.backends.mha.set_fastpath_enabled(False)  # it has no forward derivative, fused attention neither
     try:
         with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-            pushed = torch.func.vmap(
-                lambda t: torch.func.jvp(outputs, (x.double(),), (t,))[1], randomness="same"
-            )(v.double())
+            pushed = torch.func.vmap(lambda t: torch.func.jvp(outputs, (x.double(),), (t,))[1], randomness="same")(
+                v.double()
+            )
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return {
@@ -74,16 +74,14 @@ def reference(model, layers, x, v):
 def train(model, size, steps):
     """A few steps of SGD on noise; then running statistics that are these weights' own.
 
-    The statistics lag tens of steps behind the weights at batch normalisation's own momentum: in eval mode such a network
-    saturates or collapses, and its volumes are -inf by right (README).
+    The statistics lag tens of steps behind the weights at batch normalisation's own momentum: in eval mode such a
+    network saturates or collapses, and its volumes are -inf by right (README).
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(
-            model(torch.randn(4, 3, size, size)), torch.tensor([0, 1, 2, 3])
-        ).backward()
+        nn.functional.cross_entropy(model(torch.randn(4, 3, size, size)), torch.tensor([0, 1, 2, 3])).backward()
         optimizer.step()
     update_bn((torch.randn(4, 3, size, size) for _ in range(2)), model)
 

@@ -42,9 +42,7 @@ class Classifier(pl.LightningModule):
     def __init__(self, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        self.net = nn.Sequential(
-            nn.Linear(5, 13), nn.BatchNorm1d(13), nn.Tanh(), nn.Dropout(0.2), nn.Linear(13, 3)
-        )
+        self.net = nn.Sequential(nn.Linear(5, 13), nn.BatchNorm1d(13), nn.Tanh(), nn.Dropout(0.2), nn.Linear(13, 3))
         self.probed_in = []
 
     def forward(self, x):
@@ -237,9 +235,7 @@ def test_events_in_several_loggers(tmp_path):
     table = CSVLogger(tmp_path / "csv", version=0)
     callback = probe(x_probe=X)
     fit(callback, tmp_path, logger=[tensorboard, table], log_every_n_steps=2)
-    medians = [
-        (step, pytest.approx(report["net.2"].statistics()["median"])) for step, report in callback.history
-    ]
+    medians = [(step, pytest.approx(report["net.2"].statistics()["median"])) for step, report in callback.history]
     assert scalars(tensorboard.log_dir, "logvol/01_net.2") == medians
     assert [step for step, _ in scalars(tensorboard.log_dir, "loss")] == [1, 3, 5]
     with (Path(table.log_dir) / "metrics.csv").open() as file:
@@ -368,11 +364,8 @@ def test_an_exception_in_training_closes_the_writers(tmp_path):
             if index == 2:
                 raise RuntimeError("training broke")
 
-    class Recorder:
+    class Recorder(tgp.Writer):
         closed = 0
-
-        def write(self, step, report):
-            pass
 
         def close(self):
             self.closed += 1
@@ -398,17 +391,13 @@ def test_a_probe_that_fails_does_not_end_the_training(tmp_path):
 
 
 def test_what_makes_no_sense_is_refused(tmp_path):
-    with pytest.raises(
-        tgp.ProbeError, match=r"has no option 'evry'; beside its own it takes Monitor's: .*estimator"
-    ):
+    with pytest.raises(tgp.ProbeError, match=r"has no option 'evry'; beside its own it takes Monitor's: .*estimator"):
         GeometryCallback(evry=3)
     with pytest.raises(tgp.ProbeError, match="samples is a whole number of 1 or more; got 0"):
         GeometryCallback(samples=0)
     with pytest.raises(tgp.ProbeError, match=r"no layer 'net\.9'"):
         fit(probe(x_probe=X, layers=["net.9"]), tmp_path)
-    with pytest.raises(
-        tgp.ProbeError, match=r"model='backbone' is no submodule of this Classifier; it has 'net'"
-    ):
+    with pytest.raises(tgp.ProbeError, match=r"model='backbone' is no submodule of this Classifier; it has 'net'"):
         fit(probe(x_probe=X, model="backbone"), tmp_path)
 
 
@@ -448,7 +437,7 @@ class Module(pl.LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
-callback = GeometryCallback(["net.1"], every=2, on_error="raise")
+callback = GeometryCallback(layers=["net.1"], every=2, on_error="raise")
 trainer = pl.Trainer(max_steps=5, logger=False, enable_checkpointing=False, enable_progress_bar=False,
     enable_model_summary=False, accelerator="cpu", callbacks={given})
 trainer.fit(Module(), torch.utils.data.DataLoader(torch.randn(40, 5), batch_size=4))

@@ -186,7 +186,7 @@ def test_the_pretrained_network_has_one_report_by_probe_command_line_and_callbac
             return torch.optim.SGD(self.head.parameters(), lr=0.1)
 
     names = [f"net.{layer}" for layer in layers]
-    callback = GeometryCallback(names, x_probe=x, estimator=estimator, on_error="raise")
+    callback = GeometryCallback(layers=names, x_probe=x, estimator=estimator, on_error="raise")
     options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = pl.Trainer(max_steps=1, logger=False, accelerator="cpu", callbacks=[callback], **options)
     trainer.fit(Module(), torch.utils.data.DataLoader([0, 1]))

@@ -24,7 +24,8 @@ from torchgeom_probe.integrations.tensorboard import MONITOR_TAGS, TAGS, TensorB
 
 import torchgeom_probe as tgp
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.report import GeometryReport, LayerGeometry, Writer
+from torchgeom_probe.monitor.writers import Writer
+from torchgeom_probe.report import GeometryReport, LayerGeometry
 
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -42,7 +43,7 @@ def layer(log_volume, *, k=3, **fields):
         name="set by the report",
         estimand="√det VᵀgV",
         engine="fused",
-        log_volume=volume,
+        value=volume,
         singular_values=sigma,
         rank=torch.where(volume.isneginf(), k - 1, k),
         log_pseudo_volume=torch.where(volume.isneginf(), -2.5, volume),
@@ -136,7 +137,7 @@ def test_any_finite_samples_make_a_histogram(tmp_path, values):
 
 def test_nothing_that_is_not_finite_reaches_a_chart(tmp_path):
     broken = layer([NAN, -INF, INF])
-    broken = replace(broken, singular_values=torch.full((3, 3), NAN), trace=torch.tensor([NAN, INF, NAN]))
+    broken = replace(broken, singular_values=torch.full((3, 3), NAN), extras={"trace": torch.tensor([NAN, INF, NAN])})
     huge = replace(layer([1.0, 2.0]), singular_values=torch.full((2, 3), 1e300, dtype=torch.float64))
     events = written(tmp_path, [(0, GeometryReport({"broken": broken, "huge": huge}))])
     tags = events.Tags()
@@ -151,14 +152,32 @@ def test_nothing_that_is_not_finite_reaches_a_chart(tmp_path):
 def test_what_other_estimators_measure_has_tags_of_its_own(tmp_path):
     one = layer(
         [1.0, 2.0, 4.0],
-        trace=torch.tensor([3.0, 5.0, NAN]),
-        log_det=torch.tensor([-1.0, -7.0, -3.0]),
+        extras={
+            "trace": torch.tensor([3.0, 5.0, NAN]),
+            "log_det": torch.tensor([-1.0, -7.0, -3.0]),
+            "interval": torch.zeros(3, 2),
+        },
         std_error=torch.tensor([0.5, 0.25, 0.125]),
     )
     events = written(tmp_path, [(0, GeometryReport({"a": one}))])
     found = {group: events.Scalars(f"{group}/00_a")[0].value for group in ("trace", "log_det", "std_error")}
     assert found == {"trace": 4.0, "log_det": -3.0, "std_error": 0.25}
-    assert "error_bound/00_a" not in events.Tags()["scalars"]
+    assert not {"error_bound/00_a", "interval/00_a"} & set(events.Tags()["scalars"])
+
+
+def test_what_is_no_log_volume_and_has_no_rank_is_charted_as_a_value(tmp_path):
+    one = replace(layer([1.0, 2.0, 4.0]), unit="", rank=None, log_pseudo_volume=None)
+    events = written(tmp_path, [(0, GeometryReport({"a": replace(one, singular_values=torch.zeros(3, 0))}))])
+    tags = events.Tags()
+    charts = {"value/00_a": 2.0, "value_band/00_a/median": 2.0, "nonfinite/00_a": 0.0}
+    assert {tag: events.Scalars(tag)[0].value for tag in charts} == charts
+    assert set(tags["scalars"]) == {*charts, "value_band/00_a/p10", "value_band/00_a/p90"}
+    assert tags["histograms"] == ["value_histogram/00_a"]
+    proto = events.Tensors("custom_scalars__config__")[0].tensor_proto
+    layout = layout_pb2.Layout.FromString(tensor_util.make_ndarray(proto).item())
+    charts = {chart.title: chart for category in layout.category for chart in category.chart}
+    assert list(charts["value by layer"].multiline.tag) == [r"value/\d+_.*"]
+    assert charts["00_a: p10, median, p90"].margin.series[0].value == "value_band/00_a/median"
 
 
 def test_a_layer_keeps_its_number_and_a_hundred_layers_sort(tmp_path):
@@ -187,9 +206,7 @@ def test_the_layout_shows_all_layers_in_one_chart_and_a_band_for_each(tmp_path):
     charts = {chart.title: chart for category in layout.category for chart in category.chart}
     scalars = events.Tags()["scalars"]
     (pattern,) = charts["log-volume by layer [nat]"].multiline.tag
-    assert [tag for tag in scalars if re.match(pattern, tag)] == [
-        f"logvol/{label}" for label in LABELS.values()
-    ]
+    assert [tag for tag in scalars if re.match(pattern, tag)] == [f"logvol/{label}" for label in LABELS.values()]
     bands = [chart.margin.series[0] for title, chart in charts.items() if "p10" in title]
     assert [series.value for series in bands] == [f"logvol_band/{label}/median" for label in LABELS.values()]
     for series in bands:  # as they are, unescaped: the page looks them up by name
@@ -346,9 +363,7 @@ def test_importing_the_module_loads_no_tensorboard():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="a file-size limit stands in for a full disk"
-)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a file-size limit stands in for a full disk")
 def test_a_full_disk_is_said_to_be_one_and_the_writer_recovers(tmp_path):
     # The operating system itself refuses the bytes: RLIMIT_FSIZE, with its signal ignored, is an OSError on
     # write.

@@ -209,9 +209,7 @@ def test_the_papers_resnet_keeps_the_resolution_and_has_its_activation_everywher
     assert all(b.bn2.weight.abs().sum() > 0 for b in blocks), "the residual branches start at zero"
 
 
-@pytest.mark.parametrize(
-    ("act", "kind"), [("gelu", nn.GELU), ("relu", nn.ReLU), ("tanh", nn.Tanh), ("silu", nn.SiLU)]
-)
+@pytest.mark.parametrize(("act", "kind"), [("gelu", nn.GELU), ("relu", nn.ReLU), ("tanh", nn.Tanh), ("silu", nn.SiLU)])
 def test_every_activation_is_the_one_asked_for(act, kind):
     model = cifar_resnet("resnet18", act=act)
     activations = [m for n, m in model.named_modules() if n.rsplit(".", 1)[-1].startswith("act")]

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import warnings
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,12 +18,13 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators import Exact, Subspace
-from torchgeom_probe.monitor.monitor import Budget, Clock, Every, LogSpaced, Monitor
-from torchgeom_probe.probe import measure
-from torchgeom_probe.report import CSVWriter
+from torchgeom_probe.monitor.monitor import Monitor
+from torchgeom_probe.monitor.schedules import Budget, Every, LogSpaced
+from torchgeom_probe.monitor.writers import CSVWriter, Writer
+from torchgeom_probe.probe import GeometryProbe, measure
 
 
-class Recorder:
+class Recorder(Writer):
     """A writer that keeps what it is given; fails at chosen steps."""
 
     def __init__(self, fails_at=()):
@@ -73,9 +73,7 @@ def train(model, optimizer, steps, after=None, size=(13, 4), seed=1):
     for _ in range(steps):
         x = torch.randn(*size, generator=generator)
         optimizer.zero_grad()
-        (
-            model(x + 0.01 * torch.randn_like(x)) ** 2
-        ).mean().backward()  # the noise draws on the global generator
+        (model(x + 0.01 * torch.randn_like(x)) ** 2).mean().backward()  # the noise draws on the global generator
         optimizer.step()
         if after is not None:
             after()
@@ -201,6 +199,17 @@ def test_a_model_of_several_inputs_and_options_pass_through():
     assert (report[""].num_features, report[""].normalized) == (5, False)
 
 
+def test_a_probe_already_made_is_used_and_left_open():
+    model, x = mlp(), torch.randn(5, 4)
+    with GeometryProbe(model, layers=["1"], estimator=Exact()) as probe:
+        with Monitor(probe, x, every=2) as monitor:
+            assert monitor.model is model
+            report = monitor.probe_now()
+        assert torch.equal(report["1"].log_volume, probe.measure(x)["1"].log_volume)
+        with pytest.raises(ProbeError, match="options"):
+            Monitor(probe, x, layers=["2"])
+
+
 def test_step_returns_the_report_when_it_probes():
     monitor = Monitor(mlp(), torch.randn(5, 4), layers=["1"], every=3)
     assert [monitor.step() is not None for _ in range(7)] == [False, False, True, False, False, True, False]
@@ -302,9 +311,7 @@ def test_writers_get_the_reports_of_the_history(tmp_path):
     monitor.close()
     rows = [line.split(",") for line in (tmp_path / "log.csv").read_text().split()[1:]]
     assert [(int(row[0]), row[1]) for row in rows] == [(2, "1"), (4, "1")]
-    assert [float(row[4]) for row in rows] == [
-        report["1"].statistics()["median"] for _, report in monitor.history
-    ]
+    assert [float(row[4]) for row in rows] == [report["1"].statistics()["median"] for _, report in monitor.history]
 
 
 def test_the_history_is_bounded():
@@ -361,8 +368,8 @@ def test_maps_are_drawn_at_each_mth_probe_for_the_writers_that_take_them():
     pyplot.switch_backend("Agg")
 
     class Album(Recorder):
-        def write_figure(self, tag, figure, step):
-            assert pyplot.fignum_exists(figure.number)
+        def write_map(self, tag, result, step):
+            assert pyplot.fignum_exists(result.number)
             self.written.append((tag, step))
 
     album, plain = Album(), Recorder()
@@ -377,16 +384,12 @@ def test_maps_are_drawn_at_each_mth_probe_for_the_writers_that_take_them():
     )
     for _ in range(5):
         monitor.step()
-    assert [entry for entry in album.written if entry[0] == "slice/plane"] == [
-        ("slice/plane", s) for s in (1, 3, 5)
-    ]
+    assert [entry for entry in album.written if entry[0] == "slice/plane"] == [("slice/plane", s) for s in (1, 3, 5)]
     assert len(plain.written) == 5
     assert not pyplot.get_fignums()
-    with pytest.raises(ProbeError, match="no writer here takes them"):
+    with pytest.raises(ProbeError, match=r"no writer here draws.\nWrite:  writer='runs/experiment_1'"):
         Monitor(mlp(), torch.randn(5, 4), writer=plain, maps={"slice": lambda model: None})
-    with pytest.raises(
-        ProbeError, match=r"maps=\{'slice': ...\} takes a slice, or a function(.|\n)*got a Tensor"
-    ):
+    with pytest.raises(ProbeError, match=r"maps=\{'slice': ...\} takes a slice, or a function(.|\n)*got a Tensor"):
         Monitor(mlp(), torch.randn(5, 4), writer=album, maps={"slice": torch.zeros(3)})
 
 
@@ -431,76 +434,6 @@ def test_the_share_that_a_writer_is_told_counts_the_probe_that_it_is_told_in():
     assert told == pytest.approx(monitor.overhead, abs=0.1)
 
 
-# Schedules
-
-
-def steps_of(schedule, until):
-    return [step for step in range(until) if schedule.due(step, Clock())]
-
-
-def test_every():
-    assert steps_of(Every(3), 10) == [0, 3, 6, 9]
-    assert steps_of(Every(), 301) == [0, 100, 200, 300]
-
-
-@pytest.mark.parametrize("per_decade", [1, 3, 10, 50])
-def test_log_spaced_steps_are_the_rounded_powers(per_decade):
-    wanted = {0} | {round(10 ** (i / per_decade)) for i in range(10 * per_decade)}
-    assert steps_of(LogSpaced(per_decade), 3000) == sorted(step for step in wanted if step < 3000)
-
-
-def simulated(schedule, *, step_seconds, probe_seconds, steps, pause_at=None, pause=0.0):
-    """Run the schedule on a clock of our own; returns the steps probed and the share after each step."""
-    training = spent = last = 0.0
-    at_probe = None
-    probed, shares = [], []
-    for step in range(steps):
-        if step:
-            training += step_seconds
-        if step == pause_at:
-            training += pause
-        since = math.inf if at_probe is None else training - at_probe
-        if schedule.due(step, Clock(training, spent, last, since)):
-            last = probe_seconds(len(probed))
-            spent, at_probe = spent + last, training
-            probed.append(step)
-        shares.append(spent / (spent + training) if spent + training else 0.0)
-    return probed, shares
-
-
-@pytest.mark.parametrize(("share", "price"), [(0.02, 0.1), (0.05, 1.0), (0.2, 0.03)])
-def test_a_budget_holds_and_is_used(share, price):
-    probed, shares = simulated(Budget(share), step_seconds=0.05, probe_seconds=lambda _: price, steps=4000)
-    assert probed[0] == 0
-    assert len(probed) > 3
-    assert max(shares[probed[1] :]) <= share + 1e-9
-    assert shares[-1] > 0.7 * share
-
-
-def test_a_budget_waits_out_a_first_probe_that_is_slow():
-    probed, shares = simulated(
-        Budget(0.02), step_seconds=0.05, probe_seconds=lambda i: 2.0 if i == 0 else 0.1, steps=6000
-    )
-    assert max(shares[probed[1] :]) <= 0.02 + 1e-9
-    assert probed[1] * 0.05 >= 2.0 / 0.02 - 2.0
-
-
-def test_an_idle_hour_is_not_spent_on_probes_in_a_row():
-    budget = Budget(0.02)
-    probed, _ = simulated(
-        budget, step_seconds=0.05, probe_seconds=lambda _: 0.1, steps=3000, pause_at=1000, pause=3600.0
-    )
-    after = [step for step in probed if step >= 1000]
-    assert after[0] == 1000
-    assert min(b - a for a, b in pairwise(after)) >= 0.1 * 0.98 / 0.02 / 0.05 - 1
-
-
-def test_a_budget_keeps_to_multiples():
-    probed, _ = simulated(Budget(0.1, every=25), step_seconds=0.05, probe_seconds=lambda _: 0.2, steps=1000)
-    assert len(probed) > 5
-    assert all(step % 25 == 0 for step in probed)
-
-
 def test_a_budget_is_not_asked_before_its_pause_is_over(monkeypatch):
     asked, due = [], Budget.due
 
@@ -516,19 +449,6 @@ def test_a_budget_is_not_asked_before_its_pause_is_over(monkeypatch):
     assert monitor.probes == 1
     assert asked == [1, 2]  # the first probe, and how long it has to be paid for
     assert monitor.steps == 200
-
-
-def test_the_pause_of_a_budget_is_as_long_as_it_takes():
-    budget = Budget(0.02)
-    clock = Clock(training_seconds=90.0, probe_seconds=2.0, last_probe_seconds=1.0, since_last_probe=60.0)
-    pause = budget.pause(clock)
-    assert pause == pytest.approx(3.0 * 49 - 90.0)
-
-    def after(seconds):
-        return Clock(90.0 + seconds, 2.0, 1.0, 60.0 + seconds)
-
-    assert not budget.due(7, after(pause - 1e-6))
-    assert budget.due(7, after(pause + 1e-6))
 
 
 def test_short_forms_of_the_schedules():
@@ -626,9 +546,7 @@ def test_a_state_is_loaded_before_the_monitor_begins():
     monitor = Monitor(model, x_probe, layers=["1"])
     state = monitor.state_dict()
     monitor.step()
-    with pytest.raises(
-        ProbeError, match=r"has begun: 1 steps(.|\n)*load_state_dict\(state\); monitor.follow"
-    ):
+    with pytest.raises(ProbeError, match=r"has begun: 1 steps(.|\n)*load_state_dict\(state\); monitor.follow"):
         monitor.load_state_dict(state)
     with pytest.raises(ProbeError, match=r"no state of a Monitor: it lacks \['step'"):
         Monitor(model, x_probe, layers=["1"]).load_state_dict({"probes": 3})
@@ -648,8 +566,11 @@ def test_a_state_is_loaded_before_the_monitor_begins():
         ({"max_overhead": 0.1, "every": -1}, "every is a whole number of 1 or more; got -1"),
         ({"schedule": Every(3), "every": 3}, "schedule= stands in place of every= and max_overhead="),
         ({"schedule": 5}, "a schedule has a method due"),
-        ({"writer": "runs/a"}, "writer= takes anything with write(step, report) and close()"),
-        ({"writer": [Recorder(), Recorder]}, "writer= takes anything with write(step, report) and close()"),
+        ({"writer": 5}, "writer= takes a path, a SummaryWriter, a tgp.Writer, or a list of such; got 5"),
+        (
+            {"writer": [Recorder(), Recorder]},
+            "writer= takes a path, a SummaryWriter, a tgp.Writer, or a list of such; got <cl",
+        ),
         ({"on_error": "ignore"}, "on_error is 'warn' or 'raise'; got 'ignore'"),
         ({"keep": 0}, "keep is a whole number of 1 or more; got 0"),
         ({"maps_every": 0}, "maps_every is a whole number of 1 or more; got 0"),
@@ -676,11 +597,6 @@ def test_a_probe_batch_of_nothing_is_refused(x_probe, message):
         ProbeError, match=r"x_probe is (the batch of samples|on the device)(.|\n)*" + re.escape(message)
     ):
         Monitor(mlp(), x_probe)
-
-
-def test_per_decade_is_a_count():
-    with pytest.raises(ProbeError, match="per_decade is a whole number of 1 or more; got 0"):
-        LogSpaced(0)
 
 
 def test_counting_twice_is_refused():

@@ -1,313 +1,74 @@
-"""The frame of the figures: killed and started again it ends with the same bytes; results that say where the hypothesis fails."""
+"""The figures from their names and from their command."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 
+import matplotlib.image
 import pytest
-import torch
-from torch import nn
 
-import torchgeom_probe as tgp
-from torchgeom_probe.boundary.magnification import magnification
-from torchgeom_probe.reproduce import run as experiment
-from torchgeom_probe.reproduce.run import Results, Settings, Training, View, Watch, train
+from torchgeom_probe.cli.main import main
+from torchgeom_probe.reproduce import fig1, fig2
+from torchgeom_probe.reproduce.run import reproduce
+from torchgeom_probe.reproduce.settings import Settings
 
+pytest.importorskip("timm")
+pytest.importorskip("lightly")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
-STEPS_PER_EPOCH, EPOCHS = 5, 4
 
-
-def noisy_net():
-    return nn.Sequential(nn.Linear(2, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Dropout(0.2), nn.Linear(7, 3))
-
-
-def task(calls=None, fail_at=None, kill_at=None):
-    """Batches, dropout, augmenting noise, running statistics, momentum and a schedule: all that a checkpoint must carry."""
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(53, 2, generator=generator)
-    y = (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
-    steps = [0] if calls is None else calls
-
-    def loss(model, batch):
-        steps[0] += 1
-        if steps[0] == fail_at:
-            raise KeyboardInterrupt
-        if steps[0] == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return nn.functional.cross_entropy(model(x[batch] + 0.1 * torch.randn(len(batch), 2)), y[batch])
-
-    return Training(
-        "noisy",
-        model=noisy_net,
-        loss=loss,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
-        num_samples=53,
-        batch_size=11,
-        epochs=EPOCHS,
-        snapshots=(1, 3),
-        schedule=lambda progress: 1 - progress,
-        evaluate=lambda model: {"accuracy": (model(x).argmax(1) == y).double().mean().item()},
-        describe={"data": "noise"},
-    )
-
-
-def plane_view(**options):
-    plane = tgp.Plane(*torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), steps=6, coordinates="barycentric")
-    return View("plane", plane, layers=["2"], batch_size=16, images=None, **options)
-
-
-def settings(tmp_path, **options):
-    return Settings(out=tmp_path, **options)
-
-
-def go(tmp_path, **options):
-    watch = Watch(torch.zeros(3, 2) + torch.arange(3)[:, None], layers=["2"], estimator=tgp.Exact(), every=3)
-    trained = train(
-        task(**options), settings(tmp_path), views=[plane_view()], watch=watch, say=lambda line: None
-    )
-    results = Results("figure", "a test", settings(tmp_path), say=lambda line: None)
-    results.training(trained)
-    results.test(trained, plane_view())
-    results.finish()
-    return trained
-
-
-def files(folder):
-    """Everything but the event files (they carry wall-clock times) and the checkpoint (it carries the monitor's watch)."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and "events" not in path.parts and path.name != "checkpoint.pt"
-    }
-
-
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch):
-    """The maps are the figures' tests' to look at; drawing them takes most of the time."""
-    from matplotlib.figure import Figure
-
-    monkeypatch.setattr(tgp.SliceScan, "plot", lambda self, **options: Figure(figsize=(1, 1)))
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("straight")
-    go(folder)
-    return files(folder)
-
-
-@pytest.mark.parametrize(
-    ("fail_at", "every_step"), [(1, False), (7, True), (8, False), (20, True)], ids=lambda value: str(value)
-)
-def test_stopped_anywhere_and_started_again_ends_with_the_same_bytes(
-    fail_at, every_step, straight, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(experiment, "_CHECKPOINT_SECONDS", -1.0 if every_step else 1e9)
-    with pytest.raises(KeyboardInterrupt):
-        go(tmp_path, fail_at=fail_at)
-    assert not (tmp_path / "figure").exists()
-    calls = [0]
-    torch.randn(3)  # another random state than the first time
-    go(tmp_path, calls=calls)
-    if every_step and fail_at > 1:  # one step is made again at most: 20 steps and the initial loss in all
-        assert calls[0] <= 21 - (fail_at - 2) + 1
-    assert files(tmp_path) == straight
-
-
-def test_stopped_inside_a_scan_goes_on_with_it(straight, tmp_path, monkeypatch):
-    real, measured = tgp.GeometryProbe.measure, []
-
-    def failing(self, x, **options):
-        measured.append(len(x))
-        if len(measured) == 8:
-            raise KeyboardInterrupt
-        return real(self, x, **options)
-
-    monkeypatch.setattr(tgp.GeometryProbe, "measure", failing)
-    with pytest.raises(KeyboardInterrupt):
-        go(tmp_path)
-    assert list(tmp_path.rglob("*.parts")) or list(tmp_path.rglob("plane/epoch_00000.safetensors"))
-    go(tmp_path)
-    assert files(tmp_path) == straight
-
-
-SCRIPT = textwrap.dedent(
-    """
-    import sys
-    from pathlib import Path
-    import torch
-    torch.set_num_threads(1)
-    sys.path.insert(0, sys.argv[1])
-    from reproduce import test_experiment as t
-    t.experiment._CHECKPOINT_SECONDS = -1.0
-    t.go(Path(sys.argv[2]), kill_at=int(sys.argv[3]))
-    """
-)
-
-
-def _kill(tests, folder, at):
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tests), str(folder), str(at)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+@pytest.mark.parametrize("figure", [fig1, fig2])
+def test_each_quirk_has_a_decision(figure):
+    assert len(figure.QUIRKS) >= 5
+    for quirk in figure.QUIRKS:
+        assert set(quirk) == {"quirk", "decision"}
+        assert all(len(text) > 10 for text in quirk.values())
 
 
 @pytest.mark.slow
-def test_sigkill_and_again_in_other_processes(straight, tmp_path):
-    tests = os.path.dirname(os.path.dirname(__file__))
-    for at in (9, 4, -1):  # killed at the 9th step, at the 4th of what is left, then run to the end
-        run = _kill(tests, tmp_path, at)
-        assert run.returncode == (0 if at < 0 else -signal.SIGKILL), run.stderr
-    assert files(tmp_path) == straight
-
-
-def test_a_finished_training_is_loaded_not_repeated(tmp_path):
-    go(tmp_path)
-    calls = [0]
-    trained = go(tmp_path, calls=calls)
-    assert calls[0] == 0
-    assert trained.epochs == (0, 1, 3, 4)
-    assert [row["epoch"] for row in trained.history] == [0, 1, 3, 4]
-    assert not torch.equal(trained.model(0)[0].weight, trained.model(4)[0].weight)
-    with pytest.raises(tgp.ProbeError, match=r"no snapshot of epoch 2.\n.*\[0, 1, 3, 4\]"):
-        trained.model(2)
-
-
-def test_the_maps_are_in_tensorboard_and_the_callers_random_state_is_left_alone(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    torch.manual_seed(0)
-    state = torch.random.get_rng_state()
-    go(tmp_path)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    events = EventAccumulator(str(tmp_path / "trainings" / "noisy" / "events")).Reload()
-    assert [image.step for image in events.Images("noisy/plane")] == [0, 5, 15, 20]
-    assert [point.step for point in events.Scalars("logvol/00_2")] == [0, 3, 6, 9, 12, 15, 18]
-
-
-def test_another_training_in_the_folder_is_refused_or_replaced(tmp_path):
-    go(tmp_path)
-    before = files(tmp_path)
-    with pytest.raises(
-        tgp.ProbeError, match=r"holds another training: its seed, untrained differ \(seed=0, now 1\)"
+def test_both_figures_from_the_command_line(tmp_path, capsys):
+    arguments = ["fig1", "fig2", "--quick", "--epochs", "3", "--gallery", str(tmp_path / "gallery")]
+    assert main(["reproduce", *arguments, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for phrase in (
+        "ok    √det g measured in float32 against the closed form",
+        "sinusoid, 25 sigmoid units, plane: sigmoid",
+        "xor, 25 sigmoid units, plane: sigmoid",
+        "the untrained network: ρ",
+        "digits, line: sigmoid",
+        "fig2: the hypothesis is supported in",
     ):
-        train(task(), settings(tmp_path, seed=1), say=lambda line: None)
-    assert files(tmp_path) == before
-    (tmp_path / "trainings" / "noisy" / "mine.txt").write_text("kept")
-    train(task(), settings(tmp_path, seed=1), replace=True, say=lambda line: None)
-    left = {path.name for path in (tmp_path / "trainings" / "noisy").rglob("*") if path.is_file()}
-    assert "mine.txt" in left
-    assert "epoch_00004.safetensors" not in left
+        assert phrase in printed
+    for name, pictures in (("fig1", ["volumes", "xor_25"]), ("fig2", ["line", "plane"])):
+        stored = json.loads((tmp_path / name / "results.json").read_text())
+        assert stored["quirks"]
+        for test in stored["magnification"]:
+            assert test["sentence"] in printed
+            assert test["initial"] is not None
+        for picture in pictures:
+            assert matplotlib.image.imread(tmp_path / name / f"{picture}.png")[..., :3].std() > 0.05
+    assert json.loads((tmp_path / "fig1" / "results.json").read_text())["checks"]["closed_form"]["ok"]
+    assert {p.name for p in (tmp_path / "gallery").iterdir()} == {
+        "fig1_volumes.png",
+        "fig2_line.png",
+        "fig2_plane.png",
+    }
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
-    broken = Training(
-        "broken",
-        model=lambda: nn.Linear(2, 2),
-        loss=lambda model, batch: model(torch.full((4, 2), torch.nan)).sum(),
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-        num_samples=4,
-        epochs=2,
-    )
-    with pytest.raises(tgp.ProbeError, match=r"the loss is nan in epoch 1"):
-        train(broken, settings(tmp_path), say=lambda line: None)
-
-
-def field(sign):
-    x, y = torch.meshgrid(torch.linspace(-1, 1, 30), torch.linspace(-1, 1, 30), indexing="xy")
-    boundary = x - 0.6 * torch.sin(4 * y)
-    entropy = torch.exp(-((boundary / 0.3) ** 2))
-    return sign * 2 * entropy + 0.1 * torch.cos(9 * y), entropy, (boundary > 0).long()
-
-
-@pytest.mark.parametrize(("sign", "supported"), [(1, True), (-1, False)])
-def test_results_say_where_the_hypothesis_fails(sign, supported, tmp_path):
-    volume, entropy, classes = field(sign)
+@pytest.mark.slow
+def test_the_four_figures_in_quick_form(tmp_path):
     said = []
-    results = Results("figure", "a test", settings(tmp_path), say=said.append)
-    found = magnification(volume, entropy, predictions=classes, name="layer3", initial=0 * volume)
-    results.record(found, network="net", view="plane", epoch=7)
-    results.finish()
-    stored = json.loads((tmp_path / "figure" / "results.json").read_text())
-    (test,) = stored["magnification"]
-    assert test["supported"] is supported
-    assert test["rho"] == pytest.approx(found.rho)
-    assert test["initial"]["rho"] is None  # constant before training: null, which any JSON reader takes
-    if supported:
-        assert stored["hypothesis"] == {"tests": 1, "supported": 1, "not_supported": []}
-    else:
-        (failing,) = stored["hypothesis"]["not_supported"]
-        assert failing["where"] == "net, plane, layer3"
-        assert "shows the opposite" in failing["because"]
-        assert any("supported in 0 of 1 tests; not in: net, plane, layer3" in line for line in said)
-
-
-def test_no_more_than_before_training_is_no_support():
-    volume, entropy, classes = field(1)
-    assert magnification(volume, entropy, predictions=classes).supported
-    same = magnification(volume, entropy, predictions=classes, initial=volume)
-    assert not same.supported
-    assert "no more than before training" in str(same)
-    assert not magnification(volume, entropy, predictions=0 * classes).supported  # no boundary crosses it
-
-
-def test_a_failing_check_is_stored_and_raised(tmp_path):
-    results = Results("figure", "a test", settings(tmp_path), say=lambda line: None)
-    assert results.check("fine", value=1e-6, bound=1e-5, what="small")
-    assert not results.check("large", value=2e-5, bound=1e-5, what="too large")
-    with pytest.raises(tgp.ProbeError, match="the check of large failed"):
-        results.finish()
-    assert json.loads((tmp_path / "figure" / "results.json").read_text())["checks"]["large"]["ok"] is False
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"preset": "pocket"}, "preset='pocket' is unknown"),
-        ({"epochs": 0}, "--epochs 0 trains nothing"),
-        ({"device": "cuda:99"}, r"--device cuda:99 is not to be had here.*\nWrite --device cpu"),
-    ],
-)
-def test_settings_refuse(options, message):
-    with pytest.raises(tgp.ProbeError, match=message):
-        Settings(**options)
-
-
-def test_a_readout_is_made_from_each_snapshot(tmp_path):
-    made = []
-
-    def readout(model):
-        made.append(model)
-        return nn.Linear(3, 4)
-
-    view = plane_view(readout=readout, epochs=(4,))
-    trained = train(task(), settings(tmp_path), views=[view], say=lambda line: None)
-    first, again = trained.scan(view, 4), trained.scan(view, 4)
-    assert len(made) == 1
-    assert torch.equal(first.entropy, again.entropy)
-    assert sorted(p.name for p in (tmp_path / "trainings/noisy/plane").iterdir()) == [
-        "epoch_00004.safetensors"
-    ]
-
-
-def test_the_gallery_gets_small_pictures(tmp_path):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 5), layout="compressed")
-    figure.add_subplot().imshow(torch.rand(300, 300).numpy())
-    results = Results(
-        "figure", "a test", settings(tmp_path, gallery=tmp_path / "gallery"), say=lambda line: None
-    )
-    results.picture("map", figure, gallery=True)
-    results.animation("map", [figure, figure])
-    assert {p.name for p in (tmp_path / "figure").iterdir()} == {"map.png", "map.pdf", "map.gif"}
-    (small,) = (tmp_path / "gallery").iterdir()
-    assert small.name == "figure_map.png"
-    assert 10_000 < small.stat().st_size <= 150_000
+    settings = Settings(quick=True, out=tmp_path, gallery=tmp_path / "gallery")
+    reproduce(["fig3", "fig4", "fig5", "fig6"], settings, say=said.append)
+    for figure, tests in (("fig3", 2), ("fig4", 9), ("fig5", 8), ("fig6", 4)):
+        results = json.loads((tmp_path / figure / "results.json").read_text())
+        assert len(results["magnification"]) == tests
+        assert all("initial" in test for test in results["magnification"])
+        assert len(results["quirks"]) >= 8
+    # fig3 and fig4 are of the same trainings, and so are fig5 and fig6.
+    assert sum(line.startswith("photos_gelu: 1 epochs") for line in said) == 1
+    assert sum(line.startswith("photos_barlow: 1 epochs") for line in said) == 1
+    pictures = {p.name for p in tmp_path.glob("fig*/*.p*")}
+    assert {"plane_gelu.png", "blocks.pdf", "line_motorcycle_cat.png", "plane.png"} <= pictures
+    sizes = [p.stat().st_size for p in (tmp_path / "gallery").glob("*.png")]
+    assert len(sizes) == 4
+    assert max(sizes) < 150_000

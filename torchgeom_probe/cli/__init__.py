@@ -1,5 +1,1 @@
-"""The command line, ``torchgeom-probe``."""
-
-from torchgeom_probe.cli.main import main
-
-__all__ = ["main"]
+"""The command line, ``torchgeom-probe``: one file a verb, found by itself."""

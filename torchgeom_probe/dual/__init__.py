@@ -1,6 +1,7 @@
 """The dual forward pass: a tensor that carries its tangents, and the table of fused rules."""
 
 from torchgeom_probe.dual import rules as rules  # fills the table
-from torchgeom_probe.dual.tensor import RULES, DualTensor, LostTensor, dual_pass, recording
+from torchgeom_probe.dual.passes import dual_pass, recording
+from torchgeom_probe.dual.tensor import RULES, DualTensor, LostTensor
 
 __all__ = ["RULES", "DualTensor", "LostTensor", "dual_pass", "recording"]

@@ -1,67 +1,53 @@
 """How a rule gets into the table, and the few moves that the rules share.
 
-A rule is called with the op's own arguments, at least one of them a DualTensor, and returns NotImplemented for what it does not
-cover: the op then takes the per-op fallback, which is right for everything.  So each rule only buys speed.
+A rule is called with the op's own arguments, at least one of them a DualTensor.  It returns NotImplemented for what it
+does not cover: then the op falls back to ``vmap(jvp(op))``, which is right for everything.  So a rule only buys speed.
 
-Legend, for all rules: R = 1 + k rows; ``p`` the primal (row 0), ``t`` the tangents (rows 1 … k), ``f'`` the derivative at p.
+Legend, for all rules: R = 1 + k rows; p is the primal (row 0), t the tangents (rows 1 … k), f' the derivative at p.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from torchgeom_probe.dual.tensor import RULES, DualTensor
+from torchgeom_probe.dual.ops import ops_named
+from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
 from torchgeom_probe.shapes import Tensor
 
-_NAMESPACES = {
-    "torch": torch,
-    "Tensor": torch.Tensor,
-    "F": F,
-    "nn": torch._C._nn,
-    "special": torch.special,
-    "linalg": torch.linalg,
-    "fft": torch.fft,
-}
+_Make = TypeVar("_Make", bound=Callable[..., Rule])
 
 
-def named(*names: str) -> list[Any]:
-    """Every callable of torch that goes by one of these names; a prefix (``Tensor.``, ``F.``, …) keeps to that namespace."""
-    found = []
-    for name in names:
-        space, _, tail = name.rpartition(".")
-        spaces = [_NAMESPACES[space]] if space else list(_NAMESPACES.values())
-        found += [getattr(s, tail) for s in spaces if callable(getattr(s, tail, None))]
-    return found
+def register(function: Rule, *names: str) -> None:
+    """Register a rule in the table for every op of these names."""
+    RULES.update(dict.fromkeys(ops_named(*names), function))
 
 
-def getters(*names: str) -> list[Any]:
-    """The ``__get__`` of properties of Tensor: what a property access arrives as."""
-    attributes = [getattr(torch.Tensor, name, None) for name in names]
-    return [a.__get__ for a in attributes if a is not None]
+def rule(*names: str, in_place: str = "") -> Callable[[Rule], Rule]:
+    """Register the decorated rule for every op of these names, and its in-place form for those of ``in_place``."""
 
-
-def enter(function: Callable[..., Any], *names: str) -> None:
-    """Enter a rule in the table under every op of these names."""
-    for op in named(*names):
-        RULES[op] = function
-
-
-def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enter the decorated function in the table under every op of these names."""
-
-    def entered(function: Callable[..., Any]) -> Callable[..., Any]:
-        enter(function, *names)
+    def registered(function: Rule) -> Rule:
+        register(function, *names)
+        register(in_place_of(function), in_place)
         return function
 
-    return entered
+    return registered
 
 
-def in_place_of(function: Callable[..., Any]) -> Callable[..., Any]:
+def rule_of_each(*names: str) -> Callable[[_Make], _Make]:
+    """Register a rule of its own for every op of these names: the decorated function makes it from the op."""
+
+    def registered(make: _Make) -> _Make:
+        RULES.update({op: make(op) for op in ops_named(*names)})
+        return make
+
+    return registered
+
+
+def in_place_of(function: Rule) -> Rule:
     """The in-place form of a rule: its result goes into the first operand's own memory, where its views see it."""
 
     def push(input: Any, *args: Any, **kwargs: Any) -> Any:
@@ -76,7 +62,7 @@ def in_place_of(function: Callable[..., Any]) -> Callable[..., Any]:
     return push
 
 
-def on_rows(op: Any) -> Callable[..., Any]:
+def on_rows(op: Any) -> Rule:
     """The rule of any op that is linear in its first argument: run it on each row.  A view stays a view."""
 
     def push(input: Any, *args: Any, **kwargs: Any) -> Any:
@@ -88,15 +74,35 @@ def on_rows(op: Any) -> Callable[..., Any]:
     return push
 
 
+def folded(x: DualTensor, op: Callable[[Tensor], Tensor]) -> DualTensor:
+    """Run an op that is linear in a batch once, over R·B rows."""
+    return DualTensor(op(x.buffer.flatten(0, 1)).unflatten(0, (x.buffer.shape[0], -1)))
+
+
+def on_batch(op: Any, ndim: int) -> Rule:
+    """The rule of an op that is linear in a batch of ``ndim`` axes; without a batch axis the rows are the batch."""
+
+    def push(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(input, DualTensor) or any_dual(*args, *kwargs.values()):
+            return NotImplemented
+        if ndim_of(input) == ndim - 1:
+            return DualTensor(op(input.buffer, *args, **kwargs))
+        return (
+            folded(input, lambda rows: op(rows, *args, **kwargs))
+            if ndim_of(input) == ndim
+            else NotImplemented
+        )
+
+    return push
+
+
 # ---------------------------------------------------------------------------------------------- shapes and alignment
 
 
 def aligned(x: DualTensor, ndim: int) -> Tensor:
     """The buffer with axes of size 1 put in behind the rows, so that it broadcasts against ``ndim`` primal axes."""
-    missing = ndim - (x.buffer.ndim - 1)
-    return (
-        x.buffer if missing <= 0 else x.buffer.reshape(x.buffer.shape[0], *[1] * missing, *x.buffer.shape[1:])
-    )
+    b, missing = x.buffer, ndim + 1 - x.buffer.ndim
+    return b if missing <= 0 else b.reshape(b.shape[0], *[1] * missing, *b.shape[1:])
 
 
 def operands(a: Any, b: Any) -> tuple[Any, Any]:
@@ -133,12 +139,26 @@ def rows_of(*values: Any) -> int:
 
 
 def with_rows(a: Any, rows: int) -> Tensor:
-    """A buffer for either kind of operand: a plain one gets zero tangents, which is what it has."""
+    """The buffer of a dual operand, or one for a plain operand: its tangents ARE zero."""
     if isinstance(a, DualTensor):
         return a.buffer
     buffer = a.new_zeros((rows, *a.shape))
     buffer[0].copy_(a)
     return buffer
+
+
+def rows_like(value: Tensor, rows: int) -> Tensor:
+    """An empty buffer [rows, *value.shape] whose rows lie as the value does."""
+    last = value.is_contiguous(memory_format=torch.channels_last) if value.ndim == 4 else False
+    if last and not value.is_contiguous():
+        flat = torch.empty(
+            (rows * len(value), *value.shape[1:]),
+            dtype=value.dtype,
+            device=value.device,
+            memory_format=torch.channels_last,
+        )
+        return flat.unflatten(0, (rows, -1))
+    return value.new_empty((rows, *value.shape))
 
 
 def at(dim: int) -> int:
@@ -156,9 +176,11 @@ def all_at(dim: int | Sequence[int]) -> list[int]:
     return [at(d) for d in ((dim,) if isinstance(dim, int) else dim)]
 
 
-def sizes(size: tuple[Any, ...]) -> tuple[int, ...]:
-    """``(2, 3)`` from either way to write sizes: ``f(2, 3)`` or ``f((2, 3))``."""
-    return tuple(size[0]) if len(size) == 1 and isinstance(size[0], (tuple, list)) else size
+def listed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``(2, 3)`` from either way to write it: ``f(2, 3)`` or ``f((2, 3))``."""
+    return (
+        tuple(arguments[0]) if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else arguments
+    )
 
 
 def row_by_row(buffer: Tensor) -> bool:
@@ -169,7 +191,7 @@ def row_by_row(buffer: Tensor) -> bool:
 
 
 def traced() -> bool:
-    """Whether a trace (or another dispatch mode) sees every op: it would unroll a loop, and a compiler then takes minutes."""
+    """Whether a trace (or another dispatch mode) sees every op: it would unroll a loop over the rows."""
     return bool(torch._C._len_torch_dispatch_stack())
 
 

@@ -1,16 +1,16 @@
 """DualTensor: a tensor that carries its own k directional derivatives through any model.
 
-One buffer of shape ``[1 + k, *shape]``: row 0 is the primal, rows 1 … k its tangents.  To the model the tensor looks like its
-primal.  Every call that reaches torch with a DualTensor among its arguments lands in ``__torch_function__`` (from Python) or
-``__torch_dispatch__`` (from C++), where one of three things happens:
+It holds one buffer of shape ``[1 + k, *shape]``: row 0 is the primal, rows 1 … k are its tangents.  To the model it
+looks like the primal.  A call of torch with a DualTensor among its arguments lands in ``__torch_function__`` (from
+Python) or ``__torch_dispatch__`` (from C++).  There one of four things happens:
 
-* a fused rule (:data:`RULES`, filled by ``rules.py``) works on the whole buffer at once;
+* a fused rule (:data:`RULES`, filled by ``rules/``) works on the whole buffer at once;
 * a function that torch itself writes in Python (multi-head attention, …) runs its own body, op by op;
 * any other op, that one alone, goes through ``vmap(jvp(op))``: right for every op that has a forward derivative;
-* what has none raises an :class:`EngineRefusal` that names the op.
+* an op that has none raises an :class:`EngineRefusal` that names it.
 
-A tensor that was cut off from its tangents on purpose (``detach``, ``.data``) becomes a :class:`LostTensor`: it computes as usual,
-everything made from it is lost too, and a hook that is handed one refuses.  So no missing tangent is ever read as zero.
+A tensor that was cut off from its tangents on purpose (``detach``, ``.data``) becomes a :class:`LostTensor`.  It
+computes as usual, all that is made from it is lost too, and a hook refuses it: no missing tangent is ever read as zero.
 """
 
 from __future__ import annotations
@@ -18,15 +18,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from torchgeom_probe.dual.ops import (
+    CONSTANT,
+    DETACHES,
+    ESCAPES,
+    MADE_LIKE,
+    METADATA,
+    TAKES_DEFERRED,
+    mutates,
+    name_of,
+)
+from torchgeom_probe.dual.passes import current_pass
 from torchgeom_probe.errors import EngineRefusal, ProbeError
 from torchgeom_probe.shapes import Tensor
 
@@ -34,33 +43,6 @@ Rule = Callable[..., Any]
 
 #: op → fused rule.  A rule is called with the op's own arguments and may return NotImplemented to decline them.
 RULES: dict[Any, Rule] = {}
-
-#: Ops that ask about a tensor (shape, device, …) and never touch its numbers.
-METADATA: set[Any] = set()
-
-#: Ops that make a tensor by another's shape, type and device.
-MADE_LIKE: set[Any] = set()
-
-#: Ops whose result is piecewise constant in the input (comparisons, argmax, round, random fills): its derivative IS zero.
-CONSTANT: set[Any] = set()
-
-#: Ops that take numbers out of torch: no derivative can follow them there.
-ESCAPES: set[Any] = set()
-
-#: Ops that cut a tensor off from its derivative on purpose.
-CUTS: set[Any] = set()
-
-#: The number of the dual pass that is running, 0 between passes.
-_PASS = [0]
-_PASSES = itertools.count(1)
-
-#: The one tensor, if any, whose buffer waits for the op that takes it (:meth:`DualTensor.waiting`).
-_WAITING: list[DualTensor] = []
-
-#: Ops whose rules take a waiting tensor as it is; every other op has it made first.
-TAKES_WAITING: set[Any] = set()
-
-_USED: ContextVar[dict[str, set[str]] | None] = ContextVar("used", default=None)
 
 
 class DualTensor(torch.Tensor):
@@ -72,8 +54,9 @@ class DualTensor(torch.Tensor):
     """
 
     _buffer: Tensor | None
-    _made_in: int
-    #: makes the buffer of a tensor that waits for its consumer
+    #: the key of the pass that made it
+    _made_in: object
+    #: builds the buffer of a deferred tensor
     _make: Any = None
 
     @staticmethod
@@ -83,47 +66,55 @@ class DualTensor(torch.Tensor):
             cls, buffer.shape[1:], strides=buffer.stride()[1:], dtype=buffer.dtype, device=buffer.device
         )
         dual._buffer = buffer
-        dual._made_in = _PASS[0]
+        dual._made_in = current_pass().key
         return dual
 
     def __init__(self, buffer: Tensor) -> None:
         pass
 
     @staticmethod
-    def waiting(
+    def deferred(
         make: Callable[[], Tensor], shape: Sequence[int], strides: Sequence[int], like: Tensor
     ) -> DualTensor:
-        """A tensor whose buffer ``make()`` builds when the next op asks for it, so that this op may have it built otherwise.
+        """A tensor whose buffer the next op asks ``make()`` for, or builds in its own way; only inside a pass.
 
         ``shape`` and ``strides`` are the primal's, type and device those of ``like``.
         """
         dual = torch.Tensor._make_wrapper_subclass(
             DualTensor, tuple(shape), strides=tuple(strides), dtype=like.dtype, device=like.device
         )
+        running = current_pass()
+        assert running.deferred is not None
         dual._buffer = None
         dual._make = make
-        dual._made_in = _PASS[0]
-        _WAITING[:] = [dual]
+        dual._made_in = running.key
+        running.deferred[:] = [dual]
         return dual
 
     def taken(self) -> Any:
-        """What builds the buffer of a tensor that waits, for an op that makes its own result by it; None if it is built."""
+        """What would build the buffer, for an op that builds its own result with it; None if the buffer is built."""
         if self._buffer is not None:
             return None
-        _WAITING.clear()
+        self._defer_no_more()
         return self._make
+
+    def _defer_no_more(self) -> None:
+        deferred = current_pass().deferred
+        if deferred and deferred[0] is self:
+            deferred.clear()
 
     @property
     def buffer(self) -> Tensor:
         """[1 + k, *shape]: the primal and its tangents.  A tensor that outlived its pass is refused, never read."""
-        if self._made_in != _PASS[0]:
+        if self._made_in is not current_pass().key:
             raise ProbeError(
-                "the model kept a tensor of an earlier measurement (in a list, a cache or an object of its own) and computes with it now.\n"
-                "Keep such state in a buffer or an attribute of the module, which a measurement puts back, or clear it after measuring."
+                "the model kept a tensor of an earlier measurement (in a list, a cache or an object of its own) and"
+                " computes with it now.\nKeep such state in a buffer or an attribute of the module, which a measurement"
+                " puts back, or clear it after measuring.\nA model that computes in threads of its own looks the same: "
+                " measure it with engine='vjp'"
             )
         if self._buffer is None:
-            if _WAITING and _WAITING[0] is self:
-                _WAITING.clear()
+            self._defer_no_more()
             self._buffer = self._make()
             self._make = None
         return self._buffer
@@ -139,13 +130,15 @@ class DualTensor(torch.Tensor):
         return self.buffer[1:]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"DualTensor(shape={tuple(self.buffer.shape[1:])}, k={self.buffer.shape[0] - 1}, dtype={self.buffer.dtype})"
+        rows, *shape = self.buffer.shape
+        return f"DualTensor(shape={tuple(shape)}, k={rows - 1}, dtype={self.buffer.dtype})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _WAITING and func not in METADATA and func not in TAKES_WAITING:
-            _WAITING[0].buffer  # noqa: B018  (built before this op can write to what it is built from)
+        running = current_pass()
+        if running.deferred and func not in METADATA and func not in TAKES_DEFERRED:
+            running.deferred[0].buffer  # noqa: B018  (built before this op can write to what it is built from)
         rule = RULES.get(func)
         if rule is not None:
             out = _ruled(rule, func, args, kwargs)
@@ -158,7 +151,7 @@ class DualTensor(torch.Tensor):
         return _unfused(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # Reached only past __torch_function__: from C++ (custom autograd functions, extensions).
         if func in _ALIASES:
             return args[0]
@@ -200,40 +193,38 @@ class LostTensor(DualTensor):
         return _spread(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _spread(func, args, kwargs or {})
 
 
 def _spread(func: Any, args: Any, kwargs: Any) -> Any:
     """Compute with plain values, and mark every floating result, and every tensor written to, as lost."""
-    lost = next(a for a in tree_flatten((args, kwargs))[0] if isinstance(a, LostTensor))
+    leaves = tree_flatten((args, kwargs))[0]
+    lost = next(a for a in leaves if isinstance(a, LostTensor))
     writes = mutates(func, args, kwargs)
     _refuse_unfollowable_writes(func, args, kwargs, writes)
     if writes and isinstance(args[0], LostTensor) and args[0].alias:
         raise ProbeError(
-            f"the tangent was lost: {name_of(func)!r} writes through {args[0].reason} into a tensor that depends on the input, past its "
-            "derivative.\nWrite to the tensor itself in the model (h.mul_(2) for h.data.mul_(2))."
+            f"the tangent was lost: {name_of(func)!r} writes through {args[0].reason} into a tensor that depends on the"
+            " input, past its derivative.\nWrite to the tensor itself in the model (h.mul_(2) for h.data.mul_(2))."
         )
     if writes and not isinstance(args[0], LostTensor):
         _lose_in_place(args[0], lost.reason)
-    plain_args, plain_kwargs = tree_map(_plain, (args, kwargs))
-    out = func(*plain_args, **plain_kwargs)
+    out = _on_primals(func, args, kwargs)
     if writes:
         return args[0]
-    if (
-        func in CONSTANT or func in MADE_LIKE
-    ):  # nothing of the derivative is in these, with or without the cut
+    if func in CONSTANT or func in MADE_LIKE:  # these hold nothing of the derivative in any case
         return out
     shared = {
         a.buffer.untyped_storage()._cdata
-        for a in tree_flatten((args, kwargs))[0]
+        for a in leaves
         if isinstance(a, DualTensor) and (a.alias if isinstance(a, LostTensor) else True)
     }
 
     def lose(o: Any) -> Any:
-        return (
-            LostTensor.lose(o, lost.reason, alias=o.untyped_storage()._cdata in shared) if _smooth(o) else o
-        )
+        if not _smooth(o):
+            return o
+        return LostTensor.lose(o, lost.reason, alias=o.untyped_storage()._cdata in shared)
 
     return tree_map(lose, out)
 
@@ -245,8 +236,9 @@ def _lose_in_place(x: DualTensor, reason: str) -> None:
     x.reason = reason  # type: ignore[attr-defined]
 
 
-def _plain(a: Any) -> Any:
-    return a.primal if isinstance(a, DualTensor) else a
+def _on_primals(func: Any, args: Any, kwargs: Any) -> Any:
+    primals = tree_map(lambda a: a.primal if isinstance(a, DualTensor) else a, (args, kwargs))
+    return func(*primals[0], **primals[1])
 
 
 def _smooth(a: Any) -> bool:
@@ -277,7 +269,7 @@ def _binds(rule: Rule, args: Any, kwargs: Any) -> bool:
 
 @functools.cache
 def _opened(func: Any) -> Callable[..., Any] | None:
-    """A function of torch's Python part without its check for overrides, so that its body runs on DualTensors, op by op."""
+    """A Python function of torch without its check for overrides: its body then runs on DualTensors, op by op."""
     if not inspect.isfunction(func):
         return None
     checks = {name: _never for name in func.__code__.co_names if name.startswith("has_torch_function")}
@@ -297,19 +289,14 @@ def _never(*_: Any) -> bool:
 def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
     if func in CONSTANT:
         _note("fused", func)
-        plain_args, plain_kwargs = tree_map(_plain, (args, kwargs))
-        out = func(*plain_args, **plain_kwargs)
-        if func is torch.Tensor.new_tensor and any(
-            isinstance(a, DualTensor) for a in (*args[1:], *kwargs.values())
-        ):
-            return LostTensor.lose(out, ".new_tensor()")  # a copy of values that depend on the input
-        return out
-    if func in CUTS:
-        reason = (
-            f".{name_of(func)}()"
-            if callable(getattr(torch.Tensor, name_of(func), None))
-            else f".{name_of(func)}"
+        out = _on_primals(func, args, kwargs)
+        copied = (*args[1:], *kwargs.values()) if func is torch.Tensor.new_tensor else ()
+        # A copy of values that depend on the input has lost their tangents.
+        return (
+            LostTensor.lose(out, ".new_tensor()") if any(isinstance(a, DualTensor) for a in copied) else out
         )
+    if func in DETACHES:
+        reason = f".{name_of(func)}" + ("()" if callable(getattr(torch.Tensor, name_of(func), None)) else "")
         if mutates(func, args, kwargs):
             _lose_in_place(args[0], reason)
             return args[0]
@@ -374,12 +361,11 @@ def _by_jvp(func: Any, args: Any, kwargs: Any) -> Any:
         target.buffer.copy_(results[0].buffer)
         return target
     out_spec, smooth, plain = layout
-    results_left, rough_left = iter(results), iter(r[0] for r in rough)
-    flat: list[Any] = []
-    for is_smooth, value in zip(smooth, plain, strict=True):
-        flat.append(
-            next(results_left) if is_smooth else value if value is not None else next(rough_left, None)
-        )
+    smooth_left, rough_left = iter(results), iter(r[0] for r in rough)
+    flat = [
+        next(smooth_left) if is_smooth else value if value is not None else next(rough_left, None)
+        for is_smooth, value in zip(smooth, plain, strict=True)
+    ]
     return tree_unflatten(flat, out_spec)
 
 
@@ -391,94 +377,35 @@ def _refuse_unfollowable_writes(func: Any, args: Any, kwargs: Any, writes: bool)
         )
     if writes and not isinstance(args[0], DualTensor):
         raise EngineRefusal(
-            f"{name_of(func)!r} writes a tensor that depends on the input into a plain one, which cannot carry tangents.\n"
-            "Make the plain one from the input:  torch.zeros_like(x) or x.new_zeros(...); or measure with engine='vjp'."
+            f"{name_of(func)!r} writes a tensor that depends on the input into a plain one, which cannot carry"
+            " tangents.\nMake the plain one from the input:  torch.zeros_like(x) or x.new_zeros(...); or measure with"
+            " engine='vjp'."
         )
     if getattr(func, "__name__", "") in ("__set__", "__delete__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "an attribute")
         raise EngineRefusal(
-            f"the forward pass assigns to .{attribute} of a tensor that depends on the input, which a dual pass cannot follow.\n"
-            "Use copy_() in the model, or measure with engine='vjp'."
+            f"the forward pass assigns to .{attribute} of a tensor that depends on the input, which a dual pass cannot"
+            " follow.\nUse copy_() in the model, or measure with engine='vjp'."
         )
 
 
-def mutates(func: Any, args: Any = (), kwargs: Any = None) -> bool:
-    """Whether the op writes to its first argument."""
-    schema = getattr(func, "_schema", None)
-    if schema is not None:
-        return bool(schema.is_mutable)
-    name = name_of(func)
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name not in _NOT_IN_PLACE)
-    if name.endswith("_") or (kwargs and kwargs.get("inplace")):
-        return True
-    place = inplace_at(func)
-    return place is not None and len(args) > place and bool(args[place])
-
-
-@functools.cache
-def inplace_at(func: Any) -> int | None:
-    """Where ``inplace`` stands among a function's arguments: modules such as nn.ELU pass it by position."""
-    if not inspect.isfunction(func):
-        return None
-    try:
-        names = list(inspect.signature(func).parameters)
-    except ValueError:  # a wrapper of something written in C
-        return None
-    return names.index("inplace") if "inplace" in names else None
-
-
-_NOT_IN_PLACE = {"__invert__", "__index__", "__int__", "__iter__"}
-
-
-def name_of(func: Any) -> str:
-    """Return the op's name, as a user would write it."""
-    name = getattr(func, "__name__", None) or str(func)
-    if name == "__get__":  # a property, such as Tensor.data
-        name = getattr(getattr(func, "__self__", None), "__name__", name)
-    return name
-
-
-def _note(kind: str, func: Any) -> None:
-    used = _USED.get()
+def _note(what: str, func: Any) -> None:
+    used = current_pass().used
     if used is not None:
-        used.setdefault(kind, set()).add(name_of(func))
-
-
-@contextlib.contextmanager
-def dual_pass() -> Iterator[None]:
-    """Number the pass that the body is: a DualTensor lives no longer than its pass."""
-    before, _PASS[0] = _PASS[0], next(_PASSES)
-    try:
-        yield
-    finally:
-        _WAITING.clear()
-        _PASS[0] = before
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[dict[str, set[str]]]:
-    """Collect the names of the ops that run inside the body: ``"fused"``, ``"fallback"``, ``"refused"``."""
-    token = _USED.set({"fused": set(), "fallback": set(), "refused": set()})
-    try:
-        yield _USED.get()  # type: ignore[misc]
-    finally:
-        _USED.reset(token)
+        used[what].add(name_of(func))
 
 
 def _escape(func: Any) -> ProbeError:
     return ProbeError(
-        f".{name_of(func)}() takes numbers that depend on the input out of torch: what the model computes from them has no "
-        "derivative, in any engine.\nKeep the value a tensor: write  x * y.max()  for  x * y.max().item()"
+        f".{name_of(func)}() takes numbers that depend on the input out of torch: what the model computes from them has"
+        " no derivative, in any engine.\nKeep the value a tensor: write  x * y.max()  for  x * y.max().item()"
     )
 
 
 def _raise_if_the_models_own(func: Any, args: Any, kwargs: Any) -> None:
     """Run the op on plain copies: if that fails too, the error is the model's own and is raised as it is."""
-    plain_args, plain_kwargs = tree_map(
-        lambda a: a.primal.clone() if isinstance(a, DualTensor) else a, (args, kwargs)
-    )
-    func(*plain_args, **plain_kwargs)
+    copies = tree_map(lambda a: a.primal.clone() if isinstance(a, DualTensor) else a, (args, kwargs))
+    func(*copies[0], **copies[1])
 
 
 def _first_line(error: BaseException) -> str:

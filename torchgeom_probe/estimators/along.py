@@ -20,8 +20,8 @@ from torchgeom_probe.shapes import Float, Tensor
 class Along(Estimator):
     """√det VᵀgV on directions V of your own: the tangents of a slice, a path's velocity, the axes of a generator.
 
-    Definition: log √det VᵀgV = Σ log σ_i(JV), in nats: the k-volume of the image of the parallelepiped that V spans.  V need not be
-    orthonormal; of the magnification proper, subtract log √det VᵀV.
+    Definition: log √det VᵀgV = Σ log σ_i(JV), in nats: the k-volume of the image of the parallelepiped that V spans.  V
+    need not be orthonormal; of the magnification proper, subtract log √det VᵀV.
 
     Shapes: V [k, B, *x.shape[1:]], k tangents for every sample; ``probe.measure(x, directions=V)`` is its short form.
 
@@ -51,7 +51,8 @@ class Along(Estimator):
         """One dual pass over the k directions, for all layers."""
         if not isinstance(self.directions, Tensor) or self.directions.ndim < 2:
             raise ProbeError(
-                "directions= must be a floating tensor [k, B, *x.shape[1:]].\nWrite, for one direction, directions=v.unsqueeze(0)"
+                "directions= must be a floating tensor [k, B, *x.shape[1:]].\n"
+                "Write, for one direction, directions=v.unsqueeze(0)"
             )
         k = self.directions.shape[0]
         return {

@@ -32,7 +32,8 @@ class ProductCount:
         pushes, pulls: Jv by the dual pass and Jᵀu by reverse mode, as many as are expected.
         most: products at which it stops at the latest; equal to the sum where the number is fixed.
         shared: whether the pushes are those of one pass for all layers.
-        at_once: tangent rows that one sample takes at once, what is kept beside them included: samples are chunked by it.
+        at_once: tangent rows that one sample takes at once, what is kept beside them included: samples are chunked by
+            it.
         why: the choice between forward and reverse mode, and between all directions and some, in words.
     """
 
@@ -61,8 +62,8 @@ def dense_count(num_features: int, num_inputs: int, *, at_once: int, why: str) -
 class Estimator(ABC):
     """A frozen dataclass that names an estimand and computes it from the Jacobians of all layers at once.
 
-    A new one is a file in this folder: it is found by its class's name (``estimator="topk:10"``) in every verb and on the command
-    line, and what it puts into ``extras`` shows in every table and chart.
+    A new one is a file in this folder: it is found by its class's name (``estimator="topk:10"``) in every verb and on
+    the command line, and what it puts into ``extras`` shows in every table and chart.
 
     Attributes:
         argument: the field that is meant by ``name:value``.

@@ -78,7 +78,8 @@ class Cost:
         chunks = -(-self.samples // self.samples_at_once)
         lines = [
             f"{self.samples} samples of d = {self.num_inputs}, engine {self.engine}",
-            f"  rows: {self.rows}{most}, in {chunks} chunk{'s' if chunks > 1 else ''} of up to {self.samples_at_once} samples"
+            f"  rows: {self.rows}{most}, in {chunks} chunk{'s' if chunks > 1 else ''} of up to {self.samples_at_once} "
+            "samples"
             f" x {self.directions_at_once} directions at once",
             f"  memory: about {_amount(self.bytes)} at the peak, of a budget of {_amount(self.budget)}",
             f"  time: about {self.seconds:.2g} s, at the speed of a plain forward pass over as many rows",

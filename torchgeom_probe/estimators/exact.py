@@ -23,19 +23,19 @@ _ROWS_A_COPY = 8
 
 @dataclass(frozen=True)
 class Exact(Estimator):
-    """The exact volume element: √det g where n ≥ d; where n < d, g is singular and √det JJᵀ is reported, flagged as such.
+    """The exact volume element: √det g where n ≥ d; where n < d, g is singular and √det JJᵀ stands for it.
 
-    Definition: Σ_i log σ_i over all min(n, d) singular values of J (of J/√n when normalised), in nats.  Where n ≥ d this is
-    log √det g, g = JᵀJ.  Where n < d, √det g is 0; ``estimand`` says that √det JJᵀ stands in its place: the volume magnification
-    of the n-dimensional orthogonal complement of J's kernel.
+    Definition: Σ_i log σ_i over all min(n, d) singular values of J (of J/√n when normalised), in nats.  Where n ≥ d
+    this is log √det g, g = JᵀJ.  Where n < d, √det g is 0; ``estimand`` says that √det JJᵀ stands in its place: the
+    volume magnification of the n-dimensional orthogonal complement of J's kernel.
 
-    Cost: one dual pass over d directions per sample, for all layers; or, if all layers together have fewer than d features,
-    one pullback per feature.  Bias and variance: none but rounding.
+    Cost: one dual pass over d directions per sample, for all layers; or, if all layers together have fewer than d
+    features, one pullback per feature.  Bias and variance: none but rounding.
 
-    Memory: the probe's ``memory_budget`` is kept at any size.  Where the Jacobian of one sample fits (512 features of 224 x 224 images:
-    0.3 GiB) its rows are made once; where it does not, its Gram matrix is accumulated in float64 block by block, and rows that
-    had to be forgotten are made again: with room for a c-th of them, about (c + 1)/2 times the products (and, in float64, σ below 1e-8
-    of the largest are then lost).
+    Memory: the probe's ``memory_budget`` is kept at any size.  Where the Jacobian of one sample fits (512 features of
+    224 x 224 images: 0.3 GiB) its rows are made once; where it does not, its Gram matrix is accumulated in float64
+    block by block, and rows that had to be forgotten are made again: with room for a c-th of them, about (c + 1)/2
+    times the products (and, in float64, σ below 1e-8 of the largest are then lost).
 
     >>> import torch, torchgeom_probe as tgp
     >>> scale = torch.nn.Linear(3, 3, bias=False)

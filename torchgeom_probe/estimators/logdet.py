@@ -31,24 +31,28 @@ _QUADRATURE_SHARE = 0.1
 class LogDet(Estimator):
     """log det(g + εI) by stochastic Lanczos quadrature: finite at any rank, and without forming J.
 
-    Definition: ``log_det`` = log det(g + εI_d) = Σ_i log(λ_i + ε) over all d eigenvalues of g = JᵀJ (of JᵀJ/n when normalised), in nats;
-    ``log_volume`` = ½ ``log_det``, which tends to log √det g as ε → 0 where n ≥ d.  Where n < d, log det(g + εI_d) = (d − n) log ε +
-    log det(JJᵀ + εI_n) exactly: the first term is the same at every point, and the iteration is on the smaller of g and JJᵀ always.
+    Definition: ``log_det`` = log det(g + εI_d) = Σ_i log(λ_i + ε) over all d eigenvalues of g = JᵀJ (of JᵀJ/n when
+    normalised), in nats; ``log_volume`` = ½ ``log_det``, which tends to log √det g as ε → 0 where n ≥ d.  Where n < d,
+    log det(g + εI_d) = (d − n) log ε + log det(JJᵀ + εI_n) exactly: the first term is the same at every point, and the
+    iteration is on the smaller of g and JJᵀ always.
 
-    How: per probe z of random signs, m steps of Golub-Kahan with full reorthogonalisation; Gauss and Gauss-Radau quadrature bracket
-    zᵀ log(K + ε) z, and m grows until the bracket is a tenth of the standard error.  With ``tol``, probes are added until the standard
-    error of ``log_det`` is below it.  The same probes serve all samples, all layers of a size and all epochs, so DIFFERENCES between
-    points are sharper than the values: compare, with one seed.
+    How: per probe z of random signs, m steps of Golub-Kahan with full reorthogonalisation; Gauss and Gauss-Radau
+    quadrature bracket zᵀ log(K + ε) z, and m grows until the bracket is a tenth of the standard error.  With ``tol``,
+    probes are added until the standard error of ``log_det`` is below it.  The same probes serve all samples, all layers
+    of a size and all epochs, so DIFFERENCES between points are sharper than the values: compare, with one seed.
 
-    Where the exact value is cheaper it is taken, and ``estimand`` says so: n or d small, or no end in sight at the price of the dense
-    Jacobian.  At n = 512 that is nearly always so for ε below 1e-2 of λ_1.  Steep spectra gain from ``deflate``: the leading singular
-    vectors are found first (as :class:`TopK` does) and counted exactly, and probes see the rest.
+    Where the exact value is cheaper it is taken, and ``estimand`` says so: n or d small, or no end in sight at the
+    price of the dense Jacobian.  At n = 512 that is nearly always so for ε below 1e-2 of λ_1.  Steep spectra gain from
+    ``deflate``: the leading singular vectors are found first (as :class:`TopK` does) and counted exactly, and probes
+    see the rest.
 
-    Bias: that of the quadrature, part of ``std_error``.  Variance: 2(‖A‖²_F − Σ A_ii²) per probe, A = log(K + ε).  ``std_error`` is that of
-    ``log_volume``; of ``log_det`` it is twice that.  Cost: ``num_products`` = 2 · steps · probes per sample and layer.
-    ``report.density(layer)`` is the spectral density of the same run; ``singular_values`` [B, 1] its largest Ritz value (≤ σ_1).
+    Bias: that of the quadrature, part of ``std_error``.  Variance: 2(‖A‖²_F − Σ A_ii²) per probe, A = log(K + ε).
+    ``std_error`` is that of ``log_volume``; of ``log_det`` it is twice that.  Cost:
+    ``num_products`` = 2 · steps · probes per sample and layer. ``report.density(layer)`` is the spectral density of the
+    same run; ``singular_values`` [B, 1] its largest Ritz value (≤ σ_1).
 
-    Source: Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38 (2017); Golub and Meurant, Matrices, Moments and Quadrature (2010).
+    Source: Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38 (2017); Golub and Meurant, Matrices, Moments and
+    Quadrature (2010).
 
     Args:
         eps: ε, in the units of λ = σ² (after normalisation).
@@ -56,12 +60,14 @@ class LogDet(Estimator):
         probes: random vectors (at least 4), and how many are added at a time under ``tol``.
         steps: Lanczos steps at most.
         tol: standard error of ``log_det`` to reach, in nats; by default the probes given are all.
-        deflate: how many leading directions to take out; ``"auto"``: 10 where, under ``tol``, the first probes predict that it pays.
+        deflate: how many leading directions to take out; ``"auto"``: 10 where, under ``tol``, the first probes predict
+            that it pays.
         seed: of the probes.
         method: ``"auto"``, or ``"lanczos"`` or ``"exact"`` to insist.
 
     Raises:
-        ProbeError: eps ≤ 0, fewer than 4 probes, deflate too large for a layer; an op without a forward or a reverse derivative.
+        ProbeError: eps ≤ 0, fewer than 4 probes, deflate too large for a layer; an op without a forward or a reverse
+            derivative.
 
     >>> import torch, torchgeom_probe as tgp
     >>> model = torch.nn.Linear(400, 300, bias=False)
@@ -85,7 +91,8 @@ class LogDet(Estimator):
     def __post_init__(self) -> None:
         if not self.eps > 0:
             raise ProbeError(
-                f"LogDet(eps={self.eps}): ε is a positive number; without it log det g is −inf wherever n < d.\nWrite LogDet(eps=1e-6)"
+                f"LogDet(eps={self.eps}): ε is a positive number; without it log det g is −inf wherever n < d.\n"
+                "Write LogDet(eps=1e-6)"
             )
         if self.probes < 4:
             raise ProbeError(
@@ -280,7 +287,8 @@ class _Sample:
             excess = self._excess(half, (lower + upper) / 2, run.mass)
             if excess <= 1:
                 break
-            # The bracket narrows geometrically or faster (hence the half): is the end in sight at the dense Jacobian's price?
+            # The bracket narrows geometrically or faster (hence the half): is the end in sight at the dense Jacobian's
+            # price?
             rate = previous / excess if run.steps >= 6 else math.inf
             steps_left = (
                 2 * math.log(excess) / math.log(rate) if 1 < rate < math.inf else 0 if rate > 1 else math.inf
@@ -316,7 +324,7 @@ class _Sample:
         return self.smaller - (0 if self.top is None else self.top.values.shape[1])
 
     def _trace(self) -> tuple[Tensor, Tensor]:
-        """[B] estimate of tr log(K + ε) outside of what is deflated, and its standard error, the quadrature's included."""
+        """[B] estimate of tr log(K + ε) outside of what is deflated, and its standard error, the quadrature's too."""
         values = _corrected(torch.cat(self._values, 1), torch.cat(self._masses, 1), self._left())
         half = torch.cat(self._halves, 1).mean(1)
         spread = values.var(1)
@@ -333,7 +341,7 @@ class _Sample:
         return not bool((self._trace()[1] > tol).any())  # a diverged sample is not waited for
 
     def probes_needed(self, tol: float, *, without: int = 0) -> int:
-        """How many more probes the spread of these asks for; with ``without`` leading directions deflated, as the spectrum predicts."""
+        """How many more probes their spread asks for; ``without``: with so many leading directions deflated."""
         spread = _corrected(torch.cat(self._values, 1), torch.cat(self._masses, 1), self._left()).var(1)
         # Of a few probes the spread is known badly; the spectrum that they have seen says what to expect of it.
         spread = torch.maximum(spread, 0.8 * self._predicted(0))
@@ -344,7 +352,7 @@ class _Sample:
         return max(1, math.ceil(torch.nan_to_num(spread / tol**2).max().item()) - drawn)
 
     def _predicted(self, without: int) -> Tensor:
-        """2(‖A‖²_F − (tr A)²/N) of the spectrum less its leading directions: the variance where eigenvectors are spread out."""
+        """2(‖A‖²_F − (tr A)²/N) less its leading directions: of spread-out eigenvectors the variance."""
         probes = sum(n.shape[1] for n in self._nodes)
         nodes = torch.cat([n.flatten(1) for n in self._nodes], 1)
         weights = torch.cat([w.flatten(1) for w in self._weights], 1) / probes
@@ -383,9 +391,10 @@ class _Sample:
 
 
 def _corrected(values_Bs: Tensor, masses_Bs: Tensor, dimension: int) -> Tensor:
-    """Use that E|z|² is known outside of deflated directions: a control variate, its slope from the other probes (so without bias).
+    """Use that E|z|² is known outside of deflated directions: a control variate, its slope from the other probes.
 
-    Without it deflation would undo what random signs are chosen for: that the identity's share of log(K + ε) has no variance.
+    Without it deflation would undo what random signs are chosen for: that the identity's share of log(K + ε) has no
+    variance.
     """
     level = values_Bs / masses_Bs.clamp_min(1e-300)
     count = values_Bs.shape[1]

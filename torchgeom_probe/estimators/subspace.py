@@ -26,19 +26,20 @@ class Subspace(Estimator):
     """√det VᵀgV: how much the layer magnifies k-dimensional volume within the span of k directions V.
 
     Definition: log √det VᵀgV = Σ log σ_i(JV), in nats.  V is one random orthonormal k-frame drawn from ``seed``, the
-    same for every sample, layer and epoch, so that differences between them carry little noise.  For directions of your own see
-    :class:`Along`.
+    same for every sample, layer and epoch, so that differences between them carry little noise.  For directions of your
+    own see :class:`Along`.
 
-    NOT an estimate of √det g unless k = d.  Over random frames E det VᵀgV = e_k(λ)/C(d, k), the mean squared magnification of
-    k-planes, with e_k the elementary symmetric polynomial of g's eigenvalues λ; and (k/d) log √det g ≤ E log √det VᵀgV: it is biased
-    upward and follows the top of the spectrum.  Compare points, layers and epochs with it, all on the same frames; do not read it as
-    (k/d) of the log-volume.
+    NOT an estimate of √det g unless k = d.  Over random frames E det VᵀgV = e_k(λ)/C(d, k), the mean squared
+    magnification of k-planes, with e_k the elementary symmetric polynomial of g's eigenvalues λ; and (k/d)
+    log √det g ≤ E log √det VᵀgV: it is biased upward and follows the top of the spectrum.  Compare points, layers and
+    epochs with it, all on the same frames; do not read it as (k/d) of the log-volume.
 
-    With ``frames=M`` it estimates that mean, on M independent frames: ``log_volume`` = ½ log E det VᵀgV = ½ log(e_k(λ)/C(d, k)), a well
-    defined k-volume (the root mean square magnification of random k-planes), finite for any rank ≥ k.  The logarithms L of the M
-    determinants are taken to be normal: mean(L) + s²/2, ``std_error`` from √(s²/M + s⁴/(2(M − 1))), and ``interval`` [B, 2] the 95 %
-    confidence interval (Cox).  ``singular_values``, ``rank`` and ``log_pseudo_volume`` are then those of the first frame, which is the
-    frame of ``frames=1``.
+    With ``frames=M`` it estimates that mean, on M independent frames:
+    ``log_volume`` = ½ log E det VᵀgV = ½ log(e_k(λ)/C(d, k)), a well defined k-volume (the root mean square
+    magnification of random k-planes), finite for any rank ≥ k.  The logarithms L of the M determinants are taken to be
+    normal: mean(L) + s²/2, ``std_error`` from √(s²/M + s⁴/(2(M − 1))), and ``interval`` [B, 2] the 95 % confidence
+    interval (Cox).  ``singular_values``, ``rank`` and ``log_pseudo_volume`` are then those of the first frame, which is
+    the frame of ``frames=1``.
 
     Bias: none for one frame's own volume; as an estimate of log √det g upward, for g = λ(I + ε) of second order:
     k(d − k) / (4(d − 1)(d + 2)) · tr ε².
@@ -58,7 +59,8 @@ class Subspace(Estimator):
     >>> report[""].singular_values.shape
     torch.Size([3, 2])
     >>> several = tgp.measure(model, torch.randn(3, 6), layers="", estimator=tgp.Subspace(k=2, frames=16))[""]
-    >>> bool((several.interval[:, 0] < several.log_volume).all() and (several.log_volume < several.interval[:, 1]).all())
+    >>> low, high = several.interval.T
+    >>> bool(((low < several.log_volume) & (several.log_volume < high)).all())
     True
     """
 
@@ -74,7 +76,8 @@ class Subspace(Estimator):
             )
         if self.frames < 1 or self.frames in (2, 3):
             raise ProbeError(
-                f"Subspace(frames={self.frames}): one frame, or at least 4, whose spread gives an interval.\nWrite frames=16"
+                f"Subspace(frames={self.frames}): one frame, or at least 4, whose spread gives an interval.\n"
+                "Write frames=16"
             )
 
     def _size(self, plan: Plan) -> int:
@@ -91,7 +94,7 @@ class Subspace(Estimator):
     def estimate(
         self, jacobians: Jacobians, *, start: Mapping[str, LayerGeometry] | None = None
     ) -> dict[str, LayerGeometry]:
-        """Measure every layer at the samples of one chunk, on the frames of the seed; an earlier result is of no use to it."""
+        """Measure every layer at the samples of one chunk, on the frames of the seed; ``start`` is of no use to it."""
         measured = [self._on_frame(number, jacobians) for number in range(self.frames)]
         if self.frames == 1:
             return measured[0]
@@ -125,7 +128,8 @@ def _over_frames(parts: Sequence[LayerGeometry]) -> LayerGeometry:
     first = parts[0]
     return replace(
         first,
-        estimand=f"½ log E det VᵀgV over {count} random orthonormal {first.num_directions}-frames = ½ log(e_k(λ)/C(d, k))",
+        estimand=f"½ log E det VᵀgV over {count} random orthonormal {first.num_directions}-frames"
+        " = ½ log(e_k(λ)/C(d, k))",
         value=value / 2,
         std_error=torch.where(none | diverged, 0.0, error / 2),
         extras={"interval": torch.stack([(value - margin) / 2, (value + margin) / 2], dim=1)},

@@ -25,37 +25,38 @@ from torchgeom_probe.shapes import Float, Tensor
 class TopK(Estimator):
     """Σ log σ_i over the k largest singular values of J: the effective volume element, without forming J.
 
-    Definition: Σ_{i≤k} log σ_i(J), in nats (J/√n when normalised; ``log10_volume`` is the ψ_k of the paper): the volume magnification
-    of the k-plane that is magnified most.  With k = min(n, d) it is the log-volume of :class:`Exact`.
+    Definition: Σ_{i≤k} log σ_i(J), in nats (J/√n when normalised; ``log10_volume`` is the ψ_k of the paper): the volume
+    magnification of the k-plane that is magnified most.  With k = min(n, d) it is the log-volume of :class:`Exact`.
 
-    How: block Golub-Kahan with full reorthogonalisation, all samples of a chunk at once, one Krylov space per layer and sample.  Every
-    Ritz value is a LOWER bound of its singular value, so an unconverged volume is too small, never too large.  A sample stops when its
-    residuals put every log10 σ_i within ``tol``, confirmed by two half-steps in a row; ``error_bound`` [B] bounds the error of
-    ``log_volume`` in nats (linear in the residuals, or quadratic where a gap below the k values allows).  No residual sees a value that
-    the Krylov space missed altogether, a further copy of a multiple one: where as many values as ``block`` agree to 1e-3 (or ten times
-    better than with the next), what a hidden copy could add is part of the bound, and if that is too much the sample starts again from
-    k + 2 vectors.
-    Where the dense Jacobian is about as cheap
-    (n or d below some 16 k), or no convergence comes at its price, J is formed and decomposed instead; ``estimand`` then says "dense".
+    How: block Golub-Kahan with full reorthogonalisation, all samples of a chunk at once, one Krylov space per layer and
+    sample.  Every Ritz value is a LOWER bound of its singular value, so an unconverged volume is too small, never too
+    large.  A sample stops when its residuals put every log10 σ_i within ``tol``, confirmed by two half-steps in a row;
+    ``error_bound`` [B] bounds the error of ``log_volume`` in nats (linear in the residuals, or quadratic where a gap
+    below the k values allows).  No residual sees a value that the Krylov space missed altogether, a further copy of a
+    multiple one: where as many values as ``block`` agree to 1e-3 (or ten times better than with the next), what a
+    hidden copy could add is part of the bound, and if that is too much the sample starts again from k + 2 vectors.
+    Where the dense Jacobian is about as cheap (n or d below some 16 k), or no convergence comes at its price, J is
+    formed and decomposed instead; ``estimand`` then says "dense".
 
-    Bias: downward, within ``error_bound``; variance: none for a given ``seed`` (the start block, the same for all samples and layers).
-    Cost: ``num_products`` [B] products per sample and layer, half of them Jv and half Jᵀu: 40 to 140 at k =
-    10, n = 512, d = 3072, against 512
-    for the whole Jacobian; about 40 with ``measure(x, start=report)``, which starts from the previous singular vectors.
+    Bias: downward, within ``error_bound``; variance: none for a given ``seed`` (the start block, the same for all
+    samples and layers). Cost: ``num_products`` [B] products per sample and layer, half of them Jv and half Jᵀu: 40 to
+    140 at k = 10, n = 512, d = 3072, against 512 for the whole Jacobian; about 40 with ``measure(x, start=report)``,
+    which starts from the previous singular vectors.
 
-    The paper's conventions (Zavatone-Veth et al., arXiv:2301.11375): J/√n, log10, k = 10 or all 512, the
-    stages of a ResNet average-pooled to
-    512 features.  :func:`paper_pool` is the pooling, for ``transform=``.
-    Their code sets every log10 σ below a threshold (−8 by default) to zero, which RAISES the sum; here nothing is dropped: a value that
-    is zero to rounding makes the volume −inf, with ``rank`` < k and the product of the others in ``log_pseudo_volume``.
+    The paper's conventions (Zavatone-Veth et al., arXiv:2301.11375): J/√n, log10, k = 10 or all 512, the stages of a
+    ResNet average-pooled to 512 features.  :func:`paper_pool` is the pooling, for ``transform=``. Their code sets every
+    log10 σ below a threshold (−8 by default) to zero, which RAISES the sum; here nothing is dropped: a value that is
+    zero to rounding makes the volume −inf, with ``rank`` < k and the product of the others in ``log_pseudo_volume``.
 
     Args:
         k: how many singular values.
         tol: on each log10 σ_i; above 1e-3 it acts as 1e-3, since larger residuals say nothing.
-        block: vectors a round, at least 4 (with fewer the stopping rule misfires); by default 4, and 8 on an accelerator.
+        block: vectors a round, at least 4 (with fewer the stopping rule misfires); by default 4, and 8 on an
+            accelerator.
         seed: of the start block.
-        max_products: per sample and layer; by default the price of the dense Jacobian, which is then formed.  With a number, what has
-            not converged by then is reported with a larger ``error_bound`` (inf where it is still a guess).
+        max_products: per sample and layer; by default the price of the dense Jacobian, which is then formed.  With a
+            number, what has not converged by then is reported with a larger ``error_bound`` (inf where it is still a
+            guess).
         method: ``"auto"``, or ``"krylov"`` or ``"dense"`` to insist.
 
     Raises:
@@ -83,7 +84,8 @@ class TopK(Estimator):
             raise ProbeError(f"TopK(k={self.k}): at least one singular value is needed.\nWrite TopK(k=10)")
         if self.block is not None and self.block < 4:
             raise ProbeError(
-                f"TopK(block={self.block}): with fewer than 4 vectors a round the stopping rule misses clustered singular values.\n"
+                f"TopK(block={self.block}): with fewer than 4 vectors a round the stopping rule misses clustered "
+                "singular values.\n"
                 "Write block=4 or more, or leave it out."
             )
         if not self.tol > 0:
@@ -92,7 +94,8 @@ class TopK(Estimator):
             )
         if self.max_products is not None and self.max_products < 1:
             raise ProbeError(
-                f"TopK(max_products={self.max_products}): at least one product is needed.\nLeave it out, or write max_products=200"
+                f"TopK(max_products={self.max_products}): at least one product is needed.\n"
+                "Leave it out, or write max_products=200"
             )
         if self.method not in ("auto", "krylov", "dense"):
             raise ProbeError(f"TopK(method={self.method!r}) is unknown.\nWrite 'auto', 'krylov' or 'dense'.")
@@ -108,7 +111,8 @@ class TopK(Estimator):
             smaller = min(n, plan.num_inputs)
             if self.k > smaller:
                 raise ProbeError(
-                    f"TopK(k={self.k}): the Jacobian of layer {entry!r} is {n} x {plan.num_inputs} and has {smaller} singular values.\n"
+                    f"TopK(k={self.k}): the Jacobian of layer {entry!r} is {n} x {plan.num_inputs} and has {smaller} "
+                    "singular values.\n"
                     f"Write TopK(k={smaller}) or fewer, or take them all:  estimator=Exact()"
                 )
             if self._dense_at_once(smaller):
@@ -137,7 +141,7 @@ class TopK(Estimator):
     def estimate(
         self, jacobians: Jacobians, *, start: Mapping[str, LayerGeometry] | None = None
     ) -> dict[str, LayerGeometry]:
-        """Measure every layer at the samples of one chunk; from the right singular vectors of ``start`` where it has them."""
+        """Measure every layer at the samples of one chunk; from the singular vectors of ``start`` where it has them."""
         vectors = {} if start is None else {e: g.right_singular_vectors for e, g in start.items()}
         block = self._block(jacobians.device.type)
         with layer_jacobians(jacobians, estimator=f"TopK(k={self.k})", at_once=block) as maps:
@@ -210,7 +214,7 @@ def _first_block(
 
 
 def paper_pool(output: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels h w"]:
-    """Average-pool a stage's output [B, C, H, W] to 512 features, as the paper does with every stage of its ResNet-34; for ``transform=``.
+    """Average-pool a stage's output [B, C, H, W] to 512 features, as the paper does; for ``transform=``.
 
     [64, 32, 32] → [64, 2, 4], [128, 16, 16] → [128, 2, 2], [256, 8, 8] → [256, 1, 2], [512, 4, 4] → [512, 1,
     1]: the windows (16, 8), 8, (8, 4) and 4 of the authors' ``get_intermeidate_feature_maps``.

@@ -25,23 +25,25 @@ from torchgeom_probe.shapes import Tensor
 class Trace(Estimator):
     """tr g = ‖J‖²_F by random probes, with a standard error.
 
-    Definition: ``trace`` [B] = tr g = Σ σ_i² (of J/√n when normalised).  ``log_volume`` = ½ log(tr g / d), in nats: the root mean square
-    stretch of a random direction, which is the 1-volume that :class:`Subspace` with k = 1 estimates; it is no volume element.
+    Definition: ``trace`` [B] = tr g = Σ σ_i² (of J/√n when normalised).  ``log_volume`` = ½ log(tr g / d), in nats: the
+    root mean square stretch of a random direction, which is the 1-volume that :class:`Subspace` with k = 1 estimates;
+    it is no volume element.
 
-    How: ``"hutchinson"``: mean of |Jz|² over random signs z.  ``"hutch++"``: the range of g is sketched first, tr g within it counted
-    exactly, and probes see the rest.  Both are unbiased.
+    How: ``"hutchinson"``: mean of |Jz|² over random signs z.  ``"hutch++"``: the range of g is sketched first, tr g
+    within it counted exactly, and probes see the rest.  Both are unbiased.
 
-    Bias: none in ``trace``; of second order in ``log_volume``.
-    Variance: hutchinson 2(‖g‖²_F − Σ g_ii²)/probes, so a relative standard error of √(2/(probes · participation ratio));
-    hutch++ falls like 1/probes² in all for decaying spectra, and gains nothing on flat ones.
-    ``trace_std_error`` and (by the delta method) ``std_error`` come from the spread of the probes; zero where d ≤ probes and the basis
-    itself is taken.  Cost: hutchinson one dual pass over ``probes`` directions for ALL layers; hutch++ 3 · probes Jv and probes Jᵀu per
-    layer, and reverse mode must be able to run.
+    Bias: none in ``trace``; of second order in ``log_volume``. Variance: hutchinson 2(‖g‖²_F − Σ g_ii²)/probes, so a
+    relative standard error of √(2/(probes · participation ratio)); hutch++ falls like 1/probes² in all for decaying
+    spectra, and gains nothing on flat ones. ``trace_std_error`` and (by the delta method) ``std_error`` come from the
+    spread of the probes; zero where d ≤ probes and the basis itself is taken.  Cost: hutchinson one dual pass over
+    ``probes`` directions for ALL layers; hutch++ 3 · probes Jv and probes Jᵀu per layer, and reverse mode must be able
+    to run.
 
     For the participation ratio, the effective rank and the whole spectral density see :class:`LogDet` and
     ``report.density(layer)``; for the local Lipschitz constant σ_1, with a bound, ``TopK(k=1)``.
 
-    Source: Hutchinson, Commun. Stat. Simul. Comput. 18 (1989); Meyer, Musco, Musco and Woodruff, Hutch++ (arXiv:2010.09649).
+    Source: Hutchinson, Commun. Stat. Simul. Comput. 18 (1989); Meyer, Musco, Musco and Woodruff, Hutch++
+    (arXiv:2010.09649).
 
     Args:
         method: ``"hutch++"`` or ``"hutchinson"``.

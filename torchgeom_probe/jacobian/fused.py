@@ -14,7 +14,8 @@ from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.shapes import Tensor
 
-#: (entry, blocks [k, B, n_i] of the layer's tangents): called inside the forward pass; the blocks may be overwritten after it returns.
+#: (entry, blocks [k, B, n_i] of the layer's tangents): called inside the forward pass; the blocks may be overwritten
+#: after it returns.
 Sink = Callable[[str, list[Tensor]], None]
 
 
@@ -30,9 +31,10 @@ def push(
 ) -> None:
     """Push k directions [k, B, *space] through the model, and hand each layer's tangents to the sink as it fires.
 
-    With ``reference``, plain outputs [m, n] of the first m samples, the primal of every layer is compared with them: a rule that gave
-    another value than torch itself must not be believed for its tangents.  ``any_order``: the sink does not mind in which order the
-    features come, so channels that lie last in memory need not be copied.  ``layout``: images may lie in memory as it says.
+    With ``reference``, plain outputs [m, n] of the first m samples, the primal of every layer is compared with them: a
+    rule that gave another value than torch itself must not be believed for its tangents.  ``any_order``: the sink does
+    not mind in which order the features come, so channels that lie last in memory need not be copied.  ``layout``:
+    images may lie in memory as it says.
     """
 
     def on_output(entry: str, layer: str, output: Any) -> None:
@@ -93,6 +95,7 @@ def _refuse_another_value(entry: str, leaves: list[Tensor], reference: Tensor) -
     allowed = (1e-6 if eps < 1e-12 else max(1e-2, 8 * eps)) * scale
     if ((value - expected).abs() > allowed).any():
         raise EngineRefusal(
-            f"the dual pass gives layer {entry!r} another value than the model's plain forward pass: an op writes in place through a view "
+            f"the dual pass gives layer {entry!r} another value than the model's plain forward pass: an op writes in "
+            "place through a view "
             "that the dual pass had to copy.\nMeasure with engine='functorch', or write that op out of place."
         )

@@ -62,17 +62,17 @@ class Jacobians:
         return self.plan.features[entry] ** -0.5 if self.normalize else 1.0
 
     def remembered(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that is made once in the life of a probe: random directions need not be drawn at every step of a training."""
+        """A tensor that is made once in the life of a probe, such as random directions."""
         key = (key, self.plan.space, self.plan.dtype, self.device)
         if key not in self._memory:
             self._memory[key] = make().to(device=self.device, dtype=self.plan.dtype)
         return self._memory[key]
 
     def factors(self, num_directions: int, directions: Callable[[int, int], Tensor]) -> dict[str, Factor]:
-        """Per entry, the factor of JV for all k directions; ``directions(start, stop)`` gives some of them, [·, B, *space].
+        """Per entry, the factor of JV for all k directions; ``directions(start, stop)`` gives some, [·, B, *space].
 
-        One pass where they fit into memory at once.  Otherwise several: the tangents of all of them are kept, because their cross
-        terms are part of the metric, and layers are taken in groups that fit.
+        One pass where they fit into memory at once.  Otherwise several: the tangents of all of them are kept, because
+        their cross terms are part of the metric, and layers are taken in groups that fit.
         """
         at_once = self.plan.directions_at_once(num_directions, self.inputs.size)
         done: dict[str, Factor] = {}
@@ -87,7 +87,7 @@ class Jacobians:
         return {entry: factor.scaled(self.scale(entry)) for entry, factor in done.items()}
 
     def energies(self, directions: Tensor) -> dict[str, Tensor]:
-        """|Jv|² of every layer for directions [s, B, *space], float64 [s, B]; one dual pass, or a few where memory asks for it."""
+        """|Jv|² of every layer for directions [s, B, *space], float64 [s, B]; in one pass where memory allows."""
         found: dict[str, list[Tensor]] = {}
 
         def keep(entry: str, blocks: list[Tensor]) -> None:
@@ -157,8 +157,8 @@ class Jacobians:
     ) -> None:
         """JV of every layer, handed to the sink layer by layer as blocks [k, B, n_i].
 
-        ``any_order``: the sink does not mind in which order the features come.  ``until`` names the last entry that is wanted: the dual
-        pass ends there, and what comes after it in the model is not run.
+        ``any_order``: the sink does not mind in which order the features come.  ``until`` names the last entry that is
+        wanted: the dual pass ends there, and what comes after it in the model is not run.
         """
         if until is not None:
             with contextlib.suppress(_Reached):
@@ -174,7 +174,8 @@ class Jacobians:
         odd = fired ^ self.plan.features.keys()
         if odd:
             raise ProbeError(
-                f"{min(odd)!r} fired for some samples only: the model calls a module a different number of times for different "
+                f"{min(odd)!r} fired for some samples only: the model calls a module a different number of times for "
+                "different "
                 "samples.\nMeasure one sample at a time:  [probe.measure(x[i : i + 1]) for i in range(len(x))]"
             )
 
@@ -197,7 +198,8 @@ class Jacobians:
             return
         raise ProbeError(
             "no engine can differentiate this model:\n" + "\n".join(refusals) + "\n"
-            "Measure the layers before that op, or give the op a derivative (torch.autograd.Function with jvp and vmap)."
+            "Measure the layers before that op, or give the op a derivative (torch.autograd.Function with jvp and "
+            "vmap)."
         )
 
     @contextlib.contextmanager
@@ -214,7 +216,8 @@ class Jacobians:
             raise
         except RuntimeError as error:
             raise EngineRefusal(
-                f"reverse mode failed ({first_line(error)}).\nMeasure with forward mode:  GeometryProbe(model, ..., engine='fused')"
+                f"reverse mode failed ({first_line(error)}).\n"
+                "Measure with forward mode:  GeometryProbe(model, ..., engine='fused')"
             ) from error
 
     def only(self, layers: list[str]) -> Jacobians:
@@ -254,9 +257,10 @@ def _guarded(
     plan: Plan,
     any_order: bool,
 ) -> None:
-    """Run one engine; what breaks in it, on a model whose plain forward pass is known to run, is a refusal of that engine."""
+    """Run one engine; what breaks in it is a refusal of that engine: the plain pass is known to run."""
     try:
-        # The same random numbers in every pass: directions that are pushed apart must be pushed through the same function.
+        # The same random numbers in every pass: directions that are pushed apart must be pushed through the same
+        # function.
         with same_random_numbers(directions.device):
             if engine == "fused":
                 options = {"reference": plan.reference, "any_order": any_order, "layout": plan.layout}

@@ -1,4 +1,4 @@
-"""One layer's Jacobian as two products, Jv and Jᵀu, at every sample of a chunk; what the matrix-free estimators iterate on.
+"""One layer's Jacobian as two products, Jv and Jᵀu: what the matrix-free estimators iterate on.
 
 Legend of axes: B samples, b vectors, D inputs, N features.
 """
@@ -66,7 +66,7 @@ class LayerJacobian:
     def push(
         self, vectors_BbD: Float[Tensor, "B b D"], *, at: list[int] | None = None
     ) -> Float[Tensor, "B b N"]:
-        """Jv, every sample's own vectors; ``at``: the others are not needed, and are zero where that saves their rows."""
+        """Jv, every sample's own vectors; ``at``: the other samples may be left out, and are zero then."""
         plan, count = self._jacobians.plan, vectors_BbD.shape[1]
         self.products += count
         if at is not None and len(at) < self.batch and not (plan.random or plan.whole):
@@ -117,7 +117,7 @@ class LayerJacobian:
         return torch.cat(pulled).transpose(0, 1) * self._scale
 
     def dense(self) -> Factor:
-        """The factor of the whole J, by rows or by columns, whichever are fewer; streamed where J does not fit into memory."""
+        """The factor of the whole J, by rows or by columns, whichever are fewer; streamed where J is too large."""
         plan = self._jacobians.plan
         by_rows = self.num_features <= self.num_inputs
 
@@ -146,7 +146,7 @@ class LayerJacobian:
 def layer_jacobians(
     jacobians: Jacobians, *, estimator: str, at_once: int
 ) -> Iterator[dict[str, LayerJacobian]]:
-    """The layers' Jacobians over one saved primal pass, which lasts as long as the body; ``at_once`` cotangents pulled together.
+    """The layers' Jacobians over one saved primal pass, which lasts as long as the body.
 
     Raises:
         ProbeError: reverse mode cannot run the model.
@@ -159,6 +159,7 @@ def layer_jacobians(
             jacobians.engine = ran[0] if ran else jacobians.engine
     except EngineRefusal as error:
         raise ProbeError(
-            f"{estimator} needs both directions of differentiation, Jv and Jᵀu, and one of them cannot run this model:\n{error}\n"
+            f"{estimator} needs both directions of differentiation, Jv and Jᵀu, and one of them cannot run this "
+            f"model:\n{error}\n"
             "Take an estimator that needs forward mode alone:  estimator=Subspace(k=8) or estimator=Exact()"
         ) from error

@@ -10,7 +10,8 @@ from torch import nn
 
 from torchgeom_probe.shapes import Tensor
 
-#: Measured on 11 timm models and CIFAR ResNets: below the first, and from the second on, channels last are the faster layout.
+#: Measured on 11 timm models and CIFAR ResNets: below the first, and from the second on, channels last are the faster
+#: layout.
 _CACHED_WEIGHTS = 2_000_000
 _WEIGHTS_A_PIXEL = 60
 
@@ -21,7 +22,8 @@ class Layout:
 
     Attributes:
         convolves: whether it has 2-d convolutions.
-        wide_weights: numbers in the weights of those whose kernel is larger than a pixel; the others lie the same either way.
+        wide_weights: numbers in the weights of those whose kernel is larger than a pixel; the others lie the same
+            either way.
     """
 
     convolves: bool
@@ -29,7 +31,7 @@ class Layout:
 
     @staticmethod
     def of(model: nn.Module) -> Layout:
-        """Read it off the modules' sizes: to read a weight may be to compute it, and a layer of the user's own may have none."""
+        """Read it off the modules' sizes: to read a weight may be to compute it."""
         convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
         wide = sum(
             c.out_channels * (c.in_channels // c.groups) * math.prod(c.kernel_size)
@@ -39,7 +41,7 @@ class Layout:
         return Layout(bool(convolutions), wide)
 
     def suits(self, images: Tensor) -> bool:
-        """Whether these images [B, C, H, W] are for convolutions that run faster with the channels last: oneDNN's, on a CPU."""
+        """Whether these images [B, C, H, W] are for convolutions that run faster so: oneDNN's, on a CPU."""
         if (
             images.ndim != 4
             or images.device.type != "cpu"
@@ -49,7 +51,7 @@ class Layout:
         return self.convolves and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
     def pays(self, images: Tensor, rows: int) -> bool:
-        """Whether so many rows of images are worth laying the weights anew, as every pass does; what stays in the cache is free."""
+        """Whether so many rows are worth laying the weights anew in every pass; what stays in the cache is free."""
         pixels = rows * images.shape[-2:].numel()
         return self.wide_weights <= _CACHED_WEIGHTS or _WEIGHTS_A_PIXEL * pixels >= self.wide_weights
 

@@ -24,9 +24,11 @@ _MANY_SAMPLES = 64
 _COMPARED = 3
 #: The share of the free memory that a measurement may take where no budget is given.
 SHARE_OF_FREE_MEMORY = 0.5
-#: A rule holds its input, its output and at most one temporary: twice the peak of a plain forward pass over the same rows.
+#: A rule holds its input, its output and at most one temporary: twice the peak of a plain forward pass over the same
+#: rows.
 _ROWS_OVER_PLAIN = 2.0
-#: What a saved pass may grow to by being copied, in rows or in bytes: from there on a backward pass is as fast per row as it gets.
+#: What a saved pass may grow to by being copied, in rows or in bytes: from there on a backward pass is as fast per row
+#: as it gets.
 _COPIED_ROWS = 32
 _COPIED_BYTES = {"cpu": 64 << 20}
 #: No more than that however many rows it is: speed is not worth any price.
@@ -46,8 +48,9 @@ class Plan:
         budget: bytes that a measurement may use.
         reference: entry → plain outputs [≤ 3, n] of the first samples, for a pass to be compared with.
         random: whether the forward pass draws random numbers.
-        layout: what suits the convolutions; None where the model writes in place to memory that it has viewed in another shape:
-            what such a write reaches depends on how the tensors lie in memory, so a pass must lay them as the model does.
+        layout: what suits the convolutions; None where the model writes in place to memory that it has viewed in
+            another shape: what such a write reaches depends on how the tensors lie in memory, so a pass must lay them
+            as the model does.
         per_sample: the arguments (places among the inputs' leaves) that are cut with the samples.
         whole: whether the model takes its own number of samples alone, so that no chunks can be made.
         coupled: entries in which one sample's output depends on the others.
@@ -80,7 +83,7 @@ class Plan:
         return max(1, min(num_directions, self._rows() // samples - 1))
 
     def copies(self, at_once: int, samples: int, device: torch.device) -> int:
-        """How often reverse mode saves its pass, so that as many cotangents are pulled back together (at least once)."""
+        """How often reverse mode saves its pass, so that as many cotangents are pulled together; at least once."""
         if self.random or self.whole:  # copies would draw other numbers
             return 1
         each = max(1, self.graph_bytes)
@@ -126,7 +129,8 @@ class Plan:
         if 2 * length * self.itemsize > self.budget:
             whole = count * length * self.itemsize
             raise ProbeError(
-                f"the Jacobian of layer {entry!r} at one sample is {count} x {length} numbers, {whole / 2**30:.2f} GiB, "
+                f"the Jacobian of layer {entry!r} at one sample is {count} x {length} numbers, {whole / 2**30:.2f} "
+                "GiB, "
                 f"and the memory budget is {self.budget / 2**30:.2f} GiB, too little for two of its rows.\n"
                 f"Raise it:  GeometryProbe(model, ..., memory_budget={whole * 2}); "
                 "pool the features:  transform=...; or take fewer directions:  estimator=Subspace(k=8)"
@@ -202,7 +206,8 @@ def _space(hooked: HookedModel, own: Inputs, found: Outputs) -> Tensor:
         )
     if found.sources[0].ndim == 0 or found.sources[0].shape[0] != own.size:
         raise ProbeError(
-            f"source={hooked.source_name!r} puts out shape {tuple(found.sources[0].shape)}, whose first axis is not the batch of "
+            f"source={hooked.source_name!r} puts out shape {tuple(found.sources[0].shape)}, whose first axis is not "
+            "the batch of "
             f"{own.size}.\nName a module whose output has the samples first."
         )
     return found.sources[0]
@@ -211,10 +216,10 @@ def _space(hooked: HookedModel, own: Inputs, found: Outputs) -> Tensor:
 def _samples(
     hooked: HookedModel, own: Inputs, found: Outputs, *, compare: bool
 ) -> tuple[frozenset[int], bool, tuple[str, ...]]:
-    """Which arguments are cut with the samples; whether no others can be taken; the entries in which samples see each other.
+    """Which arguments are cut with the samples; whether no part can be run; which entries couple the samples.
 
-    Other samples beside them must not change what a layer puts out at the first ones.  Where it does, an argument that happens
-    to be as long as the batch may have been cut (a table, say), or the samples depend on each other.
+    Other samples beside them must not change what a layer puts out at the first ones.  Where it does, an argument that
+    happens to be as long as the batch may have been cut (a table, say), or the samples depend on each other.
     """
     count = 2 if own.size > 2 else 3
 
@@ -285,7 +290,9 @@ def _refuse_silent(hooked: HookedModel, found: Outputs) -> None:
         near = close_names(silent[0], [n for n, _ in hooked.model.named_modules() if n and n not in silent])
         raise LayerRefusal(
             f"layer{'s' if len(silent) > 1 else ''} {', '.join(map(repr, silent))} never fired in the forward pass.\n"
-            "Likely: the model reaches past the module (activation checkpointing: model.set_grad_checkpointing(False); a traced or fx "
-            f"model: hook its leaves), or does not use it in this mode.\nClose names: {', '.join(map(repr, near)) or 'none'}",
+            "Likely: the model reaches past the module (activation checkpointing: model.set_grad_checkpointing(False); "
+            "a traced or fx "
+            "model: hook its leaves), or does not use it in this mode.\n"
+            f"Close names: {', '.join(map(repr, near)) or 'none'}",
             dict.fromkeys(silent, "never ran"),
         )

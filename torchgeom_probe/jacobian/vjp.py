@@ -1,4 +1,4 @@
-"""Engine ``"vjp"``: reverse mode.  One saved primal pass, then pullbacks of many cotangents per layer; no graph of the graph."""
+"""Engine ``"vjp"``: reverse mode.  One saved primal pass, then pullbacks; no graph of the graph."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from torchgeom_probe.shapes import Tensor
 
 
 class Pullback:
-    """The saved primal pass: ``features[entry]`` [c·B, n] with their graph back to ``point`` [c·B, *space], for c copies of the batch.
+    """The saved primal pass: ``features[entry]`` [c·B, n] with their graph back to ``point`` [c·B, *space].
 
-    Each copy takes a cotangent of its own, so that a pull is one plain backward pass over c·B rows, as large as its convolutions
-    and matrix products like them.  Batched gradients (``is_grads_batched``) save the copies, and then run most ops one cotangent
-    at a time.
+    Each copy takes a cotangent of its own, so that a pull is one plain backward pass over c·B rows, as large as its
+    convolutions and matrix products like them.  Batched gradients (``is_grads_batched``) save the copies, and then run
+    most ops one cotangent at a time.
     """
 
     def __init__(self, point: Tensor, features: dict[str, Tensor], copies: int) -> None:
@@ -59,7 +59,7 @@ class Pullback:
 def pullback(
     hooked: HookedModel, inputs: Inputs, *, copies: int = 1, layout: Layout | None = None
 ) -> Iterator[Pullback]:
-    """Make the primal pass, parameters held constant, and yield the pullback of every layer; the graph goes with the body.
+    """Make the primal pass, parameters held constant, and yield every layer's pullback; the graph ends with the body.
 
     ``layout``: images may lie in memory as it says.
     """
@@ -119,7 +119,7 @@ def _saved(
 
 
 def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink) -> None:
-    """Push k directions by reverse mode alone: Jv as the derivative of u ↦ Jᵀu, which is linear; Jacobian rows if they are fewer."""
+    """Push k directions: Jv as the derivative of u ↦ Jᵀu, which is linear; by rows of J where they are fewer."""
     with pullback(hooked, inputs) as back:
         tangents_KBd = directions.to(back.point.dtype)
         for entry, y in back.features.items():
@@ -136,7 +136,9 @@ def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink) ->
                     )
                 except RuntimeError as error:
                     raise EngineRefusal(
-                        f"layer {entry!r} has an op with no second derivative, which reverse mode needs for a directional one "
-                        f"({str(error).splitlines()[0]}).\nMeasure with engine='fused' or 'functorch', or, for few features, Exact()."
+                        f"layer {entry!r} has an op with no second derivative, which reverse mode needs for a "
+                        "directional one "
+                        f"({str(error).splitlines()[0]}).\n"
+                        "Measure with engine='fused' or 'functorch', or, for few features, Exact()."
                     ) from error
             sink(entry, [pushed.detach()])

@@ -1,1 +1,1 @@
-"""What is measured: the hooked model, its inputs, its layers and stages; and how nothing about it is different afterwards."""
+"""What is measured: the hooked model, its inputs, layers and stages; and how it is left as it was."""

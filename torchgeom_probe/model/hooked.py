@@ -25,7 +25,7 @@ OnOutput = Callable[[str, str, Any], None]
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """What one plain run gave: entry → features [B, n] (of the samples kept) in the order of firing, and every output of the source."""
+    """What one plain run gave: entry → features [B, n] in the order of firing, and every output of the source."""
 
     features: dict[str, Tensor]
     sources: list[Tensor]
@@ -38,7 +38,8 @@ class HookedModel:
     Attributes:
         model: the user's own module.
         layers: name → module.
-        source_name, source: the inner module whose output is the space that the metric is pulled back to, or None: the model's input.
+        source_name, source: the inner module whose output is the space that the metric is pulled back to, or None: the
+            model's input.
         transforms: layer (``"*"``: all) → what maps its output before it is flattened.
     """
 
@@ -75,8 +76,10 @@ class HookedModel:
         """
         if not leaves:
             raise LayerRefusal(
-                f"layer {layer!r} puts out no floating tensor (tuples, lists and dicts are looked into), so it has no features to "
-                "differentiate.\nPick another layer, or make one of its output:  transform=lambda out: out.last_hidden_state",
+                f"layer {layer!r} puts out no floating tensor (tuples, lists and dicts are looked into), so it has no "
+                "features to "
+                "differentiate.\n"
+                "Pick another layer, or make one of its output:  transform=lambda out: out.last_hidden_state",
                 {layer: "puts out no floating tensor"},
             )
         odd = [leaf for leaf in leaves if leaf.ndim == 0 or leaf.shape[0] != batch]
@@ -85,14 +88,16 @@ class HookedModel:
             if not isinstance(output, Tensor):
                 shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
                 key = next(iter(output)) if isinstance(output, Mapping) and output else 0
-                way_out = f"Its floating tensors have shapes {shapes}; take one:  transform={{{layer!r}: lambda out: out[{key!r}]}}"
+                taken = f"transform={{{layer!r}: lambda out: out[{key!r}]}}"
+                way_out = f"Its floating tensors have shapes {shapes}; take one:  {taken}"
             else:
                 way_out = (
                     f"Say where the samples are:  transform={{{layer!r}: lambda out: out.transpose(0, 1)}}  "
                     "(or out.unflatten(0, (B, -1)) for windows of one sample that follow each other)"
                 )
             raise LayerRefusal(
-                f"layer {layer!r} puts out a tensor of shape {shape}, whose first axis is not the batch of {batch} samples.\n{way_out}",
+                f"layer {layer!r} puts out a tensor of shape {shape}, whose first axis is not the batch of {batch} "
+                f"samples.\n{way_out}",
                 {layer: f"its output {list(shape)} has no axis of samples first"},
             )
         return [leaf.flatten(1) if leaf.ndim > 1 else leaf.unsqueeze(1) for leaf in leaves]
@@ -106,7 +111,8 @@ class HookedModel:
     ) -> Outputs:
         """Run the model plainly, hooked: the one way in which anything here looks at what a model puts out.
 
-        ``keep``: of the first samples alone.  ``aside``: the context in which it is copied, for who counts the model's own bytes.
+        ``keep``: of the first samples alone.  ``aside``: the context in which it is copied, for who counts the model's
+            own bytes.
 
         Raises:
             LayerRefusal: as :meth:`features`.
@@ -130,10 +136,10 @@ class HookedModel:
 
     @contextlib.contextmanager
     def attached(self, on_output: OnOutput, on_source: Callable[[Any], Any] | None = None) -> Iterator[None]:
-        """Attach the hooks for the length of the body: ``on_output(entry, layer, output)``, and the source's replacement.
+        """Attach the hooks for the length of the body: ``on_output(entry, layer, output)``, and the source's.
 
-        An entry is the layer's name, ``name#1`` … for its later calls.  The hooks come after those that the user attached, so they
-        see what the user's hooks make of the output.
+        An entry is the layer's name, ``name#1`` … for its later calls.  The hooks come after those that the user
+        attached, so they see what the user's hooks make of the output.
         """
         calls: Counter[str] = Counter()
 
@@ -169,7 +175,8 @@ class HookedModel:
                 else f"a {type(output).__name__}"
             )
             raise ProbeError(
-                f"the output of source={self.source_name!r} is {what}; the metric is pulled back to one floating tensor.\n"
+                f"the output of source={self.source_name!r} is {what}; the metric is pulled back to one floating "
+                "tensor.\n"
                 "Name a module whose output is one, such as the model's nn.Embedding."
             )
         return output
@@ -188,6 +195,8 @@ class HookedModel:
     def _lost(self, entry: str, why: str) -> str:
         start = f"the output of source={self.source_name!r}" if self.source is not None else "the input"
         return (
-            f"the tangent was lost: the output of layer {entry!r} carries no derivative with respect to {start}: {why}.\n"
-            "Measure a layer before that point, or take the cut out of the forward pass; a missing tangent is never read as zero."
+            f"the tangent was lost: the output of layer {entry!r} carries no derivative with respect to {start}: "
+            f"{why}.\n"
+            "Measure a layer before that point, or take the cut out of the forward pass; a missing tangent is never "
+            "read as zero."
         )

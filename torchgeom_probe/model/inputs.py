@@ -43,10 +43,11 @@ class Inputs:
 
     @staticmethod
     def of(x: Any, hooked: HookedModel, wrt: Wrt | None = None) -> Inputs:
-        """Read what the user passes as ``x``: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        """Read what the user passes: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
         Raises:
-            ProbeError: no tensor, no sample, no floating tensor or several and no word which, another device than the model's.
+            ProbeError: no tensor, no sample, no floating tensor or several and no word which, another device than the
+                model's.
         """
         args, kwargs = _arguments(x)
         paths, spec = tree_flatten_with_path((args, kwargs))
@@ -55,7 +56,8 @@ class Inputs:
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if not tensors:
             raise ProbeError(
-                "x holds no tensor.\nPass a batch [B, ...] of inputs:  probe.measure(x); arrays become tensors by torch.as_tensor(x)"
+                "x holds no tensor.\n"
+                "Pass a batch [B, ...] of inputs:  probe.measure(x); arrays become tensors by torch.as_tensor(x)"
             )
         _refuse_other_device(hooked.model, [leaves[i] for i in tensors])
         places = (
@@ -65,7 +67,8 @@ class Inputs:
         if any(leaves[i].ndim == 0 or leaves[i].shape[0] == 0 for i in places):
             shapes = [tuple(leaves[i].shape) for i in tensors]
             raise ProbeError(
-                f"x has shape {shapes[0] if len(shapes) == 1 else shapes}: no sample to measure at.\nPass a batch [B, ...]."
+                f"x has shape {shapes[0] if len(shapes) == 1 else shapes}: no sample to measure at.\n"
+                "Pass a batch [B, ...]."
             )
         size = first.shape[0]
         return Inputs(
@@ -85,7 +88,7 @@ class Inputs:
 
     @property
     def point(self) -> Tensor | None:
-        """The samples as points of the space that the metric lives on, [B, ...]; several arguments side by side, [B, d]."""
+        """The samples as points of the space of the metric, [B, ...]; several arguments side by side, [B, d]."""
         if not self.wrt:
             return None
         if len(self.wrt) == 1:
@@ -167,7 +170,8 @@ def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), dict(x)
     raise ProbeError(
         f"x is a {type(x).__name__}.\n"
-        "Pass a batch as a tensor [B, ...], a tuple of the model's positional arguments, or a dict of its keyword arguments."
+        "Pass a batch as a tensor [B, ...], a tuple of the model's positional arguments, or a dict of its keyword "
+        "arguments."
     )
 
 
@@ -206,7 +210,8 @@ def _places(
         listed = ", ".join(f"{names[i]} {list(leaves[i].shape)}" for i in floating)
         first = names[floating[0]]
         raise ProbeError(
-            f"x holds {len(floating)} floating tensors, so it is not clear which one the metric is pulled back to: {listed}.\n"
+            f"x holds {len(floating)} floating tensors, so it is not clear which one the metric is pulled back to: "
+            f"{listed}.\n"
             f"Name one, or several:  GeometryProbe(model, ..., wrt={first!r})"
             + (f"; or a module whose output is meant:  {by_source}" if by_source else "")
         )
@@ -214,11 +219,13 @@ def _places(
     if any(leaves[i].is_complex() for i in tensors):
         raise ProbeError(
             f"x is complex ({types}): the metric lives on real numbers.\n"
-            "Pass real and imaginary parts:  torch.view_as_real(x), to a Module that calls  model(torch.view_as_complex(x))"
+            "Pass real and imaginary parts:  torch.view_as_real(x), to a Module that calls  "
+            "model(torch.view_as_complex(x))"
         )
     tokens = f"For token ids, pull back to the embeddings:  {by_source}\n" if by_source else ""
     raise ProbeError(
-        f"x is of integer type ({types}): no derivative with respect to it exists.\n{tokens}For pixels, convert them:  x.float() / 255"
+        f"x is of integer type ({types}): no derivative with respect to it exists.\n"
+        f"{tokens}For pixels, convert them:  x.float() / 255"
     )
 
 

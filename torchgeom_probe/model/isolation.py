@@ -112,7 +112,8 @@ def _refuse_uninitialised(model: nn.Module) -> None:
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(parameter):
             raise ProbeError(
-                f"{name!r} is a lazy parameter that has no shape yet, and a measurement must not be what gives it one.\n"
+                f"{name!r} is a lazy parameter that has no shape yet, and a measurement must not be what gives it "
+                "one.\n"
                 "Run the model once before you probe it:  model(x)"
             )
 
@@ -127,7 +128,8 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
             else:
                 way_out = "Keep running statistics:  nn.BatchNorm2d(channels, track_running_stats=True)"
             raise ProbeError(
-                f"batch normalisation {name!r} normalises with the statistics of the batch (train mode): it couples the "
+                f"batch normalisation {name!r} normalises with the statistics of the batch (train mode): it couples "
+                "the "
                 f"samples, so no sample has a metric of its own.\n{way_out}"
             )
 
@@ -147,7 +149,8 @@ def _model_restored(model: nn.Module) -> Iterator[None]:
             _put_back(holder, content)
         with torch.no_grad():
             for buffer, value in buffers:
-                # Through .data: it bumps no version counter, so a backward pass that the user has still to make is untouched.
+                # Through .data: it bumps no version counter, so a backward pass that the user has still to make is
+                # untouched.
                 if buffer.is_inference():
                     with torch.inference_mode():
                         buffer.data.copy_(value)
@@ -156,7 +159,8 @@ def _model_restored(model: nn.Module) -> Iterator[None]:
         written = [name for name, p, version in versions if _version(p) != version]
         if written:
             raise ProbeError(
-                f"the model's forward pass writes to its own parameters in place ({', '.join(written[:3])}), also in eval "
+                f"the model's forward pass writes to its own parameters in place ({', '.join(written[:3])}), also in "
+                "eval "
                 "mode, so it cannot be measured without being changed.\n"
                 "Do that in the training step instead, or behind  if self.training:"
             )
@@ -182,8 +186,8 @@ def _keep(holder: Any, state: list[tuple[Any, Any]], seen: set[int], depth: int)
 
 
 def _is_plain_object(value: Any) -> bool:
-    # Modules are visited on their own; functions and types hold nothing of a forward pass; and what belongs to a framework (a trainer,
-    # a queue, a logger) may be at work in another thread.
+    # Modules are visited on their own; functions and types hold nothing of a forward pass; and what belongs to a
+    # framework (a trainer, a queue, a logger) may be at work in another thread.
     return (
         hasattr(value, "__dict__")
         and not isinstance(

@@ -12,14 +12,16 @@ from torch import nn
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.stages import stage_layers
 
-LayerSpec = Union[str, nn.Module, type[nn.Module], Callable[[str, nn.Module], bool], Sequence["LayerSpec"]]  # noqa: UP007
+LayerSpec = Union[  # noqa: UP007
+    str, nn.Module, type[nn.Module], Callable[[str, nn.Module], bool], Sequence["LayerSpec"]
+]
 
 
 def resolve(model: nn.Module, layers: LayerSpec) -> dict[str, nn.Module]:
     """Return name → module for what ``layers`` names, in the order of the model's own ``named_modules``.
 
-    A name (``""`` is the model itself); a glob, in which ``*`` stays within one level and ``**`` crosses dots; a module; a module
-    type; a callable ``(name, module) -> bool``; ``"auto"``, the stages; or a sequence of any of these.
+    A name (``""`` is the model itself); a glob, in which ``*`` stays within one level and ``**`` crosses dots; a
+    module; a module type; a callable ``(name, module) -> bool``; ``"auto"``, the stages; or a sequence of any of these.
 
     Raises:
         ProbeError: nothing was asked for, or something that the model does not have (with the close names).
@@ -82,7 +84,8 @@ def _matches(model: nn.Module, names: dict[str, nn.Module], spec: LayerSpec) -> 
         ]
         if not found:
             raise ProbeError(
-                f"the module {type(spec).__name__} given in layers= is no part of this model (a copy of one of its modules?).\n"
+                f"the module {type(spec).__name__} given in layers= is no part of this model (a copy of one of its "
+                "modules?).\n"
                 f"Name it instead: {_listed([n for n in names if n])}."
             )
         return found[:1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from torchgeom_probe.errors import ProbeError
@@ -19,6 +20,10 @@ _DECLARED_WRONGLY: dict[str, dict[str, str]] = {
     "MobileNetV5Encoder": {"bn1": "conv_stem"},
 }
 
+#: A part with a list of blocks in it is a trunk from this share of the weights on: large embeddings stand beside it, in
+#: BERT.
+_TRUNK_OF_BLOCKS = 0.25
+
 # Children that come after the features, or beside them.
 _NOT_FEATURES = re.compile(
     r"heads?|fc|classifier|classif|logits?|cls|aux\w*|output|avgpool|global_?pool|pool|dropout|drop|head_drop",
@@ -32,10 +37,10 @@ def stage_layers(model: nn.Module) -> list[str]:
     For a timm model these are the modules that its ``feature_info`` declares, each checked against the model:
     where the declared name does not exist, or names a list that is never called, the module meant is found by
     its place (mvitv2, twins, gemma4_vit, hrnet, mobilenetv5, coat).  For any other model, torchvision's among
-    them: the outermost modules with parts of their own, below a lone trunk (``features.denseblock1`` …,
-        ``encoder.layers.…``),
-    without the classification head; the pooling layers of a plain convolutional stack (VGG, AlexNet), since a
-    stage ends there; every layer with parameters of a plain stack without pooling (an MLP).
+    them: the outermost modules with parts of their own, below a lone trunk (``features.denseblock1`` …) or a
+    list of blocks (``encoder.layer.0`` …), without the classification head; the pooling layers of a plain
+    convolutional stack (VGG, AlexNet), since a stage ends there; in a plain stack without pooling (an MLP)
+    what follows each layer with parameters, before the next one: its activation.
 
     A compiled or DDP-wrapped model gives the names of the model inside, as ``layers=`` takes them.
 
@@ -99,7 +104,7 @@ def _located(
 
 def _last_called(name: str, module: nn.Module) -> str | None:
     # A ModuleList has no forward, so no hook of it ever fires: its last part is the stage's output.
-    while type(module).forward is nn.Module.forward:
+    while _is_never_called(module):
         children = list(module.named_children())
         if not children:
             return None
@@ -120,12 +125,25 @@ def _structural_stages(model: nn.Module, prefix: str = "") -> list[str]:
     stages: list[str] = []
     for name, block in blocks:
         share = _weight(block) / max(total, 1)
-        never_called = type(block).forward is nn.Module.forward
-        if never_called or share > 0.9 or _declared_stages(block):
+        is_trunk = share > 0.9 or (
+            share > _TRUNK_OF_BLOCKS and any(map(_is_list_of_blocks, block.children()))
+        )
+        # Hooks see a scripted module as a whole at most, so the part that holds it is the stage.
+        scripted = any(isinstance(m, torch.jit.ScriptModule) for m in (block, *block.children()))
+        if _is_never_called(block) or (not scripted and (is_trunk or _declared_stages(block))):
             stages += _structural_stages(block, f"{prefix}{name}.")
         else:
             stages.append(f"{prefix}{name}")
     return stages
+
+
+def _is_never_called(module: nn.Module) -> bool:
+    """Whether it has no forward: a ModuleList, whose hooks never fire."""
+    return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is nn.Module.forward
+
+
+def _is_list_of_blocks(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) > 2
 
 
 def _weight(module: nn.Module) -> int:
@@ -136,4 +154,19 @@ def _plain_stack(model: nn.Module, prefix: str) -> list[str]:
     children = dict(model.named_children())
     pools = [n for n, c in children.items() if "Pool" in type(c).__name__]
     weighted = [n for n, c in children.items() if any(True for _ in c.parameters())]
+    if isinstance(model, nn.Sequential) and len(pools) < 2:
+        weighted = _activations(list(children.items()), weighted)
     return [f"{prefix}{n}" for n in (pools if len(pools) > 1 else weighted)] or [prefix.rstrip(".")]
+
+
+def _activations(children: list[tuple[str, nn.Module]], weighted: list[str]) -> list[str]:
+    """Of each layer with parameters, the last module before the next one that still computes something of it."""
+    found = []
+    last: str | None = None
+    for name, module in children:
+        if name in weighted:
+            found += [last] if last is not None else []
+            last = name
+        elif last is not None and not isinstance(module, (nn.Dropout, nn.Flatten, nn.Unflatten, nn.Identity)):
+            last = name
+    return [*found, *([last] if last is not None else [])]

@@ -1,7 +1,4 @@
-"""Figures as files: PNG, PDF and SVG that are the same again, small PNGs for a page, animations.
-
-matplotlib and Pillow are imported on the first call; without them: ProbeError with the pip line.
-"""
+"""Figures as files: PNG, PDF and SVG that are the same again, small PNGs for a page, animations."""
 
 from __future__ import annotations
 
@@ -9,20 +6,17 @@ import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchgeom_probe.errors import ProbeError, optional
+from torchgeom_probe.files import write_atomically
+from torchgeom_probe.plotting.style import Figure
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-else:  # matplotlib is optional: its types are for the type checker alone
-    Figure = Any
+_DATES: dict[str, dict[str, Any]] = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
 
 def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 160) -> Path:
     """Write a figure as .png, .pdf or .svg, by the ending of the path; returns the path.
-
-    Equal figures give equal bytes as PNG and PDF: no date is written into them.
 
     Raises:
         ProbeError: another ending.
@@ -33,11 +27,7 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 160) -> Pat
     True
 
     """
-    target = Path(path)
-    data = rendered(figure, ending=target.suffix, dpi=dpi)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(data)
-    return target
+    return write_atomically(path, rendered(figure, ending=Path(path).suffix, dpi=dpi))
 
 
 def rendered(figure: Figure, *, ending: str = ".png", dpi: int = 160) -> bytes:
@@ -47,14 +37,11 @@ def rendered(figure: Figure, *, ending: str = ".png", dpi: int = 160) -> bytes:
     >>> rendered(Figure())[:4]
     b'\x89PNG'
     """
-    dates: dict[str, dict[str, Any]] = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
-    if ending.lower() not in dates:
-        raise ProbeError(
-            f"a figure is no {ending or 'file without an ending'}.\nWrite:  save(figure, 'map.png')  "
-            "or .pdf or .svg"
-        )
+    if ending.lower() not in _DATES:
+        seen = ending or "file without an ending"
+        raise ProbeError(f"a figure is no {seen}.\nWrite:  save(figure, 'map.png')  or .pdf or .svg")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=ending.lower()[1:], dpi=dpi, metadata=dates[ending.lower()])
+    figure.savefig(buffer, format=ending.lower()[1:], dpi=dpi, metadata=_DATES[ending.lower()])
     return buffer.getvalue()
 
 
@@ -76,26 +63,20 @@ def small_png(figure: Figure, limit: int) -> bytes:
 def animated(frames: Iterable[Figure], *, seconds: float = 0.6, dpi: int = 80) -> bytes:
     """Return figures of one size as an animated GIF, the last one held; equal figures give equal bytes.
 
-    (Pillow writes it, as matplotlib's ``PillowWriter`` has it do, but each frame is a figure of its own.)
-
     Raises:
         ProbeError: no frame.
 
     >>> from matplotlib.figure import Figure
     >>> animated([Figure(), Figure()])[:6]
     b'GIF89a'
+
     """
     images = [_palette_image(figure, dpi) for figure in frames]
     if not images:
-        raise ProbeError(
-            "an animation of no frames.\nGive one figure an epoch:  animated([figure_0, figure_1])"
-        )
-    milliseconds = round(1000 * seconds)
-    durations = [milliseconds] * (len(images) - 1) + [4 * milliseconds]
+        raise ProbeError("an animation of no frames.\nGive one figure an epoch:  animated([figure_0, figure_1])")
+    times = [round(1000 * seconds)] * (len(images) - 1) + [4 * round(1000 * seconds)]
     buffer = io.BytesIO()
-    images[0].save(
-        buffer, format="gif", save_all=True, append_images=images[1:], duration=durations, loop=0, disposal=2
-    )
+    images[0].save(buffer, "gif", save_all=True, append_images=images[1:], duration=times, loop=0, disposal=2)
     return buffer.getvalue()
 
 

@@ -1,87 +1,76 @@
 """``torchgeom-probe demo``: the paper's shallow-network experiment on real handwritten digits, from data to figures.
 
-One hidden layer of sigmoid units learns to tell digits apart while a Monitor follows its optimizer; then √det g is drawn along the line
-from a 7 to a 6 and over the plane of a 7, a 6 and a 1, before and after training.  Network, training and slices are those of
-``reproduce fig2``; here the width, the grid and the data are the caller's.
+One hidden layer of sigmoid units learns to tell digits apart while a Monitor follows its optimizer.  Then √det g is
+drawn on the line from a 7 to a 6 and on the plane of a 7, a 6 and a 1, before and after training.  Network, training
+and slices are those of ``reproduce fig2``; here the width, the grid and the data are the caller's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torchgeom_probe.errors import optional
 from torchgeom_probe.estimators import Exact
+from torchgeom_probe.plotting.files import save
 from torchgeom_probe.probe import measure
 from torchgeom_probe.reproduce import fig2
 from torchgeom_probe.reproduce.data.digits import load_digits, load_mnist
-from torchgeom_probe.reproduce.run import Settings, train
+from torchgeom_probe.reproduce.results import drawn
+from torchgeom_probe.reproduce.settings import Say, Settings
+from torchgeom_probe.reproduce.training import train
 
 
 def run(
+    settings: Settings,
     *,
-    out: Path,
     data: Literal["digits", "mnist"] = "digits",
-    data_root: Path = Path("data"),
     width: int | None = None,
-    epochs: int = 200,
     grid: int = 40,
-    seed: int = 0,
-    quick: bool = False,
-    device: str = "cpu",
-    say: Callable[[str], None] = print,
-) -> dict[str, float]:
-    """Train, watch, scan and draw; everything goes under ``out``.
+    say: Say = print,
+) -> None:
+    """Train, watch, scan and draw; everything goes under the settings' ``out``.
+
+    ``events/`` (TensorBoard), ``geometry.csv``, ``report.csv``, ``report.json``, ``line.png``, ``plane.png``, scans,
+    and networks (``epoch_*.pt``).  A demo that was stopped goes on; one of other settings is replaced.
 
     Args:
-        out: the directory: ``events/`` (TensorBoard), ``geometry.csv``, ``report.csv``, ``report.json``, ``line.png``, ``plane.png``,
-            the scans, and the networks before and after (``epoch_*.pt``).  A demo that was stopped goes on; one of other settings
-            is replaced.
+        settings: the command line's; 200 epochs where they give none.
         data: scikit-learn's digits (8x8, offline), or MNIST through torchvision.
-        data_root: where MNIST is, or goes.
-        width: sigmoid units; at least as many as pixels, or g is singular.  Default: 512 for digits, the paper's 2000 for MNIST.
-        epochs: of training.
+        width: sigmoid units; at least as many as pixels, or g is singular.  None: 512 for digits, 2000 for MNIST.
         grid: points along each side of the plane.
-        seed: of the weights, the split and the batches.
-        quick: a small version, for a test of the installation.
-        device: where to train.
         say: prints a line.
-
-    Returns:
-        The numbers of the end: accuracies, log-volumes, the statistic of magnification, seconds.
 
     Raises:
         ProbeError: a width below the number of pixels, data that cannot be had, a missing optional package.
+
     """
-    began = time.perf_counter()
-    # What is missing is said before the training, not after it.
-    figures = optional("torchgeom_probe.plotting.figures", extra="figures")
+    began, out, epochs = time.perf_counter(), settings.out, settings.epochs or 200
     if width is None:
         width = {"digits": 512, "mnist": 2000}[data]
-    if quick:
+    if settings.quick:
         width, epochs, grid = min(width, 128), min(epochs, 10), min(grid, 12)
+    # What is missing is said before the training, not after it.
+    optional("matplotlib", extra="figures")
     if data == "digits":
-        digits = load_digits(seed)
+        digits = load_digits(settings.seed)
     else:
-        digits = load_mnist(data_root, instead="torchgeom-probe demo --data digits")
-    settings = Settings(quick=quick, seed=seed, device=device, data_root=data_root, out=out)
+        digits = load_mnist(settings.data_root, instead="torchgeom-probe demo --data digits")
     of = fig2.training(
         digits, width=width, epochs=epochs, snapshots=(1, epochs // 2), settings=settings, name=data
     )
-    views = fig2.views(digits, grid=grid, epochs=(0, epochs))
-    watch = fig2.watch(digits, of)
+    views, watch = fig2.views(digits, grid=grid, epochs=(0, epochs)), fig2.watch(digits, of)
     num_inputs = digits.train_images.shape[1]
     say(
         f"{len(digits.train_labels)} training and {len(digits.test_labels)} test images of {num_inputs} pixels; "
-        f"one hidden layer of {width} sigmoid units; √det g of it at {len(watch.x)} test images, all {num_inputs} directions."
+        f"one hidden layer of {width} sigmoid units; √det g of it at {len(watch['x_probe'])} test images, "
+        f"all {num_inputs} directions."
     )
     trained = train(of, settings, views=views, watch=watch, folder=out, replace=True, say=say)
     for row in trained.history[1:]:
         say(f"epoch {row['epoch']}: test accuracy {row['test_accuracy']:.3f}")
 
-    probed = watch.x.to(device)
+    probed = watch["x_probe"].to(settings.device)
     start, report = (
         measure(trained.model(epoch), probed, layers=[fig2.LAYER], estimator=Exact()) for epoch in (0, epochs)
     )
@@ -90,37 +79,19 @@ def run(
     report.to_csv(out / "report.csv")
     report.to_json(out / "report.json")
 
-    options: dict[str, Any] = {"class_names": fig2.CLASS_NAMES, "relative": True}
     found = {}
-    for view in views:
-        before, after = (trained.scan(view, epoch) for epoch in (0, epochs))
-        before.save(out / f"{view.name}_before.safetensors")
-        after.save(out / f"{view.name}_after.safetensors")
-        if view.name == "line":
-            title = "log √det g on the line from a 7 to a 6"
-            drawn = figures.plot_line(before, after, images=view.images, title=title, **options)
-        else:
-            title = "The plane of a 7, a 6 and a 1"
-            drawn = figures.plot_plane(
-                before, after, images=view.images, title=title, log_entropy=True, **options
-            )
-        figures.save(drawn, out / f"{view.name}.png")
-        found[view.name] = after.magnification(fig2.LAYER, initial=before, seed=seed)
+    for view, title in zip(views, (f"log {fig2.LINE}", fig2.PLANE), strict=True):
+        scans = {when: trained.scan(view, epoch) for when, epoch in (("before", 0), ("after", epochs))}
+        for when, scan in scans.items():
+            scan.save(out / f"{view.name}_{when}.safetensors")
+        named = {f"{when} training": scan for when, scan in scans.items()}
+        save(drawn(view, named, unit="nat", title=title), out / f"{view.name}.png")
+        found[view.name] = scans["after"].magnification(
+            fig2.LAYER, initial=scans["before"], seed=settings.seed
+        )
     say("")
     for name, statistic in found.items():
         say(f"On the {name}: {statistic}.")
-    seconds = time.perf_counter() - began
-    say(
-        f"\nWrote {out / 'line.png'}, {out / 'plane.png'}, {out / 'geometry.csv'}, {out / 'report.json'} in {seconds:.0f} s."
-    )
+    written = ", ".join(str(out / name) for name in ("line.png", "plane.png", "geometry.csv", "report.json"))
+    say(f"\nWrote {written} in {time.perf_counter() - began:.0f} s.")
     say(f"Watch the training:  tensorboard --logdir {out / 'events'}")
-    statistics = report[fig2.LAYER].statistics()
-    return {
-        "train_accuracy": trained.history[-1]["train_accuracy"],
-        "test_accuracy": trained.history[-1]["test_accuracy"],
-        "log_volume": statistics["median"],
-        "log_volume_before": start[fig2.LAYER].statistics()["median"],
-        "rho": float(found["plane"].rho),
-        "p_value": float(found["plane"].p_value),
-        "seconds": seconds,
-    }

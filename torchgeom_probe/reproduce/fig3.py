@@ -1,50 +1,22 @@
-"""Figure 3: a ResNet-34 learns images; predictions, entropy and √det g of its last block on the plane of three of them, over epochs."""
+"""Figure 3: a ResNet-34 learns images; predictions, entropy and √det g of its last block on a plane, over epochs."""
 
 from __future__ import annotations
 
-from torchgeom_probe.errors import optional
-from torchgeom_probe.reproduce.resnet import (
-    ACTIVATIONS,
-    QUIRKS,
-    load_images,
-    plane_view,
-    title_of,
-    train_by_labels,
-)
-from torchgeom_probe.reproduce.run import Results, Say, Settings
+from torchgeom_probe.reproduce import resnet
+from torchgeom_probe.reproduce.results import Results, drawn, frames
 
 TITLE = "a ResNet-34 learns images: the plane of three of them, over epochs"
+QUIRKS = resnet.QUIRKS
 
 
-def run(settings: Settings, say: Say = print) -> Results:
-    """Train with GELU and ReLU, scan the plane at every snapshot, test the last one and draw.
-
-    Raises:
-        ProbeError: the data cannot be had; whatever ``train`` refuses.
-    """
-    figures = optional("torchgeom_probe.plotting.figures", extra="figures")
-    results = Results("fig3", TITLE, settings, quirks=QUIRKS, say=say)
-    images = load_images(settings)
-    plane = plane_view(images, settings)
-    for act, trained in train_by_labels(images, settings, say, results).items():
+def run(results: Results) -> None:
+    """Train with GELU and ReLU, scan the plane at every snapshot, test the last one and draw."""
+    images = resnet.load_images(results.settings)
+    plane = resnet.plane_view(images, results.settings)
+    for act, trained in resnet.train_by_labels(images, plane, results).items():
         results.test(trained, plane, layers=["layer4"])
-        scans = [trained.scan(plane, epoch) for epoch in trained.epochs]
-        names = [f"epoch {epoch}" for epoch in trained.epochs]
-        # Training moves the level of log √det g by more than its pattern's range: each map is shown about its median.
-        options = {
-            "relative": True,
-            "layers": ["layer4"],
-            "class_names": images.class_names,
-            "unit": "log10",
-            "log_entropy": True,
-            "title": f"{ACTIVATIONS[act]}: {title_of(images)}",
-        }
-        results.picture(
-            f"plane_{act}", figures.plot_maps(scans, names=names, **options), gallery=act == "gelu"
-        )
-        frames = (
-            figures.plot_maps([scan], names=[name], like=scans, **options)
-            for scan, name in zip(scans, names, strict=True)
-        )
-        results.animation(f"plane_{act}", frames)
-    return results.finish()
+        scans = trained.scans(plane)
+        layers, title = ["layer4"], f"{resnet.ACTIVATIONS[act]}: {images.title}"
+        figure = drawn(plane, scans, layers=layers, title=title)
+        results.picture(f"plane_{act}", figure, gallery=act == "gelu")
+        results.animation(f"plane_{act}", frames(plane, scans, layers=layers, title=title))

@@ -2,57 +2,27 @@
 
 from __future__ import annotations
 
-from torchgeom_probe.errors import optional
-from torchgeom_probe.reproduce.resnet import (
-    ACTIVATIONS,
-    QUIRKS,
-    load_images,
-    papers_view,
-    plane_view,
-    title_of,
-    train_by_labels,
-)
-from torchgeom_probe.reproduce.run import Results, Say, Settings
+from torchgeom_probe.reproduce import resnet
+from torchgeom_probe.reproduce.results import Results, drawn
 
 TITLE = "a trained ResNet-34: all four blocks on the plane of three images"
+QUIRKS = resnet.QUIRKS
 
 
-def run(settings: Settings, say: Say = print) -> Results:
-    """Test and draw every block of the GELU and the ReLU network, on the slice's tangents and by the paper's TopK(10).
-
-    Raises:
-        ProbeError: the data cannot be had; whatever ``train`` refuses.
-    """
-    figures = optional("torchgeom_probe.plotting.figures", extra="figures")
-    results = Results("fig4", TITLE, settings, quirks=QUIRKS, say=say)
-    images = load_images(settings)
-    plane = plane_view(images, settings)
-    networks = train_by_labels(images, settings, say, results)
+def run(results: Results) -> None:
+    """Test and draw every block of both networks, on the slice's tangents, and of one by the paper's TopK(10)."""
+    images = resnet.load_images(results.settings)
+    plane, top = resnet.plane_view(images, results.settings), resnet.papers_view(images, results.settings)
+    networks = resnet.train_by_labels(images, plane, results)
     for trained in networks.values():
         results.test(trained, plane)
-    # The blocks' and networks' levels differ by more than a pattern's range: each map is shown about its median.
-    options = {
-        "class_names": images.class_names,
-        "unit": "log10",
-        "log_entropy": True,
-        "relative": True,
-    }
-    drawn = figures.plot_maps(
-        [trained.scan(plane, trained.epochs[-1]) for trained in networks.values()],
-        names=[ACTIVATIONS[act] for act in networks],
-        title=f"Four blocks after training: {title_of(images)}",
-        **options,
-    )
-    results.picture("blocks", drawn, gallery=True)
+    last = {resnet.ACTIVATIONS[act]: of.scan(plane, of.epochs[-1]) for act, of in networks.items()}
+    figure = drawn(plane, last, title=f"Four blocks after training: {images.title}")
+    results.picture("blocks", figure, gallery=True)
+
     trained = networks["gelu"]
-    last = trained.epochs[-1]
-    top = papers_view(images, settings, epochs=(0, last))
     results.test(trained, top)
-    drawn = figures.plot_maps(
-        [trained.scan(top, epoch) for epoch in (0, last)],
-        names=["epoch 0", f"epoch {last}"],
-        title=f"The paper's volume, {3 if settings.quick else 10} largest σ of 512 pooled features: {title_of(images)}",
-        **options,
+    title = (
+        f"The paper's volume, {top.options['estimator'].k} largest σ of 512 pooled features: {images.title}"
     )
-    results.picture("blocks_top", drawn)
-    return results.finish()
+    results.picture("blocks_top", drawn(top, trained.scans(top, trained.three[::2]), title=title))

@@ -1,36 +1,20 @@
-"""Figure 5: Barlow Twins; √det g along the lines from one image to two of other classes, before, during and after training."""
+"""Figure 5: Barlow Twins; √det g along the lines from one image to two of other classes, over epochs."""
 
 from __future__ import annotations
 
-from torchgeom_probe.errors import optional
-from torchgeom_probe.reproduce.barlow_twins import QUIRKS, line_views, train_without_labels
-from torchgeom_probe.reproduce.resnet import load_images
-from torchgeom_probe.reproduce.run import Results, Say, Settings
+from torchgeom_probe.reproduce import barlow_twins, resnet
+from torchgeom_probe.reproduce.results import Results, drawn
 
 TITLE = "Barlow Twins, no labels: the lines between images of different classes"
+QUIRKS = barlow_twins.QUIRKS
 
 
-def run(settings: Settings, say: Say = print) -> Results:
-    """Train without labels, scan both lines at every snapshot, test every block and draw.
-
-    Raises:
-        ProbeError: the data cannot be had; lightly is not installed; whatever ``train`` refuses.
-    """
-    figures = optional("torchgeom_probe.plotting.figures", extra="figures")
-    results = Results("fig5", TITLE, settings, quirks=QUIRKS, say=say)
-    images = load_images(settings)
-    trained = train_without_labels(images, settings, say, results)
-    names = [f"epoch {epoch}" for epoch in trained.epochs]
-    for line in line_views(images, settings):
+def run(results: Results) -> None:
+    """Train without labels, scan both lines at every snapshot, test every block and draw."""
+    images = resnet.load_images(results.settings)
+    trained, lines, _ = barlow_twins.train_without_labels(images, results)
+    for line in lines:
         results.test(trained, line)
         start, end = line.name.split("_")[1:]
-        drawn = figures.plot_lines(
-            [trained.scan(line, epoch) for epoch in trained.epochs],
-            names=names,
-            class_names=images.class_names,
-            unit="log10",
-            relative=True,
-            title=f"Barlow Twins: from a {start} to a {end}",
-        )
-        results.picture(line.name, drawn, gallery=line.name == line_views(images, settings)[0].name)
-    return results.finish()
+        figure = drawn(line, trained.scans(line), title=f"Barlow Twins: from a {start} to a {end}")
+        results.picture(line.name, figure, gallery=line is lines[0])

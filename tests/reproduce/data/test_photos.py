@@ -10,7 +10,7 @@ import torch
 
 import torchgeom_probe as tgp
 from torchgeom_probe.reproduce.data import photos
-from torchgeom_probe.reproduce.data.photos import CLASS_NAMES, SIZE, load_photos, reduction
+from torchgeom_probe.reproduce.data.photos import CLASS_NAMES, SIZE, load_photos
 
 PIL = pytest.importorskip("PIL.Image")
 pytest.importorskip("skimage")
@@ -21,6 +21,11 @@ def photograph(name):
     """The file itself, read beside the code under test."""
     package, inside = photos._FILES[name]
     return np.asarray(PIL.open(Path(sys.modules[package].__file__).parent / inside).convert("RGB"))
+
+
+def reduction(name):
+    """How many pixels of the photograph, along each axis, one pixel of a crop is the mean of."""
+    return max(1, min(photograph(name).shape[:2]) // 150)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,7 @@ def test_a_crop_is_the_photograph_reduced_by_means_of_blocks(crops, part):
 
 
 def test_sizes_labels_and_names(crops):
+    assert (reduction("cat"), reduction("retina")) == (2, 9)
     assert crops.train_images.shape == (600, 3, SIZE, SIZE)
     assert crops.test_images.shape == (300, 3, SIZE, SIZE)
     assert crops.train_labels.bincount().tolist() == [60] * 10

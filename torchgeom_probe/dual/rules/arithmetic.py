@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from torchgeom_probe.dual.ops import ops_named
 from torchgeom_probe.dual.registry import (
+    aligned,
     any_dual,
-    enter,
     in_place_of,
-    named,
     ndim_of,
     operands,
     primal_of,
+    register,
     rule,
+    rule_of_each,
 )
 from torchgeom_probe.dual.rules.elementwise import pushed
-from torchgeom_probe.dual.tensor import RULES, DualTensor
+from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
 from torchgeom_probe.shapes import Tensor
 
 
-def _sum_of(a: Any, b: Any, alpha: Any = 1) -> Any:
+@rule("add Tensor.__add__ Tensor.__radd__")
+def _add(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     # (a + αb)' = a' + αb'; a plain operand is added to row 0 alone
     if any_dual(alpha):
         return NotImplemented
-    left, right = operands(a, b)
-    if isinstance(a, DualTensor) and isinstance(b, DualTensor):
+    left, right = operands(input, other)
+    if isinstance(input, DualTensor) and isinstance(other, DualTensor):
         return DualTensor(torch.add(left, right, alpha=alpha))
-    x = left if isinstance(a, DualTensor) else right
-    value = torch.add(primal_of(a), primal_of(b), alpha=alpha)
+    x = left if isinstance(input, DualTensor) else right
+    value = torch.add(primal_of(input), primal_of(other), alpha=alpha)
     # empty_like keeps the memory format, which only fits where nothing was broadcast
     same = x.shape[1:] == value.shape
     out = torch.empty_like(x, dtype=value.dtype) if same else value.new_empty((x.shape[0], *value.shape))
@@ -40,44 +44,35 @@ def _sum_of(a: Any, b: Any, alpha: Any = 1) -> Any:
     return DualTensor(out)
 
 
-def _add_to(a: Any, b: Any, alpha: Any = 1) -> Any:
-    if not isinstance(a, DualTensor) or any_dual(alpha):
-        return NotImplemented
-    if isinstance(b, DualTensor):
-        if ndim_of(b) > ndim_of(a):
-            return NotImplemented
-        a.buffer.add_(operands(a, b)[1], alpha=alpha)
-    else:
-        a.buffer[0].add_(b, alpha=alpha)
-    return a
-
-
-@rule("add", "Tensor.__add__", "Tensor.__radd__")
-def _add(input: Any, other: Any, *, alpha: Any = 1) -> Any:
-    return _sum_of(input, other, alpha)
-
-
-@rule("Tensor.add_", "Tensor.__iadd__")
+@rule("Tensor.add_ Tensor.__iadd__")
 def _add_in_place(input: Any, other: Any, *, alpha: Any = 1) -> Any:
-    return _add_to(input, other, alpha)
+    if not isinstance(input, DualTensor) or any_dual(alpha):
+        return NotImplemented
+    if isinstance(other, DualTensor):
+        if ndim_of(other) > ndim_of(input):
+            return NotImplemented
+        input.buffer.add_(operands(input, other)[1], alpha=alpha)
+    else:
+        input.buffer[0].add_(other, alpha=alpha)
+    return input
 
 
-@rule("sub", "subtract", "Tensor.__sub__")
+@rule("sub subtract Tensor.__sub__")
 def _sub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
-    return NotImplemented if isinstance(other, bool) else _sum_of(input, other, -alpha)
+    return NotImplemented if isinstance(other, bool) else _add(input, other, alpha=-alpha)
 
 
-@rule("Tensor.sub_", "Tensor.subtract_", "Tensor.__isub__")
+@rule("Tensor.sub_ Tensor.subtract_ Tensor.__isub__")
 def _sub_in_place(input: Any, other: Any, *, alpha: Any = 1) -> Any:
-    return NotImplemented if isinstance(other, bool) else _add_to(input, other, -alpha)
+    return NotImplemented if isinstance(other, bool) else _add_in_place(input, other, alpha=-alpha)
 
 
-@rule("rsub", "Tensor.__rsub__")
+@rule("rsub Tensor.__rsub__")
 def _rsub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
-    return NotImplemented if isinstance(other, bool) else _sum_of(other, input, -alpha)
+    return NotImplemented if isinstance(other, bool) else _add(other, input, alpha=-alpha)
 
 
-@rule("mul", "multiply", "Tensor.__mul__", "Tensor.__rmul__")
+@rule("mul multiply Tensor.__mul__ Tensor.__rmul__")
 def _mul(input: Any, other: Any) -> Any:
     # (ab)' = a'b + ab'
     left, right = operands(input, other)
@@ -88,7 +83,7 @@ def _mul(input: Any, other: Any) -> Any:
     return DualTensor(left * right)
 
 
-@rule("Tensor.mul_", "Tensor.multiply_", "Tensor.__imul__")
+@rule("Tensor.mul_ Tensor.multiply_ Tensor.__imul__")
 def _mul_in_place(input: Any, other: Any) -> Any:
     if not isinstance(input, DualTensor):
         return NotImplemented
@@ -104,7 +99,10 @@ def _mul_in_place(input: Any, other: Any) -> Any:
     return input
 
 
-@rule("div", "divide", "true_divide", "Tensor.__truediv__", "Tensor.__div__")
+@rule(
+    "div divide true_divide Tensor.__truediv__ Tensor.__div__",
+    in_place="Tensor.div_ Tensor.divide_ Tensor.true_divide_ Tensor.__itruediv__ Tensor.__idiv__",
+)
 def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
     # (a/b)' = (a' - (a/b) b') / b
     if rounding_mode is not None:
@@ -120,38 +118,20 @@ def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
     return DualTensor(out)
 
 
-@rule("Tensor.__rtruediv__", "Tensor.__rdiv__")
-def _rdiv(input: Any, other: Any) -> Any:
-    return _div(other, input)
+register(lambda input, other: _div(other, input), "Tensor.__rtruediv__ Tensor.__rdiv__")
 
 
-enter(
-    in_place_of(_div),
-    "Tensor.div_",
-    "Tensor.divide_",
-    "Tensor.true_divide_",
-    "Tensor.__itruediv__",
-    "Tensor.__idiv__",
-)
-
-
-@rule("neg", "negative", "Tensor.__neg__")
+@rule("neg negative Tensor.__neg__", in_place="neg_ negative_")
 def _neg(input: DualTensor) -> DualTensor:
     return DualTensor(-input.buffer)
 
 
-@rule("neg_", "negative_")
-def _neg_in_place(input: DualTensor) -> DualTensor:
-    input.buffer.neg_()
-    return input
-
-
-@rule("positive", "Tensor.__pos__")
+@rule("positive Tensor.__pos__")
 def _positive(input: DualTensor) -> DualTensor:
     return input
 
 
-@rule("pow", "Tensor.__pow__")
+@rule("pow Tensor.__pow__", in_place="Tensor.pow_ Tensor.__ipow__")
 def _pow(input: Any, exponent: Any) -> Any:
     # (p^c)' = c p^(c-1);  (b^p)' = b^p log b;  of two duals  (p^q)' = p^q (q' log p + q p'/p)  is left to the fallback
     if isinstance(input, DualTensor) and isinstance(exponent, (int, float)) and exponent != 0:
@@ -163,11 +143,11 @@ def _pow(input: Any, exponent: Any) -> Any:
     return NotImplemented
 
 
-enter(lambda input, exponent: _pow(exponent, input), "Tensor.__rpow__")
-enter(in_place_of(_pow), "Tensor.pow_", "Tensor.__ipow__")
+register(lambda input, exponent: _pow(exponent, input), "Tensor.__rpow__")
 
 
-def _extremum(choose: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+@rule_of_each("maximum minimum")
+def _extremum(choose: Callable[[Tensor, Tensor], Tensor]) -> Rule:
     # y' is that of the operand chosen; where both are equal, torch takes the mean
     def push(input: Any, other: Any) -> Any:
         if not (isinstance(input, Tensor) and isinstance(other, Tensor)):
@@ -187,31 +167,22 @@ def _extremum(choose: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
     return push
 
 
-enter(_extremum(torch.maximum), "maximum")
-enter(_extremum(torch.minimum), "minimum")
-
-
 # ------------------------------------------------------------------------------------- by the rules of their own parts
 
 
-@rule("addcmul")
+@rule("addcmul", in_place="addcmul_")
 def _addcmul(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
     return input + tensor1 * tensor2 * value
 
 
-@rule("addcdiv")
+@rule("addcdiv", in_place="addcdiv_")
 def _addcdiv(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
     return input + tensor1 / tensor2 * value
 
 
-@rule("lerp")
+@rule("lerp", in_place="lerp_")
 def _lerp(input: Any, end: Any, weight: Any) -> Any:
     return input + (end - input) * weight
-
-
-enter(in_place_of(_addcmul), "addcmul_")
-enter(in_place_of(_addcdiv), "addcdiv_")
-enter(in_place_of(_lerp), "lerp_")
 
 
 # ------------------------------------------------------------------------------------------------------------- choices
@@ -224,71 +195,58 @@ def _where(condition: Any, input: Any = None, other: Any = None) -> Any:
         return NotImplemented
     value: Any = torch.where(condition, primal_of(input), primal_of(other))
     zero = value.new_zeros(())
-    rows = [_behind(b, value.ndim) if isinstance(b, DualTensor) else zero for b in (input, other)]
-    tangents: Any = torch.where(condition, rows[0], rows[1])
+    rows = [aligned(b, value.ndim)[1:] if isinstance(b, DualTensor) else zero for b in (input, other)]
+    tangents: Any = torch.where(condition, *rows)
     out = value.new_empty((tangents.shape[0] + 1, *value.shape))
     out[0].copy_(value)
     out[1:].copy_(tangents)
     return DualTensor(out)
 
 
-def _behind(x: DualTensor, ndim: int) -> Tensor:
-    t = x.tangents
-    return t.reshape(t.shape[0], *[1] * (ndim - t.ndim + 1), *t.shape[1:])
+register(lambda input, condition, other: _where(condition, input, other), "Tensor.where")
 
 
-enter(lambda input, condition, other: _where(condition, input, other), "Tensor.where")
+@rule_of_each("masked_fill Tensor.masked_fill_")
+def _masked_fill(op: Any) -> Rule:
+    # row 0 takes the value where the mask is, the tangents 0
+    def push(input: Any, mask: Tensor, value: Any) -> Any:
+        if not isinstance(input, DualTensor) or isinstance(value, DualTensor) or mask.ndim > ndim_of(input):
+            return NotImplemented
+        out = op(input.buffer, mask, 0)
+        out[0].masked_fill_(mask, value)
+        return input if out is input.buffer else DualTensor(out)
+
+    return push
 
 
-@rule("masked_fill")
-def _masked_fill(input: Any, mask: Tensor, value: Any) -> Any:
-    if not isinstance(input, DualTensor) or isinstance(value, DualTensor) or mask.ndim > ndim_of(input):
-        return NotImplemented
-    out = input.buffer.masked_fill(mask, 0)
-    out[0].masked_fill_(mask, value)
-    return DualTensor(out)
+# -------------------------------------------------------------------------------------- smooth functions of two numbers
 
-
-@rule("Tensor.masked_fill_")
-def _masked_fill_in_place(input: Any, mask: Tensor, value: Any) -> Any:
-    if not isinstance(input, DualTensor) or isinstance(value, DualTensor) or mask.ndim > ndim_of(input):
-        return NotImplemented
-    input.buffer.masked_fill_(mask, 0)
-    input.buffer[0].masked_fill_(mask, value)
-    return input
-
-
-# ------------------------------------------------------------------------------------------ smooth functions of two numbers
-
-#: name → (∂f/∂a, ∂f/∂b) at a, b with y = f(a, b)
+#: names → (∂f/∂a, ∂f/∂b) at a, b with y = f(a, b)
 PARTIALS: dict[str, Callable[..., tuple[Any, Any]]] = {
-    "atan2": lambda a, b, y: (b / (a * a + b * b), -a / (a * a + b * b)),
-    "arctan2": lambda a, b, y: (b / (a * a + b * b), -a / (a * a + b * b)),
+    "atan2 arctan2": lambda a, b, y: (b / (a * a + b * b), -a / (a * a + b * b)),
     "hypot": lambda a, b, y: (a / y, b / y),
     "logaddexp": lambda a, b, y: ((a - y).exp(), (b - y).exp()),
     "logaddexp2": lambda a, b, y: ((a - y).exp2(), (b - y).exp2()),
-    "remainder": lambda a, b, y: (1, -(a / b).floor()),
-    "Tensor.__mod__": lambda a, b, y: (1, -(a / b).floor()),
+    "remainder Tensor.__mod__": lambda a, b, y: (1, -(a / b).floor()),
     "fmod": lambda a, b, y: (1, -(a / b).trunc()),
 }
 
 
-def _smooth_binary(op: Any, partials: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
+def _smooth_binary(op: Any, partials: Callable[..., tuple[Any, Any]]) -> Rule:
     def push(input: Any, other: Any) -> Any:
         # y' = ∂f/∂a a' + ∂f/∂b b'
         value = op(primal_of(input), primal_of(other))
         slopes = partials(primal_of(input), primal_of(other), value)
         tangents: Any = 0
-        for x, aligned, slope in zip((input, other), operands(input, other), slopes, strict=True):
+        for x, operand, slope in zip((input, other), operands(input, other), slopes, strict=True):
             if isinstance(x, DualTensor):
-                tangents = tangents + aligned[1:] * slope
+                tangents = tangents + operand[1:] * slope
         return DualTensor(torch.cat([value[None], tangents.expand(-1, *value.shape)]))
 
     return push
 
 
-for _name, _partials in PARTIALS.items():
-    for _op in named(_name):
-        RULES[_op] = _smooth_binary(_op, _partials)
-    if "." not in _name:
-        enter(in_place_of(RULES[getattr(torch.Tensor, _name)]), f"Tensor.{_name}_")
+for _names, _partials in PARTIALS.items():
+    rule_of_each(_names)(functools.partial(_smooth_binary, partials=_partials))
+    for _op in ops_named(_names):
+        register(in_place_of(RULES[_op]), f"Tensor.{_op.__name__}_")

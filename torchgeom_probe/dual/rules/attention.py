@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from torchgeom_probe.dual.registry import any_dual, enter, from_end, row_by_row, rows_of, rule, traced
+from torchgeom_probe.dual.registry import any_dual, from_end, register, row_by_row, rows_of, rule, traced
 from torchgeom_probe.dual.tensor import DualTensor
 from torchgeom_probe.shapes import Tensor
 
@@ -55,14 +56,16 @@ def _log_softmax(input: DualTensor, dim: int | None = None, _stacklevel: int = 3
 
 
 # F's third positional argument is a stack level, torch's and Tensor's is a type.
-for _name, _rule in {"softmax": _softmax, "log_softmax": _log_softmax}.items():
-    enter(_rule, f"F.{_name}")
-    enter(
-        lambda input, dim, dtype=None, _rule=_rule: _rule(input, dim, dtype=dtype),
-        f"torch.{_name}",
-        f"Tensor.{_name}",
-        f"special.{_name}",
-    )
+register(_softmax, "F.softmax")
+register(
+    lambda input, dim, dtype=None: _softmax(input, dim, dtype=dtype),
+    "torch.softmax Tensor.softmax special.softmax",
+)
+register(_log_softmax, "F.log_softmax")
+register(
+    lambda input, dim, dtype=None: _log_softmax(input, dim, dtype=dtype),
+    "torch.log_softmax Tensor.log_softmax special.log_softmax",
+)
 
 
 @rule("F.softmin")
@@ -79,9 +82,7 @@ def _logsumexp(input: DualTensor, dim: Any, keepdim: bool = False) -> Any:
     y = torch.logsumexp(input.primal, dims, keepdim=True)
     tangents = (input.tangents * (input.primal - y).exp()).sum(dims, keepdim=True)
     out = torch.cat([y[None], tangents])
-    if not keepdim:
-        out = out.squeeze(dims)
-    return DualTensor(out)
+    return DualTensor(out if keepdim else out.squeeze(dims))
 
 
 @rule("scaled_dot_product_attention")
@@ -118,9 +119,8 @@ def _attention(
         shape = out[0, samples, heads].shape
         out[0, samples, heads] = o.view(shape)
         for t in tangents:
-            pushed = _pushed(
-                y, o, q_here * c, k_here * c, v_here, *(x.tangents_at(t, *here) for x in (q, k, v))
-            )
+            moves = (x.tangents_at(t, *here) for x in (q, k, v))
+            pushed = _pushed(y, o, q_here * c, k_here * c, v_here, *moves)
             out[1:][t, samples, heads] = pushed.view(*shape[:3], -1, v.width).permute(3, 0, 1, 2, 4)
     return DualTensor(out.reshape(rows, *query.shape[:-1], v.width))
 
@@ -140,12 +140,10 @@ class _Heads:
         self.samples, self.heads, self.length, self.width = self.primal.shape
 
     def tangents_at(self, t: slice, samples: slice, heads: slice) -> Tensor | None:
-        """[T, H, L, E] of some tangents and heads; None without any."""
-        return (
-            self.tangents[t, samples, heads].permute(1, 2, 3, 0, 4).flatten(0, 1)
-            if len(self.tangents)
-            else None
-        )
+        """[H, L, T, E] of some tangents, samples and heads (both in H); None without any."""
+        if not len(self.tangents):
+            return None
+        return self.tangents[t, samples, heads].permute(1, 2, 3, 0, 4).flatten(0, 1)
 
 
 def _pieces(q: _Heads, k: _Heads, tangents: int) -> Iterator[tuple[slice, slice, list[slice]]]:
@@ -176,7 +174,10 @@ def _pushed(
     dk: Tensor | None,
     dv: Tensor | None,
 ) -> Tensor:
-    """Return o' as [H, L, T, E], from tangents [H, L, T, E] of some heads: every product is one bmm over H, nothing is repeated."""
+    """Return o' as [H, L, T, E], from tangents [H, L, T, E] of some heads.
+
+    Every product is one bmm over H, and nothing is repeated to broadcast it.
+    """
     heads, length, span = y.shape
     out: Tensor | None = None
     a: Tensor | None = None
@@ -222,12 +223,8 @@ def _attention_by_parts(
     query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Any:
     if enable_gqa:
-        key, value = (
-            torch.repeat_interleave(x, query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value)
-        )
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, 0.0, is_causal, scale=scale
-        )
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale)
     c = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = query @ key.transpose(-2, -1) * c
     mask = attn_mask

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from torchgeom_probe.dual.registry import any_dual, enter, named, rule
-from torchgeom_probe.dual.tensor import RULES, DualTensor, inplace_at
+from torchgeom_probe.dual.ops import inplace_at, ops_named
+from torchgeom_probe.dual.registry import any_dual, register, rule
+from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
 from torchgeom_probe.shapes import Tensor
 
 aten = torch.ops.aten
@@ -34,12 +35,10 @@ def _one(p: Tensor) -> Tensor:
 
 #: name → f'(p, y, *args) with y = f(p).  The in-place forms (``name_`` and ``inplace=True``) come with the name.
 SLOPES: dict[str, Callable[..., Tensor]] = {
-    # σ(p) σ(-p), not y (1 - y): that cancels where the unit saturates at 1, and leaves no digit of a small slope.
+    # Not y (1 - y), not 1 - y²: they cancel where the unit saturates, and leave no digit of a small slope.
     "sigmoid": lambda p, y: y * torch.sigmoid(-p),
     "expit": lambda p, y: y * torch.sigmoid(-p),
-    "tanh": lambda p, y: (
-        4 * torch.sigmoid(2 * p) * torch.sigmoid(-2 * p)
-    ),  # 1 - y² cancels where a unit saturates
+    "tanh": lambda p, y: 4 * torch.sigmoid(2 * p) * torch.sigmoid(-2 * p),
     "exp": lambda p, y: y,
     "log": lambda p, y: p.reciprocal(),
     "sqrt": lambda p, y: 0.5 / y,
@@ -66,17 +65,15 @@ SLOPES: dict[str, Callable[..., Tensor]] = {
 
 #: Elementwise without a formula of its own: f and f' together from one jvp with the tangent 1.
 BY_ONE_JVP = (
-    "elu celu selu hardtanh softsign logsigmoid hardshrink softshrink tanhshrink threshold expm1 exp2 log2 log10 log1p sinh cosh"
-    " asin acos atan asinh acosh atanh arcsin arccos arctan arcsinh arccosh arctanh tan erfc erfinv sinc lgamma digamma logit"
-    " nan_to_num clamp clamp_min clamp_max clip frac deg2rad rad2deg ndtr ndtri log_ndtr i0 i0e i1 i1e erfcx entr rrelu"
-    " mvlgamma float_power gammaln psi"
+    "elu celu selu hardtanh softsign logsigmoid hardshrink softshrink tanhshrink threshold expm1 exp2 log2 log10 log1p"
+    " sinh cosh asin acos atan asinh acosh atanh arcsin arccos arctan arcsinh arccosh arctanh tan erfc erfinv sinc"
+    " lgamma digamma logit nan_to_num clamp clamp_min clamp_max clip frac deg2rad rad2deg ndtr ndtri log_ndtr i0 i0e i1"
+    " i1e erfcx entr rrelu mvlgamma float_power gammaln psi"
 ).split()
 
 
-def _elementwise(
-    op: Any, formula: Callable[..., Tensor] | None, *, writes: bool, random: bool = False
-) -> Callable[..., Any]:
-    place = inplace_at(op)
+def _elementwise(op: Any, name: str, *, writes: bool) -> Rule:
+    place, formula, random = inplace_at(op), SLOPES.get(name), name == "rrelu"
 
     def push(input: Any, *args: Any, inplace: bool = False, **kwargs: Any) -> Any:
         if not isinstance(input, DualTensor) or any_dual(*args, *kwargs.values()):
@@ -101,10 +98,9 @@ def _elementwise(
 
 
 for _name in [*SLOPES, *BY_ONE_JVP]:
-    for _op in named(_name):
-        RULES[_op] = _elementwise(_op, SLOPES.get(_name), writes=False, random=_name == "rrelu")
-        for _twin in named(f"{_name}_"):
-            RULES[_twin] = _elementwise(_op, SLOPES.get(_name), writes=True, random=_name == "rrelu")
+    for _op in ops_named(_name):
+        RULES[_op] = _elementwise(_op, _name, writes=False)
+        register(_elementwise(_op, _name, writes=True), f"{_name}_")
 
 
 @rule("relu")
@@ -144,11 +140,11 @@ def _glu(input: DualTensor, dim: int = -1) -> Any:
     return a * b.sigmoid()
 
 
-@rule("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "feature_dropout_")
+@rule(
+    "dropout dropout_ dropout1d dropout2d dropout3d feature_dropout feature_dropout_ alpha_dropout alpha_dropout_"
+    " feature_alpha_dropout feature_alpha_dropout_"
+)
 def _dropout(
     input: DualTensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, train: bool = True
 ) -> Any:
     return NotImplemented if training and train else input
-
-
-enter(_dropout, "alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_")

@@ -1,4 +1,4 @@
-"""Normalisation layers in eval mode: batch norm is affine; the others have one symmetric Jacobian per group of features."""
+"""Normalisation in eval mode: batch norm is affine; the others have one symmetric Jacobian per group of features."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from torchgeom_probe.dual.registry import any_dual, named, ndim_of, row_by_row, rule
-from torchgeom_probe.dual.tensor import TAKES_WAITING, DualTensor
+from torchgeom_probe.dual.registry import any_dual, ndim_of, register, row_by_row, rule
+from torchgeom_probe.dual.tensor import DualTensor
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.shapes import Tensor
 
@@ -25,11 +25,11 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    # eval: y = s p + c with s = w / √(var + ε), c = b - s mean;  y' = s t;  after a convolution that has yet to run, by its weight
+    # y = s p + c with s = w / √(var + ε), c = b - s mean;  y' = s t.  A deferred convolution takes s into its weight.
     if training or running_mean is None:
         raise ProbeError(
-            "batch normalisation by the statistics of the batch couples the samples: no sample has a metric of its own.\n"
-            "Measure in eval mode (mode='eval') with running statistics (track_running_stats=True)."
+            "batch normalisation by the statistics of the batch couples the samples: no sample has a metric of its own."
+            "\nMeasure in eval mode (mode='eval') with running statistics (track_running_stats=True)."
         )
     if any_dual(running_mean, running_var, weight, bias):
         return NotImplemented
@@ -45,22 +45,10 @@ def _batch_norm(
     return DualTensor(out)
 
 
-@rule("torch.batch_norm")
-def _torch_batch_norm(
-    input: DualTensor,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
-    training: bool,
-    momentum: float,
-    eps: float,
-    *_: Any,
-) -> Any:
-    return _batch_norm(input, mean, var, weight, bias, training, momentum, eps)
-
-
-TAKES_WAITING.update(named("F.batch_norm", "torch.batch_norm"))
+register(
+    lambda input, weight, bias, mean, var, *more: _batch_norm(input, mean, var, weight, bias, *more[:3]),
+    "torch.batch_norm",
+)
 
 
 def _standardised(buffer: Tensor, axes: int, eps: float, weight: Tensor | None = None) -> Tensor:
@@ -81,7 +69,7 @@ def _standardised(buffer: Tensor, axes: int, eps: float, weight: Tensor | None =
 
 
 def _standardised_by_kernel(buffer: Tensor, axes: int, eps: float, weight: Tensor | None) -> Tensor:
-    # The Jacobian of x̂ is symmetric: torch's own backward kernel, given a tangent, is the forward derivative in one sweep.
+    # The Jacobian of x̂ is symmetric: given a tangent, torch's own backward kernel is the forward derivative.
     p, shape = buffer[0].contiguous(), list(buffer.shape[-axes:])
     value, mean, inverse = torch.native_layer_norm(p, shape, weight, None, eps)
     out = buffer.new_empty(buffer.shape)
@@ -143,19 +131,10 @@ def _instance_norm(
     return _group_norm(input, input.shape[1], weight, bias, eps)
 
 
-@rule("torch.instance_norm")
-def _torch_instance_norm(
-    input: DualTensor,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    *_: Any,
-) -> Any:
-    return _instance_norm(input, mean, var, weight, bias, use_input_stats, momentum, eps)
+register(
+    lambda input, weight, bias, mean, var, *more: _instance_norm(input, mean, var, weight, bias, *more[:3]),
+    "torch.instance_norm",
+)
 
 
 @rule("rms_norm")

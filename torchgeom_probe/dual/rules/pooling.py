@@ -1,37 +1,68 @@
-"""Pooling by chosen places: what a maximum of random windows picked, and putting values back where a maximum was."""
+"""Pooling by averages, by the places of a maximum, and putting values back where a maximum was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
-from torchgeom_probe.dual.registry import any_dual, ndim_of
-from torchgeom_probe.dual.rules.convolution import _max_pooling
-from torchgeom_probe.dual.tensor import RULES, DualTensor
+from torchgeom_probe.dual.registry import (
+    any_dual,
+    folded,
+    ndim_of,
+    on_batch,
+    register,
+    rows_like,
+    rule_of_each,
+)
+from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
 
-for _spatial in (2, 3):
-    _op = getattr(F, f"fractional_max_pool{_spatial}d")
-    # The windows are drawn once, for the primal, as in a plain pass: the tangents follow its winners.
-    RULES[_op] = _max_pooling(_op, _spatial, with_indices=False)
-    RULES[getattr(F, f"fractional_max_pool{_spatial}d_with_indices")] = _max_pooling(
-        _op, _spatial, with_indices=True
+for _spatial in (1, 2, 3):
+    rule_of_each(f"avg_pool{_spatial}d adaptive_avg_pool{_spatial}d")(
+        functools.partial(on_batch, ndim=_spatial + 2)
     )
 
 
-def _max_unpooling(op: Callable[..., Any], spatial: int) -> Callable[..., Any]:
+def _max_pooling(pool: Any, spatial: int, *, with_indices: bool) -> Rule:
+    def push(input: DualTensor, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
+        # y = p[argmax]; y' = t[argmax]: the primal's winners, gathered from the tangents
+        if ndim_of(input) != spatial + 2:
+            return NotImplemented
+        value, index = pool(input.primal, *args, return_indices=True, **kwargs)
+        rows, start = input.buffer.shape[0], -spatial
+        out = rows_like(value, rows)
+        out[0].copy_(value)
+        winners = index.flatten(start).expand(rows - 1, *index.shape[:start], -1)
+        out[1:] = input.tangents.flatten(start).gather(-1, winners).view(rows - 1, *index.shape)
+        return (DualTensor(out), index) if return_indices or with_indices else DualTensor(out)
+
+    return push
+
+
+# The windows of fractional pooling are drawn once, for the primal, as in a plain pass: the tangents follow its winners.
+for _name in (
+    "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"
+    " fractional_max_pool2d fractional_max_pool3d"
+).split():
+    _op, _spatial = getattr(F, _name), int(_name[-2])
+    register(_max_pooling(_op, _spatial, with_indices=False), f"F.{_name}")
+    register(_max_pooling(_op, _spatial, with_indices=True), f"F.{_name}_with_indices")
+for _spatial in (1, 2, 3):
+    RULES[getattr(torch, f"max_pool{_spatial}d")] = RULES[getattr(F, f"max_pool{_spatial}d")]
+
+
+def _max_unpooling(op: Any, spatial: int) -> Rule:
     def push(input: Any, indices: Any, *args: Any, **kwargs: Any) -> Any:
         # linear in the values, the places given: the same places in every row
         if not isinstance(input, DualTensor) or any_dual(indices) or ndim_of(input) != spatial + 2:
             return NotImplemented
-        rows = input.buffer.shape[0]
-        places = indices.expand(rows, *indices.shape).flatten(0, 1)
-        return DualTensor(op(input.buffer.flatten(0, 1), places, *args, **kwargs).unflatten(0, (rows, -1)))
+        places = indices.expand(input.buffer.shape[0], *indices.shape).flatten(0, 1)
+        return folded(input, lambda rows: op(rows, places, *args, **kwargs))
 
     return push
 
 
 for _spatial in (1, 2, 3):
-    _op = getattr(F, f"max_unpool{_spatial}d")
-    RULES[_op] = _max_unpooling(_op, _spatial)
+    rule_of_each(f"F.max_unpool{_spatial}d")(functools.partial(_max_unpooling, spatial=_spatial))

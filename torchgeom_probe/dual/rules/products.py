@@ -11,15 +11,14 @@ import torch.nn.functional as F
 from torchgeom_probe.dual.registry import (
     aligned,
     any_dual,
-    enter,
-    in_place_of,
-    named,
     ndim_of,
     primal_of,
+    register,
     row_by_row,
     rule,
+    rule_of_each,
 )
-from torchgeom_probe.dual.tensor import RULES, DualTensor
+from torchgeom_probe.dual.tensor import DualTensor, Rule
 from torchgeom_probe.shapes import Tensor
 
 
@@ -34,7 +33,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     return DualTensor(out)
 
 
-@rule("matmul", "Tensor.__matmul__", "bmm", "mm")
+@rule("matmul bmm mm Tensor.__matmul__")
 def _matmul(input: Any, other: Any) -> Any:
     # (a b)' = a'b + ab', batched over the rows by broadcasting
     ndim = max(ndim_of(input), ndim_of(other))
@@ -63,7 +62,7 @@ def _batched(left: Tensor, right: Tensor) -> Tensor:
     return out.view(shape)
 
 
-enter(lambda input, other: _matmul(other, input), "Tensor.__rmatmul__")
+register(lambda input, other: _matmul(other, input), "Tensor.__rmatmul__")
 
 
 def multilinear(op: Callable[..., Tensor], *factors: Any) -> Any:
@@ -86,18 +85,14 @@ def multilinear(op: Callable[..., Tensor], *factors: Any) -> Any:
     return DualTensor(out)
 
 
-def _multilinear_rule(op: Any) -> Callable[..., Any]:
+@rule_of_each("mv dot vdot inner outer ger kron tensordot cross vecdot")
+def _bilinear_op(op: Any) -> Rule:
     def push(a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
         if any_dual(*args, *kwargs.values()):
             return NotImplemented
         return multilinear(lambda p, q: op(p, q, *args, **kwargs), a, b)
 
     return push
-
-
-for _name in ("mv", "dot", "vdot", "inner", "outer", "ger", "kron", "tensordot", "cross", "vecdot"):
-    for _op in named(_name):
-        RULES[_op] = _multilinear_rule(_op)
 
 
 @rule("einsum")
@@ -112,23 +107,18 @@ def _einsum(equation: Any, *factors: Any) -> Any:
 # ------------------------------------------------------------------------------------- by the rules of their own parts
 
 
-def _plus_product(product: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+def _plus_product(product: Callable[[Any, Any], Any]) -> Rule:
     def push(input: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
         return product(a, b) * alpha + input * beta if beta != 0 else product(a, b) * alpha
 
     return push
 
 
-_SUMS: dict[str, Callable[[Any, Any], Any]] = {
-    "addmm": torch.mm,
-    "baddbmm": torch.bmm,
-    "addmv": torch.mv,
-    "addr": torch.outer,
-}
-for _name, _product in _SUMS.items():
-    enter(_plus_product(_product), _name)
-    enter(in_place_of(_plus_product(_product)), f"{_name}_")
-enter(_plus_product(lambda a, b: torch.bmm(a, b).sum(0)), "addbmm")
+rule("addmm", in_place="addmm_")(_plus_product(torch.mm))
+rule("baddbmm", in_place="baddbmm_")(_plus_product(torch.bmm))
+rule("addmv", in_place="addmv_")(_plus_product(torch.mv))
+rule("addr", in_place="addr_")(_plus_product(torch.outer))
+rule("addbmm")(_plus_product(lambda a, b: torch.bmm(a, b).sum(0)))
 
 
 @rule("bilinear")

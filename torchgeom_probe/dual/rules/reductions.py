@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from torchgeom_probe.dual.registry import all_at, any_dual, at, enter, from_end, named, ndim_of, on_rows, rule
-from torchgeom_probe.dual.tensor import RULES, DualTensor
+from torchgeom_probe.dual.registry import (
+    all_at,
+    at,
+    from_end,
+    ndim_of,
+    on_rows,
+    register,
+    rule,
+    rule_of_each,
+)
+from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
 from torchgeom_probe.shapes import Tensor
 
 
-def _sum_like(op: Any) -> Callable[..., Any]:
+@rule_of_each("sum mean")
+def _sum_like(op: Any) -> Rule:
     def push(
         input: DualTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None
     ) -> Any:
@@ -25,17 +34,12 @@ def _sum_like(op: Any) -> Callable[..., Any]:
     return push
 
 
-enter(_sum_like(torch.sum), "sum")
-enter(_sum_like(torch.mean), "mean")
-
-
 @rule("cumsum")
 def _cumsum(input: DualTensor, dim: int, *, dtype: Any = None) -> Any:
     return NotImplemented if ndim_of(input) == 0 else DualTensor(input.buffer.cumsum(at(dim), dtype=dtype))
 
 
-for _op in named("diff", "trace", "trapezoid", "trapz"):
-    RULES[_op] = on_rows(_op)
+rule_of_each("diff trace trapezoid trapz")(on_rows)
 
 
 # ------------------------------------------------------------------------------------------------- moments and norms
@@ -48,9 +52,7 @@ def _var(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     p = input.primal
     variance = torch.var(p, *args, **kwargs)
-    dims = (
-        list(range(-p.ndim, 0)) if dims is None or dims in ((), []) else [from_end(d, p.ndim) for d in dims]
-    )
+    dims = [from_end(d, p.ndim) for d in dims or range(-p.ndim, 0)]
     centred = p - p.mean(dims, keepdim=True)
     count = p.numel() // max(1, centred.sum(dims).numel()) - correction
     tangents = (input.tangents * centred).sum(dims, keepdim=keepdim) * (2 / count)
@@ -58,23 +60,13 @@ def _var(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _moment_arguments(*args: Any, **kwargs: Any) -> tuple[Any, bool, float]:
-    """Read (dims, keepdim, correction) from the forms of var: ``(unbiased)``, ``(dim, unbiased, keepdim)``, ``(dim, *, correction)``."""
-    given = dict(
-        zip(
-            ("dim", "unbiased", "keepdim"),
-            (None, *args) if args and isinstance(args[0], bool) else args,
-            strict=False,
-        )
-    )
-    given |= kwargs
-    correction = given.get("correction")
-    dim = given.get("dim")
-    dims = (dim,) if isinstance(dim, int) else dim
-    return (
-        dims,
-        given.get("keepdim", False),
-        int(given.get("unbiased", True)) if correction is None else correction,
-    )
+    """(dims, keepdim, correction), which var takes as (unbiased), (dim, unbiased, keepdim) or (dim, *, correction)."""
+    args = (None, *args) if args and isinstance(args[0], bool) else args
+    given = dict(zip(("dim", "unbiased", "keepdim"), args, strict=False)) | kwargs
+    dim, correction = given.get("dim"), given.get("correction")
+    if correction is None:
+        correction = int(given.get("unbiased", True))
+    return (dim,) if isinstance(dim, int) else dim, given.get("keepdim", False), correction
 
 
 def _std(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +74,7 @@ def _std(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
     return variance if variance is NotImplemented else torch.sqrt(variance)
 
 
-def _with_mean(moment: Callable[..., Any]) -> Callable[..., Any]:
+def _with_mean(moment: Rule) -> Rule:
     def push(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
         spread = moment(input, *args, **kwargs)
         if spread is NotImplemented:
@@ -93,10 +85,10 @@ def _with_mean(moment: Callable[..., Any]) -> Callable[..., Any]:
     return push
 
 
-enter(_var, "var")
-enter(_std, "std")
-enter(_with_mean(_var), "var_mean")
-enter(_with_mean(_std), "std_mean")
+register(_var, "var")
+register(_std, "std")
+register(_with_mean(_var), "var_mean")
+register(_with_mean(_std), "std_mean")
 
 
 @rule("linalg.vector_norm")
@@ -116,15 +108,13 @@ def _vector_norm(
     return DualTensor(out if keepdim else out.squeeze(dims))
 
 
-@rule("torch.norm", "Tensor.norm")
+@rule("torch.norm Tensor.norm")
 def _norm(
     input: DualTensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None
 ) -> Any:
-    return (
-        _vector_norm(input, 2, dim, keepdim, dtype=dtype)
-        if p in ("fro", 2) and not isinstance(p, bool)
-        else NotImplemented
-    )
+    if p not in ("fro", 2) or isinstance(p, bool):
+        return NotImplemented
+    return _vector_norm(input, 2, dim, keepdim, dtype=dtype)
 
 
 @rule("linalg.norm")
@@ -164,7 +154,8 @@ def _tuple(dim: Any) -> tuple[int, ...]:
 # ---------------------------------------------------------------------------------------------------------- selections
 
 
-def _extreme_along(op: Any) -> Callable[..., Any]:
+@rule_of_each("amax amin")
+def _extreme_along(op: Any) -> Rule:
     def push(input: DualTensor, dim: Any = (), keepdim: bool = False) -> Any:
         # y' = the mean of t over the places where p = y
         if ndim_of(input) == 0:
@@ -180,20 +171,13 @@ def _extreme_along(op: Any) -> Callable[..., Any]:
     return push
 
 
-enter(_extreme_along(torch.amax), "amax")
-enter(_extreme_along(torch.amin), "amin")
-
-
-def _chosen(op: Any, binary: Any = None, full: Any = None) -> Callable[..., Any]:
+@rule_of_each("topk kthvalue sort median nanmedian mode cummax cummin")
+def _chosen(op: Any, binary: Any = None, full: Any = None) -> Rule:
     def push(input: Any, *args: Any, **kwargs: Any) -> Any:
         # values = p[indices], so values' = t[indices]
-        if (
-            not isinstance(input, DualTensor)
-            or any_dual(*args, *kwargs.values())
-            or (args and isinstance(args[0], Tensor))
-        ):
-            if binary is not None and len(args) == 1 and isinstance(args[0], Tensor) and not kwargs:
-                return RULES[binary](input, args[0])
+        if binary is not None and len(args) == 1 and isinstance(args[0], Tensor) and not kwargs:
+            return RULES[binary](input, args[0])
+        if not isinstance(input, DualTensor) or any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
             return NotImplemented
         if ndim_of(input) == 0:
             return NotImplemented
@@ -204,9 +188,7 @@ def _chosen(op: Any, binary: Any = None, full: Any = None) -> Callable[..., Any]
             return NotImplemented
         values, indices = found
         dim = _dim_of(op, args, kwargs)
-        where = indices
-        if values.ndim < ndim_of(input):
-            where = indices.unsqueeze(dim)
+        where = indices.unsqueeze(dim) if values.ndim < ndim_of(input) else indices
         rows = input.buffer.shape[0]
         tangents = input.tangents.gather(at(dim), where.expand(rows - 1, *where.shape))
         out = torch.cat([values[None], tangents.view(rows - 1, *values.shape)])
@@ -215,17 +197,12 @@ def _chosen(op: Any, binary: Any = None, full: Any = None) -> Callable[..., Any]
     return push
 
 
-_FIRST_IS_DIM = {"max", "min", "median", "nanmedian", "sort", "mode", "cummax", "cummin"}
-
-
 def _dim_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     if "dim" in kwargs:
         return kwargs["dim"]
-    place = 0 if op.__name__ in _FIRST_IS_DIM else 1
+    place = 1 if op.__name__ in ("topk", "kthvalue") else 0  # behind k
     return args[place] if len(args) > place and not isinstance(args[place], bool) else -1
 
 
-for _name in ("topk", "kthvalue", "sort", "median", "nanmedian", "mode", "cummax", "cummin"):
-    enter(_chosen(getattr(torch, _name)), f"torch.{_name}", f"Tensor.{_name}")
-enter(_chosen(torch.max, torch.maximum, torch.amax), "torch.max", "Tensor.max")
-enter(_chosen(torch.min, torch.minimum, torch.amin), "torch.min", "Tensor.min")
+register(_chosen(torch.max, torch.maximum, torch.amax), "torch.max Tensor.max")
+register(_chosen(torch.min, torch.minimum, torch.amin), "torch.min Tensor.min")

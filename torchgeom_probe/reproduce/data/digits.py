@@ -7,21 +7,17 @@ from pathlib import Path
 
 import torch
 
-from torchgeom_probe.errors import ProbeError, optional
-from torchgeom_probe.shapes import Float, Int, Tensor
+from torchgeom_probe.errors import optional
+from torchgeom_probe.reproduce.data.images import Split, fetched
+from torchgeom_probe.shapes import Float, Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Digits:
-    """Images [N, pixels] with their labels, split into a training and a test part.
+class Digits(Split):
+    """Images [N, pixels] with their labels.
 
     Pixels are not rescaled (0 to 16; MNIST 0 to 255), as in the paper: a volume element is per unit of ITS input space.
     """
-
-    train_images: Float[Tensor, "train pixels"]
-    train_labels: Int[Tensor, " train"]
-    test_images: Float[Tensor, "test pixels"]
-    test_labels: Int[Tensor, " test"]
 
     @property
     def side(self) -> int:
@@ -55,16 +51,11 @@ def load_mnist(root: Path, *, instead: str) -> Digits:
         ProbeError: it is neither there nor to be had, with what to do.
 
     """
-    datasets = optional("torchvision.datasets", extra="figures")
-    try:
-        train, test = (datasets.MNIST(str(root), train=part, download=True) for part in (True, False))
-    # torchvision raises what its mirrors raise: URLError, RuntimeError, OSError, …
-    except Exception as error:
-        raise ProbeError(
-            f"MNIST is not under {root} and could not be fetched ({type(error).__name__}: {error}).\n"
-            f"Copy its four files into {root / 'MNIST' / 'raw'} (train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, "
-            "t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz) and run this again, or use the digits that scikit-learn carries: "
-            f" {instead}"
-        ) from error
+    advice = (
+        f"Copy its four files into {root / 'MNIST' / 'raw'} (train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, "
+        "t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz) and run this again, or use the digits that "
+        f"scikit-learn carries:  {instead}"
+    )
+    train, test = fetched("MNIST", "MNIST", root, advice=advice)
     images = [part.data.flatten(1).float() for part in (train, test)]
     return Digits(images[0], train.targets.long(), images[1], test.targets.long())

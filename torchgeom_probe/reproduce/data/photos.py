@@ -1,13 +1,13 @@
 """``photos``: a 10-class set of 32×32 colour crops of ten photographs that come inside installed packages.
 
-The photographs are the ten in colour that scikit-image (eight) and scikit-learn (two) carry in their wheels; their files are read
-where they lie, so nothing is ever fetched, and neither pooch nor a network is asked.  A photograph is a class: the task is to tell
-from which one a crop is.
+The photographs are the ten in colour that scikit-image (eight) and scikit-learn (two) carry in their wheels.  Their
+files are read where they lie, so nothing is ever fetched, and neither pooch nor a network is asked.  A photograph is a
+class: the task is to tell from which one a crop is.
 
-Each photograph is first reduced by a whole number of pixels, each pixel of the result the mean of a block that no other shares, to a
-short side of 150 to 213; a crop is 32×32 of those.  The test crops lie in the columns from 50 % to 75 % of the width, the training
-crops in the columns left and right of them, so that the two sets have no pixel of a photograph in common.  Within one set crops
-overlap.  Pixels are in [0, 1].
+Each photograph is first reduced by a whole number of pixels to a short side of 150 to 213, each pixel of the result the
+mean of a block that no other shares; a crop is 32×32 of those.  The test crops lie in the columns from 50 % to 75 % of
+the width, the training crops left and right of them, so that the two sets have no pixel of a photograph in common.
+Within one set crops overlap.  Pixels are in [0, 1].
 """
 
 from __future__ import annotations
@@ -20,17 +20,14 @@ import numpy as np
 import torch
 
 from torchgeom_probe.errors import ProbeError, optional
-from torchgeom_probe.shapes import Float, Int, Tensor
-
-#: Class index → class, the photograph that a crop is of.
-CLASS_NAMES = (
-    "astronaut", "cat", "coffee", "rocket", "palace", "flower", "motorcycle", "galaxies", "tissue", "retina",
-)  # fmt: skip
+from torchgeom_probe.reproduce.data.images import Images
+from torchgeom_probe.shapes import Int, Tensor
 
 SIZE = 32
 #: The test region, in shares of the width; the training region is the rest.
 TEST_COLUMNS = (0.5, 0.75)
 
+# Class → package and file of the photograph that its crops are of.
 _FILES = {
     "astronaut": ("skimage", "data/astronaut.png"),
     "cat": ("skimage", "data/chelsea.png"),
@@ -43,28 +40,21 @@ _FILES = {
     "tissue": ("skimage", "data/ihc.png"),
     "retina": ("skimage", "data/retina.jpg"),
 }
+#: Class index → class.
+CLASS_NAMES = tuple(_FILES)
 _SHORT_SIDE = 150
 
 
 @dataclass(frozen=True, eq=False)
-class Photos:
+class Photos(Images):
     """Crops [N, 3, 32, 32] in [0, 1] with their labels, and where each lies.
 
     ``train_places`` and ``test_places`` [N, 2] are the (row, column) of a crop's upper left pixel in the reduced
-    photograph of its class; times :func:`reduction` it is the pixel of the photograph itself.
+    photograph of its class.
     """
 
-    train_images: Float[Tensor, "train 3 32 32"]
-    train_labels: Int[Tensor, " train"]
     train_places: Int[Tensor, "train 2"]
-    test_images: Float[Tensor, "test 3 32 32"]
-    test_labels: Int[Tensor, " test"]
     test_places: Int[Tensor, "test 2"]
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Class index → name."""
-        return CLASS_NAMES
 
 
 @functools.cache
@@ -74,8 +64,8 @@ def load_photos(train_per_class: int = 160, test_per_class: int = 50, seed: int 
     The tensors are shared by all callers: do not write into them.
 
     Raises:
-        ProbeError: scikit-image, scikit-learn or Pillow is not installed, or a release without one of the photographs; fewer than
-            one crop a class.
+        ProbeError: scikit-image, scikit-learn or Pillow is not installed, or a release without one of the
+            photographs; fewer than one crop a class.
 
     >>> photos = load_photos(train_per_class=3, test_per_class=2)
     >>> photos.train_images.shape, photos.test_labels.tolist()[:4], photos.class_names[1]
@@ -88,49 +78,42 @@ def load_photos(train_per_class: int = 160, test_per_class: int = 50, seed: int 
             "Write load_photos(train_per_class=160, test_per_class=50)"
         )
     generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for count, test in ((train_per_class, False), (test_per_class, True)):
-        images, places = [], []
-        for name in CLASS_NAMES:
-            photograph = torch.from_numpy(reduced(name))
-            columns = _columns(photograph.shape[2], test=test)
-            rows = photograph.shape[1] - SIZE + 1
-            drawn = torch.randint(rows * len(columns), (count,), generator=generator)
-            corner = torch.stack([drawn // len(columns), columns[drawn % len(columns)]], dim=1)
-            images += [photograph[:, r : r + SIZE, c : c + SIZE] for r, c in corner.tolist()]
-            places.append(corner)
-        labels = torch.arange(len(CLASS_NAMES)).repeat_interleave(count)
-        parts += [torch.stack(images), labels, torch.cat(places)]
-    return Photos(*parts)
+    x, y, places = _crops(train_per_class, generator, test=False)
+    test_x, test_y, test_places = _crops(test_per_class, generator, test=True)
+    cat, flower, motorcycle = (CLASS_NAMES.index(name) for name in ("cat", "flower", "motorcycle"))
+    corners, line_ends = (cat, flower, motorcycle), (cat, flower)
+    return Photos(x, y, test_x, test_y, "photos", CLASS_NAMES, corners, line_ends, places, test_places)
+
+
+def _crops(count: int, generator: torch.Generator, *, test: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, labels and places of ``count`` crops a class."""
+    images, places = [], []
+    for name in CLASS_NAMES:
+        photograph = torch.from_numpy(reduced(name))
+        columns = _columns(photograph.shape[2], test=test)
+        rows = photograph.shape[1] - SIZE + 1
+        drawn = torch.randint(rows * len(columns), (count,), generator=generator)
+        corner = torch.stack([drawn // len(columns), columns[drawn % len(columns)]], dim=1)
+        images += [photograph[:, r : r + SIZE, c : c + SIZE] for r, c in corner.tolist()]
+        places.append(corner)
+    labels = torch.arange(len(CLASS_NAMES)).repeat_interleave(count)
+    return torch.stack(images), labels, torch.cat(places)
 
 
 @functools.cache
 def reduced(name: str) -> np.ndarray:
-    """One photograph [3, H, W], float32 in [0, 1], reduced by whole blocks of :func:`reduction` pixels a side.
+    """One photograph [3, H, W], float32 in [0, 1], reduced by whole blocks to a short side of 150 to 213.
 
     >>> reduced("cat").shape
     (3, 150, 225)
     """
     pixels = _read(name)
-    block = _block(pixels.shape)
+    block = max(1, min(pixels.shape[:2]) // _SHORT_SIDE)
     height, width = pixels.shape[0] // block, pixels.shape[1] // block
     blocks = pixels[: height * block, : width * block].reshape(height, block, width, block, 3)
     # Sums of whole numbers are exact, so the result is the same on every machine.
     means = blocks.sum(axis=(1, 3), dtype=np.int64) / (block * block * 255)
     return np.ascontiguousarray(means.transpose(2, 0, 1).astype(np.float32))
-
-
-def reduction(name: str) -> int:
-    """How many pixels of the photograph, along each axis, one pixel of a crop is the mean of.
-
-    >>> reduction("cat"), reduction("retina")
-    (2, 9)
-    """
-    return _block(_read(name).shape)
-
-
-def _block(shape: tuple[int, ...]) -> int:
-    return max(1, min(shape[:2]) // _SHORT_SIDE)
 
 
 def _columns(width: int, *, test: bool) -> Tensor:

@@ -1,0 +1,10 @@
+"""``torchgeom-probe check``."""
+
+from torchgeom_probe.cli.main import main
+
+
+def test_check_says_ok_or_why_not(model_file, capsys):
+    assert main(["check", "--model", f"{model_file}:make", "--layers", "**"]) == 0
+    assert "OK: engine fused" in capsys.readouterr().out
+    assert main(["check", "--model", f"{model_file}:cut", "--layers", "head"]) == 1
+    assert "NOT OK" in capsys.readouterr().out

@@ -1,0 +1,62 @@
+"""``torchgeom-probe demo``, from end to end, and stopped."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib.image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import torchgeom_probe as tgp
+from torchgeom_probe.cli.main import main
+
+
+def test_demo_from_end_to_end(tmp_path, capsys):
+    assert main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for phrase in (
+        "log √det g, all d directions",
+        "On the line: sigmoid",
+        "On the plane: sigmoid",
+        "the untrained network: ρ",
+        "tensorboard --logdir",
+    ):
+        assert phrase in printed
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert len(events.Scalars("logvol/00_sigmoid")) >= 10
+    for name in ("line.png", "plane.png"):
+        assert matplotlib.image.imread(tmp_path / name)[..., :3].std() > 0.05
+    scan = tgp.SliceScan.load(tmp_path / "plane_after.safetensors")
+    assert scan.report["sigmoid"].num_directions == 64
+
+
+def test_ctrl_c_says_where_things_are_and_loses_nothing(tmp_path):
+    run = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torchgeom_probe.cli.main",
+            "demo",
+            "--out",
+            str(tmp_path / "run"),
+            "--epochs",
+            "5000",
+        ],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # Under a shell that runs the tests in the background, SIGINT is ignored by all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    log = tmp_path / "run" / "geometry.csv"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "stopped; what was computed so far is under" in errors
+    assert "Traceback" not in errors
+    assert log.read_text().count("\n") >= 2
+    assert list((tmp_path / "run" / "events").glob("events.*"))

@@ -1,0 +1,54 @@
+"""Normalisation layers in eval mode, against torch.func.jvp."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dual.rules.comparison import IMAGE, SIGNAL, D, P, agreement, call, dual
+
+from torchgeom_probe.errors import ProbeError
+
+CASES = {
+    "F.batch_norm": [
+        call(IMAGE, P(3), P(3, low=0.5), P(3), P(3)),
+        call(D(5, 7), P(7), P(7, low=0.5), eps=0.1),
+        call(SIGNAL, P(3), P(3, low=0.5), P(3)),
+        call(SIGNAL, P(3), P(3, low=0.5), None, P(3)),
+    ],
+    "torch.batch_norm": [call(IMAGE, P(3), P(3), P(3), P(3, low=0.5), False, 0.1, 1e-5, False)],
+    "F.layer_norm": [
+        call(D(3, 5, 7), (7,), P(7), P(7)),
+        call(D(3, 5, 7), (5, 7)),
+        call(D(3, 5, 7), (5, 7), P(5, 7), None, 0.1),
+        call(D(2, 97, 101), (101,), P(101), P(101)),
+        call(D(2, 97, 101), (97, 101)),
+    ],
+    "torch.layer_norm": [call(D(3, 5, 7), (7,), P(7), P(7), 1e-5, False)],
+    "group_norm": [
+        call(D(2, 6, 5, 7), 3, P(6), P(6)),
+        call(D(2, 6, 5), 2),
+        call(D(5, 6), 2),
+        call(D(2, 6, 61, 67), 3, P(6)),
+    ],
+    "F.instance_norm": [
+        call(IMAGE, weight=P(3), bias=P(3)),
+        call(SIGNAL),
+        call(IMAGE, P(3), P(3, low=0.5), P(3), None, False),
+    ],
+    "torch.instance_norm": [call(IMAGE, P(3), P(3), None, None, True, 0.1, 1e-5, False)],
+    "rms_norm": [
+        call(D(3, 5, 7), (7,), P(7), 0.1),
+        call(D(3, 5, 7), (5, 7)),
+        call(D(3, 5, 7), (7,), eps=0.1),
+    ],
+    "F.normalize": [call(D(3, 5, 7)), call(D(3, 5, 7), dim=-1), call(D(3, 5, 7), 2.0, 1, 100.0)],
+}
+
+test_rule_agrees_with_jvp = agreement(CASES)
+
+
+def test_batch_statistics_are_refused() -> None:
+    x = dual(torch.randn(5, 3), torch.randn(2, 5, 3))
+    with pytest.raises(ProbeError, match="couples the samples"):
+        F.batch_norm(x, torch.zeros(3), torch.ones(3), training=True)

@@ -1,0 +1,163 @@
+"""Maps over planes: what is drawn, where, in which colours and units; read back from the artists."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from torchgeom_probe import Plane, ProbeError, plot, scan
+from torchgeom_probe.plotting.planes import Map, Scale, plot_grid
+from torchgeom_probe.plotting.style import pictures
+
+
+def images(count):
+    return [torch.rand(5, 5) for _ in range(count)]
+
+
+def maps(figure):
+    """Title → the images of its column, top row first."""
+    found = {}
+    columns = {}
+    for axes in figure.axes:
+        if axes.images and axes.get_subplotspec() is not None and axes.get_subplotspec().get_gridspec().ncols > 1:
+            column = axes.get_subplotspec().colspan.start
+            columns.setdefault(column, axes.get_title())
+            found.setdefault(columns[column], []).append(axes.images[0])
+    return found
+
+
+def test_a_plane_before_and_after_shares_one_colour_scale_a_column(planes):
+    before, after = planes
+    figure = plot(after, before=before, title="two rows")
+    found = maps(figure)
+    assert list(found) == ["prediction", "entropy", "1", "3"]
+    for title, (upper, lower) in found.items():
+        assert upper.get_clim() == lower.get_clim() or title == "prediction"
+    assert torch.equal(torch.tensor(np.array(found["3"][1].get_array())), after.log_volume["3"].double())
+    assert torch.equal(torch.tensor(np.array(found["1"][0].get_array())), before.log_volume["1"].double())
+    assert {axes.get_xlabel() for axes in figure.axes} >= {"class", "entropy [nat]", "log √det g [nat]"}
+    assert "J divided by √n" in figure.get_supxlabel()
+    assert [found["1"][0].origin, tuple(found["1"][0].get_extent())] == ["lower", (-1.1, 1.1, -1.1, 1.1)]
+    assert found["1"][0].get_clim() != found["3"][0].get_clim()
+    shared = maps(plot(after, before=before, share_layers=True))
+    assert shared["1"][0].get_clim() == shared["3"][0].get_clim()
+
+
+def test_the_boundary_is_drawn_where_the_class_changes():
+    model = nn.Linear(2, 2, bias=False)
+    model.weight.data = torch.tensor([[1.0, 0.4], [-1.0, -0.4]])  # class 0 where x > -0.4 y
+    head = nn.Sequential(nn.Tanh(), model)
+    plane = Plane(
+        torch.tensor([0.0, 0.0]),
+        torch.tensor([1.0, 0.0]),
+        torch.tensor([0.0, 1.0]),
+        coordinates="barycentric",
+    )
+    figure = plot(scan(head, plane, layers=["0"], progress=False), images=None)
+    panels = [axes for axes in figure.axes if axes.images and axes.get_title()]
+    assert len(panels) == 3
+    for axes in panels:
+        (contour,) = (c for c in axes.collections if hasattr(c, "levels"))
+        vertices = np.concatenate([path.vertices for path in contour.get_paths() if len(path.vertices)])
+        assert len(vertices) > 20
+        # tanh(x) = -0.4 tanh(y): off the grid points, and hit to a small part of a grid step (0.05)
+        assert np.abs(np.tanh(vertices[:, 0]) + 0.4 * np.tanh(vertices[:, 1])).max() < 1e-3
+
+
+def test_the_ticks_of_a_colour_bar_stand_apart(planes):
+    figure = plot(planes, layers=["1"], unit="log10", relative=True)
+    figure.canvas.draw()
+    bars = [a for a in figure.axes if a.get_xlabel() and "log" in a.get_xlabel()]
+    assert bars
+    for bar in bars:
+        extents = sorted((t.get_window_extent() for t in bar.get_xticklabels() if t.get_text()), key=lambda e: e.x0)
+        assert len(extents) >= 2
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(extents))
+
+
+def test_points_that_are_not_finite_stay_grey(planes):
+    found = planes[0]
+    found.report["1"].log_volume[:7] = -torch.inf
+    figure = plot(found)
+    shown = maps(figure)["1"][0]
+    assert shown.get_array().mask.sum() == 7
+    assert np.isfinite(shown.get_clim()).all()
+    assert tuple(shown.get_cmap().get_bad()[:3]) == pytest.approx((189 / 255,) * 3)
+    found.report["1"].log_volume[:] = -torch.inf
+    plot(found)
+    plot(found, relative=True)
+
+
+def test_a_flat_volume_is_one_colour_not_amplified_rounding(planes):
+    volume = planes[0].report["1"].log_volume
+    volume[:] = 3 + 1e-9 * torch.randn(volume.shape, dtype=volume.dtype)
+    low, high = maps(plot(planes[0]))["1"][0].get_clim()
+    assert low < 3 < high
+    assert high - low > 1e-5
+
+
+def test_samples_are_drawn_where_they_lie(planes):
+    figure = plot(planes[0], images=images(3))
+    insets = figure.axes[0].child_axes
+    assert [inset.get_title() for inset in insets] == ["a", "b", "c"]
+    figure.draw_without_rendering()
+    for inset, corner in zip(insets, planes[0].slice.corners.tolist(), strict=True):
+        box = inset.get_position()
+        centre = figure.transFigure.transform(((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2))
+        assert np.abs(figure.axes[0].transData.inverted().transform(centre) - corner).max() < 0.02
+
+
+def test_pictures_are_taken_from_a_slice_of_pictures():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Tanh(), nn.Linear(4 * 36, 3))
+    found = scan(model, Plane(*torch.rand(3, 3, 8, 8), steps=5), layers=["0"], progress=False)
+    assert len(plot(found).axes[0].child_axes) == 3
+    assert len(plot(found, images=None).axes[0].child_axes) == 0
+    assert [p.shape for p in pictures(found, "auto")] == [(8, 8, 3)] * 3
+
+
+def test_units_and_the_relative_scale(planes):
+    labels = [axes.get_xlabel() for axes in plot(planes[0], unit="log10").axes]
+    assert labels.count("log₁₀ √det g") == 2
+    assert not any("det g [nat]" in label for label in labels)
+    tenth = maps(plot(planes[0], unit="log10"))["1"][0].get_array()
+    assert np.allclose(tenth, planes[0].report["1"].log10_volume.reshape(11, 11))
+    relative = maps(plot(planes[0], relative=True))["1"][0].get_array()
+    assert np.ma.median(relative) == pytest.approx(0, abs=1e-12)
+    logged = maps(plot(planes[0], log_entropy=True))["entropy"][0].get_array()
+    assert np.allclose(logged, planes[0].entropy.log10())
+
+
+def test_a_scale_of_whole_rows_has_its_bar_beside_them_and_of_columns_below(planes):
+    one, other, third = Scale("first row"), Scale("second row"), Scale("column", "signed")
+    before, after = planes
+    figure = plot_grid(
+        [
+            [Map(before, before.margin, one), Map(before, before.entropy, one), Map(before, before.margin - 1, third)],
+            [Map(after, after.margin, other), Map(after, after.entropy, other), Map(after, after.margin - 1, third)],
+        ],
+        row_names=["before", "after"],
+    )
+    assert {axes.get_ylabel() for axes in figure.axes} >= {"first row", "second row", "before", "after"}
+    (below,) = (axes for axes in figure.axes if axes.get_xlabel() == "column")
+    ticks = [float(text.get_text().replace("−", "-")) for text in below.get_xticklabels()]
+    assert ticks[1] == 0
+    assert ticks[0] == -ticks[2]
+    signed = [axes.images[0] for axes in figure.axes[2:6:3]]
+    assert signed[0].get_clim() == signed[1].get_clim()
+    assert signed[0].get_clim()[0] == -signed[0].get_clim()[1]
+
+
+def test_grids_that_are_refused(planes, lines):
+    entry = Map(planes[0], planes[0].margin, Scale("margin"))
+    with pytest.raises(ProbeError, match=r"rows of \[2, 1\] maps"):
+        plot_grid([[entry, entry], [entry]])
+    with pytest.raises(ProbeError, match=r"rows of \[\] maps"):
+        plot_grid([])
+    with pytest.raises(ProbeError, match="1 column names for 2 columns"):
+        plot_grid([[entry, entry]], column_names=["one"])
+    with pytest.raises(ProbeError, match="2 row names for 1 rows"):
+        plot_grid([[entry, entry]], row_names=["one", "two"])
+    with pytest.raises(ProbeError, match=r"over a Plane, and this scan is of a Line.*\n.*tgp.plot\(scan\)"):
+        plot_grid([[Map(lines[0], planes[0].margin, Scale("margin"))]])

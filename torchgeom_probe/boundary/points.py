@@ -1,0 +1,112 @@
+"""Where a decision boundary lies, between samples of different classes.
+
+Legend of axes: B segments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.model.isolation import measuring, unwrapped
+from torchgeom_probe.model.predictions import Readout, logits_of
+from torchgeom_probe.shapes import Float, Int, Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BoundaryPoints:
+    """Where B segments cross a decision boundary.
+
+    Attributes:
+        points: [B, *input], the middles of the last brackets.
+        t: [B], where on the segment: 0 at a, 1 at b.
+        class_before: [B], predicted just before the crossing, on a's side; the class at ``a``.
+        class_after: [B], predicted just after it; the class at ``b`` unless a third class lies between.
+        tolerance: half of the last bracket, in units of t.
+
+    """
+
+    points: Float[Tensor, " batch *input"]
+    t: Float[Tensor, " batch"]
+    class_before: Int[Tensor, " batch"]
+    class_after: Int[Tensor, " batch"]
+    tolerance: float
+
+    def __repr__(self) -> str:
+        return f"BoundaryPoints({len(self.points)} of shape {tuple(self.points.shape[1:])}, t ± {self.tolerance:.2g})"
+
+
+def boundary_points(
+    model: nn.Module,
+    a: Float[Tensor, " batch *input"],
+    b: Float[Tensor, " batch *input"],
+    *,
+    tol: float = 1e-3,
+    readout: Readout | None = None,
+) -> BoundaryPoints:
+    """Bisect the segments from a to b for a point where the predicted class stops being that of a.
+
+    Per segment one crossing is found, a true one to ± ``tol`` in units of the segment; where the class
+    changes more than once, bisection picks one of the crossings.
+
+    Shapes: a and b [B, *input], each pair predicted as two different classes.  ``readout`` maps the model's
+    output to logits [B, C]; None: the output is the logits.  The model, and a readout that is a module, are run in
+    eval mode and left as they were.
+
+    Raises:
+        ProbeError: shapes that differ, a pair of one class, or an output that is no [B, C] logits.
+
+    Cost: ⌈log₂(1 / tol)⌉ + 1 forward passes over B rows, none with tangents.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(1, 2, bias=False)
+    >>> model.weight.data = torch.tensor([[1.0], [-1.0]])   # class 0 where x > 0
+    >>> found = boundary_points(model, torch.tensor([[-1.0]]), torch.tensor([[3.0]]), tol=1e-4)
+    >>> assert abs(found.t.item() - 0.25) < 1e-4 and found.class_before.item() == 1
+
+    """
+    if a.shape != b.shape or a.dim() < 2 or len(a) == 0:
+        raise ProbeError(
+            f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; both must be [B, *input], one segment a row.\n"
+            "For single inputs:  boundary_points(model, a[None], b[None])"
+        )
+    if not 0 < tol < 1:
+        raise ProbeError(f"tol={tol} must lie between 0 and 1: it is in units of the segment. Write tol=1e-3.")
+    bare = unwrapped(model)
+
+    def classes(x: Tensor) -> Tensor:
+        return logits_of(bare(x), readout=readout, batch=len(x)).argmax(-1)
+
+    with measuring(bare), measuring(readout) if isinstance(readout, nn.Module) else contextlib.nullcontext():
+        first, last = classes(a), classes(b)
+        _refuse_pairs_of_one_class(first, last)
+        low, high, after = torch.zeros_like(first, dtype=a.dtype), torch.ones_like(first, dtype=a.dtype), last
+        for _ in range(max(0, math.ceil(math.log2(1 / tol)) - 1)):
+            middle = (low + high) / 2
+            found = classes(_between(a, b, middle))
+            crossed = found != first
+            low, high = torch.where(crossed, low, middle), torch.where(crossed, middle, high)
+            after = torch.where(crossed, found, after)
+        t = (low + high) / 2
+        return BoundaryPoints(_between(a, b, t), t, first, after, float((high - low).max()) / 2)
+
+
+def _refuse_pairs_of_one_class(first: Tensor, last: Tensor) -> None:
+    same = (first == last).nonzero().flatten().tolist()
+    if same:
+        raise ProbeError(
+            f"the ends of segment {same[0]} are both predicted as class {int(first[same[0]])} ({len(same)} of "
+            f"{len(first)} segments), so bisection has no sign to follow.\n"
+            "Keep the pairs that differ:  keep = model(a).argmax(-1) != model(b).argmax(-1); "
+            "boundary_points(model, a[keep], b[keep])"
+        )
+
+
+def _between(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    t = t.reshape(-1, *[1] * (a.dim() - 1))
+    return a * (1 - t) + b * t

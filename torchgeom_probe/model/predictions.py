@@ -1,0 +1,77 @@
+"""What a model predicts: from its output to logits, and from logits to a class and how sure it is.
+
+Legend of axes: B samples, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.shapes import Float, Tensor
+
+#: From a model's output to logits [B, C].
+Readout = Callable[[Any], Tensor]
+
+#: The names of what :func:`decisions` returns.
+DECISIONS = ("predictions", "entropy", "margin", "confidence")
+
+
+def logits_of(output: Any, *, readout: Readout | None, batch: int) -> Float[Tensor, " batch classes"]:
+    """Read the logits [B, C] out of a model's output, or say what to write where it has none.
+
+    Raises:
+        ProbeError: an output, or what ``readout`` makes of it, that is no [B, C] with C ≥ 2.
+
+    >>> logits_of(torch.zeros(2, 3), readout=None, batch=2).shape
+    torch.Size([2, 3])
+
+    """
+    logits = output if readout is None else readout(output)
+    if isinstance(logits, Tensor) and logits.shape == (batch, 1):
+        raise ProbeError(
+            f"the model gives one number a sample, shape {tuple(logits.shape)}, where predictions need logits [B, C] "
+            "of C ≥ 2 classes.\n"
+            "For a binary logit write:  readout=lambda z: torch.cat([torch.zeros_like(z), z], -1)"
+        )
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != batch:
+        tensor = isinstance(logits, Tensor)
+        seen = f"a tensor of shape {tuple(logits.shape)}" if tensor else f"a {type(logits).__name__}"
+        raise ProbeError(
+            f"{'the model' if readout is None else 'readout'} gives {seen} for {batch} samples, where predictions need "
+            "logits [B, C].\n"
+            "Say how to get them from the model's output:  readout=lambda output: classifier(output.flatten(1))"
+        )
+    return logits
+
+
+def decisions(logits: Float[Tensor, " batch classes"]) -> dict[str, Tensor]:
+    """Return the class of each sample and how sure it is, [B] each, on the CPU.
+
+    ``predictions``: the class of the largest logit, -1 where a logit is not finite.  ``entropy``: of the softmax, in
+    nats.  ``margin``: the largest logit minus the second largest.  ``confidence``: the largest probability.  The last
+    three are float64, so that the entropy of a confident network does not underflow to ties, and nan where the class
+    is -1.
+
+    >>> found = decisions(torch.tensor([[0.0, 0.0], [1000.0, 0.0], [math.nan, 0.0]]))
+    >>> found["predictions"].tolist(), found["margin"].tolist()[:2]
+    ([0, 0, -1], [0.0, 1000.0])
+    >>> assert abs(found["entropy"][0] - math.log(2)) < 1e-12
+
+    """
+    logits = logits.detach().cpu().double()
+    finite = logits.isfinite().all(-1)
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    top = logits.topk(2, dim=-1).values
+    undefined = torch.full_like(top[:, 0], math.nan)
+    return {
+        "predictions": torch.where(finite, logits.argmax(-1), -1),
+        "entropy": torch.where(finite, torch.special.entr(p).sum(-1), undefined),
+        "margin": torch.where(finite, top[:, 0] - top[:, 1], undefined),
+        "confidence": torch.where(finite, p.max(-1).values, undefined),
+    }

@@ -1,0 +1,288 @@
+"""Where a monitor sends its reports: the base of all writers, CSV and JSON Lines, and how a path becomes a writer."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.files import finite_or_null, write_atomically
+from torchgeom_probe.report import GeometryReport, LayerGeometry
+from torchgeom_probe.shapes import Tensor
+
+# Modules that register a writer of theirs; imported when a target comes that no writer so far takes.
+_INTEGRATIONS = ("torchgeom_probe.integrations.tensorboard",)
+
+_REGISTERED: list[tuple[Callable[[Any], bool], Callable[[Any], Writer]]] = []
+
+
+class Writer:
+    """Where a :class:`~torchgeom_probe.Monitor` sends its reports: derive from it, and override what you record.
+
+    Nothing here does anything, so a writer need not have more than a :meth:`write`.
+
+    >>> class Medians(Writer):
+    ...     def write(self, step, report):
+    ...         print(step, {name: layer.statistics()["median"] for name, layer in report.items()})
+
+    """
+
+    def write(self, step: int, report: GeometryReport) -> None:
+        """Record the report of one training step."""
+
+    def write_scalar(self, tag: str, value: float, step: int) -> None:
+        """Record one number of the run as a whole."""
+
+    def write_map(self, tag: str, result: Any, step: int) -> None:
+        """Draw a result that ``tgp.plot`` knows (a slice scan), or show a figure of matplotlib as it is."""
+
+    def close(self) -> None:
+        """Flush and let go of the file."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether a monitor's ``maps`` go here: whether this writer has a :meth:`write_map` of its own."""
+        return type(self).write_map is not Writer.write_map
+
+
+def register_writer(takes: Callable[[Any], bool], make: Callable[[Any], Writer]) -> None:
+    """Let ``Monitor(writer=target)`` mean ``make(target)`` for the targets that ``takes`` says yes to."""
+    _REGISTERED.append((takes, make))
+
+
+def writers_of(target: Any) -> tuple[Writer, ...]:
+    """Return the writers that a monitor's ``writer`` means: none, one, or one for each of a list or tuple.
+
+    A path that ends in ``.csv`` is a :class:`CSVWriter`, one in ``.jsonl`` a :class:`JSONWriter`; any other path is a
+    directory of TensorBoard events.  A ``SummaryWriter`` is written to and left open.
+
+    Raises:
+        ProbeError: an address with a scheme (``s3://…``); what is neither a path, a SummaryWriter nor a Writer;
+            tensorboard is not installed.
+
+    >>> [type(writer).__name__ for writer in writers_of(["geometry.csv", "geometry.jsonl", Writer()])]
+    ['CSVWriter', 'JSONWriter', 'Writer']
+
+    """
+    if target is None:
+        return ()
+    return tuple(map(_writer_of, target if isinstance(target, list | tuple) else [target]))
+
+
+def _writer_of(target: Any) -> Writer:
+    if isinstance(target, Writer):
+        return target
+    make = _maker(target)
+    if make is None:
+        # Not at the top: the integrations stand above this room, and only who writes to one needs it.
+        for module in _INTEGRATIONS:
+            importlib.import_module(module)
+        make = _maker(target)
+    if make is None:
+        raise ProbeError(
+            f"writer= takes a path, a SummaryWriter, a tgp.Writer, or a list of such; got {target!r}.\n"
+            "Write:  writer='runs/a'  or  writer='geometry.csv'; a writer of your own derives from tgp.Writer."
+        )
+    return make(target)
+
+
+def _maker(target: Any) -> Callable[[Any], Writer] | None:
+    return next((make for takes, make in _REGISTERED if takes(target)), None)
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path as a Path.
+
+    Raises:
+        ProbeError: an address with a scheme, of which a folder ``s3:`` would be made here.
+
+    """
+    scheme = re.match(r"[A-Za-z][\w+.-]+(?=:/)", str(path))  # two letters or more: C:/ is a disk
+    if scheme is not None:
+        address = re.sub(":/+", "://", str(path), count=1)
+        raise ProbeError(
+            f"{address!r} is an address with the scheme {scheme[0]!r}, and reports are written to local files.\n"
+            "Write to a local path and copy it, or open it yourself:  "
+            f"writer=torch.utils.tensorboard.SummaryWriter({address!r})"
+        )
+    return Path(path)
+
+
+def numbers(layer: LayerGeometry) -> dict[str, float]:
+    """Return one layer's statistics, and the median over the finite samples of whatever else its estimator found.
+
+    That is ``std_error``, ``error_bound`` and those ``extras`` that have one number a sample; ``nan`` for no number.
+
+    >>> import torch, torchgeom_probe as tgp
+    >>> report = tgp.measure(torch.nn.Linear(3, 5), torch.randn(7, 3), layers=[""], estimator=tgp.Trace())
+    >>> found = numbers(report[""])
+    >>> assert {"std_error", "trace", "num_products"} < found.keys() and math.isnan(found["sigma_max"])
+
+    """
+    found = {"std_error": layer.std_error, "error_bound": layer.error_bound, **layer.extras}
+    medians = {name: finite_median(v) for name, v in found.items() if v is not None and v.ndim == 1}
+    return layer.statistics() | medians
+
+
+def finite_median(values: Tensor) -> float:
+    """Return the median of the finite numbers; nan where there is none.
+
+    >>> import torch
+    >>> finite_median(torch.tensor([3.0, math.inf, 5.0]))
+    4.0
+
+    """
+    finite = values.detach().double().cpu()
+    finite = finite[finite.isfinite()]
+    return finite.quantile(0.5).item() if finite.numel() else math.nan
+
+
+def chart_of(layer: LayerGeometry) -> str:
+    """Return the group of the charts with a layer's value: ``"logvol"``, or ``"value"`` where it is no log-volume."""
+    return "logvol" if layer.unit == "nat" else "value"
+
+
+def charts(layer: LayerGeometry, name: str) -> dict[str, float]:
+    """Return the numbers of one layer by the tags of their charts: :func:`numbers` but for the band over the samples.
+
+    >>> import torch, torchgeom_probe as tgp
+    >>> report = tgp.measure(torch.nn.Linear(3, 5), torch.randn(7, 3), layers=[""])
+    >>> list(charts(report[""], "00_model"))
+    ['logvol/00_model', 'sigma_max/00_model', 'rank/00_model', 'nonfinite/00_model']
+
+    """
+    found = numbers(layer)
+    value = {f"{chart_of(layer)}/{name}": found.pop("median")}
+    return value | {f"{key}/{name}": number for key, number in found.items() if key not in ("mean", "p10", "p90")}
+
+
+def label(place: int, name: str, *, width: int = 2) -> str:
+    """Return a layer's name in charts: its place in the order of firing, zero-padded, then its name made safe.
+
+    >>> label(4, "block#1"), label(0, "")
+    ('04_block_1', '00_model')
+
+    """
+    return f"{place:0{width}d}_{re.sub(r'[^a-zA-Z0-9_.-]', '_', name) or 'model'}"
+
+
+class _LogFile(Writer):
+    """What appends to a text file step by step, and goes on with the file of an interrupted run."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = local_path(path)
+        self._begun = False
+
+    def write(self, step: int, report: GeometryReport) -> None:
+        """Append the numbers of every layer at this step; they are on disk when it returns."""
+        layers = {name: numbers(layer) for name, layer in report.items()}
+        if not self._begun:
+            text = ""
+            if self.path.exists():
+                with self.path.open(newline="", encoding="utf-8") as file:
+                    text = file.read()
+            write_atomically(self.path, self._resumed(text, step, layers).encode())
+            self._begun = True
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            file.write(self._lines(step, layers))
+
+    def _resumed(self, text: str, step: int, layers: Mapping[str, Mapping[str, float]]) -> str:
+        """Return what stays of the file: the steps before this one."""
+        raise NotImplementedError
+
+    def _lines(self, step: int, layers: Mapping[str, Mapping[str, float]]) -> str:
+        raise NotImplementedError
+
+
+class JSONWriter(_LogFile):
+    """A :class:`Writer` of one JSON object per step and line (JSON Lines), appended and on disk at once.
+
+    ``{"step": …, "layers": {name: numbers}}`` with the numbers of :func:`numbers` (volumes in nats; null where not
+    finite).  An existing file is continued as by :class:`CSVWriter`.
+
+    Raises:
+        ProbeError: at the first write, a file that is no such log.
+
+    >>> import json, pathlib, tempfile, torch, torchgeom_probe as tgp
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "geometry.jsonl")
+    >>> writer = tgp.JSONWriter(path)
+    >>> writer.write(0, tgp.measure(torch.nn.Linear(2, 3), torch.zeros(4, 2), layers=[""], estimator=tgp.Exact()))
+    >>> json.loads(path.read_text())["layers"][""]["rank"]
+    2.0
+
+    """
+
+    def _resumed(self, text: str, step: int, layers: Mapping[str, Mapping[str, float]]) -> str:
+        kept = ""
+        for line in text.splitlines(keepends=True):
+            try:
+                kept += line if json.loads(line)["step"] < step else ""
+            except (ValueError, TypeError, KeyError) as error:
+                raise ProbeError(
+                    f"{self.path} exists and is no geometry log: it has the line {line[:60]!r}.\n"
+                    "Write to another file:  JSONWriter('geometry.jsonl')"
+                ) from error
+        return kept
+
+    def _lines(self, step: int, layers: Mapping[str, Mapping[str, float]]) -> str:
+        return json.dumps(finite_or_null({"step": step, "layers": layers}), allow_nan=False) + "\n"
+
+
+class CSVWriter(_LogFile):
+    """A :class:`Writer` of one row per step and layer, appended and flushed at once: a killed run loses nothing.
+
+    Columns: step, layer, then those of :func:`numbers` (volumes in nats; empty where there is no number).  An existing
+    file is continued: rows of an earlier, interrupted run at or after the first step written now are dropped, so a
+    resumed run has no doubles.
+
+    Raises:
+        ProbeError: at the first write, a file that is no such log, or one with other columns.
+
+    >>> import pathlib, tempfile, torch, torchgeom_probe as tgp
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "geometry.csv")
+    >>> writer = tgp.CSVWriter(path)
+    >>> writer.write(0, tgp.measure(torch.nn.Linear(2, 3), torch.zeros(4, 2), layers=[""], estimator=tgp.Exact()))
+    >>> path.read_text().splitlines()[0]
+    'step,layer,mean,p10,median,p90,sigma_max,rank,nonfinite'
+
+    """
+
+    def _resumed(self, text: str, step: int, layers: Mapping[str, Mapping[str, float]]) -> str:
+        self._header = ["step", "layer", *dict.fromkeys(name for found in layers.values() for name in found)]
+        found, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [self._header]
+        if found != self._header:
+            raise ProbeError(
+                f"{self.path} exists and is no geometry log of such reports: its first line is {found}.\n"
+                "Write to another file:  CSVWriter('geometry.csv')"
+            )
+        return _csv(found, *(row for row in rows if len(row) == len(found) and int(row[0]) < step))
+
+    def _lines(self, step: int, layers: Mapping[str, Mapping[str, float]]) -> str:
+        def cell(value: float | None) -> Any:
+            return "" if value is None or math.isnan(value) else value
+
+        return _csv(
+            *([step, name, *(cell(found.get(key)) for key in self._header[2:])] for name, found in layers.items())
+        )
+
+
+def _csv(*rows: Sequence[Any]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
+
+
+def _ends_in(ending: str) -> Callable[[Any], bool]:
+    return lambda target: isinstance(target, str | os.PathLike) and str(target).endswith(ending)
+
+
+register_writer(_ends_in(".csv"), CSVWriter)
+register_writer(_ends_in(".jsonl"), JSONWriter)

@@ -1,0 +1,57 @@
+"""A measurement as one panel: per layer the values of all samples, their median and the range of 10 to 90 %."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from torchgeom_probe.plotting import style
+from torchgeom_probe.plotting.style import AFTER, NORMAL, SMALL, Figure
+from torchgeom_probe.report import GeometryReport
+
+#: More points a layer hide each other.
+_POINTS = 500
+
+
+def plot_report(
+    report: GeometryReport,
+    *,
+    layers: Sequence[str] | None = None,
+    unit: Literal["nat", "log10"] = "nat",
+    title: str | None = None,
+) -> Figure:
+    """Draw the distribution over samples of each layer's value, a row a layer, the first one at the top.
+
+    A point is a sample, the bar spans 10 to 90 % of them, the dark line is the median.  Samples without a finite value
+    are counted at the right.
+    """
+    names = style.chosen_layers(layers, list(report))
+    chosen = [report[name] for name in names]
+    figure = style.new_figure(7.0, 0.34 * len(chosen) + 1.3)
+    axes = figure.add_subplot()
+    random = np.random.default_rng(0)
+    for row, layer in enumerate(chosen):
+        values = style.in_unit(layer, unit)
+        finite = values[np.isfinite(values)]
+        if len(finite):
+            low, middle, high = np.quantile(finite, [0.1, 0.5, 0.9])
+            drawn = finite if len(finite) <= _POINTS else random.choice(finite, _POINTS, replace=False)
+            heights = row + random.uniform(-0.22, 0.22, len(drawn))
+            axes.plot(drawn, heights, ".", color=AFTER, markersize=3, alpha=0.45, markeredgewidth=0, zorder=2)
+            axes.barh(row, high - low, 0.56, left=low, color=AFTER, alpha=0.25, linewidth=0, zorder=1)
+            axes.plot([middle] * 2, [row - 0.34, row + 0.34], color="black", linewidth=1.8, zorder=3)
+        if len(finite) < len(values):
+            text = f" {len(values) - len(finite)} of {len(values)} not finite"
+            axes.annotate(text, (1, row), xycoords=("axes fraction", "data"), va="center", fontsize=SMALL, color="#a33")
+    axes.set_yticks(range(len(chosen)), [layer.name or "model" for layer in chosen], fontsize=NORMAL)
+    axes.set_ylim(len(chosen) - 0.5, -0.5)
+    units = dict.fromkeys(f"log-volume [{unit}]" if la.unit == "nat" else f"value [{la.unit}]" for la in chosen)
+    axes.set_xlabel(" or ".join(units), fontsize=NORMAL)
+    axes.tick_params(axis="x", labelsize=SMALL)
+    axes.grid(axis="x", alpha=0.25, linewidth=0.6)
+    legend = "dot: a sample; bar: 10 to 90 % of them; line: their median"
+    style.finish(figure, title, "\n".join([legend, *textwrap.wrap(style.note(report, names), 110)]))
+    return figure

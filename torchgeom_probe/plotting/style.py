@@ -1,0 +1,213 @@
+"""What the drawings share: colours, units, classes, pictures of samples, and which scans can be drawn together.
+
+Log-volumes are drawn in viridis and entropies in magma, which are perceptually uniform; unit and normalisation stand in
+every figure.  A figure is a ``matplotlib.figure.Figure`` of its own: pyplot is not imported, and no global setting is
+read or changed.  matplotlib is imported on the first call; without it: ProbeError with the pip line.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from torchgeom_probe.errors import ProbeError, optional
+from torchgeom_probe.report import GeometryReport, LayerGeometry
+from torchgeom_probe.shapes import Tensor
+from torchgeom_probe.slices.result import SliceScan
+
+#: Imports matplotlib, or a module of it, when it is first needed.
+mpl = functools.partial(optional, extra="figures")
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+else:  # matplotlib is optional: its types are for the type checker alone
+    Figure = Any
+
+#: Samples as pictures; "auto" takes them from the slice where they look like pictures; None draws none.
+Images = Sequence[Tensor | np.ndarray] | Literal["auto"] | None
+
+BEFORE, AFTER = "#7f7f7f", "#31688e"
+SMALL, NORMAL, LARGE = 8, 9.5, 12
+# Class c has the colour c mod 20, light enough for a contour and a picture on it.
+_CLASSES = (
+    "#aec7e8 #ffbb78 #98df8a #ff9896 #c5b0d5 #c49c94 #f7b6d2 #c7c7c7 #dbdb8d #9edae5 "
+    "#7fa7d4 #f2a65a #73c378 #e57373 #a58ac2 #a87f72 #e58fbf #a0a0a0 #bcbd55 #63b9c9"
+).split()
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure; width and height in inches."""
+    mpl("matplotlib")
+    figure = mpl("matplotlib.figure").Figure(figsize=(width, height), layout="compressed", facecolor="white")
+    figure.get_layout_engine().set(h_pad=0.06)
+    return figure
+
+
+def finish(figure: Any, title: str | None, note: str | None) -> None:
+    """Put the title above and the note, in small letters, below."""
+    if title is not None:  # with an empty line, which keeps it off the column titles
+        figure.suptitle(f"{title}\n", fontsize=LARGE, linespacing=0.6)
+    if note is not None:
+        figure.supxlabel(note, fontsize=SMALL - 0.5, color="#555555")
+
+
+def note(report: GeometryReport, layers: Sequence[str]) -> str:
+    """Say what the volumes of these layers are: every estimand and normalisation among them, once."""
+    scaling = {True: "J divided by √n", False: "J not divided by √n"}
+    notes = [f"{report[name].estimand}; {scaling[report[name].normalized]}" for name in layers]
+    return "volume: " + " | ".join(dict.fromkeys(notes))
+
+
+def in_unit(layer: LayerGeometry, unit: str) -> np.ndarray:
+    """Return a layer's value [B], a log-volume in the unit ``"nat"`` or ``"log10"``."""
+    if unit not in ("nat", "log10"):
+        raise ProbeError(f"unit={unit!r} is unknown.\nWrite unit='nat' (natural log, the default) or unit='log10'.")
+    values = layer.value.detach().double().cpu().numpy()
+    return values / math.log(10) if unit == "log10" and layer.unit == "nat" else values
+
+
+def chosen_layers(layers: Sequence[str] | str | None, known: Sequence[str]) -> list[str]:
+    """Return the layers to draw: those named, in their order; None: all."""
+    chosen = list(known) if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        missing = ", ".join(map(repr, unknown)) or "none"
+        raise ProbeError(f"layers={chosen}: {missing} to draw.\nThere are the layers {list(known)}.")
+    return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class Scans:
+    """Scans of one slice, and how they are drawn.
+
+    Args:
+        scans: what is drawn, in its order.
+        names: of the scans.
+        like: scans whose values the axes and colours span, too: for frames of an animation give all of its scans.
+        layers: which, in which order; None: all.
+        images: the samples as pictures [H, W], [1, H, W], [3, H, W] or [H, W, 3]; "auto" takes them from the slice
+            where they look like pictures; None draws none.
+        class_names: the name of each class index.
+        unit: of the log-volumes: ``"nat"`` or ``"log10"``.
+        relative: draw each log-volume minus its median over the slice, so that its pattern shows even where training
+            has moved its level by more than the pattern's range.
+        share_layers: on planes, one colour scale for all layers: for layers of like volume.
+        log_entropy: on planes, log10 of the entropy, as in the paper: a confident network's spans many orders.
+        title: above the figure.
+
+    Raises:
+        ProbeError: no scans, scans of different slices, or a number of names other than that of scans.
+
+    """
+
+    scans: Sequence[SliceScan]
+    names: Sequence[str] | None = None
+    like: Sequence[SliceScan] = ()
+    layers: Sequence[str] | None = None
+    images: Images = "auto"
+    class_names: Sequence[str] | None = None
+    unit: Literal["nat", "log10"] = "nat"
+    relative: bool = False
+    share_layers: bool = False
+    log_entropy: bool = False
+    title: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.scans or not all(isinstance(scan, SliceScan) for scan in self.every):
+            held = ", ".join(dict.fromkeys(type(scan).__name__ for scan in self.every)) or "nothing"
+            raise ProbeError(f"no list of scans: it holds {held}.\nScan first:  tgp.plot([tgp.scan(model, plane)])")
+        if len({scan.slice.digest for scan in self.every}) > 1:
+            raise ProbeError(
+                "the scans are of different slices, so they cannot be drawn point by point.\n"
+                "Scan both networks over one slice:  before = scan(net0, plane, ...); after = scan(net, plane, ...)"
+            )
+        if self.names is not None and len(self.names) != len(self.scans):
+            raise ProbeError(f"{len(self.names)} names for {len(self.scans)} scans: give one each, or None.")
+
+    @property
+    def every(self) -> list[SliceScan]:
+        """What is drawn, then what the axes span."""
+        return [*self.scans, *self.like]
+
+    @property
+    def shown(self) -> list[str]:
+        """The layers to draw, which every scan has."""
+        last = self.scans[-1].report
+        return chosen_layers(self.layers, [name for name in last if all(name in scan.report for scan in self.every)])
+
+    def values(self, layer: str) -> list[np.ndarray]:
+        """What was measured of a layer over the slice of every scan; log-volumes in ``unit``."""
+        found = [in_unit(scan.report[layer], self.unit).reshape(scan.slice.shape) for scan in self.every]
+        return [v - np.median(v[np.isfinite(v)]) if self.relative and np.isfinite(v).any() else v for v in found]
+
+    def label(self, layer: str) -> str:
+        """What stands on the scale of :meth:`values`."""
+        geometry, log10 = self.scans[-1].report[layer], self.unit == "log10"
+        name, unit = ("log₁₀ √det g" if log10 else "log √det g"), ("" if log10 else " [nat]")
+        if geometry.unit != "nat":
+            name, unit = geometry.estimand, f" [{geometry.unit}]"
+        return f"{name}{' − median' if self.relative else ''}{unit}"
+
+
+def classes(scans: Sequence[SliceScan]) -> list[int]:
+    """Return the classes that are predicted anywhere, ascending."""
+    return sorted({int(c) for scan in scans for c in scan.predictions.unique()})
+
+
+def show_classes(axes: Any, labels: np.ndarray, present: Sequence[int], **options: Any) -> Any:
+    """Draw classes [H, W] in their colours; entry i of the colour map is class ``present[i]``."""
+    colours = mpl("matplotlib.colors")
+    palette = colours.ListedColormap(["#ffffff" if c < 0 else _CLASSES[c % len(_CLASSES)] for c in present])
+    norm = colours.BoundaryNorm(np.arange(len(present) + 1) - 0.5, len(present))
+    return axes.imshow(np.searchsorted(present, labels), cmap=palette, norm=norm, interpolation="nearest", **options)
+
+
+def class_name(label: int, names: Sequence[str] | None) -> str:
+    """Return a class's name; its number where it has none."""
+    if label < 0:
+        return "not finite"
+    return str(label) if names is None or label >= len(names) else str(names[label])
+
+
+def pictures(scan: SliceScan, images: Images) -> list[np.ndarray]:
+    """Return the samples of a slice as pictures [H, W] or [H, W, 3] in [0, 1]; none where there are none to show."""
+    samples: Sequence[Any] = scan.slice.samples
+    if images is None:
+        return []
+    if isinstance(images, str):
+        if images != "auto":
+            raise ProbeError(f"images={images!r}: give the samples as pictures, images='auto' or images=None (none).")
+        images = samples if all(_is_picture(sample.shape) for sample in samples) else []
+    elif len(images) != len(samples) or not all(_is_picture(image.shape) for image in images):
+        raise ProbeError(
+            f"images has the shapes {[tuple(image.shape) for image in images]}; a {type(scan.slice).__name__} has "
+            f"{len(samples)} samples, each drawn as [H, W], [1, H, W], [3, H, W] or [H, W, 3].\n"
+            "Shape them so:  images=[sample.reshape(8, 8) for sample in plane.samples]"
+        )
+    return [_picture(image) for image in images]
+
+
+def show_picture(axes: Any, picture: np.ndarray, name: str, *, size: float, pad: float) -> None:
+    """Draw a picture without ticks, with its name above in letters of this size."""
+    axes.imshow(picture, cmap="gray" if picture.ndim == 2 else None, vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(name, fontsize=size, pad=pad)
+
+
+def _is_picture(shape: Sequence[int]) -> bool:
+    coloured = len(shape) == 3 and (shape[0] in (1, 3) or shape[2] == 3)
+    return (coloured or len(shape) == 2) and sorted(shape)[-2] >= 4
+
+
+def _picture(image: Any) -> np.ndarray:
+    pixels = torch.as_tensor(image).detach().double().cpu().numpy()
+    if pixels.ndim == 3 and pixels.shape[0] in (1, 3):
+        pixels = pixels[0] if pixels.shape[0] == 1 else np.moveaxis(pixels, 0, -1)
+    span = np.ptp(pixels)
+    return (pixels - pixels.min()) / span if span > 0 else np.zeros_like(pixels)

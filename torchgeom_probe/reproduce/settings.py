@@ -1,0 +1,73 @@
+"""What the command line chooses for all figures: preset, seed, device, folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+
+from torchgeom_probe.errors import ProbeError
+
+Say = Callable[[str], None]
+Choice = TypeVar("Choice")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line chooses; everything else is the figure's.
+
+    Args:
+        preset: ``"embedded"``: data that comes with the installed packages, in minutes on two cores;
+            ``"paper"``: the paper's data and training.
+        quick: a small version, for a test of the installation.
+        seed: of the weights, the data's order and its noise.
+        device: where to train and to scan.
+        data_root: where the data of ``paper`` are, or go.
+        out: the directory of trainings and figures.
+        epochs: in place of the figure's own number.
+        gallery: also write a small PNG of the main pictures here.
+
+    Raises:
+        ProbeError: an unknown preset; a device that torch does not have here; epochs below 1.
+
+    >>> Settings(quick=True).choose(embedded=200, paper=1000, quick=2)
+    2
+
+    """
+
+    preset: Literal["embedded", "paper"] = "embedded"
+    quick: bool = False
+    seed: int = 0
+    device: str = "cpu"
+    data_root: Path = Path("data")
+    out: Path = Path("torchgeom_runs/reproduce")
+    epochs: int | None = None
+    gallery: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in ("embedded", "paper"):
+            raise ProbeError(f"preset={self.preset!r} is unknown. Write --preset embedded or --preset paper.")
+        if self.epochs is not None and self.epochs < 1:
+            raise ProbeError(f"--epochs {self.epochs} trains nothing. Write --epochs 1 or more.")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ProbeError(
+                f"--device {self.device} is not to be had here: {str(error).splitlines()[0]}\nWrite --device cpu."
+            ) from error
+
+    @property
+    def papers(self) -> bool:
+        """Whether data and training are the paper's, in full or in quick form."""
+        return self.preset == "paper"
+
+    def choose(self, *, embedded: Choice, paper: Choice, quick: Choice) -> Choice:
+        """One of three, by ``quick`` (first) and ``preset``."""
+        return quick if self.quick else paper if self.papers else embedded
+
+
+#: The names of the settings.
+FIELDS = tuple(field.name for field in fields(Settings))

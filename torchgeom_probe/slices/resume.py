@@ -1,0 +1,98 @@
+"""Going on after an interruption: the chunks of a long measurement that are done, and what tells it from others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.files import digest, write_atomically, write_json
+
+
+class Parts:
+    """The chunks of a measurement that are done, one file each, in ``<target>.parts`` with its settings beside them.
+
+    Args:
+        target: where the whole result will be.
+        settings: what is measured and how, as JSON can hold it.
+
+    Raises:
+        ProbeError: the folder holds chunks of another measurement.
+
+    """
+
+    def __init__(self, target: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = target.with_name(f"{target.name}.parts")
+        stored = self.stored_settings(target)
+        if stored is None:
+            write_json(self.folder / "settings.json", settings)
+        else:
+            refuse_other(stored, settings, where=self.folder)
+
+    @staticmethod
+    def stored_settings(target: Path) -> dict[str, Any] | None:
+        """Return the settings of an interrupted measurement with this target; None where there is none."""
+        file = target.with_name(f"{target.name}.parts") / "settings.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def get(self, index: int) -> bytes | None:
+        """Return what was put as this chunk, or None."""
+        file = self._file(index)
+        return file.read_bytes() if file.exists() else None
+
+    def put(self, index: int, data: bytes) -> None:
+        """Store a chunk; it is on the disk when this returns."""
+        write_atomically(self._file(index), data)
+
+    def remove(self) -> None:
+        """Delete the folder: the whole result is in its place."""
+        shutil.rmtree(self.folder)
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"{index:06d}.safetensors"
+
+
+def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, where: Path) -> None:
+    """Refuse to go on with, or to take for this one, a measurement of other settings.
+
+    Raises:
+        ProbeError: the settings differ; the message names which, and how.
+
+    """
+    different = [key for key in {**wanted, **stored} if stored.get(key) != wanted.get(key)]
+    if different:
+        key = different[0]
+        digests = key in ("model", "slice")
+        how = "" if digests else f" ({key}={stored.get(key)!r}, now {wanted.get(key)!r})"
+        raise ProbeError(
+            f"{where} holds another scan: its {', '.join(different)} differ{how}.\n"
+            "Scan to another path, or delete what is there:  scan(..., path='another.safetensors')"
+        )
+
+
+def in_words(value: Any) -> Any:
+    """Say what an argument is, as JSON can hold it and the same in the next process: no memory addresses.
+
+    >>> in_words({"a": nn.Identity(), "b": [print, 3]})
+    {'a': 'Identity e399d9fdfb6477e4', 'b': ['builtins.print', 3]}
+    """
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, nn.Module):
+        return f"{type(value).__qualname__} {state_digest(value)}"
+    if isinstance(value, Mapping):
+        return {str(key): in_words(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence):
+        return [in_words(entry) for entry in value]
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def state_digest(module: nn.Module) -> str:
+    """Return 16 hexadecimal digits that tell a module's class, parameters and buffers from any other's."""
+    return digest(type(module).__qualname__, {**dict(module.named_parameters()), **dict(module.named_buffers())})
