@@ -12,9 +12,7 @@ from jaxtyping import install_import_hook
 beartype._check.code.codemain.getrandbits = random.Random(0).getrandbits
 # Before anything imports the package: from here on the types and shapes in its signatures are checked at every call.  An int is a
 # float, as it is to mypy.
-install_import_hook(
-    "torchgeom_probe", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-)
+install_import_hook("torchgeom_probe", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 # The models are small: threads that wait for each other on a busy machine cost more than they give.
 torch.set_num_threads(1)
