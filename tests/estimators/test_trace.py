@@ -6,6 +6,7 @@ import oracle
 import problems
 import pytest
 import torch
+from annotations import shapes_unchecked
 from torch import nn
 
 import torchgeom_probe as tgp
@@ -98,7 +99,7 @@ def test_several_layers_in_one_pass_and_a_report_on_paper(tmp_path):
 
 
 def test_refused_arguments():
-    with pytest.raises(ProbeError, match="is unknown"):
+    with shapes_unchecked(), pytest.raises(ProbeError, match="is unknown"):
         tgp.Trace(method="xtrace")
     with pytest.raises(ProbeError, match="at least 2 probes"):
         tgp.Trace(probes=1)

@@ -90,8 +90,8 @@ def inner_products(
     # Eight bytes a number, and an eighth of that for `_pieces`.
     per_feature = 9 * max(1, rows if symmetric else rows + columns)
     samples = max(1, block // (per_feature * max(1, length)))
-    # With fewer features than rows at a time the result would be read and written more often than the rows.
-    features = max(64, block // per_feature, min(rows, columns))
+    # Of many rows a good number of features together, or the result would be read and written more often than they.
+    features = max(64, block // per_feature, min(rows, columns, 1024))
     products = torch.zeros(batch, rows, columns, dtype=torch.float64, device=left_PBN.device)
     for first in range(0, batch, samples):
         some = slice(first, first + samples)
@@ -103,7 +103,7 @@ def inner_products(
 
 
 def _add_products(total_BPQ: Tensor, left_BPN: Tensor, right_BQN: Tensor) -> None:
-    """Add left·rightᵀ to the total, in float64."""
+    """Add left·rightᵀ to the total, in float64; on a GPU as the sum over pieces of the features, side by side."""
     symmetric = right_BQN is left_BPN
     pieces = _pieces(left_BPN, right_BQN)
     length = left_BPN.shape[2]
