@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import torchgeom_probe as tgp
 from benchmarks.timing import Settings, seconds
 from torchgeom_probe.jacobian.vjp import Pullback
-from torchgeom_probe.linalg.stream import inner_products
+from torchgeom_probe.linalg.gram import inner_products
 
 TITLE = "What each estimator costs, and how far off it is"
 NOTE = """One small convolutional GELU network at initialisation, its features pooled to n numbers.  "products": Jv and Jᵀu per sample, of

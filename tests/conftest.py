@@ -5,9 +5,9 @@ import torch
 from jaxtyping import install_import_hook
 
 # Before anything imports the package: from here on the shapes in these modules' signatures are checked at every call.
+# An int is a float, as it is to mypy.
 install_import_hook(
-    [f"torchgeom_probe.{module}" for module in ("analytic", "curvature", "directions", "factor", "spectrum")],
-    "beartype.beartype",
+    "torchgeom_probe", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
 
 # The models are small: threads that wait for each other on a busy machine cost more than they give.

@@ -10,44 +10,7 @@ from torch import nn
 
 import torchgeom_probe as tgp
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.linalg.stream import inner_products, streamed_factor
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("share", [2.0, 0.6, 0.3, 0.1])
-@pytest.mark.parametrize(("count", "length"), [(13, 101), (101, 13), (29, 29)])
-@pytest.mark.parametrize("at_once", [1, 7, 1000])
-def test_streamed_factor_is_the_whole_one(count, length, share, dtype, at_once):
-    rows = torch.randn(count, 2, length, dtype=dtype)
-    made = 0
-
-    def some(start, stop):
-        nonlocal made
-        assert stop - start <= at_once
-        made += stop - start
-        return rows[start:stop].clone()
-
-    itemsize = rows.element_size()
-    budget = int(share * count * 2 * length * itemsize)
-    factor = streamed_factor(
-        some, count=count, length=length, at_once=at_once, batch=2, budget=budget, itemsize=itemsize
-    )
-    expected = torch.linalg.svdvals(rows.double().transpose(0, 1))
-    accuracy = 1e-12 if dtype == torch.float64 and share > 1 else 2e-7
-    torch.testing.assert_close(
-        factor.singular_values(), expected, rtol=1e-6, atol=accuracy * expected.max().item()
-    )
-    if share > 1 or length < count:
-        assert made == count
-    else:
-        held = max(1, int(budget / 4 // (2 * length * itemsize)))
-        assert made <= (1 + math.ceil(count / held)) / 2 * count + count
-
-
-def test_inner_products_in_blocks_of_columns_are_float64():
-    left, right = torch.randn(5, 3, 200_001), torch.randn(7, 3, 200_001)
-    expected = torch.einsum("pbn,qbn->bpq", left.double(), right.double())
-    torch.testing.assert_close(inner_products(left, right), expected, rtol=1e-12, atol=1e-9)
+from torchgeom_probe.linalg.gram import inner_products
 
 
 @pytest.mark.parametrize("engine", ["fused", "vjp"])

@@ -12,7 +12,6 @@ from torch import nn
 import torchgeom_probe as tgp
 from torchgeom_probe.errors import EngineRefusal, ProbeError
 from torchgeom_probe.estimators.topk import paper_pool
-from torchgeom_probe.linalg.krylov import _left_pairs
 
 LN10 = math.log(10)
 
@@ -438,28 +437,3 @@ def test_where_random_numbers_are_drawn_every_sample_stays():
     found = probe.measure(x)[""]
     assert len(set(found.num_products.tolist())) == 2
     assert set(sizes[2:]) == {2}
-
-
-@pytest.mark.parametrize("spans", [True, False], ids=["spans", "falls short"])
-def test_after_a_push_the_residuals_are_those_of_the_left_pairs(spans):
-    """V and U of one step, with a fresh block that spans what JᵀU has outside of V; or not, as after a warm start."""
-    jacobian = problems.linear(problems.spectrum("harmonic", 30), 30, 50, dtype=torch.float64).weight.detach()
-    generator = torch.Generator().manual_seed(3)
-    v = problems.orthonormal(50, 4, generator).T
-    u = torch.linalg.qr((v @ jacobian.T).T).Q.T
-    pulled = u @ jacobian
-    beyond = pulled - pulled @ v.T @ v if spans else torch.randn(4, 50, generator=generator).double()
-    fresh = torch.linalg.qr((beyond - beyond @ v.T @ v).T).Q.T
-    image = fresh @ jacobian.T
-    fresh_left = torch.linalg.qr((image - image @ u.T @ u).T).Q.T
-    right = torch.cat([v, fresh])
-    values, residuals = _left_pairs(
-        (pulled @ right.T)[None], pulled[None], right[None], (fresh_left @ image.T)[None], 4, 2e-16
-    )
-    if not spans:
-        assert residuals.isinf().all()
-        return
-    left, sigma, vectors = torch.linalg.svd(pulled, full_matrices=False)
-    torch.testing.assert_close(values[0], sigma, rtol=1e-12, atol=0)
-    expected = vectors @ jacobian.T - sigma[:, None] * (left.T @ u)
-    torch.testing.assert_close(residuals[0].norm(dim=1), expected.norm(dim=1), rtol=1e-9, atol=1e-12)

@@ -5,9 +5,8 @@ With s = |x|², v = σ² s + ζ² and h(v) = E_{z ~ N(0, v)} φ'(z)²:
     g = e^Ω (I + 2 Ω' x xᵀ),   √det g = e^{dΩ/2} √(1 + 2 s Ω')
     R = −(d−1) s Ω' e^{−Ω} [(d−2) Ω'/D + 2 D'/D²],   D = 1 + 2 s Ω' = g_radial/g_tangential.
 
-The activation enters by h, h', h'' and the radial moment m = E[φ'(√v u)² u²] = h + 2 v h', u ~ N(0, 1),
-alone.  The last is kept apart since h + 2 v h' cancels for large v, and g_radial = σ² ((1−ρ) h + ρ m), ρ = σ²
-s/v, does not.
+The activation enters by h, h', h'' and the radial moment m = E[φ'(√v u)² u²] = h + 2 v h', u ~ N(0, 1), alone.  The
+last is kept apart since h + 2 v h' cancels for large v, and g_radial = σ² ((1−ρ) h + ρ m), ρ = σ² s/v, does not.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class Omega(NamedTuple):
 def metric(
     x: Float[Tensor, "batch d"],
     activation: str | Elementwise = "erf",
-    sigma: float | int | Tensor = 1.0,
-    zeta: float | int | Tensor = 0.0,
+    sigma: float | Tensor = 1.0,
+    zeta: float | Tensor = 0.0,
 ) -> Float[Tensor, "batch d d"]:
     """Return the metric of one hidden layer of infinite width.
 
@@ -45,8 +44,8 @@ def metric(
     Args:
         x: [B, d] points.
         activation: a name (:func:`torchgeom_probe.analytic.shallow.activation_names`) or an elementwise
-            callable.  Closed forms for erf, GELU, monomials, ReLU, leaky ReLU, sin, cos, exp, Gaussian and
-            normal cdf; quadrature for sigmoid, tanh, SiLU, softplus and any other smooth callable.
+            callable.  Closed forms for erf, GELU, monomials, ReLU, leaky ReLU and sin; quadrature for sigmoid, tanh,
+            SiLU, softplus and any other smooth callable.
         sigma: standard deviation of the weights, > 0.
         zeta: standard deviation of the biases, ≥ 0.
 
@@ -57,8 +56,7 @@ def metric(
         ProbeError: unknown activation, σ ≤ 0 or ζ < 0, a bad shape or dtype; a callable with a kink, or too
             narrow or too fast-growing for the quadrature, which watches its own convergence.
 
-    Source: Zavatone-Veth et al., arXiv:2301.11375, infinite-width section.  Cost: O(B d²), quadrature O(B √v)
-    more.
+    Source: Zavatone-Veth et al., arXiv:2301.11375, infinite-width section.  Cost: O(B d²), quadrature O(B √v) more.
 
     >>> g = metric(torch.tensor([[0.0, 1.0]]), "erf")
     >>> assert torch.allclose(g[0].diagonal() * torch.pi / 2, torch.tensor([3**-0.5, 3**-1.5]))
@@ -73,8 +71,8 @@ def metric(
 def log_volume(
     x: Float[Tensor, "batch d"],
     activation: str | Elementwise = "erf",
-    sigma: float | int | Tensor = 1.0,
-    zeta: float | int | Tensor = 0.0,
+    sigma: float | Tensor = 1.0,
+    zeta: float | Tensor = 0.0,
 ) -> Float[Tensor, " batch"]:
     """Return the natural logarithm of the volume element √det g of one hidden layer of infinite width.
 
@@ -108,25 +106,21 @@ def log_volume(
 def scalar_curvature(
     x: Float[Tensor, "batch d"],
     activation: str | Elementwise = "erf",
-    sigma: float | int | Tensor = 1.0,
-    zeta: float | int | Tensor = 0.0,
-    *,
-    published_convention: bool = False,
+    sigma: float | Tensor = 1.0,
+    zeta: float | Tensor = 0.0,
 ) -> Float[Tensor, " batch"]:
     """Return the Ricci scalar of one hidden layer of infinite width (the unit sphere S² has R = +2).
 
     R = −(d−1) s Ω' e^{−Ω} [(d+2) Ω' + 2(d−2) s Ω'² + 4 s Ω''] / (1 + 2 s Ω')².  It is the limit, for n → ∞,
     of :func:`torchgeom_probe.analytic.shallow.scalar_curvature`, from which it deviates by O(1/√n).
 
-    The published convention gives exactly 3R for every such metric; see
-    :func:`torchgeom_probe.scalar_curvature`.
+    The published formula gives exactly 3R for every such metric; see :func:`torchgeom_probe.scalar_curvature`.
 
     Args:
         x: [B, d] points.
         activation: a name or an elementwise callable, as in :func:`metric`.
         sigma: standard deviation of the weights, > 0.
         zeta: standard deviation of the biases, ≥ 0.
-        published_convention: return 3R, to compare with numbers printed in the published convention.
 
     Returns:
         [B], in units of 1/|Φ|²: 0 for ReLU, leaky ReLU and d = 1; ``nan`` where g is singular.  About log10(1
@@ -147,15 +141,14 @@ def scalar_curvature(
     d = x.shape[1]
     D = radial / tangential
     D_slope = 2 * first + 2 * s * second
-    R = (1 - d) * s * first / tangential * ((d - 2) * first / D + 2 * D_slope / D**2)
-    return R * (3.0 if published_convention else 1.0)
+    return (1 - d) * s * first / tangential * ((d - 2) * first / D + 2 * D_slope / D**2)
 
 
 def omega(
     x: Float[Tensor, "batch d"],
     activation: str | Elementwise = "erf",
-    sigma: float | int | Tensor = 1.0,
-    zeta: float | int | Tensor = 0.0,
+    sigma: float | Tensor = 1.0,
+    zeta: float | Tensor = 0.0,
 ) -> Omega:
     """Return the conformal factor Ω(s) of the metric e^Ω (I + 2 Ω' x xᵀ), with Ω' and Ω'' by s = |x|².
 
@@ -188,19 +181,19 @@ class _Moments(NamedTuple):
     radial: Tensor  # E φ'² u² = h + 2 v h'
 
 
-def _omega(h: _Moments, sigma: float | int | Tensor) -> Omega:
+def _omega(h: _Moments, sigma: float | Tensor) -> Omega:
     slope = h.first / h.value
     return Omega((sigma**2 * h.value).log(), sigma**2 * slope, sigma**4 * (h.second / h.value - slope**2))
 
 
-def _eigenvalues(s: Tensor, v: Tensor, h: _Moments, sigma: float | int | Tensor) -> tuple[Tensor, Tensor]:
+def _eigenvalues(s: Tensor, v: Tensor, h: _Moments, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
     # At v = 0 (the origin, no biases) every direction is radial, and m = h.
     radial_share = sigma**2 * s / torch.where(v > 0, v, 1.0)
     return sigma**2 * h.value, sigma**2 * ((1 - radial_share) * h.value + radial_share * h.radial)
 
 
 def _moments(
-    x: Tensor, activation: str | Elementwise, sigma: float | int | Tensor, zeta: float | int | Tensor
+    x: Tensor, activation: str | Elementwise, sigma: float | Tensor, zeta: float | int | Tensor
 ) -> tuple[Tensor, Tensor, _Moments]:
     if x.ndim != 2 or x.dtype not in (torch.float32, torch.float64) or not x.shape[1]:
         raise ProbeError(
@@ -249,10 +242,6 @@ def _erf(v: Tensor) -> _Moments:
     return _Moments(c * u**-0.5, -c * u**-1.5, 3 * c * u**-2.5, c * u**-1.5)
 
 
-def _normal_cdf(v: Tensor) -> _Moments:
-    return _Moments(*(moment / 4 for moment in _erf(v)))  # the normal cdf is (1 + erf(z/√2))/2
-
-
 def _gelu(v: Tensor) -> _Moments:
     u, w, c = 1 + 2 * v, 1 + v, 1 / (2 * math.pi)
     # atan(v/√u) is the asin(v/(1+v)) of the arc-cosine kernel, and keeps its derivative at large v.
@@ -267,31 +256,7 @@ def _sin(v: Tensor) -> _Moments:
     return _Moments(0.5 + 0.5 * e, -e, 2 * e, 0.5 + e * (0.5 - 2 * v))
 
 
-def _cos(v: Tensor) -> _Moments:
-    e = torch.exp(-2 * v)
-    h = -0.5 * torch.expm1(-2 * v)  # 1 − e^{−2v} cancels at small v
-    return _Moments(h, e, -2 * e, h + 2 * v * e)
-
-
-def _exp(v: Tensor) -> _Moments:
-    e = torch.exp(2 * v)
-    return _Moments(e, 2 * e, 4 * e, (1 + 4 * v) * e)
-
-
-def _gaussian(v: Tensor) -> _Moments:
-    u = 1 + 2 * v
-    return _Moments(v * u**-1.5, (1 - v) * u**-2.5, (3 * v - 6) * u**-3.5, 3 * v * u**-2.5)
-
-
-_CLOSED_FORMS: dict[str, Callable[[Tensor], _Moments]] = {
-    "erf": _erf,
-    "normal_cdf": _normal_cdf,
-    "gelu": _gelu,
-    "sin": _sin,
-    "cos": _cos,
-    "exp": _exp,
-    "gaussian": _gaussian,
-}
+_CLOSED_FORMS: dict[str, Callable[[Tensor], _Moments]] = {"erf": _erf, "gelu": _gelu, "sin": _sin}
 
 # The trapezoid rule on |u| ≤ 12: for an analytic φ' it converges exponentially in 1/step, and Gauss-Hermite
 # does not at large v (tanh at v = 25: error 5e-2 with 200 nodes).  e^{-72} leaves room for integrands that
@@ -321,7 +286,7 @@ def _quadrature(phi: Activation, v: Tensor, label: str) -> _Moments:
         raise ProbeError(
             f"φ'² of the activation {label} outgrows the Gaussian weight at v = {largest:g}, or is not "
             "finite: its average cannot be had by quadrature.\n"
-            "Write a smaller sigma or points nearer the origin; exp has a closed form: activation='exp'."
+            "Write a smaller sigma, or points nearer the origin."
         )
     for _ in range(_DOUBLINGS):
         nodes = 2 * nodes - 1

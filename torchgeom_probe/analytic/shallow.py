@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.linalg.volume import regular
 from torchgeom_probe.shapes import Float, Tensor
 
 Elementwise: TypeAlias = Callable[[Tensor], Tensor]
@@ -107,8 +108,6 @@ def scalar_curvature(
     W: Float[Tensor, "n d"],
     b: Float[Tensor, " n"],
     activation: str | Elementwise = "sigmoid",
-    *,
-    published_convention: bool = False,
 ) -> Float[Tensor, " batch"]:
     """Return the Ricci scalar R of the metric of one hidden layer (the unit sphere S² has R = +2).
 
@@ -116,17 +115,15 @@ def scalar_curvature(
     orthonormal frame of the QR factorisation of J.  For d = 2, R is twice the Gaussian curvature; for d = 1
     and for n = d it is zero.
 
-    The published form has −¾ in place of −¼ (and −3 in place of −1 in the sum over triples for d = 2): in it
-    the two ΓΓ terms of the Riemann tensor carry the wrong sign.  For a single hidden layer it is exactly 3R,
-    for deep maps no multiple of R at all; :func:`torchgeom_probe.scalar_curvature` documents what was checked
-    and how.
+    The published form has −¾ in place of −¼ (and −3 in place of −1 in the sum over triples for d = 2): in it the two ΓΓ
+    terms of the Riemann tensor carry the wrong sign.  For a single hidden layer it is exactly 3R, for deep maps no
+    multiple of R at all; :func:`torchgeom_probe.scalar_curvature` documents what was checked and how.
 
     Args:
         x: [B, d] points.
         W: [n, d] weights, n ≥ d.
         b: [n] biases.
         activation: a name or an elementwise callable, as in :func:`metric`.
-        published_convention: return 3R, to compare with numbers printed in the published convention.
 
     Returns:
         [B], in units of 1/|Φ|²; differentiable.  ``nan`` where g is singular (as in :func:`log_volume`): no
@@ -135,8 +132,7 @@ def scalar_curvature(
     Raises:
         ProbeError: n < d (g is singular everywhere); else as :func:`metric`.
 
-    Source: the Gauss equation for arXiv:2301.11375's model.  Cost: O(B n d · min(n, d²)) in blocks of bounded
-    memory.
+    Source: the Gauss equation for arXiv:2301.11375's model.  Cost: O(B n d · min(n, d²)) in blocks of bounded memory.
 
     >>> x = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
     >>> W = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
@@ -157,7 +153,7 @@ def scalar_curvature(
     per_sample = max(n * d, min(n * n, d**3))
     step = max(1, _BLOCK // per_sample)
     parts = [_curvature(phi, part, W) for part in z.split(step)] if samples else [z.sum(1)]
-    return torch.cat(parts) * (3.0 if published_convention else 1.0)
+    return torch.cat(parts)
 
 
 def _curvature(phi: Activation, z: Tensor, W: Tensor) -> Tensor:
@@ -230,33 +226,6 @@ def _gram(J: Tensor) -> Tensor:
     return J.transpose(1, 2) @ J
 
 
-def regular(J: Float[Tensor, "batch n d"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale each Jacobian to largest entry 1, and replace those of deficient rank by a stand-in of full rank.
-
-    J is [B, n, d] with n ≥ d.  Returns the scaled Jacobians [B, n, d], the scale [B] and the defect [B],
-    which is 0, or ``-inf`` where σ_min ≤ 4 d ε σ_max, or ``nan`` where J is not finite.  A stand-in instead
-    of a mask afterwards, because a singular J leaves nan in the backward pass of QR even where its value is
-    not used.  The scale keeps tiny and huge Jacobians from under- and overflowing; it carries no gradient and
-    needs none.
-
-    >>> J = torch.tensor([[[1e-30, 0.0], [0.0, 2e-30]], [[1.0, 1.0], [1.0, 1.0]]])
-    >>> regular(J)[2].tolist()
-    [0.0, -inf]
-    """
-    n, d = J.shape[1:]
-    with torch.no_grad():
-        stand_in = torch.eye(n, d, dtype=J.dtype, device=J.device)
-        finite = J.isfinite().all(2).all(1)
-        scale = J.abs().amax((1, 2))
-        scale = torch.where(finite & (scale > 0), scale, torch.ones_like(scale))
-        safe = torch.where(finite[:, None, None], J / scale[:, None, None], stand_in)
-        sigma = torch.linalg.svdvals(torch.linalg.qr(safe).R)
-        full_rank = sigma[:, -1] > 4 * d * torch.finfo(J.dtype).eps * sigma[:, 0]
-        defect = torch.where(finite, torch.where(full_rank, 0.0, -torch.inf), torch.nan).to(J.dtype)
-        usable = (finite & full_rank)[:, None, None]
-    return torch.where(usable, J / scale[:, None, None], stand_in), scale, defect
-
-
 @dataclass(frozen=True)
 class Activation:
     """An elementwise φ by its derivatives: ``first`` is φ', ``second`` is φ''.
@@ -300,36 +269,25 @@ _DERIVATIVES: dict[str, tuple[Elementwise, Elementwise]] = {
     ),
     "softplus": (torch.sigmoid, _sigmoid_slope),
     "sin": (torch.cos, lambda z: -torch.sin(z)),
-    "cos": (lambda z: -torch.sin(z), lambda z: -torch.cos(z)),
-    "exp": (torch.exp, torch.exp),
-    "gaussian": (lambda z: -z * torch.exp(-0.5 * z * z), lambda z: (z * z - 1) * torch.exp(-0.5 * z * z)),
-    "normal_cdf": (_normal_density, lambda z: -z * _normal_density(z)),
 }
-_ALIASES = {"identity": "z^1", "linear": "z^1", "cdf": "normal_cdf", "swish": "silu", "leaky": "leaky_relu"}
-# What stands for itself when it is passed as a callable.  torch.erf is erf(z), not erf(z/√2), so it is not in
-# here.
-_FUNCTIONS: dict[Any, str] = {
+_ALIASES = {"identity": "z^1"}
+# What stands for itself when it is passed as a callable, or as a module of that class.  torch.erf is erf(z), not
+# erf(z/√2), so it is not in here.
+_CALLABLES: dict[Any, str] = {
     torch.sigmoid: "sigmoid",
-    nn.functional.sigmoid: "sigmoid",
+    nn.Sigmoid: "sigmoid",
     torch.tanh: "tanh",
-    nn.functional.tanh: "tanh",
+    nn.Tanh: "tanh",
     nn.functional.gelu: "gelu",
     nn.functional.silu: "silu",
+    nn.SiLU: "silu",
     nn.functional.softplus: "softplus",
     torch.relu: "relu",
     nn.functional.relu: "relu",
-    nn.functional.leaky_relu: "leaky_relu",
-    torch.sin: "sin",
-    torch.cos: "cos",
-    torch.exp: "exp",
-    torch.special.ndtr: "normal_cdf",
-}
-_MODULES: dict[type[nn.Module], str] = {
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-    nn.SiLU: "silu",
     nn.ReLU: "relu",
+    nn.functional.leaky_relu: "leaky_relu",
     nn.Identity: "z^1",
+    torch.sin: "sin",
 }
 
 
@@ -345,8 +303,7 @@ def named(activation: str | Elementwise) -> Activation:
     """Return the derivatives of an activation, by name or as a callable; torch's own functions are known.
 
     Raises:
-        ProbeError: an unknown name (the close ones are listed), or something that is neither a name nor
-            callable.
+        ProbeError: an unknown name (the close ones are listed), or something that is neither a name nor callable.
 
     >>> named("sin").first(torch.tensor(0.0)).item()
     1.0
@@ -368,7 +325,7 @@ def named(activation: str | Elementwise) -> Activation:
     if type(activation) is nn.Softplus and activation.beta == 1:
         return _by_name("softplus")
     try:
-        known = _FUNCTIONS.get(activation) or _MODULES.get(type(activation))  # type: ignore[arg-type]
+        known = _CALLABLES.get(activation) or _CALLABLES.get(type(activation))
     except TypeError:  # an unhashable callable
         known = None
     if known is not None:

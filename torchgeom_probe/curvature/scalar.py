@@ -9,22 +9,24 @@ Axes: B samples, d inputs, n features, P pairs of directions; i, j run over a g-
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from torchgeom_probe.analytic.shallow import regular
+from torchgeom_probe.curvature.twice import (
+    FeatureMap,
+    TwiceDifferentiable,
+    refuse_wrong_second_derivative,
+    second_derivative,
+)
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.linalg.volume import regular
+from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.isolation import measuring, unwrapped
 from torchgeom_probe.model.layers import resolve
 from torchgeom_probe.shapes import Float, Tensor
-
-FeatureMap = Callable[[Tensor], Tensor]
 
 
 def scalar_curvature(
@@ -36,43 +38,41 @@ def scalar_curvature(
 ) -> Float[Tensor, " batch"]:
     """Return the Ricci scalar R of the metric that a smooth feature map induces on its input space.
 
-    R = |H|² − |II|²_g with II the second fundamental form of the image Φ(R^d) in R^n and H = g^{ab} II_ab its
-    trace.  The unit sphere S² has R = +2, S³ +6, the hyperbolic plane −2; for d = 2, R is twice the Gaussian
-    curvature.
+    R = |H|² − |II|²_g with II the second fundamental form of the image Φ(R^d) in R^n and H = g^{ab} II_ab its trace.
+    The unit sphere S² has R = +2, S³ +6, the hyperbolic plane −2; for d = 2, R is twice the Gaussian curvature.
 
-    How it is computed: QR of J gives a g-orthonormal frame E and the tangent space Q; B_ij is the second
-    directional derivative of Φ along E_i and E_j, projected twice off Q; R = |Σ_i B_ii|² − Σ_ij |B_ij|².
+    How it is computed: QR of J gives a g-orthonormal frame E and the tangent space Q; B_ij is the second directional
+    derivative of Φ along E_i and E_j, projected twice off Q; R = |Σ_i B_ii|² − Σ_ij |B_ij|².
 
     Args:
-        model: a module, measured in eval mode and left as it was; or any callable on batches whose samples do
-            not interact.
+        model: a module, measured in eval mode and left as it was; or any callable on batches whose samples do not
+            interact.
         x: [B, ...] inputs of d ≥ 2 numbers each, float32 or float64.  Second derivatives deserve float64:
             ``scalar_curvature(model.double(), x.double())``.
-        layer: whose output is Φ: a submodule or its name (``"name#1"``: the output of its second call).
-            None: the model's own output.
+        layer: whose output is Φ: a submodule or its name (``"name#1"``: the output of its second call).  None: the
+            model's own output.
         chunk_size: rows per forward pass (samples times pairs of directions).  Less needs less memory.
 
     Returns:
-        [B], in units of 1/|Φ|²: features are NOT divided by √n here (a probe's ``normalize=True`` metric has
-        curvature n·R).  ``nan`` at a sample where J has deficient rank, since no curvature is defined there.
+        [B], in units of 1/|Φ|²: features are NOT divided by √n here (a probe's ``normalize=True`` metric has curvature
+        n·R).  ``nan`` at a sample where J has deficient rank, since no curvature is defined there.
 
     Raises:
-        ProbeError: d = 1 (R is zero); n < d or J of deficient rank at every sample (R is undefined); a map
-            whose second derivatives vanish identically, such as a ReLU network (R is zero almost everywhere:
-            its curvature sits on the kinks, where no derivative sees it); an unknown layer; an operation
-            without forward derivatives, or one whose second derivatives torch gets wrong (``linalg.solve``,
-            ``det`` and their like; layer and instance normalisation, too, are rewritten for that reason, and
-            a difference quotient of first derivatives at one sample a chunk stands guard over the rest).
+        ProbeError: d = 1 (R is zero); n < d or J of deficient rank at every sample (R is undefined); a map whose second
+            derivatives vanish identically, such as a ReLU network (R is zero almost everywhere: its curvature sits on
+            the kinks, where no derivative sees it); an unknown layer; an operation without forward derivatives, or one
+            whose second derivatives torch gets wrong (``linalg.solve``, ``det`` and their like; layer and instance
+            normalisation, too, are rewritten for that reason, and a difference quotient of first derivatives at one
+            sample a chunk stands guard over the rest).
 
-    **The published formula.**  The code published with arXiv:2301.11375 computes R with a prefactor −3/4 for
-    shallow networks (−3/(n³ det² g) in the sum over triples at d = 2).  With the Riemann tensor
-    R^m_nab = ∂_a Γ^m_bn − ∂_b Γ^m_an + Γ^m_ar Γ^r_bn − Γ^m_br Γ^r_an, that value comes out when the sign of
-    the two ΓΓ terms is flipped; the derivation above gives −1/4 (−1).  For one hidden layer, ∂_c g_ab is
-    totally symmetric and the flip multiplies R by exactly 3, at finite and infinite width; for deeper maps it
-    gives a number that is no multiple of R, may have the other sign, and depends on the coordinates, so it is
-    no scalar.  What was checked: this function against Christoffel symbols by nested automatic
-    differentiation in float64, against 50-digit arithmetic, and against surfaces of known curvature.  These
-    tell the two signs apart:
+    **The published formula.**  The code published with arXiv:2301.11375 computes R with a prefactor −3/4 for shallow
+    networks (−3/(n³ det² g) in the sum over triples at d = 2).  With the Riemann tensor
+        R^m_nab = ∂_a Γ^m_bn − ∂_b Γ^m_an + Γ^m_ar Γ^r_bn − Γ^m_br Γ^r_an,
+    that value comes out when the sign of the two ΓΓ terms is flipped; the derivation above gives −1/4 (−1).  For one
+    hidden layer, ∂_c g_ab is totally symmetric and the flip multiplies R by exactly 3, at finite and infinite width;
+    for deeper maps it gives a number that is no multiple of R, may have the other sign, and depends on the coordinates,
+    so it is no scalar.  What was checked: this function against Christoffel symbols by nested automatic differentiation
+    in float64, against 50-digit arithmetic, and against surfaces of known curvature.  These tell the two signs apart:
 
     =========================================  ==================  =====  ============
     surface                                    at                  R      flipped sign
@@ -85,35 +85,30 @@ def scalar_curvature(
 
     The last line is the usual test, and it passes with the wrong sign: a sphere in angles is not enough.
 
-    Source: the Gauss equation, e.g. do Carmo, Riemannian Geometry, ch. 6.  Cost: d first- and d(d+1)/2
-    second-order directional derivatives (jvp of jvp) per sample; memory a few times n · max(d, chunk_size)
-    numbers besides the passes.
+    Source: the Gauss equation, e.g. do Carmo, Riemannian Geometry, ch. 6.  Cost: d first- and d(d+1)/2 second-order
+    directional derivatives (jvp of jvp) per sample; memory a few times n · max(d, chunk_size) numbers besides the
+    passes.
 
     >>> def graph_of_the_sphere(x):
     ...     return torch.cat([x, (1 - x.square().sum(1, keepdim=True)).sqrt()], 1)
     >>> R = scalar_curvature(graph_of_the_sphere, torch.tensor([[0.5, 0.4]], dtype=torch.float64))
     >>> assert abs(R.item() - 2) < 1e-12
-
     """
     _check_input(x, chunk_size)
     module = _module_behind(model)
     label = "the model's output" if layer is None else f"layer {_name(layer)!r}"
+    features = _feature_map(model, module, layer)
     # A plain callable has nothing to put back, but the settings of the process hold for it too.
-    with (
-        measuring(nn.Module() if module is None else module),
-        _captured(model, module, layer) as features,
-        _TwiceDifferentiable(),
-    ):
+    with measuring(nn.Module() if module is None else module), TwiceDifferentiable():
         x = x.detach().clone()  # made anew inside, because an inference tensor cannot carry a tangent
         if not x.shape[0]:
             return x.new_zeros(0)
         n, d = features(x[:1]).shape[1], x[0].numel()
         if n < d:
             raise ProbeError(
-                f"{label} has {n} features for {d} inputs: with n < d the metric is singular everywhere "
-                "and its curvature undefined.\n"
-                f"Restrict the map to a slice of at most {n} dimensions:  scalar_curvature(lambda u: "
-                "model(x0 + (u @ A).reshape(-1, *x0.shape)), u)"
+                f"{label} has {n} features for {d} inputs: with n < d the metric is singular everywhere and its "
+                f"curvature undefined.\nRestrict the map to a slice of at most {n} dimensions:  "
+                "scalar_curvature(lambda u: model(x0 + (u @ A).reshape(-1, *x0.shape)), u)"
             )
         try:
             parts = [
@@ -132,11 +127,10 @@ def scalar_curvature(
         raise ProbeError(_flat_message(label, module))
     if bool((defect == -torch.inf).all()):
         raise ProbeError(
-            f"the Jacobian of {label} has rank < {d} at every one of the {x.shape[0]} samples, so its "
-            "metric is singular and its curvature undefined. Likely an earlier layer has fewer features "
-            "than the input has dimensions, or is dead.\n"
-            "Restrict the map to a slice, or measure an earlier layer:  scalar_curvature(model, x, "
-            "layer='name')"
+            f"the Jacobian of {label} has rank < {d} at every one of the {x.shape[0]} samples, so its metric is "
+            "singular and its curvature undefined. Likely an earlier layer has fewer features than the input has "
+            "dimensions, or is dead.\n"
+            "Restrict the map to a slice, or measure an earlier layer:  scalar_curvature(model, x, layer='name')"
         )
     return curvature + torch.where(defect == 0, 0.0, torch.nan)
 
@@ -163,14 +157,14 @@ def _curvature(features: FeatureMap, x: Tensor, chunk_size: int, label: str) -> 
     frame = frame.reshape(samples, d, *shape)
     checked = int((defect == 0).to(torch.uint8).argmax())
     if defect[checked] == 0:
-        _refuse_wrong_second_derivative(features, x[checked], frame[checked], label)
+        refuse_wrong_second_derivative(features, x[checked], frame[checked], label)
 
     mean, square = x.new_zeros(samples, Q.shape[1]), x.new_zeros(samples)
     bent = torch.zeros(samples, dtype=torch.bool, device=x.device)
     first, second = torch.triu_indices(d, d, device=x.device)
     for i, j in zip(first.split(at_once), second.split(at_once), strict=True):
         P = len(i)
-        S = _second_derivative(features, _repeated(x, P), _rows(frame, i), _rows(frame, j))
+        S = second_derivative(features, _repeated(x, P), _rows(frame, i), _rows(frame, j))
         S = S.unflatten(0, (P, samples))
         bent |= (S != 0).any(2).any(0)
         B = S.permute(1, 2, 0)
@@ -180,13 +174,6 @@ def _curvature(features: FeatureMap, x: Tensor, chunk_size: int, label: str) -> 
         mean += (B * diagonal).sum(2)
         square += (B.square().sum(1) * (2 - diagonal)).sum(1)
     return mean.square().sum(1) - square, defect, bent
-
-
-def _second_derivative(features: FeatureMap, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    def along_u(y: Tensor) -> Tensor:
-        return torch.func.jvp(features, (y,), (u,))[1]
-
-    return torch.func.jvp(along_u, (x,), (v,))[1]
 
 
 def _repeated(x: Tensor, times: int) -> Tensor:
@@ -200,8 +187,7 @@ def _rows(frame: Tensor, index: Tensor) -> Tensor:
 def _check_input(x: Tensor, chunk_size: int) -> None:
     if x.ndim < 2 or x.dtype not in (torch.float32, torch.float64):
         raise ProbeError(
-            f"curvature needs a batch of inputs [B, ...] of float32 or float64; got {list(x.shape)} of "
-            f"{x.dtype}.\n"
+            f"curvature needs a batch of inputs [B, ...] of float32 or float64; got {list(x.shape)} of {x.dtype}.\n"
             "Write x[None] for a single input, and x.double() (with model.double()) for the dtype."
         )
     d = x.shape[1:].numel()
@@ -225,42 +211,35 @@ def _name(layer: str | nn.Module) -> str:
     return layer if isinstance(layer, str) else type(layer).__name__
 
 
-@contextmanager
-def _captured(
+def _feature_map(
     model: Callable[..., Any], module: nn.Module | None, layer: str | nn.Module | None
-) -> Iterator[FeatureMap]:
-    """Give the map from a batch to the layer's flat features [B, n]; its hook goes, however the body ends."""
+) -> FeatureMap:
+    """The map from a batch to the flat features [B, n] of the layer; hooks are there while it runs."""
     # A bound method (model.forward_features) is called as it is, a wrapper by what it wraps.
     call = module if isinstance(model, nn.Module) and module is not None else model
-    calls: list[Any] = []
-
     if layer is None:
-        yield lambda x: _flat(_run(call, x), x, "the model's output")
-        return
-
-    target, occurrence, label = _target(module, layer)
+        return lambda x: _flat(_run(call, x), x, "the model's output")
+    hooked, entry = _one_layer(module, layer)
+    label = f"layer {entry!r}"
 
     def features(x: Tensor) -> Tensor:
-        calls.clear()
-        _run(call, x)
-        if occurrence >= len(calls):
+        outputs: dict[str, Tensor] = {}
+
+        def on_output(fired: str, _layer: str, output: Any) -> None:
+            # Cloned, because an in-place activation after the layer would overwrite what was captured.
+            outputs[fired] = _only_tensor(output, label).clone()
+
+        with hooked.attached(on_output):
+            _run(call, x)
+        if entry not in outputs:
             raise ProbeError(
-                f"layer {label!r} was called {len(calls)} time(s) in the forward pass, so call "
-                f"#{occurrence} has no output.\n"
+                f"{label} was called {len(outputs)} time(s) in the forward pass, so this call has no output.\n"
                 "Name a layer that this forward pass runs:  [name for name, _ in model.named_modules()]"
             )
-        # Returned and not kept: outside the differentiated function the captured value is a dead wrapper.
-        return _flat(calls[occurrence], x, f"layer {label!r}")
+        # Returned and not kept: outside of the differentiated function a captured value is a dead wrapper.
+        return _flat(outputs[entry], x, label)
 
-    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        # Cloned, because an in-place activation after the layer would overwrite what was captured.
-        calls.append(_only_tensor(output, f"layer {label!r}").clone())
-
-    handle = target.register_forward_hook(hook)
-    try:
-        yield features
-    finally:
-        handle.remove()
+    return features
 
 
 def _run(call: Callable[..., Any], x: Tensor) -> Any:
@@ -270,42 +249,41 @@ def _run(call: Callable[..., Any], x: Tensor) -> Any:
     return torch.func.functional_call(call, buffers, (x,)) if buffers else call(x)  # type: ignore[arg-type]
 
 
-def _target(module: nn.Module | None, layer: str | nn.Module) -> tuple[nn.Module, int, str]:
+def _one_layer(module: nn.Module | None, layer: str | nn.Module) -> tuple[HookedModel, str]:
+    """The module with the one layer to hook, and which of its calls is meant: ``name``, or ``name#1`` …."""
     if module is None:
         raise ProbeError(
             f"layer {_name(layer)!r} needs a module to hook, and the model is a plain callable.\n"
             "Pass the module:  scalar_curvature(model, x, layer='name')"
         )
-    if isinstance(layer, str):
-        plain, hash_sign, number = layer.partition("#")
-        if hash_sign and not number.isdigit():
-            raise ProbeError(f"layer {layer!r} has no number. Write 'name#1' for the second call of a layer.")
-        found = resolve(module, plain)
-    else:
-        hash_sign = number = ""
-        found = resolve(module, layer)
+    plain, hash_sign, number = layer.partition("#") if isinstance(layer, str) else (layer, "", "")
+    if hash_sign and not number.isdigit():
+        raise ProbeError(f"layer {layer!r} has no number. Write 'name#1' for the second call of a layer.")
+    found = resolve(module, plain)
     if len(found) != 1:
         raise ProbeError(
             f"layer {_name(layer)!r} names {len(found)} layers, not one: {list(found)[:6]}.\n"
             f"Write one of them:  layer={next(iter(found))!r}"
         )
-    ((name, target),) = found.items()
-    return target, int(number or 0), name + hash_sign + number
+    call = f"#{int(number)}" if int(number or 0) else ""
+    return HookedModel(module, found), next(iter(found)) + call
 
 
 def _only_tensor(output: Any, label: str) -> Tensor:
-    found = [output]
-    if isinstance(output, dict):
-        found = list(output.values())
-    elif isinstance(output, (tuple, list)):
-        found = list(output)
+    found = (
+        output.values()
+        if isinstance(output, dict)
+        else output
+        if isinstance(output, (tuple, list))
+        else [output]
+    )
     tensors = [value for value in found if isinstance(value, Tensor) and value.is_floating_point()]
     if len(tensors) != 1:
         raise ProbeError(
             f"{label} is a {type(output).__name__} with {len(tensors)} floating-point tensors, where one "
             "feature map is needed.\n"
-            "Choose one, by a layer inside (layer='name') or by a callable:  scalar_curvature(lambda x: "
-            "model(x)['features'], x) with model.eval() before it"
+            "Choose one, by a layer inside (layer='name') or by a callable:  "
+            "scalar_curvature(lambda x: model(x)['features'], x) with model.eval() before it"
         )
     return tensors[0]
 
@@ -314,142 +292,11 @@ def _flat(output: Any, x: Tensor, label: str) -> Tensor:
     output = _only_tensor(output, label)
     if output.ndim < 1 or output.shape[0] != x.shape[0]:
         raise ProbeError(
-            f"{label} has shape {list(output.shape)} for {x.shape[0]} inputs: its first axis is not the "
-            "batch, so no sample has features of its own.\n"
+            f"{label} has shape {list(output.shape)} for {x.shape[0]} inputs: its first axis is not the batch, so no "
+            "sample has features of its own.\n"
             "Wrap the model in one that moves the batch axis to the front:  output.movedim(1, 0)"
         )
     return output.reshape(x.shape[0], -1)
-
-
-def _silu(x: Tensor, inplace: bool = False) -> Tensor:
-    value = x * torch.sigmoid(x)
-    return x.copy_(value) if inplace else value
-
-
-def _mish(x: Tensor, inplace: bool = False) -> Tensor:
-    value = x * torch.tanh(nn.functional.softplus(x))
-    return x.copy_(value) if inplace else value
-
-
-def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
-    value = nn.functional.relu6(x + 3) / 6
-    return x.copy_(value) if inplace else value
-
-
-def _glu(x: Tensor, dim: int = -1) -> Tensor:
-    value, gate = x.chunk(2, dim)
-    return value * torch.sigmoid(gate)
-
-
-def _layer_norm(
-    x: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *_cudnn: bool,
-) -> Tensor:
-    value = _standardised(x, tuple(range(-len(normalized_shape), 0)), eps)
-    value = value if weight is None else value * weight
-    return value if bias is None else value + bias
-
-
-def _instance_norm(
-    x: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *_cudnn: bool,
-) -> Tensor:
-    if not use_input_stats:  # by running statistics it is an affine map, and torch's own is right
-        return nn.functional.instance_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
-    value = _standardised(x, tuple(range(2, x.ndim)), eps)
-    per_channel = (1, -1, *(1 for _ in x.shape[2:]))
-    value = value if weight is None else value * weight.reshape(per_channel)
-    return value if bias is None else value + bias.reshape(per_channel)
-
-
-def _standardised(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
-    centred = x - x.mean(axes, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
-
-
-class _TwiceDifferentiable(TorchFunctionMode):
-    """Write what torch cannot differentiate forward twice in operations that it can, and refuse the rest.
-
-    In torch 2.14, the derivative of ``silu``'s (``mish``'s, ``glu``'s …) forward derivative is missing, while
-    those of layer and instance normalisation and of whatever goes through an LU factorisation exist and are
-    WRONG, without an error: their rules hold saved results for constants.
-    """
-
-    _REWRITTEN: ClassVar[Mapping[str, Callable[..., Tensor]]] = {
-        "silu": _silu,
-        "silu_": lambda x: _silu(x, True),
-        "mish": _mish,
-        "mish_": lambda x: _mish(x, True),
-        "hardsigmoid": _hardsigmoid,
-        "glu": _glu,
-        "layer_norm": _layer_norm,
-        "instance_norm": _instance_norm,
-    }
-    _LU = re.compile(r"(linalg_)?(det|logdet|slogdet|lu|lu_factor(_ex)?|lu_solve|solve(_ex)?|tensorsolve)")
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if self._LU.fullmatch(name):
-            raise ProbeError(
-                f"the feature map calls torch.{name}, whose second forward derivatives torch computes "
-                "wrongly, without an error.\n"
-                "Write it with what is sound: torch.linalg.inv, cholesky, solve_triangular or qr "
-                "(log |det A| = qr(A).R.diagonal().abs().log().sum())."
-            )
-        kwargs = dict(kwargs or {})
-        rewritten = self._REWRITTEN.get(name)
-        if rewritten is None:
-            return func(*args, **kwargs)
-        if "input" in kwargs:
-            args = (kwargs.pop("input"), *args)
-        return rewritten(*args, **kwargs)
-
-
-# Step of the difference quotient relative to |x|, its tolerance relative to the second derivative.
-_STEPS = {torch.float64: (1e-2, 1e-3, 1e-4, 1e-5), torch.float32: (1e-1, 3e-2, 1e-2, 3e-3)}
-_TOLERANCE = {torch.float64: 1e-2, torch.float32: 0.3}
-
-
-def _refuse_wrong_second_derivative(features: FeatureMap, x: Tensor, frame: Tensor, label: str) -> None:
-    """Compare one second derivative with a difference quotient of first ones: not all of torch's are right.
-
-    At one sample x [*shape], along a sum u of its frame [d, *shape] with unlike weights, so that every pair
-    counts. |J u| = 1 gives the rounding error of the quotient, ε/h; the best of several steps decides.
-    """
-    d = len(frame)
-    weights = torch.linspace(1, 2, d, dtype=x.dtype, device=x.device).reshape(d, *(1 for _ in x.shape))
-    weights = torch.where(torch.arange(d, device=x.device).reshape(weights.shape) % 2 == 0, weights, -weights)
-    u = (weights * frame).sum(0) / weights.square().sum().sqrt()
-    second = _second_derivative(features, x[None], u[None], u[None])[0]
-    h = x.new_tensor(_STEPS[x.dtype]) * x.abs().amax().clamp(min=1e-2) / u.abs().amax()
-    step = torch.cat([h, -h]).reshape(-1, *(1 for _ in x.shape))
-    slopes = torch.func.jvp(features, (x + step * u,), (u.repeat(len(step), *(1 for _ in x.shape)),))[1]
-    forward, backward = slopes.chunk(2)
-    error = ((forward - backward) / (2 * h[:, None]) - second).norm(dim=1)
-    allowed = _TOLERANCE[x.dtype] * second.norm() + 100 * torch.finfo(x.dtype).eps / h
-    # A quotient that is not finite (a step out of the domain of the map) says nothing.
-    if bool((error.isfinite() & (error > allowed)).any() & ~(error <= allowed).any()):
-        raise ProbeError(
-            f"a second derivative of {label} is wrong: along one direction torch has "
-            f"{second.norm().item():.4g}, and "
-            f"differs by {error[error.isfinite()].min().item():.3g} from the difference quotient of its own "
-            "first "
-            "derivatives. Likely an operation whose second forward derivative torch gets wrong (it is so "
-            "for LU "
-            "factorisations), a custom autograd function, or a kink at this very point.\n"
-            "Find it by measuring layer by layer (layer='name'), and write it in elementary torch functions."
-        )
 
 
 # Modules with a kink or a jump: a map that bends in these alone has no curvature away from the kinks.
@@ -464,9 +311,9 @@ def _flat_message(label: str, module: nn.Module | None) -> str:
     kinked = sorted({type(m).__name__ for m in modules if isinstance(m, _KINKED)})
     cause = f" (it contains {', '.join(kinked)})" if kinked else ""
     return (
-        f"all second derivatives of {label} vanish identically: the map is affine or piecewise "
-        f"linear{cause}. Its scalar curvature is zero almost everywhere (undefined where the Jacobian has "
-        "rank < d); what curvature there is sits on the kinks, where no derivative sees it.\n"
-        "Measure its volume element instead, tgp.measure(model, x, layers=...), or a smooth network: "
-        "nn.GELU() for nn.ReLU()."
+        f"all second derivatives of {label} vanish identically: the map is affine or piecewise linear{cause}. Its "
+        "scalar curvature is zero almost everywhere (undefined where the Jacobian has rank < d); what curvature there "
+        "is sits on the kinks, where no derivative sees it.\n"
+        "Measure its volume element instead, tgp.measure(model, x, layers=...), or a smooth network: nn.GELU() for "
+        "nn.ReLU()."
     )

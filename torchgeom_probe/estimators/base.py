@@ -15,8 +15,9 @@ import torch
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
-from torchgeom_probe.linalg.gram import Factor, log_volume, rank_tolerance
+from torchgeom_probe.linalg.gram import Factor
 from torchgeom_probe.linalg.spectrum import SpectralDensity
+from torchgeom_probe.linalg.volume import log_volume, rank_tolerance
 from torchgeom_probe.report import LayerGeometry
 
 #: Below this share of the largest a singular value taken from a float64 Gram matrix is rounding.

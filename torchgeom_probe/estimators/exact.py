@@ -12,8 +12,7 @@ from torchgeom_probe.estimators.base import Estimator, ProductCount, from_factor
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.directions import basis
-from torchgeom_probe.linalg.gram import Factor
-from torchgeom_probe.linalg.stream import streamed_factor
+from torchgeom_probe.linalg.gram import Factor, streamed_factor
 from torchgeom_probe.report import LayerGeometry
 
 FULL = "log √det g, all d directions"
@@ -94,7 +93,7 @@ def _by_reverse_mode(plan: Plan, engine: str) -> bool:
 
 
 def _by_rows(jacobians: Jacobians) -> dict[str, Factor]:
-    """Rows of J by pullbacks over one saved pass; where they do not fit together, in blocks (``linalg.stream``)."""
+    """Rows of J by pullbacks over one saved pass; where they do not fit together, in blocks (``linalg.gram``)."""
     plan = jacobians.plan
     factors: dict[str, Factor] = {}
     with jacobians.pullback(max(plan.features.values()) // _ROWS_A_COPY) as back:

@@ -15,8 +15,8 @@ from torchgeom_probe.estimators.base import Estimator, ProductCount, conventions
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians
 from torchgeom_probe.jacobian.plan import Plan
-from torchgeom_probe.linalg.gram import log_volume, rank_tolerance
 from torchgeom_probe.linalg.krylov import leading
+from torchgeom_probe.linalg.volume import log_volume, rank_tolerance
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
 

@@ -12,10 +12,11 @@ import torch
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators.base import Estimator, ProductCount, conventions, counted
 from torchgeom_probe.jacobian.jacobians import Jacobians
-from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians, orthonormal
+from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.directions import basis, for_every_sample
 from torchgeom_probe.linalg.lanczos import rademacher
+from torchgeom_probe.linalg.orthonormal import orthonormal
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Tensor
 

@@ -15,8 +15,7 @@ import torch
 from torchgeom_probe.errors import EngineRefusal, ProbeError
 from torchgeom_probe.jacobian import functorch, fused, vjp
 from torchgeom_probe.jacobian.plan import Plan
-from torchgeom_probe.linalg.gram import Factor
-from torchgeom_probe.linalg.stream import streamed_factor
+from torchgeom_probe.linalg.gram import Factor, streamed_factor
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import same_random_numbers

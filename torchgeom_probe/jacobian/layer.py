@@ -15,8 +15,7 @@ from torchgeom_probe.errors import EngineRefusal, ProbeError
 from torchgeom_probe.jacobian.jacobians import EngineName, Jacobians
 from torchgeom_probe.jacobian.vjp import Pullback
 from torchgeom_probe.linalg.directions import basis
-from torchgeom_probe.linalg.gram import Factor
-from torchgeom_probe.linalg.stream import streamed_factor
+from torchgeom_probe.linalg.gram import Factor, streamed_factor
 from torchgeom_probe.shapes import Float, Tensor
 
 
@@ -164,42 +163,3 @@ def layer_jacobians(
             f"model:\n{error}\n"
             "Take an estimator that needs forward mode alone:  estimator=Subspace(k=8) or estimator=Exact()"
         ) from error
-
-
-def orthonormal(
-    rows_BbX: Tensor, against_BmX: Tensor | None, *, eps: float, noise: Tensor | float = 0.0
-) -> Tensor:
-    """Orthonormal rows that span the given ones outside of ``against``; zero rows where they are dependent.
-
-    Two rounds of projection and of orthonormalisation through float64 Gram matrices.  A row that keeps less than 32·eps
-    of its norm, or less than ``noise``, held nothing but rounding, and becomes zero: a zero vector adds nothing to
-    either factor.
-    """
-    scale = rows_BbX.norm(dim=2, keepdim=True)
-    floor = torch.maximum(
-        32 * eps * scale.amax(1, keepdim=True), torch.as_tensor(noise, dtype=scale.dtype, device=scale.device)
-    )
-    rows = _projected(rows_BbX, against_BmX)
-    values, basis = torch.linalg.eigh(_finite(rows @ rows.mT))
-    keep = values[:, :, None].clamp_min(0).sqrt() > floor
-    rows = torch.where(keep, (basis.mT @ rows) / values[:, :, None].clamp_min(1e-300).sqrt(), 0.0)
-    rows = _projected(rows, against_BmX)
-    values, basis = torch.linalg.eigh(_finite(rows @ rows.mT))
-    keep = values[:, :, None] > 0.1
-    rows = torch.where(keep, (basis.mT @ rows) / values[:, :, None].clamp_min(1e-300).sqrt(), 0.0)
-    return rows.flip(1)
-
-
-def _projected(rows_BbX: Tensor, against_BmX: Tensor | None) -> Tensor:
-    if against_BmX is None or not against_BmX.shape[1]:
-        return rows_BbX
-    return rows_BbX - (rows_BbX @ against_BmX.mT) @ against_BmX
-
-
-def _finite(gram: Tensor) -> Tensor:
-    # LAPACK refuses nan; a diverged sample must not take its neighbours with it.
-    return torch.where(
-        gram.isfinite().all(-1).all(-1)[:, None, None],
-        gram,
-        torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device),
-    )

@@ -106,7 +106,7 @@ class Plan:
     def layer_groups(self, num_directions: int, samples: int = 1) -> Iterator[list[str]]:
         """Split the entries so that their kept tangents fit: all directions are needed at once for their cross terms.
 
-        An entry whose tangents do not fit comes alone, and is streamed (``linalg.stream``).
+        An entry whose tangents do not fit comes alone, and is streamed (``linalg.gram``).
 
         Raises:
             ProbeError: not even two directions of an entry fit.

@@ -14,8 +14,8 @@ from torchgeom_probe.shapes import Float, Tensor
 def orthonormal_frame(num_directions: int, num_inputs: int, *, seed: int) -> Float[Tensor, "k d"]:
     """Return k random orthonormal directions of R^d, Haar distributed, as the rows of a float64 CPU tensor.
 
-    Drawn from a generator of its own: the same seed gives the same frame on every device, in every process, for every layer and
-    epoch (common random numbers), so that differences between them carry little noise.
+    Drawn from a generator of its own: the same seed gives the same frame on every device, in every process, for every
+    layer and epoch (common random numbers), so that differences between them carry little noise.
 
     Raises:
         ProbeError: k > d, or k < 1.
@@ -30,7 +30,8 @@ def orthonormal_frame(num_directions: int, num_inputs: int, *, seed: int) -> Flo
         )
     if num_directions > num_inputs:
         raise ProbeError(
-            f"k={num_directions} orthonormal directions were asked for in an input space of d={num_inputs} dimensions.\n"
+            f"k={num_directions} orthonormal directions were asked for in an input space of d={num_inputs} "
+            "dimensions.\n"
             f"Write Subspace(k={num_inputs}) or fewer, or take all directions:  estimator=Exact()"
         )
     generator = torch.Generator("cpu").manual_seed(seed)

@@ -17,11 +17,12 @@ from torchgeom_probe.shapes import Float, Tensor
 
 @dataclass(frozen=True, eq=False)
 class SpectralDensity:
-    """How the d eigenvalues λ of g are distributed: a sum of point masses per probe, of d in all, zero eigenvalues included.
+    """How the d eigenvalues λ of g are distributed: point masses per probe, of d in all, zero eigenvalues included.
 
-    Definition: tr f(g) = mean over probes of Σ_j weights_j f(nodes_j).  From a Lanczos run of m steps that is Gauss quadrature, exact per
-    probe for polynomials up to degree 2m − 1 (so for tr g and tr g²); from :class:`~torchgeom_probe.Exact` it is the spectrum itself.
-    Eigenvalues are those of g as it was measured: of JᵀJ/n when normalised.
+    Definition: tr f(g) = mean over probes of Σ_j weights_j f(nodes_j).  From a Lanczos run of m steps that is Gauss
+    quadrature, exact per probe for polynomials up to degree 2m − 1 (so for tr g and tr g²); from
+    :class:`~torchgeom_probe.Exact` it is the spectrum itself.  Eigenvalues are those of g as it was measured: of JᵀJ/n
+    when normalised.
 
     Attributes:
         nodes: [B, s, m], eigenvalues (λ = σ²), not sorted.
@@ -29,15 +30,12 @@ class SpectralDensity:
         num_inputs: d.
         exact: whether the nodes are all the eigenvalues.
 
-    Bias: none in tr g and tr g²; the quadrature's in other functions.  Variance: from the s probes; each estimate comes with a standard
-    error [B] (zero where exact).  Cost: none beyond the measurement.
+    Bias: none in tr g and tr g²; the quadrature's in other functions.  Variance: from the s probes; each estimate comes
+    with a standard error [B] (zero where exact).  Cost: none beyond the measurement.
 
-    >>> import torch, torchgeom_probe as tgp
-    >>> model = torch.nn.Linear(3, 3, bias=False)
-    >>> _ = model.weight.data.copy_(torch.diag(torch.tensor([2.0, 1.0, 1.0])))
-    >>> report = tgp.measure(model, torch.zeros(1, 3), layers="", estimator=tgp.Exact(), normalize=False)
-    >>> ratio, error = report.density("").participation_ratio()          # (4 + 1 + 1)² / (16 + 1 + 1)
-    >>> round(ratio.item(), 6), error.item()
+    >>> density = SpectralDensity.of_singular_values(torch.tensor([[2.0, 1.0, 1.0]]), num_inputs=5)
+    >>> ratio, error = density.participation_ratio()          # (4 + 1 + 1)² / (16 + 1 + 1)
+    >>> ratio.item(), error.item()
     (2.0, 0.0)
     """
 
@@ -91,13 +89,13 @@ class SpectralDensity:
         return self.expectation(lambda nodes: (nodes + eps).log())
 
     def participation_ratio(self) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """Return (tr g)²/tr g² [B], how many eigenvalues carry the trace, and its standard error [B] (jackknife over probes)."""
+        """Return (tr g)²/tr g² [B], how many eigenvalues carry the trace, and its standard error [B] (jackknife)."""
         return self._of_moments(
             lambda moments: moments[0].square() / moments[1].clamp_min(1e-300), [lambda x: x, torch.square]
         )
 
     def effective_rank(self) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """Return exp(entropy of λ/Σλ) [B] (Roy and Vetterli 2007), and its standard error [B] (jackknife over probes)."""
+        """Return exp(entropy of λ/Σλ) [B] (Roy and Vetterli 2007), and its standard error [B] (jackknife)."""
 
         def from_moments(moments: Sequence[Tensor]) -> Tensor:
             total = moments[0].clamp_min(1e-300)
@@ -113,7 +111,7 @@ class SpectralDensity:
     def per_decade(
         self, log10_eigenvalues: Float[Tensor, " p"], width: float = 0.1
     ) -> Float[Tensor, "batch p"]:
-        """Return the density over log10 λ, [B, p], in eigenvalues per decade, smoothed by a Gaussian of that width (in decades)."""
+        """Return the density over log10 λ, [B, p], per decade, smoothed by a Gaussian of that width (in decades)."""
         if not width > 0:
             raise ProbeError(
                 f"width={width}: the smoothing is a positive number of decades.\nWrite width=0.1"

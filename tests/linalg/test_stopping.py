@@ -1,4 +1,4 @@
-"""The thresholds of TopK's stopping rule: over many spectra and seeds no bound may be below the error."""
+"""The thresholds of the stopping rule: over many spectra and seeds no bound may be below the error."""
 
 import math
 
@@ -7,27 +7,9 @@ import pytest
 import torch
 
 from torchgeom_probe.linalg.krylov import leading
+from torchgeom_probe.linalg.operator import MatrixOperator
 
 N, D, SEEDS = 256, 512, 120
-
-
-class Dense:
-    """J [B, n, d] in the place of a layer's Jacobian."""
-
-    eps = torch.finfo(torch.float64).eps
-
-    def __init__(self, matrix):
-        self.matrix, self.products = matrix, 0
-        self.batch, self.num_features, self.num_inputs = matrix.shape
-        self.device = matrix.device
-
-    def push(self, vectors, *, at=None):
-        self.products += vectors.shape[1]
-        return vectors @ self.matrix.mT
-
-    def pull(self, vectors):
-        self.products += vectors.shape[1]
-        return vectors @ self.matrix
 
 
 def _network(model, x):
@@ -62,7 +44,7 @@ KINDS = ["geometric", "harmonic", "gaussian", "slow", "steps", "pairs", "gap", "
 
 def _found(matrices, start, k, tolerance, *, warm=False):
     found = leading(
-        Dense(matrices),
+        MatrixOperator(matrices),
         start,
         k=k,
         block=4,
