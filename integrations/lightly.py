@@ -90,7 +90,7 @@ def embedding_layers(module: nn.Module) -> list[str]:
     >>> module.backbone = nn.Sequential(nn.Conv2d(3, 2, 4), nn.ReLU(), nn.Conv2d(2, 5, 1))
     >>> module.projection_head = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4))
     >>> embedding_layers(module)
-    ['backbone.0', 'backbone.2', 'backbone', 'projection_head.1', 'projection_head.2']
+    ['backbone.1', 'backbone.2', 'backbone', 'projection_head.1', 'projection_head.2']
 
     """
     (backbone_name, backbone), *heads = _branch(module).items()

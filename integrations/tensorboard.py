@@ -303,7 +303,8 @@ def _conventions(report: GeometryReport, labels: dict[str, str]) -> str:
         "others."
     )
     legend = ["| tag | shows |", "|---|---|"]
-    legend += [f"| {tag} | {meaning} |" for tag, meaning in (TAGS | MONITOR_TAGS).items()]
+    chart = chart_of(next(iter(report.values())))
+    legend += [f"| {t.replace('logvol', chart)} | {meaning} |" for t, meaning in (TAGS | MONITOR_TAGS).items()]
     return "\n".join([*rows, "", units, "", *legend])
 
 

@@ -70,7 +70,7 @@ def test_the_encoder_is_the_modules_own_parts():
     assert torch.equal(network(x), module.projection_head(module.backbone(x).flatten(1)))
     module.projection_head = None
     assert torch.equal(encoder(module)(x), module.backbone(x))
-    assert embedding_layers(module) == ["backbone.0", "backbone.1", "backbone"]
+    assert embedding_layers(module) == ["backbone.0", "backbone.3", "backbone"]
 
 
 def test_compiled_parts_are_probed_as_what_they_are():
@@ -223,7 +223,7 @@ def test_lightlys_own_heads():
             with TwoViewProbe(module) as probe:
                 report = probe.measure(pair())
                 augmentation = probe.augmentation(pair())
-            stages = [f"{backbone_name}.0", f"{backbone_name}.1", backbone_name]
+            stages = [f"{backbone_name}.0", f"{backbone_name}.3", backbone_name]
             assert list(report) == [*stages, *(f"{head_name}.{end}" for end in ends)]
             assert list(augmentation) == list(report)
             for layer in report.values():

@@ -152,7 +152,7 @@ def test_the_stages_of_torchvision_models(name, expected):
 
 
 def test_plain_models_and_models_inside_models():
-    assert stage_layers(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 5))) == ["0", "2"]
+    assert stage_layers(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 5))) == ["1", "2"]
     assert stage_layers(nn.Linear(2, 3)) == [""]
     assert stage_layers(nn.ReLU()) == [""]
     learner = nn.Module()

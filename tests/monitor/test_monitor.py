@@ -22,6 +22,8 @@ from torchgeom_probe.monitor.monitor import Monitor
 from torchgeom_probe.monitor.schedules import Budget, Every, LogSpaced
 from torchgeom_probe.monitor.writers import CSVWriter, Writer
 from torchgeom_probe.probe import GeometryProbe, measure
+from torchgeom_probe.slices.scan import scan
+from torchgeom_probe.slices.slice import Line
 
 
 class Recorder(Writer):
@@ -391,6 +393,25 @@ def test_maps_are_drawn_at_each_mth_probe_for_the_writers_that_take_them():
         Monitor(mlp(), torch.randn(5, 4), writer=plain, maps={"slice": lambda model: None})
     with pytest.raises(ProbeError, match=r"maps=\{'slice': ...\} takes a slice, or a function(.|\n)*got a Tensor"):
         Monitor(mlp(), torch.randn(5, 4), writer=album, maps={"slice": torch.zeros(3)})
+
+
+def test_a_slice_is_scanned_at_the_probes_layers_and_handed_to_the_writers_as_a_result():
+    found = []
+
+    class Album(Writer):
+        def write_map(self, tag, result, step):
+            found.append((tag, step, result))
+
+    model, x = mlp(), torch.randn(5, 4)
+    line, options = Line(x[0], x[1], steps=7), {"layers": ["1"], "normalize": False}
+    Monitor(model, x, writer=Album(), maps={"line": line}, estimator=Exact(), on_error="raise", **options).probe_now()
+    with GeometryProbe(model, **options) as probe:
+        Monitor(probe, x, writer=[Album(), Album()], maps={"line": line}, on_error="raise").probe_now()
+    wanted = scan(model, line, **options)
+    assert [(tag, step) for tag, step, _ in found] == [("line", 0)] * 3
+    for _, _, result in found:
+        assert result.slice is line
+        assert torch.equal(result.log_volume["1"], wanted.log_volume["1"])
 
 
 class Accounts(Recorder):
