@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -38,7 +38,7 @@ class Settings:
 
     """
 
-    preset: Literal["embedded", "paper"] = "embedded"
+    preset: str = "embedded"
     quick: bool = False
     seed: int = 0
     device: str = "cpu"

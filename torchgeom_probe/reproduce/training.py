@@ -320,13 +320,13 @@ class _Loop(Trained):
             self.monitor.load_state_dict(self.monitor_state)
         return self.monitor.follow(self.optimizer)
 
-    def show(self, view: View, epoch: int, board: Any) -> None:
+    def show(self, view: View, epoch: int, board: Writer) -> None:
         """Scan, and draw into TensorBoard what had not been scanned before."""
         new = not self._scanned(view, epoch).exists()
         found = self.scan(view, epoch)
         if new:
             figure = plot(found, class_names=view.class_names, images=view.images, title=f"epoch {epoch}")
-            board.write_figure(f"{self.name}/{view.name}", figure, epoch * self.training.steps_per_epoch)
+            board.write_map(f"{self.name}/{view.name}", figure, epoch * self.training.steps_per_epoch)
 
     def until(self, epoch: int) -> None:
         """Train to the end of ``epoch``, keep the network there and its numbers."""

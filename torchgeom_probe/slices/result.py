@@ -117,7 +117,7 @@ class SliceScan:
     def load(cls, path: str | os.PathLike[str]) -> SliceScan:
         """Read what :meth:`save` wrote, onto the CPU; ProbeError where it is no scan or cut short."""
         tensors, metadata = read(path, kind="SliceScan")
-        options = dict(metadata["slice"])
+        options = {key: tuple(v) if isinstance(v, list) else v for key, v in metadata["slice"].items()}
         samples = [tensors[f"slice/{name}"] for name in "abc" if f"slice/{name}" in tensors]
         kind: Any = Line if options.pop("kind") == "Line" else Plane
         return cls.joined(kind(*samples, **options), metadata["settings"], [(tensors, metadata)])
