@@ -35,7 +35,6 @@ class Settings:
 
     >>> Settings(quick=True).choose(embedded=200, paper=1000, quick=2)
     2
-
     """
 
     preset: str = "embedded"
