@@ -19,7 +19,7 @@ def add(verbs: Any) -> None:
         "--estimator",
         default="subspace",
         metavar="NAME",
-        help="subspace (default), exact, topk, logdet, trace, …; with its number, topk:10, or more, subspace:k=4,frames=16",
+        help="subspace (default), exact, topk, logdet, trace, …; with its number topk:10, or more subspace:k=4,seed=1",
     )
     parser.add_argument("-k", type=int, help="directions of subspace, singular values of topk")
     parser.add_argument("--no-normalize", action="store_true", help="do not divide the Jacobian by √n")

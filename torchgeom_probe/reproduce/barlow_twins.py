@@ -157,17 +157,18 @@ def train_without_labels(images: Images, results: Results) -> tuple[Trained, lis
     return trained, lines, plane
 
 
-def _two_views() -> Callable[[Int[Tensor, "batch 3 height width"]], list[Tensor]]:
+def _two_views() -> Callable[[Int[Tensor, "batch 3 height width"]], tuple[Tensor, Tensor]]:
     module = optional("lightly.transforms.byol_transform", extra="lightly")
     pillow = optional("PIL.Image", extra="figures")
     options = dict(input_size=32, gaussian_blur=0.0, cj_strength=0.5, min_scale=0.2, normalize=None)
     augment = [module.BYOLView1Transform(**options), module.BYOLView2Transform(**options)]
 
-    def two_views(pictures: Tensor) -> list[Tensor]:
+    def two_views(pictures: Tensor) -> tuple[Tensor, Tensor]:
         photographs = [pillow.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
         with _all_seeded(int(torch.randint(2**31, ()))):
             pairs = [[view(photograph) for view in augment] for photograph in photographs]
-        return [torch.stack(views) for views in zip(*pairs, strict=True)]
+        first, second = (torch.stack(views) for views in zip(*pairs, strict=True))
+        return first, second
 
     return two_views
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import Literal
 
-from torchgeom_probe.errors import optional
+from torchgeom_probe.boundary.magnification import Magnification
 from torchgeom_probe.estimators import Exact
 from torchgeom_probe.plotting.files import save
 from torchgeom_probe.probe import measure
@@ -18,7 +18,8 @@ from torchgeom_probe.reproduce import fig2
 from torchgeom_probe.reproduce.data.digits import load_digits, load_mnist
 from torchgeom_probe.reproduce.results import drawn
 from torchgeom_probe.reproduce.settings import Say, Settings
-from torchgeom_probe.reproduce.training import train
+from torchgeom_probe.reproduce.training import Trained, View, train
+from torchgeom_probe.shapes import Tensor
 
 
 def run(
@@ -43,15 +44,12 @@ def run(
 
     Raises:
         ProbeError: a width below the number of pixels, data that cannot be had, a missing optional package.
-
     """
     began, out, epochs = time.perf_counter(), settings.out, settings.epochs or 200
     if width is None:
         width = {"digits": 512, "mnist": 2000}[data]
     if settings.quick:
         width, epochs, grid = min(width, 128), min(epochs, 10), min(grid, 12)
-    # What is missing is said before the training, not after it.
-    optional("matplotlib", extra="figures")
     if data == "digits":
         digits = load_digits(settings.seed)
     else:
@@ -70,28 +68,34 @@ def run(
     for row in trained.history[1:]:
         say(f"epoch {row['epoch']}: test accuracy {row['test_accuracy']:.3f}")
 
-    probed = watch["x_probe"].to(settings.device)
-    start, report = (
-        measure(trained.model(epoch), probed, layers=[fig2.LAYER], estimator=Exact()) for epoch in (0, epochs)
-    )
-    say("\nAt the probed test images, before training:\n" + start.summary())
-    say("\nAfter training:\n" + report.summary())
-    report.to_csv(out / "report.csv")
-    report.to_json(out / "report.json")
-
-    found = {}
-    for view, title in zip(views, (f"log {fig2.LINE}", fig2.PLANE), strict=True):
-        scans = {when: trained.scan(view, epoch) for when, epoch in (("before", 0), ("after", epochs))}
-        for when, scan in scans.items():
-            scan.save(out / f"{view.name}_{when}.safetensors")
-        named = {f"{when} training": scan for when, scan in scans.items()}
-        save(drawn(view, named, unit="nat", title=title), out / f"{view.name}.png")
-        found[view.name] = scans["after"].magnification(
-            fig2.LAYER, initial=scans["before"], seed=settings.seed
-        )
+    _report(trained, watch["x_probe"].to(settings.device), say)
+    titles = (f"log {fig2.LINE}", fig2.PLANE)
+    found = [_slice(trained, view, title) for view, title in zip(views, titles, strict=True)]
     say("")
-    for name, statistic in found.items():
-        say(f"On the {name}: {statistic}.")
+    for view, statistic in zip(views, found, strict=True):
+        say(f"On the {view.name}: {statistic}.")
     written = ", ".join(str(out / name) for name in ("line.png", "plane.png", "geometry.csv", "report.json"))
     say(f"\nWrote {written} in {time.perf_counter() - began:.0f} s.")
     say(f"Watch the training:  tensorboard --logdir {out / 'events'}")
+
+
+def _report(trained: Trained, x: Tensor, say: Say) -> None:
+    """Measure before and after training, say both and write the second."""
+    before, after = (
+        measure(trained.model(epoch), x, layers=[fig2.LAYER], estimator=Exact())
+        for epoch in trained.three[::2]
+    )
+    say("\nAt the probed test images, before training:\n" + before.summary())
+    say("\nAfter training:\n" + after.summary())
+    after.to_csv(trained.folder / "report.csv")
+    after.to_json(trained.folder / "report.json")
+
+
+def _slice(trained: Trained, view: View, title: str) -> Magnification:
+    """Save and draw the scans before and after training, and test the second."""
+    before, after = trained.scans(view, trained.three[::2]).values()
+    before.save(trained.folder / f"{view.name}_before.safetensors")
+    after.save(trained.folder / f"{view.name}_after.safetensors")
+    figure = drawn(view, {"before training": before, "after training": after}, unit="nat", title=title)
+    save(figure, trained.folder / f"{view.name}.png")
+    return after.magnification(fig2.LAYER, initial=before, seed=trained.settings.seed)

@@ -69,7 +69,6 @@ def sinusoid(count: int = 400, *, seed: int = 0) -> Points:
     >>> points = sinusoid(seed=3)
     >>> x, y = points.inputs.unbind(1)
     >>> assert points.inputs.abs().max() <= 1 and torch.equal(points.labels == 1, y > 0.6 * torch.sin(7 * x - 1))
-
     """
     inputs = 2 * torch.rand(count, 2, generator=torch.Generator().manual_seed(seed)) - 1
     labels = (inputs[:, 1] > 0.6 * torch.sin(7 * inputs[:, 0] - 1)).long()
@@ -82,7 +81,6 @@ def noisy_xor(count: int = 400, *, variance: float = 0.15, seed: int = 0) -> Poi
     >>> points = noisy_xor(4000)
     >>> above = points.inputs[points.labels == 1]
     >>> assert abs(points.inputs.var(0).mean() - 1.15) < 0.05 and (above.prod(1) < 0).float().mean() > 0.98
-
     """
     generator = torch.Generator().manual_seed(seed)
     corners = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])[torch.arange(count) % 4]
@@ -96,7 +94,6 @@ class PaperNetwork(nn.Module):
     Its modules have the names of :func:`torchgeom_probe.reproduce.fig2.network`'s.
 
     >>> assert PaperNetwork(2, 7, 3)(torch.zeros(5, 2)).shape == (5, 3)
-
     """
 
     def __init__(self, num_inputs: int, width: int, num_classes: int) -> None:
@@ -116,7 +113,6 @@ def the_plane(half: float, steps: int) -> Plane:
 
     >>> plane = the_plane(1.5, 40)
     >>> assert torch.allclose(plane.points(), plane.grid().float()) and abs(plane.log_measure) < 1e-12
-
     """
     a, b, c = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     return Plane(a, b, c, steps=steps, extent=(-half, half), coordinates="barycentric")

@@ -81,7 +81,6 @@ def training(
 
     Raises:
         ProbeError: fewer units than pixels: g is singular.
-
     """
     num_inputs, dtype = data.train_images.shape[1], data.train_images.dtype
     if width < num_inputs:

@@ -29,7 +29,6 @@ def quirks(text: str) -> tuple[dict[str, str], ...]:
     ... -> nats
     ... ''')
     ({'quirk': 'entropy in base 10', 'decision': 'nats'},)
-
     """
     pairs = (" ".join(paragraph.split()).split(" -> ") for paragraph in text.strip().split("\n\n"))
     return tuple({"quirk": quirk, "decision": decision} for quirk, decision in pairs)
@@ -62,7 +61,6 @@ class Results:
         settings: the command line's.
         quirks: of the paper's own code, as :func:`quirks` reads them.
         say: prints a line.
-
     """
 
     def __init__(

@@ -38,7 +38,6 @@ def reproduce(names: Sequence[str], settings: Settings, *, say: Say = print) -> 
     ...     reproduce(["fig9"], Settings())
     ... except ProbeError as error:
     ...     assert "fig1" in str(error)
-
     """
     unknown = [name for name in names if name not in (*FIGURES, "all")]
     if unknown or not names:

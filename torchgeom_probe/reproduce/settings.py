@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -35,10 +35,9 @@ class Settings:
 
     >>> Settings(quick=True).choose(embedded=200, paper=1000, quick=2)
     2
-
     """
 
-    preset: Literal["embedded", "paper"] = "embedded"
+    preset: str = "embedded"
     quick: bool = False
     seed: int = 0
     device: str = "cpu"

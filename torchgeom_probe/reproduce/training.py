@@ -62,7 +62,6 @@ class Training:
         schedule: factor of the learning rate as a function of progress in [0, 1).
         evaluate: numbers of a network, at every snapshot.
         describe: what is said of it in the results: data, width, learning rate, ….  JSON values.
-
     """
 
     name: str
@@ -118,7 +117,6 @@ class View:
         epochs: which of the training's snapshots are scanned; None: all.
         class_names: the name of each class index.
         images: the samples as pictures, as for the drawings of scans.
-
     """
 
     name: str
@@ -137,7 +135,6 @@ class Trained:
         name, epochs: the training's, and the epochs of the snapshots, 0 first.
         folder: where everything is.
         history: per snapshot ``{"epoch": ..., "loss": ..., **evaluate(model)}``.
-
     """
 
     def __init__(self, training: Training, settings: Settings, folder: Path) -> None:
@@ -198,8 +195,7 @@ def train(
 ) -> Trained:
     """Train, or go on where an earlier run was killed, or find it done; scan the views of every snapshot on the way.
 
-    The maps of the views go to TensorBoard as soon as they are scanned (``events/`` in the training's folder), so they
-    can be watched while the training runs.
+    The maps go to TensorBoard (``events/`` in the training's folder) as soon as they are scanned.
 
     Args:
         training: what, and how.
@@ -211,8 +207,7 @@ def train(
         say: prints a line.
 
     Raises:
-        ProbeError: the folder holds a training of other settings; a loss that is not finite; tensorboard or
-            matplotlib missing.
+        ProbeError: the folder holds another training; the loss is not finite; tensorboard or matplotlib is missing.
 
     >>> import tempfile
     >>> x = torch.randn(32, 2)
@@ -224,7 +219,6 @@ def train(
     >>> trained = train(training, Settings(out=Path(tempfile.mkdtemp())), say=lambda line: None)
     >>> trained.epochs, trained.history[-1]["loss"] < trained.history[0]["loss"]
     ((0, 3), True)
-
     """
     tensorboard = optional("torchgeom_probe.integrations.tensorboard", extra="tensorboard")
     optional("matplotlib", extra="figures")
@@ -320,13 +314,13 @@ class _Loop(Trained):
             self.monitor.load_state_dict(self.monitor_state)
         return self.monitor.follow(self.optimizer)
 
-    def show(self, view: View, epoch: int, board: Any) -> None:
+    def show(self, view: View, epoch: int, board: Writer) -> None:
         """Scan, and draw into TensorBoard what had not been scanned before."""
         new = not self._scanned(view, epoch).exists()
         found = self.scan(view, epoch)
         if new:
             figure = plot(found, class_names=view.class_names, images=view.images, title=f"epoch {epoch}")
-            board.write_figure(f"{self.name}/{view.name}", figure, epoch * self.training.steps_per_epoch)
+            board.write_map(f"{self.name}/{view.name}", figure, epoch * self.training.steps_per_epoch)
 
     def until(self, epoch: int) -> None:
         """Train to the end of ``epoch``, keep the network there and its numbers."""

@@ -49,7 +49,6 @@ def load_mnist(root: Path, *, instead: str) -> Digits:
 
     Raises:
         ProbeError: it is neither there nor to be had, with what to do.
-
     """
     advice = (
         f"Copy its four files into {root / 'MNIST' / 'raw'} (train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, "

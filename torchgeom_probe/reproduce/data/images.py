@@ -41,7 +41,6 @@ class Images(Split):
         class_names: class index → name.
         corners: the classes of the plane's a, b and c (for CIFAR-10 horse, frog and car).
         line_ends: the classes that the lines from c go to (for CIFAR-10 dog and frog).
-
     """
 
     name: str
@@ -88,7 +87,6 @@ def fetched(data_set: str, title: str, root: Path, *, advice: str) -> list[Any]:
 
     Raises:
         ProbeError: it is neither there nor to be had, with ``advice``.
-
     """
     maker = getattr(optional("torchvision.datasets", extra="figures"), data_set)
     try:

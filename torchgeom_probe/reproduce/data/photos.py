@@ -70,7 +70,6 @@ def load_photos(train_per_class: int = 160, test_per_class: int = 50, seed: int 
     >>> photos = load_photos(train_per_class=3, test_per_class=2)
     >>> photos.train_images.shape, photos.test_labels.tolist()[:4], photos.class_names[1]
     (torch.Size([30, 3, 32, 32]), [0, 0, 1, 1], 'cat')
-
     """
     if train_per_class < 1 or test_per_class < 1:
         raise ProbeError(
