@@ -63,5 +63,6 @@ for path in gallery.glob("*.png"):
     assert path.stat().st_size <= 150_000, f"{path} is too large for the page"
 
 print(
-    f"reproduce: {', '.join(f'{n} {what}' for what, n in count.items())} read back, gallery of {len(list(gallery.glob('*.png')))}"
+    f"reproduce: {', '.join(f'{n} {what}' for what, n in count.items())} read back, "
+    f"gallery of {len(list(gallery.glob('*.png')))}"
 )

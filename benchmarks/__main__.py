@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: every question about cost, answered by measurement and written to the page beside this file."""
+"""``python -m benchmarks``: questions about cost, answered by measurement, on the page beside this file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import torch
 from benchmarks import gpu
 from benchmarks.timing import Settings, circumstances
 
-#: The tables, in the order of the page.  Each is a module with TITLE, NOTE and ``table(settings)``, which yields lines; METHOD, where
-#: it has one, says how it measures in place of the smallest time; RESUMES, if true, that it takes rows from ``settings.finished``.
+#: The tables, in the order of the page.  Each is a module with TITLE, NOTE and ``table(settings)``, which yields
+#: lines; METHOD, where it has one, says how it measures in place of the smallest time; RESUMES, if true, that it takes
+#: rows from ``settings.finished``.
 TABLES = (
     "limit",
     "memory",
@@ -44,9 +45,7 @@ def written(page: Path, name: str, section: str) -> None:
 
 def finished(page: Path, name: str, under: str) -> tuple[str, ...]:
     """Return the lines of the table that stands on the page, if it was measured under these circumstances."""
-    section = page.read_text(encoding="utf-8").partition(f"<!-- {name}: written by python -m benchmarks -->")[
-        2
-    ]
+    section = page.read_text(encoding="utf-8").partition(f"<!-- {name}: written by python -m benchmarks -->")[2]
     section = section.partition(f"<!-- end of {name} -->")[0]
     return tuple(line for line in section.splitlines() if line.startswith("|")) if under in section else ()
 
@@ -76,9 +75,7 @@ def _keys(lines: list[str]) -> tuple[str, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="miniatures, in seconds; prints and writes nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help="miniatures, in seconds; prints and writes nothing")
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="these tables alone")
     parser.add_argument(
         "--families",
@@ -89,7 +86,7 @@ def main() -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="keep the rows that the page has under the same circumstances, measure the others; rows are written one by one",
+        help="keep the rows that the page has under the same circumstances, measure the others, one by one",
     )
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument(

@@ -18,12 +18,14 @@ from torchgeom_probe.jacobian.vjp import Pullback
 from torchgeom_probe.linalg.gram import inner_products
 
 TITLE = "What each estimator costs, and how far off it is"
-NOTE = """One small convolutional GELU network at initialisation, its features pooled to n numbers.  "products": Jv and Jᵀu per sample, of
-which a whole Jacobian takes min(n, d); for the curvatures, first and second directional derivatives.  "seconds": per sample.  "error":
-against the exact value of that row's own estimand (in nats; relative for a trace and a curvature), the largest over the samples.  Exact
-means float64 singular values of the whole Jacobian (of the float32 Jacobian at 224 x 224 pixels).  "claimed": what the estimator itself
-says of its error, a bound (≤) or one standard error (±), in the same unit.  "budget": the memory given, over the size of the Jacobian;
-where it is below 1, rows are streamed."""
+NOTE = """\
+One small convolutional GELU network at initialisation, its features pooled to n numbers.  "products": Jv and Jᵀu per
+sample, of which a whole Jacobian takes min(n, d); for the curvatures, first and second directional derivatives.
+"seconds": per sample.  "error": against the exact value of that row's own estimand (in nats; relative for a trace and
+a curvature), the largest over the samples.  Exact means float64 singular values of the whole Jacobian (of the float32
+Jacobian at 224 x 224 pixels).  "claimed": what the estimator itself says of its error, a bound (≤) or one standard
+error (±), in the same unit.  "budget": the memory given, over the size of the Jacobian; where it is below 1, rows are
+streamed."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,7 @@ def _head() -> Iterator[str]:
     yield "|---|---|---|---|---|"
 
 
-def _timed(
-    run: Callable[[], tgp.GeometryReport], settings: Settings, turns: int
-) -> tuple[tgp.LayerGeometry, float]:
+def _timed(run: Callable[[], tgp.GeometryReport], settings: Settings, turns: int) -> tuple[tgp.LayerGeometry, float]:
     """Measure once and then ``turns`` times more; the smallest time counts."""
     reports: list[tgp.GeometryReport] = []
     best = min(seconds(lambda: reports.append(run()), settings.device) for _ in range(1 + turns))
@@ -112,9 +112,7 @@ def _timed(
     return g, best / len(g.log_volume)
 
 
-def _row(
-    label: str, g: tgp.LayerGeometry, spent: float, error: Tensor, *, products: int | None = None
-) -> Row:
+def _row(label: str, g: tgp.LayerGeometry, spent: float, error: Tensor, *, products: int | None = None) -> Row:
     claimed = "nothing but rounding"
     if g.error_bound is not None:
         claimed = f"≤ {g.error_bound.max().item():.1e}"
@@ -141,9 +139,7 @@ def _on_features(model: nn.Module, x: Tensor, settings: Settings) -> Iterator[Ro
         budget: int | None = None,
         times: int = turns,
     ) -> tuple[tgp.LayerGeometry, float]:
-        probe = tgp.GeometryProbe(
-            model, layers=[layer], estimator=estimator, normalize=False, memory_budget=budget
-        )
+        probe = tgp.GeometryProbe(model, layers=[layer], estimator=estimator, normalize=False, memory_budget=budget)
         return _timed(lambda: probe.measure(x, start=warm), settings, times)
 
     exact = sigma.log().sum(1)
@@ -161,25 +157,19 @@ def _on_features(model: nn.Module, x: Tensor, settings: Settings) -> Iterator[Ro
     yield _row(f"`Subspace(k={k})`, its own frame", g, spent, g.log_volume - volume, products=k)
     g, spent = measured(tgp.Subspace(k=k, frames=16))
     mean = torch.stack([(elementary(s.square(), k) - _log_choose(d, k)) / 2 for s in sigma])
-    yield _row(
-        f"`Subspace(k={k}, frames=16)`, ½ log(e_k/C(d, k))", g, spent, g.log_volume - mean, products=16 * k
-    )
+    yield _row(f"`Subspace(k={k}, frames=16)`, ½ log(e_k/C(d, k))", g, spent, g.log_volume - mean, products=16 * k)
 
     top = min(10, n)
     true = sigma[:, :top].log().sum(1)
     g, spent = measured(tgp.TopK(k=top, method="krylov"))
     yield _row(f"`TopK(k={top})`, cold", g, spent, g.log_volume - true)
-    before = tgp.measure(
-        model, x, layers=[layer], estimator=tgp.TopK(k=top, method="krylov"), normalize=False
-    )
+    before = tgp.measure(model, x, layers=[layer], estimator=tgp.TopK(k=top, method="krylov"), normalize=False)
     with torch.no_grad():  # a training step's worth: what follows is of the changed network
         for parameter in model.parameters():
             parameter.add_(1e-3 * parameter.abs().mean() * torch.randn_like(parameter))
     moved = torch.linalg.svdvals(dense(_double(model), x.double()))
     g, spent = measured(tgp.TopK(k=top, method="krylov"), start=before)
-    yield _row(
-        f"`TopK(k={top})`, warm after a change of 1e-3", g, spent, g.log_volume - moved[:, :top].log().sum(1)
-    )
+    yield _row(f"`TopK(k={top})`, warm after a change of 1e-3", g, spent, g.log_volume - moved[:, :top].log().sum(1))
     g, spent = measured(tgp.TopK(k=1, method="krylov"))
     yield _row("`TopK(k=1)`, σ_1: the local Lipschitz constant", g, spent, g.log_volume - moved[:, 0].log())
 

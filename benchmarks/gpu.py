@@ -1,7 +1,7 @@
 """``python -m benchmarks --gpu-check``: what only a GPU can tell, in nine minutes, what decides first.
 
-Each step is a process of its own with a limit of its own, and writes a file of its own: a card that is lent for ten minutes still
-tells something where one step hangs.
+Each step is a process of its own with a limit of its own, and writes a file of its own: a card that is lent for ten
+minutes still tells something where one step hangs.
 """
 
 from __future__ import annotations
@@ -28,14 +28,19 @@ from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.isolation import measuring
 
 TITLE = "On a GPU"
-NOTE = """The limit is a plain float32 forward pass without gradients over (1 + k)·B samples, TF32 off, as in the first table; every other
-time is one over the limit's, by the wall, the device waited for. "TF32" and "bf16" are the same plain pass in these precisions.
+NOTE = """\
+The limit is a plain float32 forward pass without gradients over (1 + k)·B samples, TF32 off, as in the first table;
+every other time is one over the limit's, by the wall, the device waited for. "TF32" and "bf16" are the same plain pass
+in these precisions.
 
-- "pass": one dual pass, up to five stages hooked and reduced to their Gram matrices, TF32 off. "measure": `GeometryProbe.measure(x)`.
-- "graph": that pass captured once in a `torch.cuda.CUDAGraph` and replayed; beside it how far its log-volumes are from the eager ones
-  (nats), and how far from them after every weight was multiplied by 1.01 (a replay that does not follow the weights would be wrong).
+- "pass": one dual pass, up to five stages hooked and reduced to their Gram matrices, TF32 off. "measure":
+  `GeometryProbe.measure(x)`.
+- "graph": that pass captured once in a `torch.cuda.CUDAGraph` and replayed; beside it how far its log-volumes are from
+  the eager ones (nats), and how far from them after every weight was multiplied by 1.01 (a replay that does not follow
+  the weights would be wrong).
 - "TF32 pass": the eager pass with TF32 on, and its error (nats). "memory": peak of a pass over that of the limit.
-- "error": log-volumes of `measure(x)` in float32 against float64 on the CPU, two samples (nats); first on the card, then on the CPU."""
+- "error": log-volumes of `measure(x)` in float32 against float64 on the CPU, two samples (nats); first on the card,
+  then on the CPU."""
 COLUMNS = (
     "model", "B, k", "limit [ms]", "TF32", "bf16", "pass", "measure", "graph", "graph: error", "follows weights", "TF32 pass",
     "TF32: error", "memory", "error: GPU", "error: CPU",
@@ -93,7 +98,9 @@ def circumstances() -> str:
     if not torch.cuda.is_available():
         return f"torch {torch.__version__}; no GPU"
     cudnn = torch.backends.cudnn.version()
-    return f"torch {torch.__version__}, cuDNN {cudnn}; {torch.cuda.get_device_name()}; by the wall, smallest of 12 turns."
+    return (
+        f"torch {torch.__version__}, cuDNN {cudnn}; {torch.cuda.get_device_name()}; by the wall, smallest of 12 turns."
+    )
 
 
 def _device() -> torch.device:

@@ -22,24 +22,29 @@ from torchgeom_probe.model.isolation import measuring
 from torchgeom_probe.model.stages import stage_layers
 
 TITLE = "The dual pass against the limit"
-NOTE = """The limit is a plain forward pass without gradients over (1 + k)·B samples: the dual pass over B samples and k directions moves
-the same number of rows through the same layers. Every other column is a time over the limit's: 1.00 is as fast as that plain pass.
+NOTE = """\
+The limit is a plain forward pass without gradients over (1 + k)·B samples: the dual pass over B samples and k
+directions moves the same number of rows through the same layers. Every other column is a time over the limit's: 1.00
+is as fast as that plain pass.
 
 - "dual pass": one pass, hooked at the output alone, as far as its tangents.
-- "measure": what a user runs, `GeometryProbe(model, layers=[up to five stages], estimator=Subspace(k)).measure(x)`: the same pass, and
-  on top of it the hooks, the reduction of each stage's tangents to singular values, and setting and restoring the process. Planning and
-  drawing the directions happen once, before the clock.
-- "vmap(jvp)": `torch.func.vmap` of `torch.func.jvp` over the k directions; "loop of jvp": one `torch.func.jvp` for each.
-- "jacfwd": per sample, under `vmap`, `torch.func.jacfwd` of u ↦ model(x + Vᵀu) at u = 0, so that it pushes the k directions and not all d;
-  then `slogdet` of the smaller Gram matrix. It gives the output's log-volume alone.
-- "jacrev": per sample, under `vmap`, `torch.func.jacrev` of the 10 outputs, times the directions, then the same `slogdet`. Its cost does
-  not depend on k, and it asks for 10 rows, which is all that the output layer has: at k = 64 that is less work than 64 directions. No
-  other layer is so narrow (a stage has 10³ to 10⁵ features, a row each), so this column is about the output and nothing else.
+- "measure": what a user runs, `GeometryProbe(model, layers=[up to five stages], estimator=Subspace(k)).measure(x)`:
+  the same pass, and on top of it the hooks, the reduction of each stage's tangents to singular values, and setting and
+  restoring the process. Planning and drawing the directions happen once, before the clock.
+- "vmap(jvp)": `torch.func.vmap` of `torch.func.jvp` over the k directions; "loop of jvp": one `torch.func.jvp` for
+  each.
+- "jacfwd": per sample, under `vmap`, `torch.func.jacfwd` of u ↦ model(x + Vᵀu) at u = 0, so that it pushes the k
+  directions and not all d; then `slogdet` of the smaller Gram matrix. It gives the output's log-volume alone.
+- "jacrev": per sample, under `vmap`, `torch.func.jacrev` of the 10 outputs, times the directions, then the same
+  `slogdet`. Its cost does not depend on k, and it asks for 10 rows, which is all that the output layer has: at k = 64
+  that is less work than 64 directions. No other layer is so narrow (a stage has 10³ to 10⁵ features, a row each), so
+  this column is about the output and nothing else.
 
-With 10 outputs the Gram matrix of k > 10 directions is singular; both then take det of JV(JV)ᵀ, 10 × 10. Before a model is timed the
-results are compared in float64: the dual pass with vmap(jvp), and its log-volume with the last two; a relative difference of more than
-1e-9 stops the run. All but the limit run under the settings of a measurement (no fused attention kernel: those have no forward
-derivative), which are made outside of the clock except in "measure". A dash: torch cannot run it on this model."""
+With 10 outputs the Gram matrix of k > 10 directions is singular; both then take det of JV(JV)ᵀ, 10 × 10. Before a
+model is timed the results are compared in float64: the dual pass with vmap(jvp), and its log-volume with the last two;
+a relative difference of more than 1e-9 stops the run. All but the limit run under the settings of a measurement (no
+fused attention kernel: those have no forward derivative), which are made outside of the clock except in "measure". A
+dash: torch cannot run it on this model."""
 
 #: family → (size of the input image, arguments of timm.create_model)
 FAMILIES: dict[str, tuple[int, dict[str, int]]] = {
@@ -63,9 +68,7 @@ SHAPES = [(8, 2), (2, 16), (1, 64)]
 
 def dual_pass(model: nn.Module, x: Tensor, v: Tensor) -> Tensor:
     hooked, found = HookedModel(model, {"": model}), []
-    fused.push(
-        hooked, hooked.inputs(x), v, lambda _, blocks: found.append(blocks[0]), layout=Layout.of(model)
-    )
+    fused.push(hooked, hooked.inputs(x), v, lambda _, blocks: found.append(blocks[0]), layout=Layout.of(model))
     return found[0]
 
 
@@ -93,7 +96,7 @@ def jacrev_slogdet(model: nn.Module, x: Tensor, v: Tensor) -> Tensor:
 
 
 def half_slogdet(pushed_BNK: Tensor) -> Tensor:
-    """Return ½ log det of the smaller Gram matrix, [B]: the log-volume, without outputs per direction or the other way round."""
+    """Return ½ log det of the smaller Gram matrix, [B]: the log-volume, whichever side is smaller."""
     wide = pushed_BNK.shape[1] < pushed_BNK.shape[2]
     gram = pushed_BNK @ pushed_BNK.mT if wide else pushed_BNK.mT @ pushed_BNK
     return torch.linalg.slogdet(gram).logabsdet / 2
@@ -122,9 +125,7 @@ def stages(model: nn.Module) -> list[str]:
     return [names[(i + 1) * len(names) // count - 1] for i in range(count)]
 
 
-def ratios(
-    model: nn.Module, size: int, batch: int, k: int, settings: Settings
-) -> tuple[float, dict[str, float]]:
+def ratios(model: nn.Module, size: int, batch: int, k: int, settings: Settings) -> tuple[float, dict[str, float]]:
     """Measure the limit in seconds, and each contender's time over it; nan for what cannot run the model."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, 3, size, size, generator=generator).to(settings.device)

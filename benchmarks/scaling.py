@@ -1,4 +1,4 @@
-"""How the time grows: with the directions, the batch, the depth and the resolution; the dual pass and the limit side by side."""
+"""How the time grows: with the directions, the batch, the depth and the resolution; beside the limit."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from benchmarks.timing import Settings, slope, smallest
 from torchgeom_probe.model.isolation import measuring
 
 TITLE = "Scaling"
-NOTE = """Time of the dual pass, and of the limit (a plain forward pass of (1 + k)·B rows), as one size grows and the others stay at B = 2,
-k = 8, 4 residual blocks, 32 × 32 pixels; a ResNet of basic blocks at constant width. "slope" is the power p in time ∝ sizeᵖ,
-fitted by least squares of the logarithms. Both should grow with power 1 in the rows 1 + k, in the batch, and in the depth (a
-little less where the stem and fixed costs count), and with power 2 in the side of the image; what matters is that the two slopes
-are the same: no cost of the dual pass grows faster than the model's own."""
+NOTE = """\
+Time of the dual pass, and of the limit (a plain forward pass of (1 + k)·B rows), as one size grows and the others stay
+at B = 2, k = 8, 4 residual blocks, 32 × 32 pixels; a ResNet of basic blocks at constant width. "slope" is the power p
+in time ∝ sizeᵖ, fitted by least squares of the logarithms. Both should grow with power 1 in the rows 1 + k, in the
+batch, and in the depth (a little less where the stem and fixed costs count), and with power 2 in the side of the
+image; what matters is that the two slopes are the same: no cost of the dual pass grows faster than the model's own."""
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchgeom_probe.integrations.timm import cifar_resnet
 
 import torchgeom_probe as tgp
 from benchmarks.timing import Settings, smallest
 from torchgeom_probe.estimators.topk import paper_pool
+from torchgeom_probe.integrations.timm import cifar_resnet
 
 TITLE = "Maps over a plane: four blocks in one scan, against a full Jacobian a block"
-NOTE = """Seconds per point of figure 4's plane for all four blocks of a CIFAR ResNet-34 with GELU, a quarter as wide as the
-paper's (16, 32, 64, 128 channels after the stem of 64). The authors' method, written from its description: for each block by
-itself, pool its output to 512 features, take the full Jacobian by `torch.autograd.functional.jacobian` with `create_graph=True`,
-then its singular values; k is only how many of them are summed. The others are one `scan()` each, prediction and entropy
-included. "Slice tangents" is another quantity, the exact area magnification on the plane itself, of the whole output; "TopK(10)"
-and "all 512" are the authors' own quantities. Before anything is timed, "all 512" is compared with the authors' at one point: a
-difference of more than 1e-3 nats a singular value stops the run. "authors / this" is the ratio of the two times per point."""
+NOTE = """\
+Seconds per point of figure 4's plane for all four blocks of a CIFAR ResNet-34 with GELU, a quarter as wide as the
+paper's (16, 32, 64, 128 channels after the stem of 64). The authors' method, written from its description: for each
+block by itself, pool its output to 512 features, take the full Jacobian by `torch.autograd.functional.jacobian` with
+`create_graph=True`, then its singular values; k is only how many of them are summed. The others are one `scan()` each,
+prediction and entropy included. "Slice tangents" is another quantity, the exact area magnification on the plane
+itself, of the whole output; "TopK(10)" and "all 512" are the authors' own quantities. Before anything is timed, "all
+512" is compared with the authors' at one point: a difference of more than 1e-3 nats a singular value stops the run.
+"authors / this" is the ratio of the two times per point."""
 
 BLOCKS = ("layer1", "layer2", "layer3", "layer4")
 
@@ -33,7 +35,7 @@ def global_pool(output: Tensor) -> Tensor:
 
 
 def authors_way(model: nn.Module, point: Tensor, pool: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Return per block the singular values of its pooled features' Jacobian over √n, block by block as the authors do."""
+    """Return per block the singular values of its pooled features' Jacobian over √n, as the authors do."""
     found = {}
     for block in BLOCKS:
 
@@ -81,9 +83,7 @@ def table(settings: Settings) -> Iterator[str]:
     check(model, plane(2), pool)
 
     def scanned(steps: int, **options: Any) -> Callable[[], Any]:
-        return lambda: tgp.scan(
-            model, plane(steps), layers=BLOCKS, batch_size=steps * steps, progress=False, **options
-        )
+        return lambda: tgp.scan(model, plane(steps), layers=BLOCKS, batch_size=steps * steps, progress=False, **options)
 
     everything = "all pooled features" if settings.quick else "all 512"
     #: name → (points, run)

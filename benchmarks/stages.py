@@ -9,26 +9,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchgeom_probe.integrations.timm import cifar_resnet
 
 import torchgeom_probe as tgp
 from benchmarks.timing import Settings, seconds
 from torchgeom_probe.dual import DualTensor
+from torchgeom_probe.integrations.timm import cifar_resnet
 from torchgeom_probe.model.isolation import measuring
 
 TITLE = "Four stages of a ResNet-34: one probe against a Jacobian for each"
 METHOD = "process time (wall time on a GPU) of one run"
-NOTE = """The paper's network (CIFAR ResNet-34, GELU), one 32 × 32 sample, d = 3072; each stage average-pooled to 512 features, as the
-authors do. Seconds, for the Jacobian of each stage and for all four.
+NOTE = """\
+The paper's network (CIFAR ResNet-34, GELU), one 32 × 32 sample, d = 3072; each stage average-pooled to 512 features,
+as the authors do. Seconds, for the Jacobian of each stage and for all four.
 
-- "sequential Jacobian": what the authors' code does, written here from its description: for each stage a forward pass, then
-  `torch.autograd.functional.jacobian(..., create_graph=True)`, row after row, then `torch.linalg.svdvals`.
-- "vmap(vjp)": for each stage a forward pass, then `torch.func.vmap` of the pullback over 64 rows at a time, then the same SVD.
-- "Exact": `GeometryProbe(model, layers=[the four stages], transform=pooling, estimator=Exact()).measure(x)`: one saved pass and
-  batched pullbacks for all four, or the stage alone in the columns of one stage.
-- "Exact, forward": the same with `engine="fused"`: all 3072 directions, one dual pass (in chunks) whatever the number of layers.
-- "512 forward rows": one dual pass over 512 directions, as many rows as the last stage has features, without hooks or reduction.
-  What a forward row costs beside a reverse row, which decides between the two; it is no Jacobian (that takes d rows).
+- "sequential Jacobian": what the authors' code does, written here from its description: for each stage a forward pass,
+  then `torch.autograd.functional.jacobian(..., create_graph=True)`, row after row, then `torch.linalg.svdvals`.
+- "vmap(vjp)": for each stage a forward pass, then `torch.func.vmap` of the pullback over 64 rows at a time, then the
+  same SVD.
+- "Exact": `GeometryProbe(model, layers=[the four stages], transform=pooling, estimator=Exact()).measure(x)`: one saved
+  pass and batched pullbacks for all four, or the stage alone in the columns of one stage.
+- "Exact, forward": the same with `engine="fused"`: all 3072 directions, one dual pass (in chunks) whatever the number
+  of layers.
+- "512 forward rows": one dual pass over 512 directions, as many rows as the last stage has features, without hooks or
+  reduction. What a forward row costs beside a reverse row, which decides between the two; it is no Jacobian (that
+  takes d rows).
 
 The singular values of the first four are compared before the table is printed: they agree, or the run stops."""
 

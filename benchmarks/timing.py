@@ -25,7 +25,8 @@ class Settings:
         device: where the models run.
         turns: how often each is timed; the smallest time counts.
         families: the models of the table "limit"; empty for all of them.
-        finished: lines that the page already has of this table, measured under the same circumstances: no need to measure them again.
+        finished: lines that the page already has of this table, measured under the same circumstances: no need to
+            measure them again.
     """
 
     quick: bool = False
@@ -36,7 +37,7 @@ class Settings:
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Time one run: CPU seconds of this process on one thread (other jobs on the machine count for little), wall time elsewhere."""
+    """Time one run: CPU seconds of this process on one thread (other jobs count for little), wall time elsewhere."""
     clock = time.perf_counter if by_the_wall(device) else time.process_time
     if device.type != "cpu":
         torch.accelerator.synchronize()
@@ -61,7 +62,9 @@ def smallest(
     quick_ones: tuple[str, ...] = (),
     inside: Mapping[str, Callable[[], contextlib.AbstractContextManager[Any]]] | None = None,
 ) -> dict[str, float]:
-    """Time each run once a turn, in turn, and return the smallest time of each; with ``slow_turns`` all but ``quick_ones`` take fewer.
+    """Time each run once a turn, in turn, and return the smallest time of each.
+
+    With ``slow_turns`` all but ``quick_ones`` take fewer.
 
     ``inside`` gives a run the context that it needs: entered and left outside of the clock, and for that run alone.
     """
@@ -87,7 +90,7 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
 
 
 def circumstances(settings: Settings, method: str | None = None) -> str:
-    """Describe versions, hardware and method, in a sentence each; ``method`` in place of the smallest time of the turns."""
+    """Describe versions, hardware and method, in a sentence each; ``method`` in place of the smallest time."""
     cpu = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -101,10 +104,9 @@ def circumstances(settings: Settings, method: str | None = None) -> str:
         if on_gpu
         else f"{cpu}, {threads} thread{'s' if threads > 1 else ''}"
     )
-    clock = (
-        f"{'wall' if by_the_wall(settings.device) else 'process'} time, smallest of {settings.turns} turns"
-    )
+    clock = f"{'wall' if by_the_wall(settings.device) else 'process'} time, smallest of {settings.turns} turns"
     return (
-        f"torchgeom_probe {torchgeom_probe.__version__}, torch {torch.__version__}, Python {platform.python_version()}; "
+        f"torchgeom_probe {torchgeom_probe.__version__}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}; "
         f"{hardware}; float32, eval mode; {method or clock}."
     )

@@ -7,11 +7,11 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# beartype picks the item of a list that it looks at by a random number: not one of the process's own, which a probe must leave
-# alone.
+# beartype picks the item of a list that it looks at by a random number: not one of the process's own, which a probe
+# must leave alone.
 beartype._check.code.codemain.getrandbits = random.Random(0).getrandbits
-# Before anything imports the package: from here on the types and shapes in its signatures are checked at every call.  An int is a
-# float, as it is to mypy.
+# Before anything imports the package: from here on the types and shapes in its signatures are checked at every call.
+# An int is a float, as it is to mypy.
 install_import_hook("torchgeom_probe", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 # The models are small: threads that wait for each other on a busy machine cost more than they give.

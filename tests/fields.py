@@ -1,4 +1,5 @@
-"""Fields over a slice: smooth ones that are not periodic, ridges like an entropy, a boundary that is no straight line."""
+"""Fields over a slice: smooth ones that are not periodic, ridges like an entropy, a boundary that is no straight
+line."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""The oracle: a dense float64 Jacobian by reverse mode, one sample at a time, and its SVD.  It shares no code with the package."""
+"""The oracle: a dense float64 Jacobian by reverse mode, one sample at a time, and its SVD.  It shares no code with the
+package."""
 
 import copy
 

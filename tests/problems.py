@@ -14,9 +14,7 @@ def orthonormal(rows, columns, generator):
 
 def spectrum(kind, count):
     i = torch.arange(1, count + 1, dtype=torch.float64)
-    return {"geometric": 10 ** (-i / 4), "harmonic": 1 / i, "flat": torch.ones(count, dtype=torch.float64)}[
-        kind
-    ]
+    return {"geometric": 10 ** (-i / 4), "harmonic": 1 / i, "flat": torch.ones(count, dtype=torch.float64)}[kind]
 
 
 def linear(sigma, n, d, *, seed=0, dtype=torch.float32):
@@ -35,9 +33,7 @@ def resnet(widths=(8, 16, 24, 32), blocks=1):
     class Block(nn.Module):
         def __init__(self, before, after, stride):
             super().__init__()
-            self.one = nn.Sequential(
-                nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)
-            )
+            self.one = nn.Sequential(nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after))
             self.two = nn.Sequential(nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after))
             self.short = nn.Conv2d(before, after, 1, stride, bias=False)
 
@@ -49,10 +45,7 @@ def resnet(widths=(8, 16, 24, 32), blocks=1):
     for number, width in enumerate(widths):
         stages.append(
             nn.Sequential(
-                *(
-                    Block(before if b == 0 else width, width, 2 if b == 0 and number else 1)
-                    for b in range(blocks)
-                )
+                *(Block(before if b == 0 else width, width, 2 if b == 0 and number else 1) for b in range(blocks))
             )
         )
         before = width

@@ -147,7 +147,8 @@ def test_a_training_with_a_monitor_ends_with_the_same_bits(precision):
     def trained(watched):
         torch.manual_seed(3)
         model = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(0.3), nn.Flatten(), nn.LazyLinear(5)
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+            nn.Dropout(0.3), nn.Flatten(), nn.LazyLinear(5),
         ).cuda()  # fmt: skip
         x, y = torch.randn(16, 3, 8, 8, device="cuda"), torch.randint(5, (16,), device="cuda")
         model(x)
@@ -185,7 +186,5 @@ def test_a_training_with_a_monitor_ends_with_the_same_bits(precision):
 
 def test_a_model_on_the_gpu_and_samples_on_the_cpu_are_refused_by_name():
     model = nn.Linear(3, 2).cuda()
-    with pytest.raises(
-        tgp.ProbeError, match=r"x is on cpu, the model on cuda:0.\nMove it:  x.to\('cuda:0'\)"
-    ):
+    with pytest.raises(tgp.ProbeError, match=r"x is on cpu, the model on cuda:0.\nMove it:  x.to\('cuda:0'\)"):
         tgp.measure(model, torch.randn(2, 3), layers="")

@@ -22,9 +22,7 @@ def _refused(match, model, x=X, *, layers="", estimator=None, **options):
 
 
 def test_a_misspelt_layer_lists_the_close_names():
-    _refused(
-        r"no layer 'layer33'.*\n.*'layer3'", models.cifar_resnet(), torch.zeros(1, 3, 8, 8), layers="layer33"
-    )
+    _refused(r"no layer 'layer33'.*\n.*'layer3'", models.cifar_resnet(), torch.zeros(1, 3, 8, 8), layers="layer33")
 
 
 def test_a_glob_that_matches_nothing():
@@ -102,9 +100,7 @@ def test_another_device():
 
 
 def test_more_directions_than_inputs():
-    _refused(
-        r"k=8 orthonormal directions.*d=5.*\nWrite Subspace\(k=5\)", models.mlp(), estimator=tgp.Subspace(k=8)
-    )
+    _refused(r"k=8 orthonormal directions.*d=5.*\nWrite Subspace\(k=5\)", models.mlp(), estimator=tgp.Subspace(k=8))
     for k in (0, -1):
         with pytest.raises(tgp.ProbeError, match=f"k={k} directions"):
             tgp.Subspace(k=k)
@@ -198,9 +194,7 @@ def test_inference_mode_and_no_grad_inside_the_model():
         _refused("the tangent was lost.*under torch.no_grad", model, layers="b", engine="vjp")
         product = model.b.weight @ (2 * model.a.weight)  # forward mode does not mind
         g = tgp.measure(model, X, layers="b", estimator=tgp.Subspace(k=5), normalize=False)["b"]
-        assert torch.allclose(
-            g.singular_values[0, :3], torch.linalg.svdvals(product.detach().double())[:3], rtol=1e-4
-        )
+        assert torch.allclose(g.singular_values[0, :3], torch.linalg.svdvals(product.detach().double())[:3], rtol=1e-4)
 
 
 def test_a_layer_that_does_not_depend_on_the_input():
@@ -263,15 +257,11 @@ def test_auto_goes_on_to_the_next_engine():
     assert g.engine == "functorch"
     stacked = torch.stack(
         [
-            torch.func.jacrev(
-                lambda s: torch.tanh(model.a(s)).repeat(2) * torch.tensor([1.0] * 3 + [2.0] * 3)
-            )(s)
+            torch.func.jacrev(lambda s: torch.tanh(model.a(s)).repeat(2) * torch.tensor([1.0] * 3 + [2.0] * 3))(s)
             for s in X
         ]
     )
-    assert torch.allclose(
-        g.singular_values[:, :3], torch.linalg.svdvals(stacked.detach().double())[:, :3], rtol=1e-4
-    )
+    assert torch.allclose(g.singular_values[:, :3], torch.linalg.svdvals(stacked.detach().double())[:, :3], rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------- the batch
@@ -347,9 +337,7 @@ def test_options():
     _refused("mode='train' is unknown", model, mode="train")
     _refused("estimator=10 is no estimator", model, estimator=10)
     _refused(r"is no estimator.\n.*estimator=Exact\(\)", model, estimator=tgp.Exact)
-    _refused(
-        "estimator='fast' is unknown; there are exact, logdet, subspace, topk, trace", model, estimator="fast"
-    )
+    _refused("estimator='fast' is unknown; there are exact, logdet, subspace, topk, trace", model, estimator="fast")
     _refused("TopK has no argument 'p'; it has k, tol, block", model, estimator="topk:p=3")
     _refused("Exact takes no argument", model, estimator="exact:3")
     _refused("source='0' and wrt='input' each say", model, source="0", wrt="input")
@@ -363,9 +351,7 @@ def test_options():
 
 def test_a_source_that_does_not_serve():
     _refused("source='0' runs more than once", _Repeated(), source="0")
-    _refused(
-        "of source='embed' is torch.int64", _Integers(), torch.zeros(2, 3, dtype=torch.long), source="embed"
-    )
+    _refused("of source='embed' is torch.int64", _Integers(), torch.zeros(2, 3, dtype=torch.long), source="embed")
 
 
 class _Repeated(nn.Sequential):

@@ -12,7 +12,8 @@ from torchgeom_probe.probe import ProbeOptions
 ROOT = Path(tgp.__file__).parent
 INTEGRATIONS = ROOT.parent / "integrations"
 
-#: From the ground up: a room imports what stands in rows above its own, and itself.  Rooms of one row do not know each other.
+#: From the ground up: a room imports what stands in rows above its own, and itself.  Rooms of one row do not know each
+#: other.
 ORDER = [
     {"errors", "shapes", "files"},
     {"linalg"},
@@ -117,9 +118,7 @@ def test_a_file_keeps_to_its_room(path):
 def _docstring_lines(node):
     first = node.body[0]
     is_text = (
-        isinstance(first, ast.Expr)
-        and isinstance(first.value, ast.Constant)
-        and isinstance(first.value.value, str)
+        isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
     )
     return first.end_lineno - first.lineno + 1 if is_text else 0
 
@@ -130,9 +129,7 @@ def test_the_check_of_the_order_can_fail():
     assert list(_misplaced(ROOT / "report.py", ast.parse("from torchgeom_probe.plotting import plot")))
     assert list(_misplaced(ROOT / "analytic" / "shallow.py", ast.parse("from torchgeom_probe import model")))
     assert not list(
-        _misplaced(
-            ROOT / "plotting" / "plot.py", ast.parse("from torchgeom_probe.report import LayerGeometry")
-        )
+        _misplaced(ROOT / "plotting" / "plot.py", ast.parse("from torchgeom_probe.report import LayerGeometry"))
     )
 
 

@@ -109,7 +109,5 @@ def _adjoint_errors(
     return errors
 
 
-def _drawn(
-    shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
-) -> Tensor:
+def _drawn(shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)

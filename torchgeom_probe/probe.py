@@ -149,9 +149,7 @@ class GeometryProbe:
         if scripted:
             names = ", ".join(map(repr, scripted))
             self._leave_out(
-                LayerRefusal(
-                    f"layers {names} are scripted: hooks do not see into them.\nName others.", scripted
-                )
+                LayerRefusal(f"layers {names} are scripted: hooks do not see into them.\nName others.", scripted)
             )
 
     def __repr__(self) -> str:
@@ -243,9 +241,7 @@ class GeometryProbe:
                 begin = None if start is None else {e: g.samples(done, stop) for e, g in start.items()}
                 jacobians = self._jacobians(chunk, plan, self._engine_that_runs)
                 try:
-                    parts.append(
-                        GeometryReport(estimator.estimate(jacobians, start=begin), left_out=self.left_out)
-                    )
+                    parts.append(GeometryReport(estimator.estimate(jacobians, start=begin), left_out=self.left_out))
                 except torch.OutOfMemoryError as error:
                     if at_once == 1 or plan.whole:
                         raise ProbeError(
@@ -466,9 +462,7 @@ def _refuse_other_samples(start: Mapping[str, LayerGeometry], inputs: Inputs, pl
 def _models_own(model: nn.Module, inputs: Inputs, error: Exception) -> ProbeError:
     """The error for a plain pass that fails: it is the model's own."""
     weights = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    given = [
-        v for v in inputs.leaves if isinstance(v, Tensor) and v.is_floating_point() and v.dtype not in weights
-    ]
+    given = [v for v in inputs.leaves if isinstance(v, Tensor) and v.is_floating_point() and v.dtype not in weights]
     if weights and given:
         wanted = ", ".join(sorted(map(str, weights)))
         to = wanted.split(", ")[0]
@@ -498,9 +492,7 @@ def _refuse_unhookable(model: nn.Module) -> None:
         raise ProbeError(
             "the model is a ScriptModule: hooks do not fire inside it.\nProbe the nn.Module that it was made from."
         )
-    wrapped = next(
-        (n for n, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"), None
-    )
+    wrapped = next((n for n, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
     parts = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
     sharded = None
     if parts is not None:

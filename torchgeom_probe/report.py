@@ -221,9 +221,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
     (['0', '1'], (5,))
     """
 
-    def __init__(
-        self, layers: Mapping[str, LayerGeometry], *, left_out: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, layers: Mapping[str, LayerGeometry], *, left_out: Mapping[str, str] | None = None) -> None:
         self._layers = dict(layers)
         self.left_out = dict(left_out or {})
 
@@ -270,9 +268,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         rows = self._cells()
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
-            "  ".join(
-                c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            )
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
             for row in rows
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
@@ -286,9 +282,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
 
     def _cells(self) -> list[list[str]]:
         unit = next((layer.unit for layer in self.values()), "nat")
-        names = list(
-            dict.fromkeys(n for g in self.values() for n, extra in g.extras.items() if extra.ndim == 1)
-        )
+        names = list(dict.fromkeys(n for g in self.values() for n, extra in g.extras.items() if extra.ndim == 1))
         log10 = ["log10"] if unit == "nat" else []
         value = "log-volume [nat]" if unit == "nat" else f"value [{unit}]" if unit else "value"
         rows = [["layer", "n", "d", "k", value, "p10 … p90", *log10, "rank", "σ_max", *names, "not finite"]]
@@ -317,9 +311,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
             groups.setdefault(key, []).append(name or "(model)")
         lines = [f"{', '.join(members)}: {group}" for group, members in groups.items()]
         if self.left_out:
-            lines.append(
-                "left out: " + "; ".join(f"{n or '(model)'} ({why})" for n, why in self.left_out.items())
-            )
+            lines.append("left out: " + "; ".join(f"{n or '(model)'} ({why})" for n, why in self.left_out.items()))
         return lines
 
     def to_csv(self, path: str | os.PathLike[str]) -> Path:
@@ -356,9 +348,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
             columns |= {name: getattr(layer, name) for name in ("std_error", "error_bound")}
             for name, extra in layer.extras.items():
                 parts = (
-                    {name: extra}
-                    if extra.ndim == 1
-                    else {f"{name}_{i}": e for i, e in enumerate(extra.flatten(1).T)}
+                    {name: extra} if extra.ndim == 1 else {f"{name}_{i}": e for i, e in enumerate(extra.flatten(1).T)}
                 )
                 columns |= parts
             lists = {name: column.tolist() for name, column in columns.items() if column is not None}
@@ -372,11 +362,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         """Write everything, singular values included; non-finite numbers become null, ``nonfinite`` counts them."""
         layers = []
         for layer in self.values():
-            tensors = {
-                n.removeprefix("extras/"): t
-                for n, t in layer._tensors().items()
-                if n not in (_LARGE, "value")
-            }
+            tensors = {n.removeprefix("extras/"): t for n, t in layer._tensors().items() if n not in (_LARGE, "value")}
             count = int((~layer.value.isfinite()).sum())
             layers.append({**layer._constants(), layer.quantity: layer.value, **tensors, "nonfinite": count})
         return write_json(path, {"units": "natural log", "left_out": self.left_out, "layers": layers})
@@ -387,9 +373,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         for i, layer in enumerate(self.values()):
             found |= {f"{i}/{name}": t for name, t in layer._tensors().items() if large or name != _LARGE}
             if large and layer.spectrum is not None:
-                found |= {
-                    f"{i}/spectrum/{part}": getattr(layer.spectrum, part) for part in ("nodes", "weights")
-                }
+                found |= {f"{i}/spectrum/{part}": getattr(layer.spectrum, part) for part in ("nodes", "weights")}
         return found
 
     def metadata(self) -> dict[str, Any]:
@@ -421,9 +405,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         >>> again = GeometryReport.load(report.save(tempfile.mkdtemp() + "/report.safetensors"))
         >>> assert torch.equal(again[""].log_volume, report[""].log_volume)
         """
-        return write_atomically(
-            path, encoded(self.tensors(large=True), self.metadata(), kind="GeometryReport")
-        )
+        return write_atomically(path, encoded(self.tensors(large=True), self.metadata(), kind="GeometryReport"))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> GeometryReport:

@@ -92,9 +92,7 @@ def test_against_quadrature_in_high_precision(name, s, sigma, zeta):
     for value, exact in zip(infinite.omega(points(1, 3, s), phi, sigma, zeta), expected, strict=True):
         assert value.item() == pytest.approx(float(exact), rel=1e-10, abs=1e-10)
     volume = 1.5 * mpmath.log(sigma**2 * h) + 0.5 * mpmath.log(1 + 2 * s * expected[1])
-    assert infinite.log_volume(points(1, 3, s), phi, sigma, zeta).item() == pytest.approx(
-        float(volume), abs=1e-11
-    )
+    assert infinite.log_volume(points(1, 3, s), phi, sigma, zeta).item() == pytest.approx(float(volume), abs=1e-11)
 
 
 def test_erf_in_closed_form_in_any_dimension():
@@ -102,15 +100,9 @@ def test_erf_in_closed_form_in_any_dimension():
     u = 1 + 2 * (sigma**2 * s + zeta**2)
     for d in (1, 2, 3, 7):
         R = -math.pi / 2 * (d - 1) * (d + 2) * sigma**2 * s / ((1 + 2 * zeta**2) * math.sqrt(u))
-        volume = 0.5 * (
-            d * math.log(2 * sigma**2 / math.pi) + math.log(1 + 2 * zeta**2) - (d / 2 + 1) * math.log(u)
-        )
-        assert infinite.scalar_curvature(points(1, d, s), "erf", sigma, zeta).item() == pytest.approx(
-            R, rel=1e-12
-        )
-        assert infinite.log_volume(points(1, d, s), "erf", sigma, zeta).item() == pytest.approx(
-            volume, abs=1e-13
-        )
+        volume = 0.5 * (d * math.log(2 * sigma**2 / math.pi) + math.log(1 + 2 * zeta**2) - (d / 2 + 1) * math.log(u))
+        assert infinite.scalar_curvature(points(1, d, s), "erf", sigma, zeta).item() == pytest.approx(R, rel=1e-12)
+        assert infinite.log_volume(points(1, d, s), "erf", sigma, zeta).item() == pytest.approx(volume, abs=1e-13)
 
 
 def test_monomials_are_cones():
@@ -126,9 +118,7 @@ def test_monomials_are_cones():
 def test_relu_is_flat_and_the_line_has_no_curvature():
     x = points(3, 5, 2.0)
     for phi, h in (("relu", 0.5), (nn.LeakyReLU(0.2), 0.52), ("identity", 1.0)):
-        torch.testing.assert_close(
-            infinite.metric(x, phi, 2.0), 4 * h * torch.eye(5, dtype=x.dtype).expand(3, 5, 5)
-        )
+        torch.testing.assert_close(infinite.metric(x, phi, 2.0), 4 * h * torch.eye(5, dtype=x.dtype).expand(3, 5, 5))
         assert infinite.scalar_curvature(x, phi).abs().max() == 0
     assert infinite.scalar_curvature(points(3, 1, 2.0), "erf").abs().max() == 0
 
@@ -272,17 +262,13 @@ def test_rotations_leave_volume_and_curvature_alone():
         g = infinite.metric(x, phi)
         torch.testing.assert_close(infinite.metric(x @ rotation.T, phi), rotation @ g @ rotation.T)
         torch.testing.assert_close(torch.linalg.eigvalsh(g).log().sum(1) / 2, infinite.log_volume(x, phi))
-        torch.testing.assert_close(
-            infinite.scalar_curvature(x @ rotation.T, phi), infinite.scalar_curvature(x, phi)
-        )
+        torch.testing.assert_close(infinite.scalar_curvature(x @ rotation.T, phi), infinite.scalar_curvature(x, phi))
 
 
 def test_scaling_weights_is_scaling_inputs():
     x = points(3, 3, 2.0)
     for phi in ("gelu", "tanh"):
-        torch.testing.assert_close(
-            infinite.metric(x, phi, 2.0, 0.3), 4 * infinite.metric(2 * x, phi, 1.0, 0.3)
-        )
+        torch.testing.assert_close(infinite.metric(x, phi, 2.0, 0.3), 4 * infinite.metric(2 * x, phi, 1.0, 0.3))
         torch.testing.assert_close(
             infinite.scalar_curvature(x, phi, 2.0, 0.3), infinite.scalar_curvature(2 * x, phi, 1.0, 0.3)
         )

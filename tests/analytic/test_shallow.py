@@ -16,9 +16,7 @@ from torch.nn import functional as F
 from torchgeom_probe.analytic import shallow
 from torchgeom_probe.errors import ProbeError
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text(encoding="utf-8"))[
-    "shallow"
-]
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text(encoding="utf-8"))["shallow"]
 GOLDEN_IDS = [f"{e['weights']}{e['d']}-{e['phi']}-{e['x'][0]}" for e in GOLDEN]
 
 # The function that each name stands for, written with other operations than the table under test.
@@ -57,9 +55,7 @@ def test_golden_values(entry):
     x, W, b = golden_layer(entry)
     g = torch.tensor([entry["g"]], dtype=torch.float64)
     torch.testing.assert_close(shallow.metric(x, W, b, entry["phi"]), g, rtol=1e-12, atol=0)
-    assert shallow.log_volume(x, W, b, entry["phi"]).exp().item() == pytest.approx(
-        entry["sqrt_det_g"], rel=1e-12
-    )
+    assert shallow.log_volume(x, W, b, entry["phi"]).exp().item() == pytest.approx(entry["sqrt_det_g"], rel=1e-12)
     R = shallow.scalar_curvature(x, W, b, entry["phi"]).item()
     assert pytest.approx(entry["ricci"], rel=1e-10) == R
     assert 3 * R == pytest.approx(entry["ricci_upstream_formula"], rel=1e-10)
@@ -130,9 +126,7 @@ def test_determinant_is_the_sum_over_tuples_of_units(d):
 def test_both_sums_give_one_curvature(n, d):
     _, y, c = random_layer(samples=1, n=n, d=d)
     y, c = torch.stack([y, y.flip(0) + 0.1]), torch.stack([c, c + 1])
-    torch.testing.assert_close(
-        shallow._by_pairs(c, y), shallow._by_third_moment(c, y), rtol=1e-11, atol=1e-11
-    )
+    torch.testing.assert_close(shallow._by_pairs(c, y), shallow._by_third_moment(c, y), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize(("n", "d"), [(7, 3), (17, 3)])
@@ -177,9 +171,7 @@ def test_dead_and_diverged_samples_leave_the_others_alone():
         torch.testing.assert_close(compute(x, W, b, "tanh")[1:4], alone)
         assert compute(x, W, b, "tanh")[4].isnan()
         # The dead sample is part of the graph here, and gives no gradient, least of all nan.
-        with_dead = compute(x[:4], W, b, "tanh")[1:].sum() + compute(x[:4], W, b, "tanh")[0].nan_to_num(
-            neginf=0
-        )
+        with_dead = compute(x[:4], W, b, "tanh")[1:].sum() + compute(x[:4], W, b, "tanh")[0].nan_to_num(neginf=0)
         gradients = [torch.autograd.grad(value, W)[0] for value in (with_dead, alone.sum())]
         torch.testing.assert_close(*gradients)
 

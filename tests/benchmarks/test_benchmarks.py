@@ -64,9 +64,7 @@ def test_quick_run_prints_every_table() -> None:
         for line in sections["What a monitor costs a training"]
         if line.startswith("| MLP")
     )
-    assert all(
-        float(cell.rstrip("%")) > 0 for cell in steps
-    )  # without, with, ratio, the monitor alone, its share
+    assert all(float(cell.rstrip("%")) > 0 for cell in steps)  # without, with, ratio, the monitor alone, its share
     assert int(budget[2]) >= 1  # probes
     assert all(0 < float(share.rstrip("%")) < 100 for share in budget[-2:])
     assert page.read_text(encoding="utf-8") == before
@@ -76,9 +74,7 @@ class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_table_keeps_its_rows_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_table_keeps_its_rows_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = load()
     page = tmp_path / "README.md"
     page.write_text("above\n", encoding="utf-8")
@@ -111,9 +107,7 @@ def test_an_interrupted_table_keeps_its_rows_and_goes_on(
     only = command.Settings(turns=3, families=("d",))
     command.measured("limit", only, page=page, resume=True)  # one family more: the others stay
     assert page.read_text(encoding="utf-8").count("| 8 | 1, 2 |") == 4
-    command.measured(
-        "limit", command.Settings(turns=4), page=page, resume=True
-    )  # under other circumstances: anew
+    command.measured("limit", command.Settings(turns=4), page=page, resume=True)  # under other circumstances: anew
     assert ran == ["a", "b", "stop", "c", "d", "a", "b", "c"]
     assert page.read_text(encoding="utf-8").count("| 8 | 1, 2 |") == 3
 

@@ -31,9 +31,7 @@ def test_a_tag_names_weights_that_are_fetched_or_given(tmp_path, monkeypatch, ca
     command = ["measure", "--images", str(folder), "-k", "2", "--layers", "layer4", "--model"]
     assert main([*command, "timm:test_resnet.r160_in1k"]) == 1
     said = capsys.readouterr().err
-    assert said.startswith(
-        "torchgeom-probe: the weights of timm:test_resnet.r160_in1k could not be fetched: FileNot"
-    )
+    assert said.startswith("torchgeom-probe: the weights of timm:test_resnet.r160_in1k could not be fetched: FileNot")
     assert "--checkpoint model.pth" in said
     assert "--model timm:test_resnet\n" in said
 

@@ -182,9 +182,7 @@ def golden_network(entry):
     return lambda x: phi(phi(x @ W.T + torch.cos(2 + 5 * j[:, 0])) @ V.T + c) / 3
 
 
-@pytest.mark.parametrize(
-    "entry", GOLDEN["deep"], ids=lambda e: f"{e['weights']}{e['d']}-{e['phi']}-{e['x'][0]}"
-)
+@pytest.mark.parametrize("entry", GOLDEN["deep"], ids=lambda e: f"{e['weights']}{e['d']}-{e['phi']}-{e['x'][0]}")
 def test_golden_deep_networks(entry):
     features, x = golden_network(entry), torch.tensor([entry["x"]], dtype=torch.float64)
     assert scalar_curvature(features, x).item() == pytest.approx(entry["ricci"], rel=1e-10)
@@ -308,9 +306,7 @@ def attentive():
 def test_normalisations_and_attention_against_christoffel_symbols(attentive):
     u = 0.3 * inputs(3, 2, seed=6)
     elementary = OnSlice(Elementary(attentive.model))
-    torch.testing.assert_close(
-        elementary(u), attentive.eval()(u)
-    )  # one function, or the comparison means nothing
+    torch.testing.assert_close(elementary(u), attentive.eval()(u))  # one function, or the comparison means nothing
     expected = [christoffel_curvature(induced(elementary), point) for point in u]
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(scalar_curvature(attentive.train(), u), expected, rtol=1e-7, atol=1e-8)
@@ -320,9 +316,7 @@ def test_normalisations_and_attention_against_christoffel_symbols(attentive):
 def test_what_torch_gets_wrong_and_nobody_rewrote_is_found_out(attentive, name, monkeypatch):
     rewritten = {k: v for k, v in TwiceDifferentiable._REWRITTEN.items() if k != name}
     monkeypatch.setattr(TwiceDifferentiable, "_REWRITTEN", rewritten)
-    with pytest.raises(
-        ProbeError, match=r"a second derivative of the model's output is wrong(.|\n)*layer by layer"
-    ):
+    with pytest.raises(ProbeError, match=r"a second derivative of the model's output is wrong(.|\n)*layer by layer"):
         scalar_curvature(attentive, 0.3 * inputs(3, 2, seed=6))
 
 
@@ -382,9 +376,7 @@ def test_a_layer_is_the_truncated_model():
     assert not torch.allclose(expected, scalar_curvature(model, x))
     for layer in ("1", model[1]):
         torch.testing.assert_close(scalar_curvature(model, x, layer=layer), expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(
-        scalar_curvature(model, x, layer=""), scalar_curvature(model, x), rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(scalar_curvature(model, x, layer=""), scalar_curvature(model, x), rtol=1e-12, atol=0)
 
 
 class Twice(nn.Module):
@@ -410,9 +402,7 @@ def test_the_second_call_and_a_dict_and_a_bound_method():
         assert scalar_curvature(model, x, layer=layer).abs().max() < 1e-7
     lifted = scalar_curvature(lambda x: torch.tanh(model.lift(x)), model.block(x).detach())
     assert lifted.isfinite().all()
-    torch.testing.assert_close(
-        scalar_curvature(model.features, x, layer="lift").abs().max() < 1e-6, torch.tensor(True)
-    )
+    torch.testing.assert_close(scalar_curvature(model.features, x, layer="lift").abs().max() < 1e-6, torch.tensor(True))
     with pytest.raises(ProbeError, match=r"called 2 time\(s\)"):
         scalar_curvature(model, x, layer="block#2")
 
@@ -470,9 +460,7 @@ def test_a_buffer_written_in_eval_mode_stays():
 
 
 def test_measured_in_eval_mode_and_inside_inference_mode():
-    model = nn.Sequential(
-        nn.Linear(3, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Dropout(0.9), nn.Linear(7, 5)
-    ).double()
+    model = nn.Sequential(nn.Linear(3, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Dropout(0.9), nn.Linear(7, 5)).double()
     model(inputs(13, 3))
     evaluated = copy.deepcopy(model).eval()
     R = scalar_curvature(model, inputs(5, 3))
@@ -488,9 +476,7 @@ def test_chunks_and_batches_do_not_change_the_result():
     model, x = network(5), inputs(7, 5)
     whole = scalar_curvature(model, x)
     for chunk_size in (1, 4, 11, 36):
-        torch.testing.assert_close(
-            scalar_curvature(model, x, chunk_size=chunk_size), whole, rtol=1e-9, atol=1e-9
-        )
+        torch.testing.assert_close(scalar_curvature(model, x, chunk_size=chunk_size), whole, rtol=1e-9, atol=1e-9)
     one_by_one = torch.cat([scalar_curvature(model, point[None]) for point in x])
     torch.testing.assert_close(one_by_one, whole, rtol=1e-9, atol=1e-9)
     assert scalar_curvature(model, x[:0]).shape == (0,)
@@ -538,9 +524,7 @@ PIECEWISE_LINEAR = {
     "hardtanh": lambda: network(3, activation=nn.Hardtanh, min_val=-9.0, max_val=9.0),
     "prelu": lambda: network(3, activation=nn.PReLU),
     "affine": lambda: nn.Linear(3, 7).double(),
-    "batch norm": lambda: nn.Sequential(
-        nn.Linear(3, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 5)
-    ).double(),
+    "batch norm": lambda: nn.Sequential(nn.Linear(3, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 5)).double(),
     "abs": lambda: lambda x: torch.cat([x, x.abs(), x.amax(1, keepdim=True)], 1),
     "pool": lambda: nn.Sequential(
         nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 11, 2), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten()
@@ -621,9 +605,7 @@ class Opaque(torch.autograd.Function):
 
 def test_operations_without_sound_second_derivatives():
     x = inputs(5, 4)
-    with pytest.raises(
-        ProbeError, match=r"second directional derivatives of the model's output(.|\n)*layer='name'"
-    ):
+    with pytest.raises(ProbeError, match=r"second directional derivatives of the model's output(.|\n)*layer='name'"):
         scalar_curvature(lambda x: Opaque.apply(x).repeat(1, 2), x)
     for operation in (
         torch.det,
@@ -644,9 +626,7 @@ def test_the_sound_way_to_a_log_determinant():
     def features(x):
         A = x.reshape(-1, 2, 2)
         A = A @ A.mT + torch.eye(2).to(x)
-        return torch.cat(
-            [x.tanh(), torch.linalg.qr(A).R.diagonal(dim1=1, dim2=2).abs().log().sum(1, True)], 1
-        )
+        return torch.cat([x.tanh(), torch.linalg.qr(A).R.diagonal(dim1=1, dim2=2).abs().log().sum(1, True)], 1)
 
     x = 0.5 * inputs(3, 4)
     expected = [christoffel_curvature(induced(features), point) for point in x]

@@ -298,7 +298,8 @@ def test_writing_a_cut_tensor_into_a_dual_loses_it() -> None:
     assert isinstance(y, LostTensor)
 
 
-# ----------------------------------------------------------------------------------------------- op by op, by vmap(jvp)
+# ----------------------------------------------------------------------------------------------- op by op, by
+# vmap(jvp)
 
 
 @pytest.mark.parametrize(
@@ -485,8 +486,7 @@ def test_make_fx_traces_the_dual_pass() -> None:
     buffer = torch.randn(4, 2, 3, 8, 6)
     graph = make_fx(lambda b: block(DualTensor(b)).buffer)(buffer)
     assert all(
-        n.op != "call_function" or "aten" in str(n.target) or "getitem" in str(n.target)
-        for n in graph.graph.nodes
+        n.op != "call_function" or "aten" in str(n.target) or "getitem" in str(n.target) for n in graph.graph.nodes
     )
     other = torch.randn(4, 2, 3, 8, 6)
     torch.testing.assert_close(graph(other), block(DualTensor(other)).buffer)

@@ -1,4 +1,5 @@
-"""TopK at full size, on the paper's network, beside the full Jacobian and its SVD in the same process.  Minutes: run with -m slow -s."""
+"""TopK at full size, on the paper's network, beside the full Jacobian and its SVD in the same process.  Minutes: run
+with -m slow -s."""
 
 import math
 import time
@@ -6,9 +7,9 @@ import time
 import pytest
 import torch
 from torch import nn
-from torchgeom_probe.integrations.timm import cifar_resnet
 
 import torchgeom_probe as tgp
+from torchgeom_probe.integrations.timm import cifar_resnet
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -80,8 +81,10 @@ def test_topk_on_the_paper_network(steps):
     print(
         f"\n{'trained' if steps else 'random'} (accuracy {accuracy:.2f}): products {g.num_products.tolist()}, "
         f"max |Δ log10 σ| {error.tolist()}, |Δ volume| {total.tolist()} ≤ bound {g.error_bound.tolist()}, "
-        f"σ_10/σ_1 {(true[:, 9] / true[:, 0]).tolist()}; CPU seconds a sample {seconds:.1f}, jacrev + SVD {dense_seconds:.1f} "
-        f"({dense_seconds / seconds:.1f} times), the authors' way {authors_seconds:.1f} ({authors_seconds / seconds:.1f} times); "
+        f"σ_10/σ_1 {(true[:, 9] / true[:, 0]).tolist()}; CPU seconds a sample {seconds:.1f}, jacrev + SVD "
+        f"{dense_seconds:.1f} "
+        f"({dense_seconds / seconds:.1f} times), the authors' way {authors_seconds:.1f} "
+        f"({authors_seconds / seconds:.1f} times); "
         f"warm {warm.num_products.tolist()}, cold {again.num_products.tolist()}"
     )
     assert error.max() < 1e-3
@@ -90,6 +93,7 @@ def test_topk_on_the_paper_network(steps):
     assert (warm.num_products <= 48).all()
     assert ((warm.log_volume - again.log_volume).abs() <= warm.error_bound + again.error_bound).all()
     assert math.isfinite(single[0].sum().item())
-    # A product costs what a row of the dense Jacobian costs, so the ratio of products, 512 to some 90, is what there is to win.
+    # A product costs what a row of the dense Jacobian costs, so the ratio of products, 512 to some 90, is what there
+    # is to win.
     assert dense_seconds > 4 * seconds
     assert authors_seconds > 5 * seconds

@@ -42,7 +42,10 @@ class Nuclear(Estimator):
             singular_values=sigma,
             num_directions=jacobian.num_inputs,
             error_bound=8 * jacobian.eps * sigma.shape[1] * sigma[:, 0],
-            extras={"stable_rank": sigma.square().sum(1) / sigma[:, 0].square(), "num_products": counted(total, jacobian.products)},
+            extras={
+                "stable_rank": sigma.square().sum(1) / sigma[:, 0].square(),
+                "num_products": counted(total, jacobian.products),
+            },
         )
 '''
 SCRIPT = """

@@ -40,13 +40,9 @@ def test_float64_in_a_small_budget_says_what_it_resolves():
 
 def test_a_budget_without_room_for_two_rows_is_refused():
     with pytest.raises(ProbeError, match="too little for two of its rows"):
-        tgp.measure(
-            nn.Linear(1000, 1000), torch.zeros(1, 1000), layers="", estimator=tgp.Exact(), memory_budget=4000
-        )
+        tgp.measure(nn.Linear(1000, 1000), torch.zeros(1, 1000), layers="", estimator=tgp.Exact(), memory_budget=4000)
     with pytest.raises(ProbeError, match="too little for two of its rows"):
-        tgp.measure(
-            nn.Linear(1000, 3), torch.zeros(1, 1000), layers="", estimator=tgp.TopK(k=2), memory_budget=4000
-        )
+        tgp.measure(nn.Linear(1000, 3), torch.zeros(1, 1000), layers="", estimator=tgp.TopK(k=2), memory_budget=4000)
 
 
 def _pooled_features(stride):

@@ -121,9 +121,7 @@ def test_the_first_term_is_exact():
     wide = nn.Linear(60, 30, bias=False)
     wide.weight.data.zero_()
     wide.weight.data[:, :40] = model.weight.data
-    small, large = (
-        _measured(m, torch.zeros(1, d), eps=0.01, method="lanczos") for m, d in ((model, 40), (wide, 60))
-    )
+    small, large = (_measured(m, torch.zeros(1, d), eps=0.01, method="lanczos") for m, d in ((model, 40), (wide, 60)))
     assert abs((large.log_det - small.log_det).item() - 20 * math.log(0.01)) < 1e-3
 
 
@@ -196,7 +194,8 @@ def test_a_floor_relative_to_the_largest_value_waits_for_that_value(kind):
     [("geometric", 1e-4, 24), ("geometric", 1e-6, 40), ("harmonic", 1e-2, 12), ("harmonic", 1e-4, 104)],
 )
 def test_one_per_cent_at_about_the_products_of_a_search_with_hindsight(kind, eps, hindsight):
-    """n = 512, d = 3072; at least four probes are drawn where the search knew that one or two are enough, hence the added ones."""
+    """n = 512, d = 3072; at least four probes are drawn where the search knew that one or two are enough, hence the
+    added ones."""
     model = problems.linear(problems.spectrum(kind, 512), 512, 3072)
     sigma = torch.linalg.svdvals(model.weight.detach().double())
     floor = eps * sigma[0].square()

@@ -100,9 +100,7 @@ def test_duplicated_samples_get_the_same(seed, n, d, name):
     model = problems.mlp((d, n, n)).double()
     x = torch.randn(2, d, generator=generator, dtype=torch.float64)
     g = tgp.measure(model, x[[0, 1, 0, 0]], layers=["3"], estimator=ESTIMATORS[name](2))["3"]
-    torch.testing.assert_close(
-        g.log_volume[[2, 3]], g.log_volume[[0, 0]], rtol=1e-9, atol=1e-9, equal_nan=True
-    )
+    torch.testing.assert_close(g.log_volume[[2, 3]], g.log_volume[[0, 0]], rtol=1e-9, atol=1e-9, equal_nan=True)
     if "num_products" in g.extras:
         assert len(set(g.num_products[[0, 2, 3]].tolist())) == 1
 
@@ -156,16 +154,15 @@ def test_a_constant_layer_has_rank_zero(seed, n, d):
         g = tgp.measure(model, x, layers=["0"], estimator=estimator)["0"]
         assert g.log_volume.isneginf().all()
         assert g.rank is None if isinstance(estimator, tgp.Trace) else g.rank.tolist() == [0, 0]
-    log_det = tgp.measure(model, x, layers=["0"], estimator=tgp.LogDet(eps=0.1, method="lanczos"))[
-        "0"
-    ].log_det
+    log_det = tgp.measure(model, x, layers=["0"], estimator=tgp.LogDet(eps=0.1, method="lanczos"))["0"].log_det
     torch.testing.assert_close(log_det, torch.full((2,), d * math.log(0.1), dtype=torch.float64))
 
 
 @FEW
 @given(seed=seeds, n=sizes, d=sizes)
 def test_the_estimands_agree_where_they_should(seed, n, d):
-    """½ log det(g + εI) → Σ log σ for small ε at full rank; tr g = Σ σ²; the spectrum's moments are the same numbers."""
+    """½ log det(g + εI) → Σ log σ for small ε at full rank; tr g = Σ σ²; the spectrum's moments are the same
+    numbers."""
     matrix, _ = _matrix(seed, max(n, d), d)
     exact = _volume(matrix, tgp.Exact())
     floor = _volume(matrix, tgp.LogDet(eps=1e-13, method="exact"))

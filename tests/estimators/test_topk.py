@@ -18,9 +18,7 @@ LN10 = math.log(10)
 
 
 def _measured(model, x, layer="", **options):
-    settings = {
-        name: options.pop(name) for name in ("normalize", "engine", "memory_budget") if name in options
-    }
+    settings = {name: options.pop(name) for name in ("normalize", "engine", "memory_budget") if name in options}
     settings.setdefault("normalize", False)
     return tgp.measure(model, x, layers=[layer], estimator=tgp.TopK(**options), **settings)[layer]
 
@@ -38,9 +36,7 @@ def test_every_value_is_within_tol_and_the_bound_covers_the_error(kind, k, dtype
     assert (total <= g.error_bound).all(), (total, g.error_bound)
     assert (g.error_bound < k * 1e-3 * LN10 * 1.01).all()
     eps = torch.finfo(dtype).eps
-    assert (
-        g.singular_values <= true * (1 + 32 * eps) + 32 * eps * true[:, :1]
-    ).all()  # Ritz values are lower bounds
+    assert (g.singular_values <= true * (1 + 32 * eps) + 32 * eps * true[:, :1]).all()  # Ritz values are lower bounds
     assert (g.rank == k).all()
     assert g.std_error is None
     assert torch.equal(g.log_volume, g.log_pseudo_volume)
@@ -51,9 +47,7 @@ def test_naive_twin_the_same_krylov_space_built_densely(kind):
     """The values of q rounds are those of the space span{V, gV, …, g^(q−1) V}, in plain float64 dense algebra."""
     model, _, x = problems.problem(kind, n=100, d=150, dtype=torch.float64)
     rounds, block, k = 4, 4, 6
-    g = _measured(
-        model, x, k=k, block=block, seed=3, method="krylov", tol=1e-14, max_products=2 * block * rounds
-    )
+    g = _measured(model, x, k=k, block=block, seed=3, method="krylov", tol=1e-14, max_products=2 * block * rounds)
     assert g.num_products.tolist() == [2 * block * rounds]
     jacobian = model.weight.detach()
     generator = torch.Generator().manual_seed(3)
@@ -71,8 +65,7 @@ def test_naive_twin_the_same_krylov_space_built_densely(kind):
 def test_more_work_never_lowers_a_value():
     model, _, x = problems.problem("gaussian", n=100, d=150)
     volumes = [
-        _measured(model, x, k=5, method="krylov", tol=1e-9, max_products=p).log_volume.item()
-        for p in (16, 32, 64, 128)
+        _measured(model, x, k=5, method="krylov", tol=1e-9, max_products=p).log_volume.item() for p in (16, 32, 64, 128)
     ]
     assert volumes == sorted(volumes)
     assert volumes[0] < volumes[-1] - 1e-3
@@ -172,9 +165,7 @@ def test_a_sample_stops_by_itself_whatever_its_neighbours_need():
     apart = [_measured(model, sample[None], layer, k=6, method="krylov") for sample in x]
     assert together.num_products.tolist() == [g.num_products.item() for g in apart]
     assert len(set(together.num_products.tolist())) > 1
-    torch.testing.assert_close(
-        together.log_volume, torch.cat([g.log_volume for g in apart]), rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(together.log_volume, torch.cat([g.log_volume for g in apart]), rtol=0, atol=1e-4)
 
 
 def test_several_layers_each_in_a_space_of_its_own():
@@ -247,23 +238,19 @@ def test_warm_start_recovers_from_vectors_that_are_all_wrong():
     other = copy.deepcopy(model)
     for p in other.parameters():
         p.data.normal_(std=0.1)
-    moved = tgp.GeometryProbe(other, layers=[layer], estimator=tgp.TopK(k=5, method="krylov")).measure(
-        x, start=cold
-    )[layer]
+    moved = tgp.GeometryProbe(other, layers=[layer], estimator=tgp.TopK(k=5, method="krylov")).measure(x, start=cold)[
+        layer
+    ]
     true = oracle.singular_values(other, [layer], x)[layer][:, :5] / math.sqrt(moved.num_features)
     assert ((moved.log_volume - true.log().sum(1)).abs() <= moved.error_bound).all()
 
 
 def test_warm_start_in_chunks_and_where_the_jacobian_was_dense():
     model, layer, x = problems.problem("mlp", n=60, d=90, batch=5)
-    probe = tgp.GeometryProbe(
-        model, layers=[layer], estimator=tgp.TopK(k=4, method="krylov"), memory_budget=300_000
-    )
+    probe = tgp.GeometryProbe(model, layers=[layer], estimator=tgp.TopK(k=4, method="krylov"), memory_budget=300_000)
     assert (probe.measure(x, start=probe.measure(x))[layer].num_products <= 24).all()
     dense = tgp.GeometryProbe(model, layers=[layer], estimator=tgp.TopK(k=4))
-    assert torch.equal(
-        dense.measure(x, start=dense.measure(x))[layer].log_volume, dense.measure(x)[layer].log_volume
-    )
+    assert torch.equal(dense.measure(x, start=dense.measure(x))[layer].log_volume, dense.measure(x)[layer].log_volume)
 
 
 def test_paper_conventions():

@@ -57,9 +57,7 @@ def test_naive_twin_hutch_plus_plus():
 
 def test_hutch_plus_plus_is_sharper_on_a_steep_spectrum():
     model, _, x = problems.problem("geometric", n=128, d=192)
-    plain, better = (
-        _measured(model, x, method=m, probes=p) for m, p in (("hutchinson", 48), ("hutch++", 12))
-    )
+    plain, better = (_measured(model, x, method=m, probes=p) for m, p in (("hutchinson", 48), ("hutch++", 12)))
     assert plain.num_products.item() == better.num_products.item() == 48
     assert better.trace_std_error.item() < 1e-2 * plain.trace_std_error.item()
 

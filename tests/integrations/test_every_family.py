@@ -1,7 +1,7 @@
 """45 models at initialisation and after training: their stages, and volumes that are float64's.
 
-The reference shares nothing with the probe: a float64 copy of the model, ``torch.func.vmap`` of ``torch.func.jvp`` over
-directions of our own, and an SVD of the tangents that plain hooks return.
+The reference shares nothing with the probe: a float64 copy of the model, ``torch.func.vmap`` of ``torch.func.jvp``
+over directions of our own, and an SVD of the tangents that plain hooks return.
 
 Legend of axes: K directions, B samples, N features of a layer.
 """
@@ -17,17 +17,18 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import update_bn
 from torch.utils._pytree import tree_leaves
-from torchgeom_probe.integrations.timm import stage_layers
 
 import torchgeom_probe as tgp
+from torchgeom_probe.integrations.timm import stage_layers
 
 K, B = 3, 2
 FAMILIES = (*TIMM, *(f"tv:{name}" for name in TORCHVISION))
 
 # Nats, of a sum of K logarithms. Measured over the 45 models, untrained and trained: in float64 1e-9 at most; in
 # float32 mostly below 1e-6, and up to 7e-3 where the float32 network itself differs from the float64 one: a ReLU whose
-# input is zero up to rounding is open in one and shut in the other, which one depends on the processor. That is the bad
-# luck of a sample; a wrong rule would be off at every one, so in float32 one of the two samples may be, and by so much.
+# input is zero up to rounding is open in one and shut in the other, which one depends on the processor. That is the
+# bad luck of a sample; a wrong rule would be off at every one, so in float32 one of the two samples may be, and by so
+# much.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-3}
 UNLUCKY = 1e-2
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+
+import torchgeom_probe as tgp
+from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.integrations.timm import (
     PretrainedModel,
     cifar_resnet,
@@ -19,9 +22,6 @@ from torchgeom_probe.integrations.timm import (
     read_images,
     stage_layers,
 )
-
-import torchgeom_probe as tgp
-from torchgeom_probe.errors import ProbeError
 
 timm = pytest.importorskip("timm")
 Image = pytest.importorskip("PIL.Image")

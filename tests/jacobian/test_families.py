@@ -57,9 +57,7 @@ class Recurrent(nn.Module):
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "transformer": lambda: nn.Sequential(
         nn.Flatten(1, 2),
-        nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False
-        ),
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False),
     ),
     "decoder": lambda: nn.Sequential(
         nn.ConvTranspose2d(3, 5, 2, 2),

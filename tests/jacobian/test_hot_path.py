@@ -28,7 +28,8 @@ SYNCHRONISING = {
 
 
 class NoHostSynchronisation(TorchDispatchMode):
-    """Fails on what makes the host wait: numbers and shapes read from data, copies between devices, checked factorisations."""
+    """Fails on what makes the host wait: numbers and shapes read from data, copies between devices, checked
+    factorisations."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -36,9 +37,9 @@ class NoHostSynchronisation(TorchDispatchMode):
         before = {a.device.type for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)}
         after = {o.device.type for o in tree_leaves(out) if isinstance(o, torch.Tensor)}
         assert name not in SYNCHRONISING, f"{name} waits for the device"
-        assert not name.startswith(
-            ("linalg_svd", "_linalg_svd", "linalg_eig", "_linalg_eigh", "linalg_cholesky")
-        ), f"{name} waits"
+        assert not name.startswith(("linalg_svd", "_linalg_svd", "linalg_eig", "_linalg_eigh", "linalg_cholesky")), (
+            f"{name} waits"
+        )
         assert not ("cuda" in before and "cpu" in after), f"{name} copies to the host"
         return out
 
@@ -98,9 +99,7 @@ def test_no_mixed_devices_on_cuda(case, dtype):
         for module in model.modules():
             for name, p in list(module._parameters.items()):
                 if p is not None:
-                    module._parameters[name] = torch.nn.Parameter(
-                        torch.empty_like(mode.from_tensor(p), device="cuda")
-                    )
+                    module._parameters[name] = torch.nn.Parameter(torch.empty_like(mode.from_tensor(p), device="cuda"))
             for name, b in list(module._buffers.items()):
                 if b is not None:
                     module._buffers[name] = torch.empty_like(mode.from_tensor(b), device="cuda")
@@ -143,7 +142,5 @@ def test_traced_by_make_fx_equals_eager(case, dtype):
             eager, traced = _pass(hooked, x, v), graph(x, v)
             for layer in eager:
                 scale = eager[layer].abs().max()
-                assert (eager[layer] - traced[layer]).abs().max() <= (
-                    1e-12 if dtype == torch.float64 else 1e-5
-                ) * scale
+                assert (eager[layer] - traced[layer]).abs().max() <= (1e-12 if dtype == torch.float64 else 1e-5) * scale
             x, v = torch.randn_like(x), torch.randn_like(v)

@@ -43,9 +43,7 @@ def _expected(case, model, layers, x, v):
 def test_every_layer_at_once_on_given_directions(case, engine, dtype):
     factory, shape, layers = models.CASES[case]
     model, x, v = factory(), torch.randn(2, *shape), torch.randn(4, 2, *shape)
-    report = tgp.measure(
-        model.to(dtype), x.to(dtype), layers=layers, directions=v, engine=engine, normalize=False
-    )
+    report = tgp.measure(model.to(dtype), x.to(dtype), layers=layers, directions=v, engine=engine, normalize=False)
     expected = _expected(case, model, layers, x, v)
     assert list(report) == layers
     for layer in layers:
@@ -70,9 +68,7 @@ def test_exact(case, engine, dtype):
         n, d = g.num_features, math.prod(shape)
         assert (g.num_inputs, g.singular_values.shape[1]) == (d, min(n, d))
         assert ("JJᵀ" in g.estimand) == (n < d)
-        keep = (
-            expected > 1e-6 * expected[:, :1]
-        )  # a pooled stage has directions that reach it only through rounding
+        keep = expected > 1e-6 * expected[:, :1]  # a pooled stage has directions that reach it only through rounding
         error = ((g.singular_values - expected).abs() / expected[:, :1] * keep).max()
         assert error <= (1e-10 if dtype == torch.float64 else 1e-4)
         if dtype == torch.float64:
@@ -123,15 +119,11 @@ def test_results_do_not_depend_on_the_chunking(case, estimator):
     probe = tgp.GeometryProbe(model, layers=layers, estimator=estimator)
     whole = probe.measure(x)
     (plan,) = probe._plans.values()
-    largest_jacobian = (
-        8 * (5 if isinstance(estimator, tgp.Subspace) else plan.num_inputs) * max(plan.features.values())
-    )
+    largest_jacobian = 8 * (5 if isinstance(estimator, tgp.Subspace) else plan.num_inputs) * max(plan.features.values())
     # From one sample at a time down to two or three rows at a time, where the directions are split as well.
     for rows in (60, 12, 6, 2):
         budget = max(int(2 * plan.row_bytes * rows), largest_jacobian)
-        chunked = tgp.GeometryProbe(model, layers=layers, estimator=estimator, memory_budget=budget).measure(
-            x
-        )
+        chunked = tgp.GeometryProbe(model, layers=layers, estimator=estimator, memory_budget=budget).measure(x)
         for layer in layers:
             a, b = whole[layer], chunked[layer]
             assert torch.allclose(
@@ -149,9 +141,7 @@ def test_directions_are_really_split():
     probe.measure(x)
     once = len(passes)
     (plan,) = probe._plans.values()
-    tgp.measure(
-        model, x, layers=["layer4.1"], estimator=tgp.Subspace(k=6), memory_budget=2 * plan.row_bytes * 3
-    )
+    tgp.measure(model, x, layers=["layer4.1"], estimator=tgp.Subspace(k=6), memory_budget=2 * plan.row_bytes * 3)
     assert once == 2 + 1  # the plan's two and the dual pass
     assert len(passes) - once == 2 + 3  # 6 directions, two at a time beside the primal
 
@@ -182,14 +172,13 @@ def test_a_singular_metric_is_minus_infinity_with_its_rank(dtype):
         assert g.log_volume.eq(-torch.inf).all()
         assert g.rank.tolist() == [3] * 5
     expected = sigma[:, :3].log().sum(1)
-    assert torch.allclose(
-        report["3"].log_pseudo_volume, expected, atol=1e-4 if dtype == torch.float32 else 1e-10
-    )
+    assert torch.allclose(report["3"].log_pseudo_volume, expected, atol=1e-4 if dtype == torch.float32 else 1e-10)
 
 
 @pytest.mark.parametrize("case", ["cifar_resnet", "timm_resnet18", "vit"])
 def test_the_rank_behind_a_bottleneck_is_that_of_the_bottleneck_in_float32(case):
-    """The threshold, 16 eps, stands clear of the rounding that a deep network leaves in the directions that do not reach it."""
+    """The threshold, 16 eps, stands clear of the rounding that a deep network leaves in the directions that do not
+    reach it."""
     factory, shape, layers = models.CASES[case]
     model = nn.Sequential(
         nn.Linear(20, 3), nn.Linear(3, math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape), factory()
@@ -200,9 +189,7 @@ def test_the_rank_behind_a_bottleneck_is_that_of_the_bottleneck_in_float32(case)
     for g in report.values():
         if g.num_features >= 7:
             assert g.rank.tolist() == [3] * 4
-            assert (
-                g.singular_values[:, 3] <= 8 * torch.finfo(torch.float32).eps * g.singular_values[:, 0]
-            ).all()
+            assert (g.singular_values[:, 3] <= 8 * torch.finfo(torch.float32).eps * g.singular_values[:, 0]).all()
 
 
 def test_zero_dead_and_constant_layers():
@@ -239,7 +226,8 @@ def test_random_frames_are_shared_by_batches_layers_and_calls():
 
 
 def test_random_frame_is_haar_in_its_moments():
-    """E det VᵀgV = e_k(λ)/C(d, k) for λ = 1..5 (golden: 3.0, 8.5, 22.5, 54.8, 120): 4 standard errors of 400 frames."""
+    """E det VᵀgV = e_k(λ)/C(d, k) for λ = 1..5 (golden: 3.0, 8.5, 22.5, 54.8, 120): 4 standard errors of 400
+    frames."""
     golden = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text())["random_subspace"]
     layer = nn.Linear(5, 5, bias=False).double()
     layer.weight.data.copy_(torch.diag(torch.tensor(golden["lambda"], dtype=torch.float64).sqrt()))
@@ -367,17 +355,13 @@ def test_source_pulls_back_to_embeddings(engine):
 def test_source_as_a_module_with_keyword_arguments_and_one_block_to_the_next():
     model = models.Tokens().double()
     ids, mask = torch.randint(0, 19, (3, 5)), torch.zeros(3, 5, dtype=torch.bool)
-    a = tgp.measure(
-        model, {"ids": ids, "mask": mask}, layers="head", source=model.embed, estimator=tgp.Exact()
-    )
+    a = tgp.measure(model, {"ids": ids, "mask": mask}, layers="head", source=model.embed, estimator=tgp.Exact())
     b = tgp.measure(model, (ids, mask), layers="head", source="embed", estimator=tgp.Exact())
     assert torch.equal(a["head"].log_volume, b["head"].log_volume)
     chain = models.mlp().double()
     x = torch.randn(4, 5, dtype=torch.float64)
     step = tgp.measure(chain, x, layers="4", source="3", estimator=tgp.Exact(), normalize=False)["4"]
-    assert torch.allclose(
-        step.singular_values, torch.linalg.svdvals(chain[4].weight.detach()).expand(4, 3), atol=1e-12
-    )
+    assert torch.allclose(step.singular_values, torch.linalg.svdvals(chain[4].weight.detach()).expand(4, 3), atol=1e-12)
 
 
 def test_channels_last_bf16_and_parametrisations():
@@ -414,9 +398,7 @@ def test_one_sample_one_feature_and_one_direction():
     assert g.singular_values.shape == (1, 1)
     exact = tgp.measure(model, x, layers="1", estimator=tgp.Exact(), normalize=False)["1"]
     slope = 1 - model(x).item() ** 2
-    assert math.isclose(
-        exact.log_volume.item(), math.log(slope * model[0].weight.norm().item()), rel_tol=1e-12
-    )
+    assert math.isclose(exact.log_volume.item(), math.log(slope * model[0].weight.norm().item()), rel_tol=1e-12)
 
 
 def test_algebra_of_the_volume():

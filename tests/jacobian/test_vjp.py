@@ -1,4 +1,5 @@
-"""Reverse mode over copies of the batch: every copy its own cotangent, whatever the model, the budget and the layout."""
+"""Reverse mode over copies of the batch: every copy its own cotangent, whatever the model, the budget and the
+layout."""
 
 from dataclasses import replace
 
@@ -78,9 +79,7 @@ def test_copies_keep_to_the_budget_and_leave_random_models_alone():
     assert tight.copies(8, 3, x.device) == 2
     assert make_plan(hooked, inputs, memory_budget=1).copies(8, 3, x.device) == 1
     noisy = nn.Sequential(nn.Dropout(), *_convolutional()).train()
-    assert (
-        make_plan(HookedModel(noisy, {"": noisy}), inputs, memory_budget=1 << 30).copies(8, 3, x.device) == 1
-    )
+    assert make_plan(HookedModel(noisy, {"": noisy}), inputs, memory_budget=1 << 30).copies(8, 3, x.device) == 1
 
 
 def test_rows_are_the_same_in_a_budget_for_one_copy():
@@ -90,9 +89,7 @@ def test_rows_are_the_same_in_a_budget_for_one_copy():
     assert torch.allclose(wide.log_volume, tight.log_volume, atol=1e-5)
 
 
-@pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="channels last are for oneDNN's convolutions"
-)
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="channels last are for oneDNN's convolutions")
 def test_the_weights_are_laid_once_and_the_model_keeps_its_own():
     model, x = _convolutional().eval(), torch.randn(2, 3, 6, 6)
     own, before, inside = model[0].weight, model[0].weight.clone(), []

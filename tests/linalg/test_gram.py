@@ -1,4 +1,5 @@
-"""Factors against the SVD of all tangents; inner products in blocks and in pieces; streamed rows give what whole rows give."""
+"""Factors against the SVD of all tangents; inner products in blocks and in pieces; streamed rows give what whole rows
+give."""
 
 import math
 
@@ -59,9 +60,7 @@ def test_streamed_factor_is_the_whole_one(count, length, share, dtype, at_once):
     )
     expected = torch.linalg.svdvals(rows.double().transpose(0, 1))
     accuracy = 1e-12 if dtype == torch.float64 and share > 1 else 2e-7
-    torch.testing.assert_close(
-        factor.singular_values(), expected, rtol=1e-6, atol=accuracy * expected.max().item()
-    )
+    torch.testing.assert_close(factor.singular_values(), expected, rtol=1e-6, atol=accuracy * expected.max().item())
     if share > 1 or length < count:
         assert made == count
     else:

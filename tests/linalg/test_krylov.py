@@ -1,4 +1,5 @@
-"""The parts of a Krylov step in plain dense algebra.  Values and bounds: test_stopping.py and tests/estimators/test_topk.py."""
+"""The parts of a Krylov step in plain dense algebra.  Values and bounds: test_stopping.py and
+tests/estimators/test_topk.py."""
 
 import problems
 import pytest
@@ -35,9 +36,7 @@ def test_after_a_push_the_residuals_are_those_of_the_left_pairs(spans):
 
 @pytest.mark.parametrize("k", [1, 7])
 def test_vectors_are_singular_pairs_of_what_was_found(k):
-    jacobian = problems.linear(
-        problems.spectrum("geometric", 40), 40, 60, dtype=torch.float64
-    ).weight.detach()
+    jacobian = problems.linear(problems.spectrum("geometric", 40), 40, 60, dtype=torch.float64).weight.detach()
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(2, 4, 60, generator=generator, dtype=torch.float64)
     found = leading(
@@ -50,13 +49,9 @@ def test_vectors_are_singular_pairs_of_what_was_found(k):
         generator=generator,
     )
     assert found.converged.all()
-    torch.testing.assert_close(
-        found.values, torch.linalg.svdvals(jacobian)[:k].expand(2, -1), rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(found.values, torch.linalg.svdvals(jacobian)[:k].expand(2, -1), rtol=1e-6, atol=0)
     right, left = found.vectors[:, :k], found.left[:, :k]
     identity = torch.eye(k, dtype=torch.float64).expand(2, -1, -1)
     torch.testing.assert_close(right @ right.mT, identity)
     torch.testing.assert_close(left @ left.mT, identity)
-    torch.testing.assert_close(
-        right @ jacobian.T, found.values[:, :, None] * left, rtol=0, atol=1e-3 * 10 ** (-k / 4)
-    )
+    torch.testing.assert_close(right @ jacobian.T, found.values[:, :, None] * left, rtol=0, atol=1e-3 * 10 ** (-k / 4))

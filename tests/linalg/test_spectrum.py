@@ -9,9 +9,7 @@ from torchgeom_probe.linalg.spectrum import SpectralDensity
 
 def test_chunks_join_to_one_density():
     one = SpectralDensity.of_singular_values(torch.tensor([[2.0, 1.0, 1.0]], dtype=torch.float64), 5)
-    run = SpectralDensity(
-        torch.full((2, 3, 7), 4.0).double(), torch.full((2, 3, 7), 5 / 7).double(), 5, exact=False
-    )
+    run = SpectralDensity(torch.full((2, 3, 7), 4.0).double(), torch.full((2, 3, 7), 5 / 7).double(), 5, exact=False)
     both = SpectralDensity.joined([one, run])
     assert both.nodes.shape == (3, 3, 7)
     torch.testing.assert_close(both.trace()[0], torch.tensor([6.0, 20.0, 20.0], dtype=torch.float64))

@@ -11,9 +11,7 @@ from torchgeom_probe.linalg.volume import log_volume, rank_tolerance, regular
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_what_is_below_the_rounding_of_the_tangents_has_no_volume(dtype):
     tolerance = rank_tolerance(dtype)
-    sigma = torch.tensor(
-        [[2.0, 4 * tolerance], [2.0, tolerance], [0.0, 0.0], [math.inf, 1.0]], dtype=torch.float64
-    )
+    sigma = torch.tensor([[2.0, 4 * tolerance], [2.0, tolerance], [0.0, 0.0], [math.inf, 1.0]], dtype=torch.float64)
     volume, rank, pseudo = log_volume(sigma, num_directions=2, tolerance=tolerance)
     torch.testing.assert_close(volume[0].item(), math.log(8 * tolerance))
     assert volume[1:3].tolist() == [-math.inf, -math.inf]

@@ -66,9 +66,7 @@ def test_wrt_takes_part_in_chunks_copies_and_krylov_spaces():
 def test_it_asks_which_and_names_them():
     with pytest.raises(tgp.ProbeError, match=r"2 floating tensors.*: x \[7, 2, 3\], t \[7\].\n.*wrt='x'"):
         tgp.measure(Denoiser(), (X, T), layers="")
-    with pytest.raises(
-        tgp.ProbeError, match=r"wrt='y' names no floating tensor of x; the floating ones are 'x', 't'"
-    ):
+    with pytest.raises(tgp.ProbeError, match=r"wrt='y' names no floating tensor of x; the floating ones are 'x', 't'"):
         tgp.measure(Denoiser(), (X, T), layers="", wrt="y")
 
 
@@ -80,14 +78,10 @@ class Dictionary(nn.Module):
 def test_a_dict_as_one_argument_is_looked_into():
     x = torch.randn(5, 3, dtype=F64)
     mask = torch.ones(5, 3, dtype=torch.long)
-    g = tgp.measure(
-        Dictionary(), ({"pixels": x, "mask": mask},), layers="", estimator="exact", normalize=False
-    )[""]
+    g = tgp.measure(Dictionary(), ({"pixels": x, "mask": mask},), layers="", estimator="exact", normalize=False)[""]
     assert torch.allclose(g.log_volume, x.cos().abs().log().sum(1), atol=1e-12)
     both = ({"pixels": x, "mask": mask.double()},)
-    with pytest.raises(
-        tgp.ProbeError, match=r"batch.pixels \[5, 3\], batch.mask \[5, 3\].\n.*wrt='batch.pixels'"
-    ):
+    with pytest.raises(tgp.ProbeError, match=r"batch.pixels \[5, 3\], batch.mask \[5, 3\].\n.*wrt='batch.pixels'"):
         tgp.measure(Dictionary(), both, layers="")
     again = tgp.measure(Dictionary(), both, layers="", wrt="pixels", estimator="exact", normalize=False)[""]
     assert torch.equal(again.log_volume, g.log_volume)
@@ -184,9 +178,7 @@ def test_types_and_devices_of_all_parameters_count():
 
     g = tgp.measure(Mixed(), torch.randn(2, 3, dtype=F64), layers="")[""]
     assert g.log_volume.isfinite().all()
-    with pytest.raises(
-        tgp.ProbeError, match=r"x is torch.float64, the model's parameters are torch.float32.\nConvert"
-    ):
+    with pytest.raises(tgp.ProbeError, match=r"x is torch.float64, the model's parameters are torch.float32.\nConvert"):
         tgp.measure(nn.Linear(3, 2), torch.randn(2, 3, dtype=F64), layers="")
     with pytest.raises(tgp.ProbeError, match=r"the model's parameters are on 'meta'.*\n.*to_empty"):
         tgp.measure(nn.Linear(3, 2, device="meta"), torch.randn(2, 3), layers="")

@@ -142,9 +142,7 @@ def test_inside_autocast_inference_mode_and_no_grad(engine):
     ):
         with context:
             before = _process()
-            got = tgp.measure(model, x, layers="3", estimator=tgp.Subspace(k=2), engine=engine)[
-                "3"
-            ].log_volume
+            got = tgp.measure(model, x, layers="3", estimator=tgp.Subspace(k=2), engine=engine)["3"].log_volume
             assert _same(before, _process())
         assert torch.equal(got, expected)
 
@@ -197,17 +195,15 @@ def test_activation_checkpointing(engine):
             self.a, self.b, self.reentrant = nn.Linear(5, 7), nn.Linear(7, 3), reentrant
 
         def forward(self, x):
-            h = torch.utils.checkpoint.checkpoint(
-                lambda z: torch.tanh(self.a(z)), x, use_reentrant=self.reentrant
-            )
+            h = torch.utils.checkpoint.checkpoint(lambda z: torch.tanh(self.a(z)), x, use_reentrant=self.reentrant)
             return self.b(h)
 
     x = torch.randn(4, 5)
     for reentrant in (False, True):
         model = Checkpointed(reentrant)
-        expected = tgp.measure(
-            nn.Sequential(model.a, nn.Tanh(), model.b), x, layers="", estimator=tgp.Subspace(k=2)
-        )[""]
+        expected = tgp.measure(nn.Sequential(model.a, nn.Tanh(), model.b), x, layers="", estimator=tgp.Subspace(k=2))[
+            ""
+        ]
         if reentrant and engine != "fused":
             continue  # torch refuses it under its own transforms
         got = tgp.measure(model, x, layers="", estimator=tgp.Subspace(k=2), engine=engine)[""]

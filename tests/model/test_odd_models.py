@@ -1,4 +1,5 @@
-"""Models that people write: state in odd places, in-place first ops, views, randomness.  Each is right, or refused by name."""
+"""Models that people write: state in odd places, in-place first ops, views, randomness.  Each is right, or refused by
+name."""
 
 import threading
 
@@ -155,9 +156,7 @@ def test_an_axis_as_long_as_the_batch_is_not_taken_for_it():
 
     lstm, x = States(4, 3, bidirectional=True, batch_first=True).double(), torch.randn(2, 5, 4).double()
     options = {"layers": "", "estimator": tgp.Subspace(k=2)}
-    with pytest.raises(
-        tgp.ProbeError, match=r"first axis is not the batch.*\n.*take one:  transform=.*out\['out'\]"
-    ):
+    with pytest.raises(tgp.ProbeError, match=r"first axis is not the batch.*\n.*take one:  transform=.*out\['out'\]"):
         tgp.measure(lstm, x, **options)
     g = tgp.measure(lstm, x, **options, transform=lambda out: out["out"])[""]
     assert g.log_volume.isfinite().all()

@@ -1,4 +1,5 @@
-"""layers="auto": the parts that a person would name, and no measurement that ends over a part with nothing to measure."""
+"""layers="auto": the parts that a person would name, and no measurement that ends over a part with nothing to
+measure."""
 
 import warnings
 
@@ -12,12 +13,11 @@ from torchgeom_probe.model.stages import stage_layers
 
 def test_a_plain_stack_answers_with_its_activations():
     stack = nn.Sequential(
-        nn.Linear(2, 3), nn.Tanh(), nn.Dropout(), nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2)
+        nn.Linear(2, 3), nn.Tanh(), nn.Dropout(),
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2),
     )  # fmt: skip
     assert stage_layers(stack) == ["1", "3", "5", "7"]
-    convolutions = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3), nn.GELU(), nn.AdaptiveAvgPool2d(1)
-    )
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3), nn.GELU(), nn.AdaptiveAvgPool2d(1))
     assert stage_layers(convolutions) == ["1", "4"]
 
 
@@ -129,9 +129,7 @@ def test_cost_and_check_leave_out_the_same():
         checked = tgp.GeometryProbe(Odd()).check(torch.randn(5, 4))
     assert checked.ok
     assert list(checked.adjoint_errors) == ["first", "last"]
-    assert (
-        "does not depend on it" in tgp.GeometryProbe(Odd(), layers=["time"]).check(torch.randn(5, 4)).refusal
-    )
+    assert "does not depend on it" in tgp.GeometryProbe(Odd(), layers=["time"]).check(torch.randn(5, 4)).refusal
     with pytest.warns(UserWarning, match="leaves out"):
         assert "first" in tgp.GeometryProbe(Odd()).cost(torch.randn(5, 4)).products
 

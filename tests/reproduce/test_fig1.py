@@ -32,9 +32,7 @@ def test_the_comparison_sees_a_wrong_measurement():
 
 def test_the_curvature_of_the_maps_is_the_measured_metrics():
     model = fig1.PaperNetwork(2, 7, 2).double()
-    plane = tgp.Plane(
-        *torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).double(), steps=4, coordinates="barycentric"
-    )
+    plane = tgp.Plane(*torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).double(), steps=4, coordinates="barycentric")
     found = tgp.scan(model, plane, layers=[fig1.LAYER], progress=False)
     _, ricci = fig1.closed_form(model, found)
     measured = tgp.scalar_curvature(model, plane.points(), layer=fig1.LAYER)  # of J, not J / √n

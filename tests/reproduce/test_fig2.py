@@ -22,9 +22,7 @@ def test_the_papers_training_of_fig2():
     data = fig2.Digits(
         torch.zeros(30, 9).double(), torch.arange(30) % 10, torch.zeros(10, 9).double(), torch.arange(10)
     )
-    of = fig2.training(
-        data, width=12, epochs=200, snapshots=(), settings=Settings(preset="paper"), name="mnist"
-    )
+    of = fig2.training(data, width=12, epochs=200, snapshots=(), settings=Settings(preset="paper"), name="mnist")
     model = of.model()
     assert isinstance(of.optimizer(model.parameters()), torch.optim.Adam)
     assert next(model.parameters()).dtype == torch.float64

@@ -36,9 +36,7 @@ def test_before_training_batch_norm_has_the_statistics_of_the_data(images):
     with torch.no_grad():
         model(images.train_images)
     assert len(images.train_images) <= 256
-    for (
-        out
-    ) in seen.values():  # normalised by its own statistics, before a weight and a bias that are still 1 and 0
+    for out in seen.values():  # normalised by its own statistics, before a weight and a bias that are still 1 and 0
         assert (
             out.mean((0, 2, 3)).abs().max() < 5e-3
         )  # the variances in eval mode are n / (n - 1) of those in train mode

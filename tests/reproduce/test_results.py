@@ -69,9 +69,7 @@ def test_the_gallery_gets_small_pictures(tmp_path):
 
     figure = Figure(figsize=(5, 5), layout="compressed")
     figure.add_subplot().imshow(torch.rand(300, 300).numpy())
-    results = Results(
-        "figure", "a test", settings(tmp_path, gallery=tmp_path / "gallery"), say=lambda line: None
-    )
+    results = Results("figure", "a test", settings(tmp_path, gallery=tmp_path / "gallery"), say=lambda line: None)
     results.picture("map", figure, gallery=True)
     results.animation("map", [figure, figure])
     assert {p.name for p in (tmp_path / "figure").iterdir()} == {"map.png", "map.pdf", "map.gif"}

@@ -69,9 +69,7 @@ def settings(tmp_path, **options):
 def go(tmp_path, **options):
     x = torch.zeros(3, 2) + torch.arange(3)[:, None]
     watch = {"x_probe": x, "layers": ["2"], "estimator": tgp.Exact(), "every": 3}
-    trained = train(
-        task(**options), settings(tmp_path), views=[plane_view()], watch=watch, say=lambda line: None
-    )
+    trained = train(task(**options), settings(tmp_path), views=[plane_view()], watch=watch, say=lambda line: None)
     results = Results("figure", "a test", settings(tmp_path), say=lambda line: None)
     results.training(trained)
     results.test(trained, plane_view())
@@ -197,9 +195,7 @@ def test_the_maps_are_in_tensorboard_and_the_callers_random_state_is_left_alone(
 def test_another_training_in_the_folder_is_refused_or_replaced(tmp_path):
     go(tmp_path)
     before = files(tmp_path)
-    with pytest.raises(
-        tgp.ProbeError, match=r"holds another training: its seed, untrained differ \(seed=0, now 1\)"
-    ):
+    with pytest.raises(tgp.ProbeError, match=r"holds another training: its seed, untrained differ \(seed=0, now 1\)"):
         train(task(), settings(tmp_path, seed=1), say=lambda line: None)
     assert files(tmp_path) == before
     (tmp_path / "trainings" / "noisy" / "mine.txt").write_text("kept")
@@ -234,6 +230,4 @@ def test_a_readout_is_made_from_each_snapshot(tmp_path):
     first, again = trained.scan(view, 4), trained.scan(view, 4)
     assert len(made) == 1
     assert torch.equal(first.entropy, again.entropy)
-    assert sorted(p.name for p in (tmp_path / "trainings/noisy/plane").iterdir()) == [
-        "epoch_00004.safetensors"
-    ]
+    assert sorted(p.name for p in (tmp_path / "trainings/noisy/plane").iterdir()) == ["epoch_00004.safetensors"]

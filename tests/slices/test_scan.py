@@ -1,4 +1,5 @@
-"""Scans: values against a float64 Jacobian and its SVD, decisions against plain Python; no other process waited for."""
+"""Scans: values against a float64 Jacobian and its SVD, decisions against plain Python; no other process waited
+for."""
 
 import math
 import os

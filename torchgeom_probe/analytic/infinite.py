@@ -276,9 +276,7 @@ def _quadrature(phi: Activation, v: Tensor, label: str) -> _Moments:
     tolerance = 1e-11 if v.dtype == torch.float64 else 1e-5
     largest = v.detach().max().item()
     if not math.isfinite(largest):
-        raise ProbeError(
-            "some |x|² is not finite, so the quadrature has no range.\nMeasure where x.isfinite().all()."
-        )
+        raise ProbeError("some |x|² is not finite, so the quadrature has no range.\nMeasure where x.isfinite().all().")
     step = min(_STEP_U, _STEP_Z / math.sqrt(max(largest, 1e-30)))
     nodes = 1 + math.ceil(2 * _HALF_WIDTH / step)
     coarse, _, decayed = _trapezoid(phi, v, nodes)

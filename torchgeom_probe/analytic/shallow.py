@@ -212,8 +212,7 @@ def _preactivations(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
         )
     if len({x.device, W.device, b.device}) != 1:
         raise ProbeError(
-            f"x, W and b must be on one device; got {x.device}, {W.device}, {b.device}.\n"
-            "Write x.to(W.device)."
+            f"x, W and b must be on one device; got {x.device}, {W.device}, {b.device}.\nWrite x.to(W.device)."
         )
     return x @ W.T + b
 

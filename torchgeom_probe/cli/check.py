@@ -20,9 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print what the check found; status 1 where it is not ok."""
     model, loaded = model_of(arguments)
     x = input_of(arguments, model, loaded)
-    with GeometryProbe(
-        model, layers=arguments.layers, engine=arguments.engine, source=arguments.source
-    ) as probe:
+    with GeometryProbe(model, layers=arguments.layers, engine=arguments.engine, source=arguments.source) as probe:
         report = probe.check(x)
     print(report)
     return 0 if report.ok else 1

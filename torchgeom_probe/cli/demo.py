@@ -21,9 +21,7 @@ def add(verbs: Any) -> None:
         default="digits",
         help="digits: offline (default); mnist: through torchvision",
     )
-    parser.add_argument(
-        "--data-root", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is or goes"
-    )
+    parser.add_argument("--data-root", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is or goes")
     parser.add_argument("--width", type=int, help="sigmoid units (default 512; for mnist 2000)")
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--grid", type=int, default=40, help="points along a side of the plane (default 40)")

@@ -40,9 +40,7 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="image files or a directory (default: random numbers)"
     )
-    parser.add_argument(
-        "--input-shape", metavar="C,H,W", help="shape of one random sample (default: the model's own)"
-    )
+    parser.add_argument("--input-shape", metavar="C,H,W", help="shape of one random sample (default: the model's own)")
     parser.add_argument("--batch", type=int, default=4, help="random samples (default 4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -149,9 +147,7 @@ def input_of(arguments: argparse.Namespace, model: nn.Module, loaded: Any) -> Fl
     """The images that were named, prepared as the model was trained; without any, random numbers."""
     if arguments.images is not None:
         if loaded is None:
-            raise ProbeError(
-                "--images needs a model that knows its own preprocessing.\nWrite --model timm:NAME"
-            )
+            raise ProbeError("--images needs a model that knows its own preprocessing.\nWrite --model timm:NAME")
         read_images = optional("torchgeom_probe.integrations.timm", extra="timm").read_images
         return loaded.batch([image for path in arguments.images for image in read_images(path)])
     generator = torch.Generator().manual_seed(arguments.seed)
@@ -185,6 +181,4 @@ def estimator_of(arguments: argparse.Namespace) -> Estimator:
     text = arguments.estimator
     found: Any = named(text)
     given = {"seed": None if "seed=" in text else arguments.seed, "k": None if ":" in text else arguments.k}
-    return replace(
-        found, **{key: value for key, value in given.items() if value is not None and hasattr(found, key)}
-    )
+    return replace(found, **{key: value for key, value in given.items() if value is not None and hasattr(found, key)})

@@ -43,9 +43,7 @@ def add(verbs: Any) -> None:
         metavar="DIR",
         help="default torchgeom_runs/reproduce (-paper, -quick); figure N goes to DIR/figN",
     )
-    parser.add_argument(
-        "--gallery", type=Path, metavar="DIR", help="also write small PNGs of the main pictures there"
-    )
+    parser.add_argument("--gallery", type=Path, metavar="DIR", help="also write small PNGs of the main pictures there")
     parser.set_defaults(run=run, resumes=True)
 
 

@@ -48,9 +48,7 @@ def add(verbs: Any) -> None:
         "--images", nargs="+", required=True, metavar="PATH", help="two image files: a line; three: a plane"
     )
     parser.add_argument("--layers", nargs="+", default=["auto"], metavar="NAME", help="default: the stages")
-    parser.add_argument(
-        "--grid", type=int, help="points of the line (default 64), or along a side of the plane (24)"
-    )
+    parser.add_argument("--grid", type=int, help="points of the line (default 64), or along a side of the plane (24)")
     parser.add_argument(
         "--size",
         type=int,
@@ -108,9 +106,7 @@ def _statistics(found: SliceScan) -> dict[str, str]:
         try:
             statistics[layer] = str(found.magnification(layer))
             print(f"On this {type(found.slice).__name__.lower()}, {statistics[layer]}.")
-        except (
-            ProbeError
-        ) as error:  # a constant entropy, a layer without finite volumes: said, and the others go on
+        except ProbeError as error:  # a constant entropy, a layer without finite volumes: said, and the others go on
             statistics[layer] = str(error)
             print(statistics[layer])
     return statistics
@@ -144,9 +140,7 @@ def _normalised(pictures: Sequence[Tensor]) -> Tensor:
     return torch.stack([(picture - mean) / deviation for picture in pictures])
 
 
-def _few_classes(
-    found: SliceScan, own: Sequence[int], names: list[str] | None
-) -> tuple[SliceScan, list[str] | None]:
+def _few_classes(found: SliceScan, own: Sequence[int], names: list[str] | None) -> tuple[SliceScan, list[str] | None]:
     """A scan of many predicted classes as one of few to draw: the photographs' own, the commonest, and "other"."""
     present, counts = found.predictions.unique(return_counts=True)
     if len(present) <= _DRAWN_CLASSES:

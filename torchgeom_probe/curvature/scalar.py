@@ -111,9 +111,7 @@ def scalar_curvature(
                 "scalar_curvature(lambda u: model(x0 + (u @ A).reshape(-1, *x0.shape)), u)"
             )
         try:
-            parts = [
-                _curvature(features, part, chunk_size, label) for part in x.split(max(1, chunk_size // d))
-            ]
+            parts = [_curvature(features, part, chunk_size, label) for part in x.split(max(1, chunk_size // d))]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -197,9 +195,7 @@ def _check_input(x: Tensor, chunk_size: int) -> None:
             "Curvature starts at two dimensions:  x of shape [B, 2]"
         )
     if chunk_size < 1:
-        raise ProbeError(
-            f"chunk_size={chunk_size} holds no row. Write chunk_size=1024, or less where memory is short."
-        )
+        raise ProbeError(f"chunk_size={chunk_size} holds no row. Write chunk_size=1024, or less where memory is short.")
 
 
 def _module_behind(model: Callable[..., Any]) -> nn.Module | None:
@@ -211,9 +207,7 @@ def _name(layer: str | nn.Module) -> str:
     return layer if isinstance(layer, str) else type(layer).__name__
 
 
-def _feature_map(
-    model: Callable[..., Any], module: nn.Module | None, layer: str | nn.Module | None
-) -> FeatureMap:
+def _feature_map(model: Callable[..., Any], module: nn.Module | None, layer: str | nn.Module | None) -> FeatureMap:
     """The map from a batch to the flat features [B, n] of the layer; hooks are there while it runs."""
     # A bound method (model.forward_features) is called as it is, a wrapper by what it wraps.
     call = module if isinstance(model, nn.Module) and module is not None else model
@@ -270,13 +264,7 @@ def _one_layer(module: nn.Module | None, layer: str | nn.Module) -> tuple[Hooked
 
 
 def _only_tensor(output: Any, label: str) -> Tensor:
-    found = (
-        output.values()
-        if isinstance(output, dict)
-        else output
-        if isinstance(output, (tuple, list))
-        else [output]
-    )
+    found = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else [output]
     tensors = [value for value in found if isinstance(value, Tensor) and value.is_floating_point()]
     if len(tensors) != 1:
         raise ProbeError(

@@ -87,11 +87,7 @@ def on_batch(op: Any, ndim: int) -> Rule:
             return NotImplemented
         if ndim_of(input) == ndim - 1:
             return DualTensor(op(input.buffer, *args, **kwargs))
-        return (
-            folded(input, lambda rows: op(rows, *args, **kwargs))
-            if ndim_of(input) == ndim
-            else NotImplemented
-        )
+        return folded(input, lambda rows: op(rows, *args, **kwargs)) if ndim_of(input) == ndim else NotImplemented
 
     return push
 
@@ -178,9 +174,7 @@ def all_at(dim: int | Sequence[int]) -> list[int]:
 
 def listed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """``(2, 3)`` from either way to write it: ``f(2, 3)`` or ``f((2, 3))``."""
-    return (
-        tuple(arguments[0]) if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else arguments
-    )
+    return tuple(arguments[0]) if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else arguments
 
 
 def row_by_row(buffer: Tensor) -> bool:

@@ -73,9 +73,7 @@ class DualTensor(torch.Tensor):
         pass
 
     @staticmethod
-    def deferred(
-        make: Callable[[], Tensor], shape: Sequence[int], strides: Sequence[int], like: Tensor
-    ) -> DualTensor:
+    def deferred(make: Callable[[], Tensor], shape: Sequence[int], strides: Sequence[int], like: Tensor) -> DualTensor:
         """A tensor whose buffer the next op asks ``make()`` for, or builds in its own way; only inside a pass.
 
         ``shape`` and ``strides`` are the primal's, type and device those of ``like``.
@@ -292,9 +290,7 @@ def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
         out = _on_primals(func, args, kwargs)
         copied = (*args[1:], *kwargs.values()) if func is torch.Tensor.new_tensor else ()
         # A copy of values that depend on the input has lost their tangents.
-        return (
-            LostTensor.lose(out, ".new_tensor()") if any(isinstance(a, DualTensor) for a in copied) else out
-        )
+        return LostTensor.lose(out, ".new_tensor()") if any(isinstance(a, DualTensor) for a in copied) else out
     if func in DETACHES:
         reason = f".{name_of(func)}" + ("()" if callable(getattr(torch.Tensor, name_of(func), None)) else "")
         if mutates(func, args, kwargs):

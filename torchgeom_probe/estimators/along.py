@@ -40,11 +40,7 @@ class Along(Estimator):
     directions: Float[Tensor, "k batch *space"]
 
     def __repr__(self) -> str:
-        shape = (
-            list(self.directions.shape)
-            if isinstance(self.directions, Tensor)
-            else type(self.directions).__name__
-        )
+        shape = list(self.directions.shape) if isinstance(self.directions, Tensor) else type(self.directions).__name__
         return f"Along({shape})"
 
     def cost(self, plan: Plan, *, engine: str = "auto") -> dict[str, ProductCount]:

@@ -54,9 +54,7 @@ def dense_count(num_features: int, num_inputs: int, *, at_once: int, why: str) -
         if by_rows
         else f"{num_inputs} columns of J by forward mode, n = {num_features} is more"
     )
-    return ProductCount(
-        0 if by_rows else count, count if by_rows else 0, count, False, at_once, f"{why}: {how}"
-    )
+    return ProductCount(0 if by_rows else count, count if by_rows else 0, count, False, at_once, f"{why}: {how}")
 
 
 class Estimator(ABC):

@@ -99,21 +99,13 @@ class LogDet(Estimator):
                 f"LogDet(probes={self.probes}): a standard error needs at least 4 probes.\nWrite LogDet(probes=10)"
             )
         if self.steps < 1:
-            raise ProbeError(
-                f"LogDet(steps={self.steps}): at least one step is needed.\nWrite LogDet(steps=96)"
-            )
+            raise ProbeError(f"LogDet(steps={self.steps}): at least one step is needed.\nWrite LogDet(steps=96)")
         if self.tol is not None and not self.tol > 0:
-            raise ProbeError(
-                f"LogDet(tol={self.tol}): a positive number of nats.\nWrite tol=0.5, or leave it out."
-            )
+            raise ProbeError(f"LogDet(tol={self.tol}): a positive number of nats.\nWrite tol=0.5, or leave it out.")
         if self.deflate != "auto" and (not isinstance(self.deflate, int) or self.deflate < 0):
-            raise ProbeError(
-                f"LogDet(deflate={self.deflate!r}): a number of directions, or 'auto'.\nWrite deflate=10"
-            )
+            raise ProbeError(f"LogDet(deflate={self.deflate!r}): a number of directions, or 'auto'.\nWrite deflate=10")
         if self.method not in ("auto", "lanczos", "exact"):
-            raise ProbeError(
-                f"LogDet(method={self.method!r}) is unknown.\nWrite 'auto', 'lanczos' or 'exact'."
-            )
+            raise ProbeError(f"LogDet(method={self.method!r}) is unknown.\nWrite 'auto', 'lanczos' or 'exact'.")
 
     def cost(self, plan: Plan, *, engine: str = "auto") -> dict[str, ProductCount]:
         """Per layer: Lanczos runs from the probes, at most the products of the dense Jacobian; or that at once."""
@@ -226,13 +218,9 @@ def _leading(jacobian: LayerJacobian, rank: int, seed: int) -> Leading:
     smaller = min(jacobian.num_features, jacobian.num_inputs)
     generator = torch.Generator().manual_seed(seed)
     block = min(4, smaller)
-    start = torch.randn(block, jacobian.num_inputs, generator=generator, dtype=torch.float64).to(
-        jacobian.device
-    )
+    start = torch.randn(block, jacobian.num_inputs, generator=generator, dtype=torch.float64).to(jacobian.device)
     start = start.expand(jacobian.batch, -1, -1)
-    return leading(
-        jacobian, start, k=rank, block=block, tolerance=1e-3, max_products=4 * smaller, generator=generator
-    )
+    return leading(jacobian, start, k=rank, block=block, tolerance=1e-3, max_products=4 * smaller, generator=generator)
 
 
 class _Sample:
@@ -256,9 +244,7 @@ class _Sample:
 
     def draw(self, limit: float) -> bool:
         """Run another set of probes; False where the price of the dense Jacobian was reached first."""
-        probes = rademacher(
-            self.estimator.probes, self.smaller, seed=self.estimator.seed + 7919 * len(self._values)
-        )
+        probes = rademacher(self.estimator.probes, self.smaller, seed=self.estimator.seed + 7919 * len(self._values))
         few_features = self.jacobian.num_features < self.jacobian.num_inputs
         deflated = None if self.top is None else self.top.left if few_features else self.top.vectors
         if deflated is not None and self.top is not None:
@@ -290,9 +276,7 @@ class _Sample:
             # The bracket narrows geometrically or faster (hence the half): is the end in sight at the dense Jacobian's
             # price?
             rate = previous / excess if run.steps >= 6 else math.inf
-            steps_left = (
-                2 * math.log(excess) / math.log(rate) if 1 < rate < math.inf else 0 if rate > 1 else math.inf
-            )
+            steps_left = 2 * math.log(excess) / math.log(rate) if 1 < rate < math.inf else 0 if rate > 1 else math.inf
             if self.jacobian.products + self.estimator.probes * max(2, steps_left) > limit:
                 return False
             previous = excess
@@ -362,9 +346,7 @@ class _Sample:
         assert self.eps is not None
         values = (nodes + self.eps).log()
         total = weights.sum(1).clamp_min(1e-300)
-        return 2 * (
-            (weights * values.square()).sum(1) - (weights * values).sum(1).square() / total
-        ).clamp_min(0)
+        return 2 * ((weights * values.square()).sum(1) - (weights * values).sum(1).square() / total).clamp_min(0)
 
     def found(self) -> _Found:
         """What the probes say, with the deflated directions and the (d − n) log ε term put back."""

@@ -71,9 +71,7 @@ class Subspace(Estimator):
 
     def __post_init__(self) -> None:
         if self.k is not None and self.k < 1:
-            raise ProbeError(
-                f"k={self.k} directions were asked for; at least one is needed.\nWrite Subspace(k=8)"
-            )
+            raise ProbeError(f"k={self.k} directions were asked for; at least one is needed.\nWrite Subspace(k=8)")
         if self.frames < 1 or self.frames in (2, 3):
             raise ProbeError(
                 f"Subspace(frames={self.frames}): one frame, or at least 4, whose spread gives an interval.\n"

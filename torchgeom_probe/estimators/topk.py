@@ -203,9 +203,7 @@ class TopK(Estimator):
         return self.block if self.block is not None else 4 if device == "cpu" else 8
 
 
-def _first_block(
-    jacobian: LayerJacobian, block: int, start: Tensor | None, generator: torch.Generator
-) -> Tensor:
+def _first_block(jacobian: LayerJacobian, block: int, start: Tensor | None, generator: torch.Generator) -> Tensor:
     """The first block, [B, b, d]: random, the same for every sample; or an earlier measurement's singular vectors."""
     if start is not None:
         return start.to(device=jacobian.device, dtype=torch.float64)

@@ -107,9 +107,7 @@ class Trace(Estimator):
             found = {e: (energy.mean(0), energy.std(0) / math.sqrt(p)) for e, energy in energies.items()}
             count, how = p, f"Hutchinson, {p} probes"
         return {
-            entry: _geometry(
-                conventions(jacobians, entry, jacobians.engine), *values, count, how, products=count
-            )
+            entry: _geometry(conventions(jacobians, entry, jacobians.engine), *values, count, how, products=count)
             for entry, values in found.items()
         }
 

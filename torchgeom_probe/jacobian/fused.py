@@ -49,10 +49,7 @@ def push(
             _refuse_another_value(entry, leaves, reference[entry])
         sink(
             entry,
-            [
-                _tangents(leaf, flat, len(directions), any_order)
-                for leaf, flat in zip(leaves, flats, strict=True)
-            ],
+            [_tangents(leaf, flat, len(directions), any_order) for leaf, flat in zip(leaves, flats, strict=True)],
         )
 
     def on_source(output: Any) -> Any:

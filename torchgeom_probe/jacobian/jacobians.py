@@ -91,9 +91,7 @@ class Jacobians:
         found: dict[str, list[Tensor]] = {}
 
         def keep(entry: str, blocks: list[Tensor]) -> None:
-            squares = [
-                torch.linalg.vector_norm(block, dim=2, dtype=torch.float64).square() for block in blocks
-            ]
+            squares = [torch.linalg.vector_norm(block, dim=2, dtype=torch.float64).square() for block in blocks]
             found.setdefault(entry, []).append(torch.stack(squares).sum(0) * self.scale(entry) ** 2)
 
         for part in directions.split(self.plan.directions_at_once(directions.shape[0], self.inputs.size)):
@@ -152,9 +150,7 @@ class Jacobians:
             itemsize=self.plan.itemsize,
         )
 
-    def push(
-        self, directions: Tensor, sink: fused.Sink, *, until: str | None = None, any_order: bool = False
-    ) -> None:
+    def push(self, directions: Tensor, sink: fused.Sink, *, until: str | None = None, any_order: bool = False) -> None:
         """JV of every layer, handed to the sink layer by layer as blocks [k, B, n_i].
 
         ``any_order``: the sink does not mind in which order the features come.  ``until`` names the last entry that is

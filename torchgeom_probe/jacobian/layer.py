@@ -63,9 +63,7 @@ class LayerJacobian:
         """The engine that ran: where no forward product was needed, reverse mode."""
         return "vjp" if self._jacobians.engine == "auto" else self._jacobians.engine
 
-    def push(
-        self, vectors_BbD: Float[Tensor, "B b D"], *, at: list[int] | None = None
-    ) -> Float[Tensor, "B b N"]:
+    def push(self, vectors_BbD: Float[Tensor, "B b D"], *, at: list[int] | None = None) -> Float[Tensor, "B b N"]:
         """Jv, every sample's own vectors; ``at``: the other samples may be left out, and are zero then."""
         plan, count = self._jacobians.plan, vectors_BbD.shape[1]
         self.products += count
@@ -143,9 +141,7 @@ class LayerJacobian:
 
 
 @contextlib.contextmanager
-def layer_jacobians(
-    jacobians: Jacobians, *, estimator: str, at_once: int
-) -> Iterator[dict[str, LayerJacobian]]:
+def layer_jacobians(jacobians: Jacobians, *, estimator: str, at_once: int) -> Iterator[dict[str, LayerJacobian]]:
     """The layers' Jacobians over one saved primal pass, which lasts as long as the body.
 
     Raises:

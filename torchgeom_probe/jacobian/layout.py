@@ -42,11 +42,7 @@ class Layout:
 
     def suits(self, images: Tensor) -> bool:
         """Whether these images [B, C, H, W] are for convolutions that run faster so: oneDNN's, on a CPU."""
-        if (
-            images.ndim != 4
-            or images.device.type != "cpu"
-            or images.dtype not in (torch.float32, torch.bfloat16)
-        ):
+        if images.ndim != 4 or images.device.type != "cpu" or images.dtype not in (torch.float32, torch.bfloat16):
             return False
         return self.convolves and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
@@ -59,9 +55,7 @@ class Layout:
 def weights_with_channels_last(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the weights that many passes over such images would each lay anew, by name."""
     return {
-        f"{name}.weight" if name else "weight": module.weight.detach().contiguous(
-            memory_format=torch.channels_last
-        )
+        f"{name}.weight" if name else "weight": module.weight.detach().contiguous(memory_format=torch.channels_last)
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d)
         and type(module._parameters.get("weight")) is nn.Parameter

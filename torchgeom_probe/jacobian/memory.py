@@ -41,12 +41,7 @@ class LiveBytes(TorchDispatchMode):
             self._paused = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (
-            func._schema.is_mutable
-            and args
-            and isinstance(args[0], Tensor)
-            and args[0].layout == torch.strided
-        ):
+        if func._schema.is_mutable and args and isinstance(args[0], Tensor) and args[0].layout == torch.strided:
             self.wrote_through_views |= args[0].untyped_storage()._cdata in self._viewed
         out = func(*args, **(kwargs or {}))
         if self._paused:

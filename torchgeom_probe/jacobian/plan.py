@@ -167,9 +167,7 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
         per_sample=per_sample,
         whole=whole,
         coupled=coupled,
-        budget=memory_budget
-        if memory_budget is not None
-        else int(SHARE_OF_FREE_MEMORY * free_memory(space.device)),
+        budget=memory_budget if memory_budget is not None else int(SHARE_OF_FREE_MEMORY * free_memory(space.device)),
     )
 
 

@@ -95,9 +95,7 @@ def _saved(
         # A copy: the next layer may write over it.
         whole = flats[0].clone() if len(flats) == 1 else torch.cat(flats, dim=1)
         if not whole.requires_grad:
-            raise hooked.no_tangent(
-                entry, "it does not depend on it, or runs under no_grad or inference_mode"
-            )
+            raise hooked.no_tangent(entry, "it does not depend on it, or runs under no_grad or inference_mode")
         outputs[entry] = whole
 
     # The random numbers of every pass are the same, as in forward mode.
@@ -131,9 +129,7 @@ def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink) ->
             with torch.enable_grad():
                 try:
                     (gradient,) = torch.autograd.grad(y, back.point, u, create_graph=True)
-                    (pushed,) = torch.autograd.grad(
-                        gradient, u, tangents_KBd, retain_graph=True, is_grads_batched=True
-                    )
+                    (pushed,) = torch.autograd.grad(gradient, u, tangents_KBd, retain_graph=True, is_grads_batched=True)
                 except RuntimeError as error:
                     raise EngineRefusal(
                         f"layer {entry!r} has an op with no second derivative, which reverse mode needs for a "

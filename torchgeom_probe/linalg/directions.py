@@ -25,9 +25,7 @@ def orthonormal_frame(num_directions: int, num_inputs: int, *, seed: int) -> Flo
     True
     """
     if num_directions < 1:
-        raise ProbeError(
-            f"k={num_directions} directions were asked for; at least one is needed.  Subspace(k=8)"
-        )
+        raise ProbeError(f"k={num_directions} directions were asked for; at least one is needed.  Subspace(k=8)")
     if num_directions > num_inputs:
         raise ProbeError(
             f"k={num_directions} orthonormal directions were asked for in an input space of d={num_inputs} "
@@ -61,13 +59,9 @@ def checked(directions: Tensor, point: Tensor) -> Tensor:
         ProbeError: another shape, an integer dtype, or no direction at all.
     """
     if not isinstance(directions, Tensor) or not directions.is_floating_point():
-        raise ProbeError(
-            f"directions= must be a floating tensor [k, B, *x.shape[1:]]; it is {_described(directions)}."
-        )
+        raise ProbeError(f"directions= must be a floating tensor [k, B, *x.shape[1:]]; it is {_described(directions)}.")
     if directions.shape[1:] != point.shape or directions.shape[0] < 1:
-        hint = (
-            "directions.unsqueeze(0)" if directions.shape == point.shape else "directions.expand(k, *x.shape)"
-        )
+        hint = "directions.unsqueeze(0)" if directions.shape == point.shape else "directions.expand(k, *x.shape)"
         raise ProbeError(
             f"directions= has shape {tuple(directions.shape)}; x has shape {tuple(point.shape)}, so it must be "
             f"[k, {', '.join(map(str, point.shape))}]: k tangents for every sample.\nPerhaps:  directions={hint}"

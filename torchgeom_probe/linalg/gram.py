@@ -78,9 +78,7 @@ class Factor:
         return torch.where(finite[:, None], sigma, torch.nan)
 
 
-def inner_products(
-    left_PBN: Float[Tensor, "P B N"], right_QBN: Float[Tensor, "Q B N"]
-) -> Float[Tensor, "B P Q"]:
+def inner_products(left_PBN: Float[Tensor, "P B N"], right_QBN: Float[Tensor, "Q B N"]) -> Float[Tensor, "B P Q"]:
     """float64 inner products of rows, widened a block at a time: of samples, and of a large sample's features."""
     symmetric = right_QBN is left_PBN
     left_BPN, right_BQN = left_PBN.transpose(0, 1), right_QBN.transpose(0, 1)
@@ -195,9 +193,7 @@ def _together(rows: Callable[[int, int], Tensor], count: int, at_once: int) -> T
     return whole
 
 
-def _gram_in_blocks(
-    rows: Callable[[int, int], Tensor], count: int, held: int, passing: int
-) -> Float[Tensor, "B K K"]:
+def _gram_in_blocks(rows: Callable[[int, int], Tensor], count: int, held: int, passing: int) -> Float[Tensor, "B K K"]:
     """Hold a block of rows, and let it and all later rows pass by it."""
     gram: Tensor | None = None
     for start in range(0, count, held):

@@ -123,9 +123,7 @@ class Bidiagonalisation:
         nodes = torch.where(matrix.isfinite().all(-1).all(-1)[:, :, None], values.square(), torch.nan)
         return nodes, vectors[:, :, 0].square() * self.mass[:, :, None]
 
-    def bracket(
-        self, function: Callable[[Tensor], Tensor]
-    ) -> tuple[Float[Tensor, "B s"], Float[Tensor, "B s"]]:
+    def bracket(self, function: Callable[[Tensor], Tensor]) -> tuple[Float[Tensor, "B s"], Float[Tensor, "B s"]]:
         """Return lower and upper values of zᵀ f(K) z, for a function like log(· + ε)."""
         upper_nodes, upper_weights = self.quadrature()
         lower_nodes, lower_weights = self.quadrature(radau=True)

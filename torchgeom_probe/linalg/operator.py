@@ -45,9 +45,7 @@ class Operator(Protocol):
     def products(self) -> int:
         """How many Jv and Jᵀu have been formed so far, per sample."""
 
-    def push(
-        self, vectors_BbD: Float[Tensor, "B b D"], *, at: list[int] | None = None
-    ) -> Float[Tensor, "B b N"]:
+    def push(self, vectors_BbD: Float[Tensor, "B b D"], *, at: list[int] | None = None) -> Float[Tensor, "B b N"]:
         """Jv, every sample's own vectors; ``at``: those of the other samples are not needed, and may be zero."""
 
     def pull(self, vectors_BbN: Float[Tensor, "B b N"]) -> Float[Tensor, "B b D"]:
@@ -75,9 +73,7 @@ class MatrixOperator:
         self.device = matrix_BND.device
         self.products = 0
 
-    def push(
-        self, vectors_BbD: Float[Tensor, "B b D"], *, at: list[int] | None = None
-    ) -> Float[Tensor, "B b N"]:
+    def push(self, vectors_BbD: Float[Tensor, "B b D"], *, at: list[int] | None = None) -> Float[Tensor, "B b N"]:
         """Jv."""
         self.products += vectors_BbD.shape[1]
         return vectors_BbD @ self.matrix.mT

@@ -108,14 +108,10 @@ class SpectralDensity:
         above = self.nodes[..., None] > eigenvalues.to(self.nodes)
         return (self.weights[..., None] * above).sum(2).mean(1)
 
-    def per_decade(
-        self, log10_eigenvalues: Float[Tensor, " p"], width: float = 0.1
-    ) -> Float[Tensor, "batch p"]:
+    def per_decade(self, log10_eigenvalues: Float[Tensor, " p"], width: float = 0.1) -> Float[Tensor, "batch p"]:
         """Return the density over log10 λ, [B, p], per decade, smoothed by a Gaussian of that width (in decades)."""
         if not width > 0:
-            raise ProbeError(
-                f"width={width}: the smoothing is a positive number of decades.\nWrite width=0.1"
-            )
+            raise ProbeError(f"width={width}: the smoothing is a positive number of decades.\nWrite width=0.1")
         place = self.nodes.clamp_min(1e-300).log10()[..., None] - log10_eigenvalues.to(self.nodes)
         kernel = (-0.5 * (place / width).square()).exp() / (width * (2 * torch.pi) ** 0.5)
         return (self.weights[..., None] * kernel).sum(2).mean(1)

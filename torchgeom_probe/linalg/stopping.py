@@ -118,9 +118,7 @@ class Verdict:
         self._credible_before = torch.where(told, credible, self._credible_before)
         if half:
             self._halves_tell = told
-        hidden, in_doubt = crowding(
-            values_Bc, residuals_BcD, k=self.k, block=self.block, tolerance=self.tolerance
-        )
+        hidden, in_doubt = crowding(values_Bc, residuals_BcD, k=self.k, block=self.block, tolerance=self.tolerance)
         bound = torch.where(known, bound, bound + hidden)
         bound = torch.where(confirmed, bound, torch.inf)
         # A block that is larger than k holds every copy that counts: in doubt are their values, and further steps tell.

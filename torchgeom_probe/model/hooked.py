@@ -157,12 +157,8 @@ class HookedModel:
         try:
             if self.source is not None and on_source is not None:
                 # First, so that a layer hook on the source itself sees what replaces its output.
-                handles.append(
-                    self.source.register_forward_hook(lambda module, args, output: on_source(output))
-                )
-            handles += [
-                module.register_forward_hook(layer_hook(name)) for name, module in self.layers.items()
-            ]
+                handles.append(self.source.register_forward_hook(lambda module, args, output: on_source(output)))
+            handles += [module.register_forward_hook(layer_hook(name)) for name, module in self.layers.items()]
             yield
         finally:
             for handle in handles:
@@ -172,9 +168,7 @@ class HookedModel:
         """Return the source's output, which must be one floating tensor."""
         if not isinstance(output, Tensor) or not output.is_floating_point():
             what = (
-                f"{output.dtype} {tuple(output.shape)}"
-                if isinstance(output, Tensor)
-                else f"a {type(output).__name__}"
+                f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
             )
             raise ProbeError(
                 f"the output of source={self.source_name!r} is {what}; the metric is pulled back to one floating "

@@ -231,20 +231,14 @@ def _place(
 ) -> int:
     parameters = _parameter_names(model)
     name = parameters[wanted] if isinstance(wanted, int) and 0 <= wanted < len(parameters) else str(wanted)
-    found = [i for i in floating if names[i] == name] or [
-        i for i in floating if names[i].split(".")[0] == name
-    ]
+    found = [i for i in floating if names[i] == name] or [i for i in floating if names[i].split(".")[0] == name]
     found = found or [i for i in floating if names[i].split(".")[-1] == name]
     if len(found) != 1:
         listed = ", ".join(repr(names[i]) for i in floating) or "none"
         what = f"names {len(found)} floating tensors of x" if found else "names no floating tensor of x"
         raise ProbeError(
             f"wrt={wanted!r} {what}; the floating ones are {listed}.\n"
-            + (
-                f"Write, for instance, wrt={names[floating[0]]!r}"
-                if floating
-                else "Pass floating inputs:  x.float()"
-            )
+            + (f"Write, for instance, wrt={names[floating[0]]!r}" if floating else "Pass floating inputs:  x.float()")
         )
     return found[0]
 
@@ -259,6 +253,4 @@ def _refuse_other_device(model: nn.Module, tensors: Sequence[Tensor]) -> None:
         )
     other = next((t for t in tensors if real and str(t.device) not in real), None)
     if other is not None:
-        raise ProbeError(
-            f"x is on {other.device}, the model on {', '.join(real)}.\nMove it:  x.to({real[0]!r})"
-        )
+        raise ProbeError(f"x is on {other.device}, the model on {', '.join(real)}.\nMove it:  x.to({real[0]!r})")

@@ -103,9 +103,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def same_random_numbers(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Give the body the random numbers that every pass of a measurement gets: what it draws is put back after it."""
-    return torch.random.fork_rng(
-        devices=[device] if device.type == "cuda" and torch.cuda.is_initialized() else []
-    )
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" and torch.cuda.is_initialized() else [])
 
 
 def _refuse_uninitialised(model: nn.Module) -> None:
@@ -120,9 +118,7 @@ def _refuse_uninitialised(model: nn.Module) -> None:
 
 def _refuse_batch_statistics(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-            module.training or module.running_mean is None
-        ):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             if module.training and module.running_mean is not None:
                 way_out = "Measure in eval mode, the default:  GeometryProbe(model, ..., mode='eval')"
             else:
@@ -190,9 +186,7 @@ def _is_plain_object(value: Any) -> bool:
     # framework (a trainer, a queue, a logger) may be at work in another thread.
     return (
         hasattr(value, "__dict__")
-        and not isinstance(
-            value, (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)
-        )
+        and not isinstance(value, (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType))
         and type(value).__module__.split(".")[0] not in FRAMEWORKS
     )
 

@@ -77,11 +77,7 @@ def _matches(model: nn.Module, names: dict[str, nn.Module], spec: LayerSpec) -> 
     if isinstance(spec, str):
         return _by_name(model, names, spec)
     if isinstance(spec, nn.Module):
-        found = [
-            name
-            for name, module in names.items()
-            if module is spec or getattr(spec, "_orig_mod", None) is module
-        ]
+        found = [name for name, module in names.items() if module is spec or getattr(spec, "_orig_mod", None) is module]
         if not found:
             raise ProbeError(
                 f"the module {type(spec).__name__} given in layers= is no part of this model (a copy of one of its "
@@ -93,9 +89,7 @@ def _matches(model: nn.Module, names: dict[str, nn.Module], spec: LayerSpec) -> 
         found = [name for name, module in names.items() if isinstance(module, spec)]
         if not found:
             kinds = sorted({type(m).__name__ for m in names.values()})
-            raise ProbeError(
-                f"the model has no module of type {spec.__name__}.\nIts types are {_listed(kinds)}."
-            )
+            raise ProbeError(f"the model has no module of type {spec.__name__}.\nIts types are {_listed(kinds)}.")
         return found
     if callable(spec):
         accepts = cast("Callable[[str, nn.Module], bool]", spec)
@@ -139,6 +133,4 @@ def _by_name(model: nn.Module, names: dict[str, nn.Module], spec: str) -> list[s
 
 def _listed(names: Sequence[str], most: int = 12) -> str:
     shown = ", ".join(repr(n) for n in names[:most])
-    return (
-        f"{shown}, … ({len(names)} in all)" if len(names) > most else shown or "no submodules: use layers=''"
-    )
+    return f"{shown}, … ({len(names)} in all)" if len(names) > most else shown or "no submodules: use layers=''"

@@ -82,9 +82,7 @@ def _declared_stages(model: nn.Module) -> list[str]:
     return [name for name in names if isinstance(name, str) and name]
 
 
-def _located(
-    name: str, declared: Sequence[str], model: nn.Module, modules: Mapping[str, nn.Module]
-) -> str | None:
+def _located(name: str, declared: Sequence[str], model: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
     renamed = _DECLARED_WRONGLY.get(type(model).__name__, {})
     for candidate in (name, renamed.get(name), name.replace(".", "_")):
         if candidate in modules:
@@ -116,18 +114,14 @@ def _structural_stages(model: nn.Module, prefix: str = "") -> list[str]:
     if prefix and _declared_stages(model):
         return [f"{prefix}{name}" for name in stage_layers(model)]
     children = [(n, c) for n, c in model.named_children() if not _NOT_FEATURES.fullmatch(n)]
-    blocks = [
-        (n, c) for n, c in children if any(True for _ in c.children()) and any(True for _ in c.parameters())
-    ]
+    blocks = [(n, c) for n, c in children if any(True for _ in c.children()) and any(True for _ in c.parameters())]
     if not blocks:
         return _plain_stack(model, prefix)
     total = sum(_weight(block) for _, block in blocks)
     stages: list[str] = []
     for name, block in blocks:
         share = _weight(block) / max(total, 1)
-        is_trunk = share > 0.9 or (
-            share > _TRUNK_OF_BLOCKS and any(map(_is_list_of_blocks, block.children()))
-        )
+        is_trunk = share > 0.9 or (share > _TRUNK_OF_BLOCKS and any(map(_is_list_of_blocks, block.children())))
         # Hooks see a scripted module as a whole at most, so the part that holds it is the stage.
         scripted = any(isinstance(m, torch.jit.ScriptModule) for m in (block, *block.children()))
         if _is_never_called(block) or (not scripted and (is_trunk or _declared_stages(block))):

@@ -139,9 +139,7 @@ def views(images: Images, settings: Settings) -> list[View]:
     names, start = images.class_names, images.corners[2]
     steps = settings.choose(embedded=128, paper=160, quick=24)
     lines = {end: Line(images.clearest(start), images.clearest(end), steps=steps) for end in images.line_ends}
-    found = [
-        replace(plane, name=f"line_{names[start]}_{names[end]}", slice=line) for end, line in lines.items()
-    ]
+    found = [replace(plane, name=f"line_{names[start]}_{names[end]}", slice=line) for end, line in lines.items()]
     return [*found, plane]
 
 

@@ -54,9 +54,7 @@ def run(
         digits = load_digits(settings.seed)
     else:
         digits = load_mnist(settings.data_root, instead="torchgeom-probe demo --data digits")
-    of = fig2.training(
-        digits, width=width, epochs=epochs, snapshots=(1, epochs // 2), settings=settings, name=data
-    )
+    of = fig2.training(digits, width=width, epochs=epochs, snapshots=(1, epochs // 2), settings=settings, name=data)
     views, watch = fig2.views(digits, grid=grid, epochs=(0, epochs)), fig2.watch(digits, of)
     num_inputs = digits.train_images.shape[1]
     say(
@@ -82,8 +80,7 @@ def run(
 def _report(trained: Trained, x: Tensor, say: Say) -> None:
     """Measure before and after training, say both and write the second."""
     before, after = (
-        measure(trained.model(epoch), x, layers=[fig2.LAYER], estimator=Exact())
-        for epoch in trained.three[::2]
+        measure(trained.model(epoch), x, layers=[fig2.LAYER], estimator=Exact()) for epoch in trained.three[::2]
     )
     say("\nAt the probed test images, before training:\n" + before.summary())
     say("\nAfter training:\n" + after.summary())

@@ -166,9 +166,7 @@ def run(results: Results) -> None:
         results.training(trained)
         name = f"{points.name}, {width} sigmoid units"
         results.test(trained, view, label=name)
-        results.say(
-            f"{name}: accuracy {trained.history[-1]['accuracy']:.3f} on its {len(points.labels)} points"
-        )
+        results.say(f"{name}: accuracy {trained.history[-1]['accuracy']:.3f} on its {len(points.labels)} points")
         found[name] = trained, view
         results.picture(trained.name, _maps(trained, view, title=name))
     _check(results, list(found.values()), steps)

@@ -22,7 +22,5 @@ def run(results: Results) -> None:
 
     trained = networks["gelu"]
     results.test(trained, top)
-    title = (
-        f"The paper's volume, {top.options['estimator'].k} largest σ of 512 pooled features: {images.title}"
-    )
+    title = f"The paper's volume, {top.options['estimator'].k} largest σ of 512 pooled features: {images.title}"
     results.picture("blocks_top", drawn(top, trained.scans(top, trained.three[::2]), title=title))

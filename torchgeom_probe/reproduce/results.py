@@ -139,15 +139,12 @@ class Results:
             "tests": len(tests),
             "supported": supported,
             "not_supported": [
-                {"where": place, "because": test["sentence"]}
-                for place, test in zip(places, failing, strict=True)
+                {"where": place, "because": test["sentence"]} for place, test in zip(places, failing, strict=True)
             ],
         }
         if tests:
             where = f"; not in: {'; '.join(places)}." if places else "."
-            self.say(
-                f"{self.figure}: the hypothesis is supported in {supported} of {len(tests)} tests{where}"
-            )
+            self.say(f"{self.figure}: the hypothesis is supported in {supported} of {len(tests)} tests{where}")
         path = write_json(self.folder / "results.json", self.numbers)
         self.say(f"Wrote {path} and the pictures beside it.")
         failed = [name for name, check in self.numbers["checks"].items() if not check["ok"]]

@@ -151,9 +151,7 @@ class Trained:
     def model(self, epoch: int) -> nn.Module:
         """The network after ``epoch`` epochs, on the settings' device."""
         if epoch not in self.epochs:
-            raise ProbeError(
-                f"{self.name} has no snapshot of epoch {epoch}.\nIt has those of {list(self.epochs)}."
-            )
+            raise ProbeError(f"{self.name} has no snapshot of epoch {epoch}.\nIt has those of {list(self.epochs)}.")
         model = self._untrained()
         model.load_state_dict(_loaded(self._snapshot(epoch), self.settings))
         return model.eval()
@@ -331,9 +329,7 @@ class _Loop(Trained):
             epoch * self.training.steps_per_epoch,
             f"{self.name} to epoch {epoch}",
         )
-        bar = tqdm(
-            None, name, last, initial=self.step, unit="step", disable=None if epoch else True, leave=False
-        )
+        bar = tqdm(None, name, last, initial=self.step, unit="step", disable=None if epoch else True, leave=False)
         with bar:
             while self.step < last:
                 for batch in self._batches()[self.step % self.training.steps_per_epoch :]:

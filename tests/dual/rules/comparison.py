@@ -1,7 +1,7 @@
 """Every fused rule against torch.func.jvp of the same op, one direction at a time, in float64.
 
-A theme's test file has a table of cases, names of ops → calls, in which ``D`` stands for a dual operand and ``P`` for a
-plain one.
+A theme's test file has a table of cases, names of ops → calls, in which ``D`` stands for a dual operand and ``P`` for
+a plain one.
 """
 
 from __future__ import annotations
@@ -100,9 +100,7 @@ def cases_of(op: Any, cases: dict[str, list[Call]]) -> list[Call]:
 def agreement(cases: dict[str, list[Call]]) -> Callable[[Any, Call], None]:
     """The test of a theme: each of its rules against jvp, in each of its cases."""
     table = [
-        pytest.param(op, case, id=f"{LABELS[op][0]}-{i}")
-        for op in LABELS
-        for i, case in enumerate(cases_of(op, cases))
+        pytest.param(op, case, id=f"{LABELS[op][0]}-{i}") for op in LABELS for i, case in enumerate(cases_of(op, cases))
     ]
 
     @pytest.mark.parametrize(("op", "case"), table)

@@ -283,9 +283,7 @@ def test_inference_mode_inside_the_model():
     model, x = Inferring(), torch.randn(2, 3, 7, 9)
     found = tgp.measure(model, x, layers="", estimator=tgp.Subspace(k=2), engine="fused")
     expected = tgp.measure(model.layers, 2 * x, layers="", estimator=tgp.Subspace(k=2))
-    assert torch.allclose(
-        found[""].log_volume, expected[""].log_volume + 2 * torch.log(torch.tensor(2.0)), atol=1e-4
-    )
+    assert torch.allclose(found[""].log_volume, expected[""].log_volume + 2 * torch.log(torch.tensor(2.0)), atol=1e-4)
 
 
 @pytest.mark.parametrize("reshaped", [False, True])
@@ -315,9 +313,7 @@ def test_channels_lie_last_where_the_rows_outweigh_the_weights(side, last):
     x = torch.randn(1, 3, side, side)
     v = torch.randn(2, 1, 3, side, side)
     layouts, pushed = [], []
-    with model[0].register_forward_hook(
-        lambda module, args, output: layouts.append(args[0].stride()[1] == 1)
-    ):
+    with model[0].register_forward_hook(lambda module, args, output: layouts.append(args[0].stride()[1] == 1)):
         hooked = HookedModel(model, {"": model})
         fused.push(
             hooked,

@@ -46,9 +46,7 @@ CASES: dict[str, list[Call]] = {
     "prelu": [call(D(5, 7), P(1)), call(D(2, 3, 7), P(3)), call(D(5), P(1))],
     "glu": [call(D(5, 6)), call(D(6, 5), 0)],
     "dropout dropout_ dropout1d feature_dropout feature_dropout_": [call(D(2, 3, 5), 0.5, False)],
-    "alpha_dropout alpha_dropout_ feature_alpha_dropout feature_alpha_dropout_": [
-        call(D(2, 3, 5), 0.5, False)
-    ],
+    "alpha_dropout alpha_dropout_ feature_alpha_dropout feature_alpha_dropout_": [call(D(2, 3, 5), 0.5, False)],
     "dropout2d": [call(D(2, 3, 5, 7), 0.5, False)],
     "dropout3d": [call(D(2, 3, 5, 7, 2), 0.5, False)],
 }

@@ -60,9 +60,7 @@ CASES = {
     "hsplit": [call(D(3, 6), 2)],
     "vsplit": [call(D(6, 5), 2)],
     "dsplit": [call(D(3, 5, 6), 2)],
-    "conj conj_physical resolve_conj resolve_neg real imag view_as_real": [
-        call(D(3, 5, dtype=torch.complex128))
-    ],
+    "conj conj_physical resolve_conj resolve_neg real imag view_as_real": [call(D(3, 5, dtype=torch.complex128))],
     "torch.real": [call(D(3, 5, dtype=torch.complex128)), call(D(3, 5))],
     "view_as_complex": [call(D(3, 5, 2))],
     "take_along_dim": [call(D(3, 5), index(5, 3, 2), 1)],

@@ -13,9 +13,7 @@ def test_mnist_that_cannot_be_had_says_what_to_do(monkeypatch, tmp_path):
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
     monkeypatch.setattr(torchvision.datasets, "MNIST", refused)
-    with pytest.raises(
-        tgp.ProbeError, match=r"MNIST is not under .*\n.*train-images-idx3-ubyte.gz.*--data digits"
-    ):
+    with pytest.raises(tgp.ProbeError, match=r"MNIST is not under .*\n.*train-images-idx3-ubyte.gz.*--data digits"):
         load_mnist(tmp_path, instead="torchgeom-probe demo --data digits")
 
 

@@ -183,6 +183,4 @@ def _strides(shape: tuple[int, ...], channels_last: bool) -> list[int]:
 
 for _spatial in (1, 2, 3):
     rule_of_each(f"conv{_spatial}d")(functools.partial(_convolution, spatial=_spatial, defers=True))
-    rule_of_each(f"conv_transpose{_spatial}d")(
-        functools.partial(_convolution, spatial=_spatial, defers=False)
-    )
+    rule_of_each(f"conv_transpose{_spatial}d")(functools.partial(_convolution, spatial=_spatial, defers=False))

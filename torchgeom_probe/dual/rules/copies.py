@@ -55,9 +55,7 @@ def _clone(input: DualTensor, *, memory_format: torch.memory_format = torch.pres
 
 
 @rule("Tensor.contiguous")
-def _contiguous(
-    input: DualTensor, memory_format: torch.memory_format = torch.contiguous_format
-) -> DualTensor:
+def _contiguous(input: DualTensor, memory_format: torch.memory_format = torch.contiguous_format) -> DualTensor:
     if input.is_contiguous(memory_format=memory_format):
         return input
     return _clone(input, memory_format=memory_format)

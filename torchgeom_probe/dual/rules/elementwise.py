@@ -58,9 +58,7 @@ SLOPES: dict[str, Callable[..., Tensor]] = {
     "hardswish": lambda p, y: aten.hardswish_backward(_one(p), p),
     "hardsigmoid": lambda p, y: aten.hardsigmoid_backward(_one(p), p),
     "relu6": lambda p, y: aten.hardtanh_backward(_one(p), p, 0, 6),
-    "leaky_relu": lambda p, y, negative_slope=0.01: aten.leaky_relu_backward(
-        _one(p), p, negative_slope, False
-    ),
+    "leaky_relu": lambda p, y, negative_slope=0.01: aten.leaky_relu_backward(_one(p), p, negative_slope, False),
 }
 
 #: Elementwise without a formula of its own: f and f' together from one jvp with the tangent 1.

@@ -20,9 +20,7 @@ from torchgeom_probe.dual.registry import (
 from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
 
 for _spatial in (1, 2, 3):
-    rule_of_each(f"avg_pool{_spatial}d adaptive_avg_pool{_spatial}d")(
-        functools.partial(on_batch, ndim=_spatial + 2)
-    )
+    rule_of_each(f"avg_pool{_spatial}d adaptive_avg_pool{_spatial}d")(functools.partial(on_batch, ndim=_spatial + 2))
 
 
 def _max_pooling(pool: Any, spatial: int, *, with_indices: bool) -> Rule:

@@ -22,9 +22,7 @@ from torchgeom_probe.shapes import Tensor
 
 @rule_of_each("sum mean")
 def _sum_like(op: Any) -> Rule:
-    def push(
-        input: DualTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None
-    ) -> Any:
+    def push(input: DualTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Any:
         dim = axis if dim is None else dim
         if ndim_of(input) == 0 or isinstance(dim, torch.dtype):
             return NotImplemented
@@ -92,9 +90,7 @@ register(_with_mean(_std), "std_mean")
 
 
 @rule("linalg.vector_norm")
-def _vector_norm(
-    x: DualTensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> Any:
+def _vector_norm(x: DualTensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     # y = (Σ|p|^q)^(1/q);  y' = Σ sign(p) (|p|/y)^(q-1) t, and 0 at p = 0; for q = 2 Σ p t / y
     regular = isinstance(ord, (int, float)) and 1 <= ord < float("inf")
     if not regular or dtype is not None or ndim_of(x) == 0 or x.buffer.is_complex():
@@ -109,18 +105,14 @@ def _vector_norm(
 
 
 @rule("torch.norm Tensor.norm")
-def _norm(
-    input: DualTensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None
-) -> Any:
+def _norm(input: DualTensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
     if p not in ("fro", 2) or isinstance(p, bool):
         return NotImplemented
     return _vector_norm(input, 2, dim, keepdim, dtype=dtype)
 
 
 @rule("linalg.norm")
-def _linalg_norm(
-    A: DualTensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> Any:
+def _linalg_norm(A: DualTensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     if ord is not None and not (ord == 2 and (isinstance(dim, int) or A.ndim == 1)):
         return NotImplemented
     return _vector_norm(A, 2, dim, keepdim, dtype=dtype)

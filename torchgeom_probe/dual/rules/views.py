@@ -124,9 +124,7 @@ def _repeat(input: DualTensor, *repeats: Any, **kwargs: Any) -> DualTensor:
 
 
 @rule("repeat_interleave")
-def _repeat_interleave(
-    input: Any, repeats: Any = None, dim: int | None = None, *, output_size: Any = None
-) -> Any:
+def _repeat_interleave(input: Any, repeats: Any = None, dim: int | None = None, *, output_size: Any = None) -> Any:
     if not isinstance(input, DualTensor) or ndim_of(input) == 0:
         return NotImplemented
     b = input.buffer if dim is not None else input.buffer.flatten(1)
@@ -231,6 +229,4 @@ def _meshgrid(*tensors: Any, indexing: str = "ij") -> Any:
     if any(t.ndim != 1 for t in axes) or indexing not in ("ij", None):
         return NotImplemented
     shape = [t.shape[0] for t in axes]
-    return tuple(
-        t.reshape([-1 if i == j else 1 for j in range(len(axes))]).expand(shape) for i, t in enumerate(axes)
-    )
+    return tuple(t.reshape([-1 if i == j else 1 for j in range(len(axes))]).expand(shape) for i, t in enumerate(axes))
