@@ -42,8 +42,8 @@ in these precisions.
 - "error": log-volumes of `measure(x)` in float32 against float64 on the CPU, two samples (nats); first on the card,
   then on the CPU."""
 COLUMNS = (
-    "model", "B, k", "limit [ms]", "TF32", "bf16", "pass", "measure", "graph", "graph: error", "follows weights", "TF32 pass",
-    "TF32: error", "memory", "error: GPU", "error: CPU",
+    "model", "B, k", "limit [ms]", "TF32", "bf16", "pass", "measure", "graph", "graph: error", "follows weights",
+    "TF32 pass", "TF32: error", "memory", "error: GPU", "error: CPU",
 )  # fmt: skip
 FAMILIES = (
     "resnet50",
