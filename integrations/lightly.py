@@ -187,7 +187,7 @@ class TwoViewProbe:
     >>> batch = [[x, x + 0.1 * torch.randn(9, 3, 2, 2)], torch.zeros(9), [""] * 9]
     >>> with TwoViewProbe(module) as probe:
     ...     report, augmentation = probe.measure(batch), probe.augmentation(batch)
-    >>> list(report) == list(augmentation) == ["backbone.1", "backbone", "projection_head.1", "projection_head.2"]
+    >>> list(report) == list(augmentation) == ["backbone.2", "backbone", "projection_head.1", "projection_head.2"]
     True
     >>> assert abs(augmentation["backbone"].statistics()["difference"]) < 1  # noise added is noise: no difference
 

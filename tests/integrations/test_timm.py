@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from annotations import shapes_unchecked
 from torch import nn
 
 import torchgeom_probe as tgp
@@ -167,6 +168,7 @@ def test_a_wrapped_model_gives_the_names_of_the_model_inside():
     assert stage_layers(torch.compile(model, backend="eager")) == STAGES["resnet18"]
 
 
+@shapes_unchecked()
 def test_no_model_is_refused():
     with pytest.raises(ProbeError, match=r"takes a model, an nn.Module; got str"):
         stage_layers("resnet18")
@@ -227,6 +229,7 @@ def test_the_papers_resnet_takes_timms_options():
     assert cifar_resnet("resnet18d").eval()(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 
 
+@shapes_unchecked()
 def test_what_is_no_resnet_of_timms_is_refused():
     with pytest.raises(ProbeError, match=r"has no model 'resnet19'"):
         cifar_resnet("resnet19")
@@ -276,6 +279,7 @@ def test_load_says_what_is_wrong(monkeypatch):
         load("resnet18", pretrained=True)
 
 
+@shapes_unchecked()
 def test_labels_refuse_what_is_no_batch_of_logits():
     loaded = load("resnet18", num_classes=5)
     with pytest.raises(ProbeError, match=r"takes logits \[B, classes\]; got shape \[5\]"):

@@ -13,11 +13,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from annotations import shapes_unchecked
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators import Exact, Subspace
+from torchgeom_probe.monitor import failures
 from torchgeom_probe.monitor.monitor import Monitor
 from torchgeom_probe.monitor.schedules import Budget, Every, LogSpaced
 from torchgeom_probe.monitor.writers import CSVWriter, Writer
@@ -97,6 +99,7 @@ def everything(model, optimizer):
     return state
 
 
+@shapes_unchecked()  # what checks annotations draws from Python's generator
 def run(how, *, raising=False):
     """Train twenty steps, probed as ``how`` says, from the same start."""
     model = network(raising=raising)
@@ -323,7 +326,9 @@ def test_the_history_is_bounded():
     assert [step for step, _ in monitor.history] == [3, 4, 5]
 
 
-def test_a_failing_writer_is_shown_once_and_starves_no_other():
+@shapes_unchecked()
+def test_a_failing_writer_is_shown_once_and_starves_no_other(monkeypatch):
+    monkeypatch.setattr(failures, "_BETWEEN", [*failures._BETWEEN, "jaxtyping"])  # which checks annotations in tests
     full, healthy = Recorder(fails_at=(2, 3)), Recorder()
     monitor = Monitor(mlp(), torch.randn(5, 4), layers=["1"], every=1, writer=[full, healthy])
     with warnings.catch_warnings(record=True) as caught:
@@ -391,7 +396,8 @@ def test_maps_are_drawn_at_each_mth_probe_for_the_writers_that_take_them():
     assert not pyplot.get_fignums()
     with pytest.raises(ProbeError, match=r"no writer here draws.\nWrite:  writer='runs/experiment_1'"):
         Monitor(mlp(), torch.randn(5, 4), writer=plain, maps={"slice": lambda model: None})
-    with pytest.raises(ProbeError, match=r"maps=\{'slice': ...\} takes a slice, or a function(.|\n)*got a Tensor"):
+    refused = pytest.raises(ProbeError, match=r"maps=\{'slice': ...\} takes a slice, or a function(.|\n)*got a Tensor")
+    with shapes_unchecked(), refused:
         Monitor(mlp(), torch.randn(5, 4), writer=album, maps={"slice": torch.zeros(3)})
 
 
@@ -472,6 +478,7 @@ def test_a_budget_is_not_asked_before_its_pause_is_over(monkeypatch):
     assert monitor.steps == 200
 
 
+@shapes_unchecked()  # numpy's integers, too
 def test_short_forms_of_the_schedules():
     model, x = mlp(), torch.randn(5, 4)
     assert Monitor(model, x).schedule == Every(100)
@@ -481,6 +488,7 @@ def test_short_forms_of_the_schedules():
     assert Monitor(model, x, schedule=LogSpaced(4)).schedule == LogSpaced(4)
 
 
+@shapes_unchecked()  # which take their time
 def test_a_real_loop_keeps_to_its_budget_and_reports_its_share():
     monitor = Monitor(mlp(), torch.randn(5, 4), layers=["1"], max_overhead=0.2)
     monitor.probe_now()
@@ -598,6 +606,7 @@ def test_a_state_is_loaded_before_the_monitor_begins():
         ({"layers": ["layer9"]}, "no layer 'layer9'"),
     ],
 )
+@shapes_unchecked()
 def test_arguments_that_make_no_sense_are_refused_at_once(options, message):
     with pytest.raises(ProbeError, match=re.escape(message)):
         Monitor(mlp(), torch.randn(5, 4), **options)
@@ -631,6 +640,7 @@ def test_counting_twice_is_refused():
     monitor.close()
 
 
+@shapes_unchecked()
 def test_following_what_is_no_optimizer_is_refused():
     monitor = Monitor(mlp(), torch.randn(5, 4), layers=["1"])
     with pytest.raises(ProbeError, match=r"follow\(\) takes a torch.optim.Optimizer, not a Linear"):

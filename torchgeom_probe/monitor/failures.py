@@ -6,9 +6,13 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
+from types import FrameType
 from typing import Literal
 
 from torchgeom_probe.errors import ProbeError
+
+# Between a failure and the training loop there are frames of ours, of contextlib, and of the optimizer's hook.
+_BETWEEN = ["torchgeom_probe", "contextlib", "torch"]
 
 
 class Failures:
@@ -35,19 +39,17 @@ class Failures:
             kind = (doing, type(error).__name__)
             if kind not in self._shown:
                 self._shown.add(kind)
-                warnings.warn(
+                loop = _training_loop()
+                text = (
                     f"torchgeom_probe.Monitor, step {step}: {doing} failed, and training goes on "
                     f"(shown once, counted in monitor.failures; on_error='raise' stops here).\n"
-                    f"{type(error).__name__}: {error}",
-                    RuntimeWarning,
-                    stacklevel=_level_of_the_caller(),
+                    f"{type(error).__name__}: {error}"
                 )
+                warnings.warn_explicit(text, RuntimeWarning, loop.f_code.co_filename, loop.f_lineno)
 
 
-def _level_of_the_caller() -> int:
-    """How many frames up the training loop is: what lies between is ours, the optimizer's hook and contextlib."""
-    between = ("torchgeom_probe", "contextlib", "torch")
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in between:
-        level, frame = level + 1, frame.f_back
-    return level
+def _training_loop() -> FrameType:
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _BETWEEN:
+        frame = frame.f_back
+    return frame
