@@ -24,7 +24,7 @@ so the ratio is 1 up to the noise of the clock, a few per cent on a busy machine
 
 Second table: training with `max_overhead=0.02` and charts written to TensorBoard. "share, by the wall" is the time
 spent inside of `monitor.step()` over the whole run's, taken from outside with a clock of its own; "share, reported" is
-`monitor.overhead`. What torch imports at its first forward derivative (seconds, once a process) comes before the run."""
+`monitor.overhead`. What torch imports at its first forward derivative (seconds, once a process) comes before."""
 
 METHOD = "first table: process time, smallest of ten turns for each of the others' one; second: wall time of one run"
 
@@ -90,7 +90,8 @@ def between(name: str, settings: Settings) -> str:
         best = smallest(runs, settings.device, 2 if settings.quick else 10 * settings.turns)
     step = best["without"] / count
     ratio, own = best["with"] / best["without"], best["alone"] / CALLS
-    return f"| {name} | {1e3 * step:.3f} | {1e3 * best['with'] / count:.3f} | {ratio:.3f} | {1e6 * own:.1f} | {own / step:.2%} |"
+    probed = 1e3 * best["with"] / count
+    return f"| {name} | {1e3 * step:.3f} | {probed:.3f} | {ratio:.3f} | {1e6 * own:.1f} | {own / step:.2%} |"
 
 
 def on_a_budget(name: str, settings: Settings) -> str:

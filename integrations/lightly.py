@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.model.isolation import unwrapped
 from torchgeom_probe.model.stages import stage_layers
+from torchgeom_probe.model.wrappers import unwrapped
 from torchgeom_probe.probe import ProbeOptions, probe_of
 from torchgeom_probe.report import GeometryReport
 from torchgeom_probe.shapes import Float, Tensor

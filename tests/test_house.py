@@ -81,7 +81,9 @@ def _imports(tree):
 
 def _misplaced(path, tree):
     room = _room(path)
-    for name, line, _ in _imports(tree):
+    for name, line, inside in _imports(tree):
+        if inside:  # those need a reason of their own, below
+            continue
         where = f"{path.relative_to(ROOT.parent)}:{line}: {room} imports {name}"
         if room == "__init__" or name == room or name not in {*RANK, *ALONE}:
             continue
@@ -146,10 +148,15 @@ def test_the_options_of_a_probe_stand_in_one_list():
         assert not set(own) & set(ProbeOptions.__annotations__)
 
 
-def test_every_public_name_is_used_by_the_readme():
+def test_every_public_verb_and_estimator_is_used_by_the_readme():
     readme = (ROOT.parent / "README.md").read_text(encoding="utf-8")
-    unused = [name for name in tgp.__all__ if name not in readme]
-    assert not unused
+    verbs = [n for n in tgp.__all__ if inspect.isfunction(getattr(tgp, n)) or _is_estimator(getattr(tgp, n))]
+    assert len(verbs) > 10
+    assert not [name for name in verbs if name not in readme]
+
+
+def _is_estimator(thing):
+    return isinstance(thing, type) and issubclass(thing, tgp.Estimator) and thing is not tgp.Estimator
 
 
 def test_help_documents_every_argument_of_measure_and_begins_with_an_example():

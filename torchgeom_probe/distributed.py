@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.model.isolation import unwrapped
+from torchgeom_probe.model.wrappers import unwrapped
 from torchgeom_probe.shapes import Tensor
 
 Part = TypeVar("Part")

@@ -5,9 +5,9 @@ x → directions → dual forward pass → per-layer factor → LayerGeometry �
 
 from __future__ import annotations
 
-import time
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -17,14 +17,16 @@ from tqdm import tqdm
 
 from torchgeom_probe.check import CheckReport
 from torchgeom_probe.errors import LayerRefusal, ProbeError
-from torchgeom_probe.estimators import Along, Estimator, Subspace, named
-from torchgeom_probe.estimators.cost import Cost
+from torchgeom_probe.estimators import Along, Estimator, Subspace
+from torchgeom_probe.estimators.base import estimator_of
+from torchgeom_probe.estimators.cost import Cost, seconds_per_row
 from torchgeom_probe.jacobian.jacobians import EngineName, Jacobians
 from torchgeom_probe.jacobian.plan import Plan, make_plan
 from torchgeom_probe.model.hooked import HookedModel, Transform
 from torchgeom_probe.model.inputs import Inputs, Wrt
-from torchgeom_probe.model.isolation import Mode, measuring, unwrapped
-from torchgeom_probe.model.layers import LayerSpec, close_names, resolve
+from torchgeom_probe.model.isolation import Mode, measuring
+from torchgeom_probe.model.layers import LayerSpec, close_names, resolve, resolved_source, resolved_transforms
+from torchgeom_probe.model.wrappers import refuse_unhookable, unwrapped
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Tensor
 
@@ -111,7 +113,7 @@ class GeometryProbe:
                 "Wrap a function in one:  a Module whose forward calls it."
             )
         model = unwrapped(model)
-        _refuse_unhookable(model)
+        refuse_unhookable(model)
         if engine not in _ENGINES:
             raise ProbeError(f"engine={engine!r} is unknown.\nWrite one of {', '.join(map(repr, _ENGINES))}.")
         if mode not in ("eval", "as_is"):
@@ -128,18 +130,14 @@ class GeometryProbe:
         chosen = resolve(model, layers)
         self.left_out: dict[str, str] = {}
         self._may_leave_out = isinstance(layers, str) and layers == "auto"
-        self.estimator = _estimator(estimator)
+        self.estimator = estimator_of(estimator)
         self.normalize = normalize
         self.engine: EngineName = engine
         self.wrt = wrt
         self.memory_budget = memory_budget
         self.mode: Mode = mode
-        self._hooked = HookedModel(
-            model,
-            chosen,
-            **_resolved_source(model, source),
-            transforms=_resolved_transforms(model, chosen, transform),
-        )
+        transforms = resolved_transforms(model, chosen, transform)
+        self._hooked = HookedModel(model, chosen, **resolved_source(model, source), transforms=transforms)
         #: By shape, from the first pass on that was compared with the plain model.
         self._plans: dict[Any, Plan] = {}
         self._memory: dict[Any, Tensor] = {}
@@ -227,7 +225,7 @@ class GeometryProbe:
     ) -> GeometryReport:
         inputs, plan = self._planned(x)
         if plan.coupled:
-            raise _coupled(plan.coupled[0])
+            self._refuse_coupled(inputs, plan)
         if start is not None:
             _refuse_other_samples(start, inputs, plan)
         rows = max(count.at_once for count in estimator.cost(plan, engine=self._engine_that_runs).values())
@@ -259,6 +257,13 @@ class GeometryProbe:
                 done = stop
         return GeometryReport.joined(parts)
 
+    def _refuse_coupled(self, inputs: Inputs, plan: Plan) -> None:
+        """Say what couples the samples: an op that a pass refuses by name, or else the layer where it shows."""
+        direction = torch.zeros(1, inputs.size, *plan.space, dtype=plan.dtype, device=inputs.device)
+        with contextlib.suppress(LayerRefusal):
+            self._jacobians(inputs, plan, self.engine).push(direction, lambda entry, blocks: None)
+        raise _coupled(plan.coupled[0])
+
     def _jacobians(self, inputs: Inputs, plan: Plan, engine: EngineName) -> Jacobians:
         return Jacobians(self._hooked, inputs, plan, engine, normalize=self.normalize, memory=self._memory)
 
@@ -266,12 +271,7 @@ class GeometryProbe:
         inputs = self._hooked.inputs(x, self.wrt)
         plan = self._plans.get(inputs.key())
         if plan is None:
-            try:
-                plan = make_plan(self._hooked, inputs, memory_budget=self.memory_budget)
-            except ProbeError:
-                raise
-            except Exception as error:
-                raise _models_own(self._hooked.model, inputs, error) from error
+            plan = make_plan(self._hooked, inputs, memory_budget=self.memory_budget)
         return inputs.cut_at(plan.per_sample), plan
 
     def _may_go_without(self, refusal: LayerRefusal) -> bool:
@@ -315,13 +315,8 @@ class GeometryProbe:
                     break
                 except LayerRefusal as refusal:
                     self._leave_out(refusal)
-            return Cost.of(
-                self.estimator,
-                plan,
-                inputs.size,
-                seconds_per_row=_seconds_per_row(self._hooked.model, inputs, plan),
-                engine=self._engine_that_runs,
-            )
+            seconds = seconds_per_row(self._hooked.model, inputs, plan)
+            return Cost.of(self.estimator, plan, inputs.size, seconds_per_row=seconds, engine=self._engine_that_runs)
 
     def check(self, x: Any, *, seed: int = 0) -> CheckReport:
         """Check the model before a long run: derivatives, samples and ops, on at most four samples.
@@ -408,9 +403,6 @@ def measure(
         memory_budget: bytes that the measurement may use; by default half of what is free.
         mode: ``"eval"`` (the default) or ``"as_is"``.
 
-    Returns:
-        layer → :class:`LayerGeometry`; ``print(report)`` is a table.
-
     Raises:
         ProbeError: what cannot be measured, with its likely cause and the line to write.
 
@@ -418,20 +410,6 @@ def measure(
     """
     probe = probe_of(model_or_probe, options)
     return probe.measure(x, directions=directions, start=start, progress=progress)
-
-
-def _estimator(estimator: Estimator | str | None) -> Estimator:
-    if estimator is None:
-        return Subspace()
-    if isinstance(estimator, str):
-        return named(estimator)
-    if not isinstance(estimator, Estimator):
-        made = f"  estimator={estimator.__name__}()" if isinstance(estimator, type) else ""
-        raise ProbeError(
-            f"estimator={estimator!r} is no estimator.\n"
-            f"Write, for instance, estimator=Subspace(k=8), 'exact' or 'topk:10'.{made}"
-        )
-    return estimator
 
 
 def _coupled(entry: str) -> ProbeError:
@@ -457,89 +435,6 @@ def _refuse_other_samples(start: Mapping[str, LayerGeometry], inputs: Inputs, pl
                 f"start= was measured on {samples} samples of {d} numbers; x has {inputs.size} of {plan.num_inputs}.\n"
                 "A start needs the same samples in the same order:  probe.measure(x, start=report_of_the_same_x)"
             )
-
-
-def _models_own(model: nn.Module, inputs: Inputs, error: Exception) -> ProbeError:
-    """The error for a plain pass that fails: it is the model's own."""
-    weights = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    given = [v for v in inputs.leaves if isinstance(v, Tensor) and v.is_floating_point() and v.dtype not in weights]
-    if weights and given:
-        wanted = ", ".join(sorted(map(str, weights)))
-        to = wanted.split(", ")[0]
-        advice = f"x is {given[0].dtype}, the model's parameters are {wanted}.\nConvert it:  x.to({to})\n"
-    else:
-        advice = ""
-    return ProbeError(
-        f"{advice}the model's own forward pass fails on x of shape {inputs.shapes()}: {type(error).__name__}: {error}\n"
-        "Run it by hand:  model.eval(); model(x)"
-    )
-
-
-def _seconds_per_row(model: nn.Module, inputs: Inputs, plan: Plan) -> float:
-    few = inputs if plan.whole else inputs.repeated(8)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        few.run(model)
-        if few.device.type != "cpu":
-            torch.accelerator.synchronize(few.device)
-        best = min(best, time.perf_counter() - start)
-    return best / few.size
-
-
-def _refuse_unhookable(model: nn.Module) -> None:
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ProbeError(
-            "the model is a ScriptModule: hooks do not fire inside it.\nProbe the nn.Module that it was made from."
-        )
-    wrapped = next((n for n, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
-    parts = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
-    sharded = None
-    if parts is not None:
-        sharded = f"parameter {parts!r} is a DTensor (FSDP2 or tensor parallel)"
-    elif wrapped is not None:
-        sharded = f"{repr(wrapped) if wrapped else 'the model'} is a FullyShardedDataParallel"
-    if sharded is not None:
-        raise ProbeError(
-            f"{sharded}: its ops need every rank at once.\n"
-            "Gather the model first (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
-            "full_state_dict=True) into a "
-            "plain copy, and probe that."
-        )
-
-
-def _resolved_source(model: nn.Module, source: str | nn.Module | None) -> dict[str, Any]:
-    if source is None:
-        return {}
-    found = resolve(model, source)
-    if len(found) != 1:
-        raise ProbeError(
-            f"source={source!r} names {len(found)} modules ({', '.join(map(repr, list(found)[:5]))}); it takes one.\n"
-            f"Write, for instance, source={next(iter(found))!r}"
-        )
-    name, module = next(iter(found.items()))
-    return {"source_name": name, "source": module}
-
-
-def _resolved_transforms(
-    model: nn.Module, layers: Mapping[str, nn.Module], transform: Transform | Mapping[str, Transform] | None
-) -> dict[str, Callable[[Any], Any]]:
-    if transform is None:
-        return {}
-    if not isinstance(transform, Mapping):
-        return {"*": transform}
-    found: dict[str, Transform] = {}
-    for key, function in transform.items():
-        names = [name for name in resolve(model, key) if name in layers]
-        if not names:
-            near = close_names(key, list(layers))
-            raise ProbeError(
-                f"transform= has the key {key!r}, which is none of the layers measured "
-                f"({', '.join(map(repr, list(layers)[:8]))}).\n"
-                f"Write one of them as the key{': ' + repr(near[0]) if near else ''}, or add {key!r} to layers=."
-            )
-        found.update(dict.fromkeys(names, function))
-    return found
 
 
 def _bar(total: int, progress: bool | None) -> tqdm:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.model.isolation import measuring, unwrapped
+from torchgeom_probe.model.isolation import measuring
 from torchgeom_probe.model.predictions import Readout, logits_of
+from torchgeom_probe.model.wrappers import unwrapped
 from torchgeom_probe.shapes import Float, Int, Tensor
 
 

@@ -24,8 +24,9 @@ from torchgeom_probe.curvature.twice import (
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.linalg.volume import regular
 from torchgeom_probe.model.hooked import HookedModel
-from torchgeom_probe.model.isolation import measuring, unwrapped
+from torchgeom_probe.model.isolation import measuring
 from torchgeom_probe.model.layers import resolve
+from torchgeom_probe.model.wrappers import unwrapped
 from torchgeom_probe.shapes import Float, Tensor
 
 

@@ -87,6 +87,21 @@ class Estimator(ABC):
         """
 
 
+def estimator_of(estimator: Estimator | str | None) -> Estimator:
+    """The estimator that a user means: one, its name, or the default of every verb, ``Subspace()``."""
+    if estimator is None:
+        return named("subspace")
+    if isinstance(estimator, str):
+        return named(estimator)
+    if not isinstance(estimator, Estimator):
+        made = f"  estimator={estimator.__name__}()" if isinstance(estimator, type) else ""
+        raise ProbeError(
+            f"estimator={estimator!r} is no estimator.\n"
+            f"Write, for instance, estimator=Subspace(k=8), 'exact' or 'topk:10'.{made}"
+        )
+    return estimator
+
+
 def named(text: str) -> Estimator:
     """Return the estimator that a text names: ``"exact"``, ``"topk:10"``, ``"logdet:1e-6"``, ``"subspace:k=4,seed=1"``.
 

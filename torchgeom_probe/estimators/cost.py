@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
 
 from torchgeom_probe.estimators.base import Estimator, ProductCount
 from torchgeom_probe.jacobian.plan import Plan
+from torchgeom_probe.model.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,19 @@ class Cost:
             reasons.setdefault(count.why, []).append(f"{entry or '(model)'} (n = {self.features[entry]})")
         lines += [f"  {', '.join(entries)}: {why}" for why, entries in reasons.items()]
         return "\n".join(lines)
+
+
+def seconds_per_row(model: nn.Module, inputs: Inputs, plan: Plan) -> float:
+    """The time of a row in a plain forward pass, over up to eight samples: the best of three."""
+    few = inputs if plan.whole else inputs.repeated(8)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        few.run(model)
+        if few.device.type != "cpu":
+            torch.accelerator.synchronize(few.device)
+        best = min(best, time.perf_counter() - start)
+    return best / few.size
 
 
 def _by_engine(count: ProductCount, engine: str) -> ProductCount:

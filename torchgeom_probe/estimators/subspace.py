@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import scipy
 import torch
-from scipy.stats import t as student_t
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators.along import on_directions
@@ -119,7 +119,7 @@ def _over_frames(parts: Sequence[LayerGeometry]) -> LayerGeometry:
     variance = (torch.where(some, (logs - mean).square(), 0.0)).sum(0) / (kept - 1).clamp_min(1)
     value = mean + variance / 2 + (kept.clamp_min(1) / count).log()
     error = (variance / count + variance.square() / (2 * (count - 1))).sqrt()
-    margin = float(student_t.ppf(0.975, count - 1)) * error
+    margin = float(scipy.stats.t.ppf(0.975, count - 1)) * error
     none = kept == 0
     diverged = torch.stack([part.value for part in parts]).isnan().any(0)
     value = torch.where(diverged, torch.nan, torch.where(none, -torch.inf, value))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from torchgeom_probe.errors import LayerRefusal, ProbeError
@@ -148,7 +149,12 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
     """
     with same_random_numbers(inputs.device):
         before = _random_state()
-        own, found, live = _first_run(hooked, inputs)
+        try:
+            own, found, live = _first_run(hooked, inputs)
+        except ProbeError:
+            raise
+        except Exception as error:
+            raise _models_own(hooked.model, inputs, error) from error
         _refuse_silent(hooked, found)
         space = _space(hooked, own, found)
         # Random outputs are never the same, and a fake tensor has no values to compare.
@@ -168,6 +174,22 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
         whole=whole,
         coupled=coupled,
         budget=memory_budget if memory_budget is not None else int(SHARE_OF_FREE_MEMORY * free_memory(space.device)),
+    )
+
+
+def _models_own(model: nn.Module, inputs: Inputs, error: Exception) -> ProbeError:
+    """The error for a plain pass that fails: it is the model's own."""
+    weights = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    given = [v for v in inputs.leaves if isinstance(v, Tensor) and v.is_floating_point() and v.dtype not in weights]
+    if weights and given:
+        wanted = ", ".join(sorted(map(str, weights)))
+        to = wanted.split(", ")[0]
+        advice = f"x is {given[0].dtype}, the model's parameters are {wanted}.\nConvert it:  x.to({to})\n"
+    else:
+        advice = ""
+    return ProbeError(
+        f"{advice}the model's own forward pass fails on x of shape {inputs.shapes()}: {type(error).__name__}: {error}\n"
+        "Run it by hand:  model.eval(); model(x)"
     )
 
 

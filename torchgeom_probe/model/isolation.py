@@ -44,22 +44,6 @@ FRAMEWORKS = {
 _MANY = 1000
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the user's own module behind ``torch.compile`` (``_orig_mod``) and (Distributed)DataParallel (``module``).
-
-    >>> layer = nn.Linear(2, 3)
-    >>> unwrapped(nn.DataParallel(layer)) is layer
-    True
-    """
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
 @contextlib.contextmanager
 def measuring(model: nn.Module, *, mode: Mode = "eval") -> Iterator[None]:
     """Run the body as a measurement: every trace of it in ``model`` and in the process is undone, also when it raises.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
-from typing import Union, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Union, cast
 
 from torch import nn
 
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.model.hooked import Transform
 from torchgeom_probe.model.stages import stage_layers
 
 LayerSpec = Union[  # noqa: UP007
@@ -134,3 +135,39 @@ def _by_name(model: nn.Module, names: dict[str, nn.Module], spec: str) -> list[s
 def _listed(names: Sequence[str], most: int = 12) -> str:
     shown = ", ".join(repr(n) for n in names[:most])
     return f"{shown}, … ({len(names)} in all)" if len(names) > most else shown or "no submodules: use layers=''"
+
+
+def resolved_source(model: nn.Module, source: str | nn.Module | None) -> dict[str, Any]:
+    """The fields ``source_name`` and ``source`` of a HookedModel; none where the metric lives on the model's input."""
+    if source is None:
+        return {}
+    found = resolve(model, source)
+    if len(found) != 1:
+        raise ProbeError(
+            f"source={source!r} names {len(found)} modules ({', '.join(map(repr, list(found)[:5]))}); it takes one.\n"
+            f"Write, for instance, source={next(iter(found))!r}"
+        )
+    name, module = next(iter(found.items()))
+    return {"source_name": name, "source": module}
+
+
+def resolved_transforms(
+    model: nn.Module, layers: Mapping[str, nn.Module], transform: Transform | Mapping[str, Transform] | None
+) -> dict[str, Callable[[Any], Any]]:
+    """Layer → what maps its output; ``"*"`` where one is for all."""
+    if transform is None:
+        return {}
+    if not isinstance(transform, Mapping):
+        return {"*": transform}
+    found: dict[str, Transform] = {}
+    for key, function in transform.items():
+        names = [name for name in resolve(model, key) if name in layers]
+        if not names:
+            near = close_names(key, list(layers))
+            raise ProbeError(
+                f"transform= has the key {key!r}, which is none of the layers measured "
+                f"({', '.join(map(repr, list(layers)[:8]))}).\n"
+                f"Write one of them as the key{': ' + repr(near[0]) if near else ''}, or add {key!r} to layers=."
+            )
+        found.update(dict.fromkeys(names, function))
+    return found

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.model.isolation import unwrapped
+from torchgeom_probe.model.wrappers import unwrapped
 
 # Stages that timm 1.0.31 declares under names that the model does not have: class -> declared -> real.
 # A name that is gone from here too is left out; `block.0` for `stages.0` and the like are found without this
@@ -121,7 +121,8 @@ def _structural_stages(model: nn.Module, prefix: str = "") -> list[str]:
     stages: list[str] = []
     for name, block in blocks:
         share = _weight(block) / max(total, 1)
-        is_trunk = share > 0.9 or (share > _TRUNK_OF_BLOCKS and any(map(_is_list_of_blocks, block.children())))
+        holds_blocks = not name.isdigit() and any(map(_is_list_of_blocks, block.children()))  # and is none itself
+        is_trunk = share > 0.9 or (share > _TRUNK_OF_BLOCKS and holds_blocks)
         # Hooks see a scripted module as a whole at most, so the part that holds it is the stage.
         scripted = any(isinstance(m, torch.jit.ScriptModule) for m in (block, *block.children()))
         if _is_never_called(block) or (not scripted and (is_trunk or _declared_stages(block))):
