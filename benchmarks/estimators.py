@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import torchgeom_probe as tgp
 from benchmarks.timing import Settings, seconds
 from torchgeom_probe.jacobian.vjp import Pullback
+from torchgeom_probe.linalg.directions import orthonormal_frame
 from torchgeom_probe.linalg.gram import inner_products
 
 TITLE = "What each estimator costs, and how far off it is"
@@ -152,7 +153,7 @@ def _on_features(model: nn.Module, x: Tensor, settings: Settings) -> Iterator[Ro
 
     k = 8
     g, spent = measured(tgp.Subspace(k=k))
-    frame = tgp.directions.orthonormal_frame(k, d, seed=0).to(jacobian)
+    frame = orthonormal_frame(k, d, seed=0).to(jacobian)
     volume = torch.linalg.svdvals(jacobian @ frame.T).log().sum(1)
     yield _row(f"`Subspace(k={k})`, its own frame", g, spent, g.log_volume - volume, products=k)
     g, spent = measured(tgp.Subspace(k=k, frames=16))
