@@ -80,8 +80,7 @@ class SliceScan:
             ProbeError: a layer that was not scanned; an ``initial`` of another slice.
 
         """
-        # Here, because boundary/ is the room above: what it tests is one slice, and pairs of samples.
-        from torchgeom_probe.boundary.magnification import magnification
+        from torchgeom_probe.boundary.magnification import magnification  # here: boundary/ is the room above
 
         if initial is not None and self.slice.digest != initial.slice.digest:
             raise ProbeError(
