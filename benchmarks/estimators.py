@@ -119,7 +119,7 @@ def _row(label: str, g: tgp.LayerGeometry, spent: float, error: Tensor, *, produ
         claimed = f"≤ {g.error_bound.max().item():.1e}"
     elif g.std_error is not None:
         claimed = f"± {g.std_error.max().item():.1e}"
-    if g.num_products is not None:
+    if "num_products" in g.extras:
         counts = sorted(set(g.num_products.tolist()))
         made = "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     else:
@@ -136,12 +136,12 @@ def _on_features(model: nn.Module, x: Tensor, settings: Settings) -> Iterator[Ro
 
     def measured(
         estimator: tgp.Estimator,
-        warm: tgp.GeometryReport | None = None,
+        start: tgp.GeometryReport | None = None,
         budget: int | None = None,
         times: int = turns,
     ) -> tuple[tgp.LayerGeometry, float]:
         probe = tgp.GeometryProbe(model, layers=[layer], estimator=estimator, normalize=False, memory_budget=budget)
-        return _timed(lambda: probe.measure(x, start=warm), settings, times)
+        return _timed(lambda: probe.measure(x, start=start), settings, times)
 
     exact = sigma.log().sum(1)
     g, spent = measured(tgp.Exact(), times=max(1, turns // 3))
@@ -189,7 +189,7 @@ def _on_features(model: nn.Module, x: Tensor, settings: Settings) -> Iterator[Ro
         assert g.trace_std_error is not None
         claimed = (g.trace_std_error / g.trace).max().item()
         error = ((g.trace - energy) / energy).abs().max().item()
-        products = str(int(g.num_products.max())) if g.num_products is not None else "16"
+        products = str(int(g.num_products.max()))
         yield Row(f'`Trace("{method}", probes=16)`', products, spent, error, f"± {claimed:.1e}", "relative")
 
 

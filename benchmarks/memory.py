@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.limit import loop_of_jvp, made, vmapped_jvp
 from benchmarks.timing import Settings
 from torchgeom_probe import GeometryProbe, Subspace
-from torchgeom_probe.jacobian.plan import _LiveBytes
+from torchgeom_probe.jacobian.memory import LiveBytes
 from torchgeom_probe.model.isolation import measuring
 
 TITLE = "Peak memory"
@@ -109,7 +109,7 @@ def peak(contender: str, name: str, batch: int, k: int, device: torch.device) ->
         run()
         return Peak(torch.cuda.max_memory_allocated(device) - before, math.nan)
     resident = _resident_rise(run)
-    with _LiveBytes([*model.parameters(), *model.buffers(), x, v]) as live:
+    with LiveBytes([*model.parameters(), *model.buffers(), x, v]) as live:
         run()
     return Peak(resident, live.peak)
 

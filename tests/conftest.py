@@ -11,8 +11,16 @@ from jaxtyping import install_import_hook
 # must leave alone.
 beartype._check.code.codemain.getrandbits = random.Random(0).getrandbits
 # Before anything imports the package: from here on the types and shapes in its signatures are checked at every call.
-# An int is a float, as it is to mypy.
-install_import_hook("torchgeom_probe", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+# An int is a float, as it is to mypy.  Not in dual/: its rules are called for every op of every test, their shapes are
+# the ops' own, and half of the suite's time would go there.
+ROOMS = (
+    "analytic boundary check cli curvature distributed errors estimators files jacobian linalg model monitor plotting "
+    "probe report reproduce shapes slices"
+)
+install_import_hook(
+    [f"torchgeom_probe.{room}" for room in ROOMS.split()],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 # The models are small: threads that wait for each other on a busy machine cost more than they give.
 torch.set_num_threads(1)
