@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import sys
+from pathlib import Path
 
 import models
 import pytest
@@ -69,3 +71,49 @@ def test_json_has_null_where_a_number_is_not_finite(tmp_path):
     assert layer["log_volume"] == [None] * 3
     assert layer["nonfinite"] == 3
     assert layer["rank"] == [2] * 3
+
+
+def test_a_data_frame_has_the_rows_of_the_csv(report, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    frame = report.to_pandas()
+    assert len(frame) == 2 * 7
+    again = pandas.read_csv(report.to_csv(tmp_path / "report.csv"))
+    assert list(frame.columns) == list(again.columns)
+    assert frame["log_volume"].tolist() == again["log_volume"].tolist()
+
+
+def test_without_pandas_the_pip_line_names_an_extra_that_exists(report, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(tgp.ProbeError, match=r"pip install 'torchgeom_probe\[pandas\]'"):
+        report.to_pandas()
+    pyproject = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert "\npandas = [" in pyproject
+
+
+@pytest.mark.parametrize(
+    "estimator", ["exact", "topk:k=2,method=krylov", "logdet:0.1", "trace:3", "subspace:k=2,frames=4"]
+)
+def test_what_is_saved_is_read_back_whole(estimator, tmp_path):
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh())
+    report = tgp.measure(model, torch.randn(3, 40), layers=["0", "1"], estimator=estimator)
+    again = tgp.GeometryReport.load(report.save(tmp_path / "report.safetensors"))
+    assert str(again) == str(report)
+    for name, g in report.items():
+        found = again[name]
+        assert torch.equal(found.value, g.value)
+        assert torch.equal(found.singular_values, g.singular_values)
+        assert found.extras.keys() == g.extras.keys()
+        assert all(torch.equal(found.extras[key], g.extras[key]) for key in g.extras)
+        assert (found.right_singular_vectors is None) == (g.right_singular_vectors is None)
+        assert (found.spectrum is None) == (g.spectrum is None)
+        if g.spectrum is not None:
+            assert torch.equal(again.density(name).trace()[0], report.density(name).trace()[0])
+
+
+def test_a_notebook_shows_the_table_and_no_markup_of_a_name():
+    model = nn.ModuleDict({"a<b": nn.Linear(2, 3)})
+    model.forward = lambda x: model["a<b"](x)
+    page = tgp.measure(model, torch.randn(4, 2), layers="a<b")._repr_html_()
+    assert page.startswith("<table>")
+    assert "a&lt;b" in page
+    assert "a<b" not in page

@@ -380,7 +380,8 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         """What is no tensor, as JSON can hold it."""
         exact = [None if layer.spectrum is None else layer.spectrum.exact for layer in self.values()]
         layers = [layer._constants() for layer in self.values()]
-        return {"left_out": self.left_out, "layers": layers, "spectrum_is_exact": exact}
+        extras = [list(layer.extras) for layer in self.values()]  # their order: a file of tensors keeps none
+        return {"left_out": self.left_out, "layers": layers, "extras": extras, "spectrum_is_exact": exact}
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> GeometryReport:
@@ -394,6 +395,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
                 exact = metadata["spectrum_is_exact"][i]
                 spectrum = SpectralDensity(nodes, weights, constants["num_inputs"], exact)
             known = {**constants, "spectrum": spectrum, **_as_fields(own)}
+            known["extras"] = {name: known["extras"][name] for name in metadata["extras"][i]}
             layers[constants["name"]] = LayerGeometry(**known)
         return GeometryReport(layers, left_out=metadata["left_out"])
 
