@@ -18,18 +18,7 @@ from benchmarks.timing import Settings, circumstances
 #: The tables, in the order of the page.  Each is a module with TITLE, NOTE and ``table(settings)``, which yields
 #: lines; METHOD, where it has one, says how it measures in place of the smallest time; RESUMES, if true, that it takes
 #: rows from ``settings.finished``.
-TABLES = (
-    "limit",
-    "memory",
-    "stages",
-    "scaling",
-    "libraries",
-    "estimators",
-    "topk",
-    "logdet",
-    "overhead",
-    "slices",
-)
+TABLES = ("limit", "memory", "stages", "scaling", "libraries", "estimators", "topk", "logdet", "overhead", "slices")
 PAGE = Path(__file__).parent / "README.md"
 
 
@@ -78,10 +67,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="miniatures, in seconds; prints and writes nothing")
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="these tables alone")
     parser.add_argument(
-        "--families",
-        nargs="*",
-        default=(),
-        help="the models of the table 'limit'; not written without --resume",
+        "--families", nargs="*", default=(), help="the models of the table 'limit'; not written without --resume"
     )
     parser.add_argument(
         "--resume",

@@ -41,13 +41,7 @@ class Row:
     unit: str
 
     def __str__(self) -> str:
-        cells = (
-            self.label,
-            self.products,
-            f"{self.seconds:.3g}",
-            f"{self.error:.1e} {self.unit}",
-            self.claimed,
-        )
+        cells = (self.label, self.products, f"{self.seconds:.3g}", f"{self.error:.1e} {self.unit}", self.claimed)
         return f"| {' | '.join(cells)} |"
 
 
@@ -135,10 +129,7 @@ def _on_features(model: nn.Module, x: Tensor, settings: Settings) -> Iterator[Ro
     whole = n * d * 4
 
     def measured(
-        estimator: tgp.Estimator,
-        start: tgp.GeometryReport | None = None,
-        budget: int | None = None,
-        times: int = turns,
+        estimator: tgp.Estimator, start: tgp.GeometryReport | None = None, budget: int | None = None, times: int = turns
     ) -> tuple[tgp.LayerGeometry, float]:
         probe = tgp.GeometryProbe(model, layers=[layer], estimator=estimator, normalize=False, memory_budget=budget)
         return _timed(lambda: probe.measure(x, start=start), settings, times)
@@ -203,11 +194,7 @@ def _on_large_images(model: nn.Module, x: Tensor, settings: Settings) -> Iterato
     room = 8 << 20
     for share in (2.0, 0.25):
         probe = tgp.GeometryProbe(
-            *(model,),
-            layers=["7"],
-            estimator=tgp.Exact(),
-            normalize=False,
-            memory_budget=int(share * n * d * 4) + room,
+            *(model,), layers=["7"], estimator=tgp.Exact(), normalize=False, memory_budget=int(share * n * d * 4) + room
         )
         with _counted() as made:
             g, spent = _timed(lambda probe=probe: probe.measure(x), settings, 0)  # type: ignore[misc]
@@ -253,18 +240,9 @@ def _curvatures(settings: Settings) -> Iterator[Row]:
         gauss = functools.partial(tgp.scalar_curvature, net, x)
         derivatives = f"{d} + {d * (d + 1) // 2}"
         name = f"d = {d}, n = {width}"
+        yield row(f"`scalar_curvature`, {name}, from the closed form", gauss, closed() / width, "relative", derivatives)
         yield row(
-            f"`scalar_curvature`, {name}, from the closed form",
-            gauss,
-            closed() / width,
-            "relative",
-            derivatives,
-        )
-        yield row(
-            f"`analytic.shallow.scalar_curvature`, {name}, from the Gauss equation",
-            closed,
-            gauss() * width,
-            "relative",
+            f"`analytic.shallow.scalar_curvature`, {name}, from the Gauss equation", closed, gauss() * width, "relative"
         )
         volume = functools.partial(shallow.log_volume, x, W, b, activation="sigmoid")
         exact = tgp.measure(net, x, layers=["1"], estimator=tgp.Exact())["1"].log_volume

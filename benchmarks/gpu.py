@@ -140,11 +140,7 @@ def tf32(on: bool) -> Iterator[None]:
 def _pass(hooked: HookedModel, x: Tensor, v: Tensor) -> dict[str, Factor]:
     found: dict[str, Factor] = {}
     fused.push(
-        hooked,
-        hooked.inputs(x),
-        v,
-        lambda entry, blocks: found.__setitem__(entry, Factor.of(blocks)),
-        any_order=True,
+        hooked, hooked.inputs(x), v, lambda entry, blocks: found.__setitem__(entry, Factor.of(blocks)), any_order=True
     )
     return found
 

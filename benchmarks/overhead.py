@@ -53,10 +53,7 @@ class Training:
     """Steps of a classifier on noise."""
 
     def __init__(
-        self,
-        make: Callable[[], tuple[nn.Module, list[str], tuple[int, ...]]],
-        batch: int,
-        device: torch.device,
+        self, make: Callable[[], tuple[nn.Module, list[str], tuple[int, ...]]], batch: int, device: torch.device
     ) -> None:
         torch.manual_seed(0)
         model, self.layers, shape = make()

@@ -42,8 +42,7 @@ def trained(steps: int, settings: Settings) -> nn.Module:
     """Return the network after that many steps of AdamW."""
     torch.manual_seed(0)
     model = cifar_resnet(
-        "resnet18" if settings.quick else "resnet34",
-        **({"channels": (4, 4, 8, 16)} if settings.quick else {}),
+        "resnet18" if settings.quick else "resnet34", **({"channels": (4, 4, 8, 16)} if settings.quick else {})
     )
     images, labels = digits(1000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -108,11 +107,7 @@ def row(name: str, model: nn.Module, settings: Settings) -> str:
         quick_ones=("topk", "authors"),
     )
     svd = seconds(lambda: torch.linalg.svdvals(jacobians[0]), settings.device)
-    full = {
-        "jacrev": best["jacrev"],
-        "authors": best["authors"] * n / share + svd,
-        "exact": best["exact"],
-    }
+    full = {"jacrev": best["jacrev"], "authors": best["authors"] * n / share + svd, "exact": best["exact"]}
     each = best["topk"] / samples
     g = cold["global_pool"]
     true = torch.linalg.svdvals(jacobians[0].double())[:k]

@@ -15,15 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchgeom_probe.errors import ProbeError, optional
-from torchgeom_probe.monitor.writers import (
-    Writer,
-    chart_of,
-    charts,
-    finite_median,
-    label,
-    local_path,
-    register_writer,
-)
+from torchgeom_probe.monitor.writers import Writer, chart_of, charts, finite_median, label, local_path, register_writer
 from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor

@@ -284,12 +284,7 @@ def test_a_first_axis_that_is_not_the_batch():
 
     _refused(r"first axis is not the batch of \d samples.*\n.*transform=", Sequence())
     g = tgp.measure(
-        Sequence(),
-        X,
-        layers="",
-        transform=lambda out: out.transpose(0, 1),
-        estimator=tgp.Exact(),
-        normalize=False,
+        Sequence(), X, layers="", transform=lambda out: out.transpose(0, 1), estimator=tgp.Exact(), normalize=False
     )[""]
     assert g.log_volume.abs().max() < 1e-6
 

@@ -11,15 +11,7 @@ import safetensors.torch
 import torch
 
 from torchgeom_probe import ProbeError
-from torchgeom_probe.files import (
-    decoded,
-    digest,
-    encoded,
-    finite_or_null,
-    read,
-    write_atomically,
-    write_json,
-)
+from torchgeom_probe.files import decoded, digest, encoded, finite_or_null, read, write_atomically, write_json
 
 TENSORS = {
     "double": torch.randn(2, 3, dtype=torch.float64),

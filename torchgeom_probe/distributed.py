@@ -119,14 +119,7 @@ class Ranks:
         self._handed_out = key
         self._store.set(key, _packed({name: b.detach().cpu() for name, b in buffers.items()}))  # type: ignore[arg-type]
 
-    def _leave(
-        self,
-        key: str,
-        x: Any,
-        step: int,
-        buffers: Mapping[str, Tensor],
-        measure: Callable[[Any], Any],
-    ) -> None:
+    def _leave(self, key: str, x: Any, step: int, buffers: Mapping[str, Tensor], measure: Callable[[Any], Any]) -> None:
         theirs: Mapping[str, Tensor] = {}
         if buffers:
             packed = self._awaited(f"{key}/buffers", 0, step)

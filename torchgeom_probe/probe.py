@@ -217,11 +217,7 @@ class GeometryProbe:
                     self._leave_out(refusal)
 
     def _measured(
-        self,
-        x: Any,
-        estimator: Estimator,
-        start: Mapping[str, LayerGeometry] | None,
-        progress: bool | None,
+        self, x: Any, estimator: Estimator, start: Mapping[str, LayerGeometry] | None, progress: bool | None
     ) -> GeometryReport:
         inputs, plan = self._planned(x)
         if plan.coupled:

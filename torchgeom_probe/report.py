@@ -328,15 +328,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         return optional("pandas", extra="pandas").DataFrame(self._rows())
 
     def _rows(self) -> list[dict[str, Any]]:
-        constants = (
-            "unit",
-            "num_features",
-            "num_inputs",
-            "num_directions",
-            "normalized",
-            "engine",
-            "estimand",
-        )
+        constants = ("unit", "num_features", "num_inputs", "num_directions", "normalized", "engine", "estimand")
         rows: list[dict[str, Any]] = []
         for layer in self.values():
             sigma = layer.singular_values

@@ -73,11 +73,7 @@ def test_golden_values(entry, d):
 
 
 # Those of them that have no name.
-FUNCTIONS = {
-    "cos": torch.cos,
-    "gaussian": lambda z: torch.exp(-z * z / 2),
-    "normal_cdf": torch.special.ndtr,
-}
+FUNCTIONS = {"cos": torch.cos, "gaussian": lambda z: torch.exp(-z * z / 2), "normal_cdf": torch.special.ndtr}
 
 
 @pytest.mark.parametrize(("s", "sigma", "zeta"), [(0.04, 0.7, 0.3), (9.0, 1.1, 0.5)])

@@ -36,10 +36,7 @@ SMOOTH = {
 
 
 def golden_layer(entry):
-    j, mu = (
-        torch.arange(7.0, dtype=torch.float64)[:, None],
-        torch.arange(entry["d"], dtype=torch.float64)[None],
-    )
+    j, mu = (torch.arange(7.0, dtype=torch.float64)[:, None], torch.arange(entry["d"], dtype=torch.float64)[None])
     W = torch.sin(1 + 3 * j + 7 * mu + (2 * j * mu if entry["weights"] == "B" else 0))
     return torch.tensor([entry["x"]], dtype=torch.float64), W, torch.cos(2 + 5 * j[:, 0])
 

@@ -314,10 +314,7 @@ def test_points_that_are_not_finite_are_dropped_and_counted():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            (np.zeros((2, 3, 4)), np.zeros((2, 3, 4))),
-            r"shape \(2, 3, 4\); a slice is a line \[T\] or a plane",
-        ),
+        ((np.zeros((2, 3, 4)), np.zeros((2, 3, 4))), r"shape \(2, 3, 4\); a slice is a line \[T\] or a plane"),
         ((np.zeros((5, 7)), np.zeros((7, 5))), r"entropy has shape \(7, 5\) and log_volume \(5, 7\)"),
         ((np.full(40, -np.inf), np.arange(40.0)), r"only 0 of 40 points .*\n.* singular metric"),
         ((np.arange(15.0), np.arange(15.0)), "only 15 of 15 points"),

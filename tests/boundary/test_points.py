@@ -26,10 +26,7 @@ def test_boundary_points_of_a_circle():
     assert found.tolerance <= 1e-6
     # |a + t (b - a)|² = 1, solved by hand
     v = (b - a).flatten(1)
-    p, q = (
-        (a.flatten(1) * v).sum(1) / v.square().sum(1),
-        (a.flatten(1).square().sum(1) - 1) / v.square().sum(1),
-    )
+    p, q = ((a.flatten(1) * v).sum(1) / v.square().sum(1), (a.flatten(1).square().sum(1) - 1) / v.square().sum(1))
     assert (found.t - (-p + (p * p - q).sqrt())).abs().max() <= 1e-6
     assert torch.allclose(found.points.flatten(1).norm(dim=1), torch.ones(11, dtype=torch.float64), atol=1e-5)
 
@@ -63,18 +60,8 @@ def test_boundary_points_leave_the_model_as_it_was():
         (torch.zeros(2, 3), torch.zeros(1, 3), {}, r"a has shape \(2, 3\) and b \(1, 3\)"),
         (torch.zeros(2, 3), torch.ones(2, 3), {"tol": 0.0}, "tol=0.0 must lie between"),
         (torch.zeros(2, 3), torch.zeros(2, 3), {}, r"segment 0 are both predicted as class .* \(2 of 2"),
-        (
-            torch.zeros(2, 3),
-            torch.ones(2, 3),
-            {"readout": lambda z: z[:, :1]},
-            r"one number a sample.*\n.*torch.cat",
-        ),
-        (
-            torch.zeros(2, 3),
-            torch.ones(2, 3),
-            {"readout": lambda z: {}},
-            "readout gives a dict for 2 samples",
-        ),
+        (torch.zeros(2, 3), torch.ones(2, 3), {"readout": lambda z: z[:, :1]}, r"one number a sample.*\n.*torch.cat"),
+        (torch.zeros(2, 3), torch.ones(2, 3), {"readout": lambda z: {}}, "readout gives a dict for 2 samples"),
     ],
 )
 def test_boundary_points_refuse(a, b, options, message):

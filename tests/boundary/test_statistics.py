@@ -37,10 +37,7 @@ def test_an_interval_is_widened_by_students_t(freedom):
     resampled = np.concatenate([np.full(300, -1.0), np.zeros(400), np.full(300, 2.0)])
     low, high = statistics._widened_interval(0.5, resampled, freedom + 1.0)
     widening = TABLE[freedom] / 1.959964 * math.sqrt((freedom + 1) / freedom)
-    assert (low, high) == (
-        pytest.approx(0.5 - 1.5 * widening, rel=1e-5),
-        pytest.approx(0.5 + 1.5 * widening, rel=1e-5),
-    )
+    assert (low, high) == (pytest.approx(0.5 - 1.5 * widening, rel=1e-5), pytest.approx(0.5 + 1.5 * widening, rel=1e-5))
 
 
 def test_the_weighted_median_is_the_median_of_the_repeated_values():

@@ -33,16 +33,7 @@ def test_demo_from_end_to_end(tmp_path, capsys):
 
 def test_ctrl_c_says_where_things_are_and_loses_nothing(tmp_path):
     run = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "torchgeom_probe.cli.main",
-            "demo",
-            "--out",
-            str(tmp_path / "run"),
-            "--epochs",
-            "5000",
-        ],
+        [sys.executable, "-m", "torchgeom_probe.cli.main", "demo", "--out", str(tmp_path / "run"), "--epochs", "5000"],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

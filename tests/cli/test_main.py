@@ -41,10 +41,7 @@ def test_refusals_are_one_message_and_status_1(arguments, match, model_file, tmp
 
 def test_version_and_module_entry():
     out = subprocess.run(
-        [sys.executable, "-m", "torchgeom_probe.cli.main", "--version"],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-m", "torchgeom_probe.cli.main", "--version"], capture_output=True, text=True, check=True
     )
     assert out.stdout.split() == ["torchgeom-probe", tgp.__version__]
 

@@ -39,13 +39,7 @@ def test_measure_prints_a_table_and_writes_the_same_numbers(model_file, tmp_path
 @pytest.mark.parametrize("name", ["subspace", "exact", "topk", "logdet", "trace"])
 def test_measure_takes_every_estimator(name, model_file, capsys):
     assert main(["measure", "--model", f"{model_file}:make", "--layers", "body", "--estimator", name, "-k", "3"]) == 0
-    estimand = {
-        "subspace": "3-frame",
-        "exact": "all d directions",
-        "topk": "3",
-        "logdet": "det",
-        "trace": "tr g",
-    }[name]
+    estimand = {"subspace": "3-frame", "exact": "all d directions", "topk": "3", "logdet": "det", "trace": "tr g"}[name]
     assert estimand in capsys.readouterr().out.splitlines()[-2]
 
 

@@ -41,16 +41,7 @@ def work(tmp_path):
 def command(work, *names, out="out", grid="5"):
     images = [str(work / f"{name}.png") for name in names]
     size = ["--size", "20", "--grid", grid, "--layers", "1", "3"]
-    return [
-        "scan",
-        "--model",
-        f"{work / 'net.py'}:make",
-        "--images",
-        *images,
-        *size,
-        "--out",
-        str(work / out),
-    ]
+    return ["scan", "--model", f"{work / 'net.py'}:make", "--images", *images, *size, "--out", str(work / out)]
 
 
 def expected_inputs(work, *names):

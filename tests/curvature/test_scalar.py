@@ -83,16 +83,10 @@ SURFACES = {
         lambda x: 20.0,
     ),
     "torus": (TORUS, 2, lambda x: 2 * cos(x[0]) / (2 + cos(x[0]))),
-    "flat torus": (
-        surface(*(lambda a, b, f=f, i=i: f((a, b)[i]) for f in (sin, cos) for i in (0, 1))),
-        2,
-        lambda x: 0,
-    ),
+    "flat torus": (surface(*(lambda a, b, f=f, i=i: f((a, b)[i]) for f in (sin, cos) for i in (0, 1))), 2, lambda x: 0),
     "pseudosphere": (
         surface(
-            lambda u, v: cos(v) / torch.cosh(u),
-            lambda u, v: sin(v) / torch.cosh(u),
-            lambda u, v: u - torch.tanh(u),
+            lambda u, v: cos(v) / torch.cosh(u), lambda u, v: sin(v) / torch.cosh(u), lambda u, v: u - torch.tanh(u)
         ),
         2,
         lambda x: -2.0,
@@ -109,11 +103,7 @@ SURFACES = {
     ),
     "plane in curved coordinates": (CURVED_PLANE, 2, lambda x: 0.0),
     "cylinder": (surface(lambda u, v: cos(u), lambda u, v: sin(u), lambda u, v: v), 2, lambda x: 0.0),
-    "sphere times line": (
-        lambda x: torch.cat([SPHERE_IN_ANGLES(x[:, :2]), x[:, 2:].exp()], 1),
-        3,
-        lambda x: 2.0,
-    ),
+    "sphere times line": (lambda x: torch.cat([SPHERE_IN_ANGLES(x[:, :2]), x[:, 2:].exp()], 1), 3, lambda x: 2.0),
     "sphere times pseudosphere": (
         lambda x: torch.cat([2 * SPHERE_IN_ANGLES(x[:, :2]), SURFACES["pseudosphere"][0](x[:, 2:])], 1),
         4,
@@ -130,13 +120,7 @@ def inputs(samples, *shape, seed=0, dtype=torch.float64):
 def network(d=3, n=11, activation=nn.Tanh, seed=0, **kwargs):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers = (
-            nn.Linear(d, 7),
-            activation(**kwargs),
-            nn.Linear(7, n),
-            activation(**kwargs),
-            nn.Linear(n, 13),
-        )
+        layers = (nn.Linear(d, 7), activation(**kwargs), nn.Linear(7, n), activation(**kwargs), nn.Linear(n, 13))
         return nn.Sequential(*layers).double()
 
 
@@ -171,10 +155,7 @@ def test_the_sphere_in_angles_does_not_tell_the_sign():
 
 
 def golden_network(entry):
-    j, mu = (
-        torch.arange(7.0, dtype=torch.float64)[:, None],
-        torch.arange(entry["d"], dtype=torch.float64)[None],
-    )
+    j, mu = (torch.arange(7.0, dtype=torch.float64)[:, None], torch.arange(entry["d"], dtype=torch.float64)[None])
     W = torch.sin(1 + 3 * j + 7 * mu + (2 * j * mu if entry["weights"] == "B" else 0))
     k, i = torch.arange(9.0, dtype=torch.float64)[:, None], torch.arange(7.0, dtype=torch.float64)[None]
     V, c = torch.sin(2 + k + 3 * i + 2 * k * i) / math.sqrt(7), torch.cos(1 + 2 * k[:, 0])
@@ -205,8 +186,7 @@ def test_one_hidden_layer_is_the_closed_form(phi, d):
 
 @pytest.mark.parametrize("d", [2, 3])
 @pytest.mark.parametrize(
-    ("phi", "sigma", "zeta"),
-    [("erf", 1.0, 0.0), ("gelu", 0.7, 0.3), ("z^3", 1.0, 0.2), ("sin", 0.9, 0.0)],
+    ("phi", "sigma", "zeta"), [("erf", 1.0, 0.0), ("gelu", 0.7, 0.3), ("z^3", 1.0, 0.2), ("sin", 0.9, 0.0)]
 )
 def test_infinite_width_against_christoffel_symbols(phi, sigma, zeta, d):
     x = 0.6 * inputs(1, d, seed=4)

@@ -245,11 +245,7 @@ def test_a_gradient_of_its_own_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("cut", "reason"),
-    [
-        (lambda x: x.detach(), ".detach()"),
-        (lambda x: x.data, ".data"),
-        (lambda x: torch.detach(x), ".detach()"),
-    ],
+    [(lambda x: x.detach(), ".detach()"), (lambda x: x.data, ".data"), (lambda x: torch.detach(x), ".detach()")],
     ids=["detach", "data", "torch.detach"],
 )
 def test_what_depends_on_a_cut_tensor_is_lost(cut: Callable[..., Any], reason: str) -> None:

@@ -65,9 +65,7 @@ def test_topk_on_the_paper_network(steps):
     true = torch.stack([torch.linalg.svdvals(j.double())[:10] for j in jacobians])
     begun = time.process_time()
     whole = torch.autograd.functional.jacobian(
-        lambda z: model.global_pool(model.forward_features(z)).sum(0),
-        x[:1].requires_grad_(),
-        create_graph=True,
+        lambda z: model.global_pool(model.forward_features(z)).sum(0), x[:1].requires_grad_(), create_graph=True
     )
     torch.linalg.svdvals(whole.detach().flatten(2).permute(1, 2, 0))
     authors_seconds = time.process_time() - begun

@@ -28,10 +28,7 @@ def test_float64_in_a_small_budget_says_what_it_resolves():
     model = problems.linear([1.0, 1e-3, 1e-9], 3, 90, dtype=torch.float64)
     options = {"layers": "", "estimator": tgp.Exact(), "normalize": False, "engine": "vjp"}
     x = torch.zeros(1, 90, dtype=torch.float64)
-    roomy, tight = (
-        tgp.measure(model, x, **options)[""],
-        tgp.measure(model, x, memory_budget=1500, **options)[""],
-    )
+    roomy, tight = (tgp.measure(model, x, **options)[""], tgp.measure(model, x, memory_budget=1500, **options)[""])
     assert roomy.rank.item() == 3
     assert tight.rank.item() == 2
     assert tight.rank_tolerance > roomy.rank_tolerance

@@ -269,10 +269,7 @@ def test_density_of_exact_and_of_chunks():
     torch.testing.assert_close(trace, values.sum(1), rtol=1e-5, atol=0)
     assert error.tolist() == [0] * 5
     small = tgp.GeometryProbe(
-        model,
-        layers=[layer],
-        estimator=tgp.LogDet(eps=0.1, method="lanczos", probes=4),
-        memory_budget=100_000,
+        model, layers=[layer], estimator=tgp.LogDet(eps=0.1, method="lanczos", probes=4), memory_budget=100_000
     )
     assert small.measure(x).density(layer).nodes.shape[:2] == (5, 4)
 

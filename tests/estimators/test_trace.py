@@ -138,11 +138,7 @@ def test_frames_estimate_the_mean_of_determinants(n, d, k):
         values = torch.linalg.svdvals(model.weight.detach().double()).square()
         expected = math.log(_elementary(values, k) / math.comb(d, k)) / 2
         g = tgp.measure(
-            model,
-            torch.zeros(1, d),
-            layers="",
-            estimator=tgp.Subspace(k=k, frames=32, seed=seed),
-            normalize=False,
+            model, torch.zeros(1, d), layers="", estimator=tgp.Subspace(k=k, frames=32, seed=seed), normalize=False
         )[""]
         low, high = (g.interval[0] + torch.tensor([-1e-4, 1e-4])).tolist()
         covered += low <= expected <= high

@@ -182,14 +182,7 @@ def test_the_sanity_check_gives_the_validation_batch_and_is_not_probed(tmp_path)
 
 @pytest.mark.parametrize(
     "batch",
-    [
-        X,
-        (X, 1),
-        [[X, X + 1], 1, ("a", "b")],
-        {"image": X, "label": 1},
-        [{"pixel_values": X}],
-        {"x": X, "image": 2},
-    ],
+    [X, (X, 1), [[X, X + 1], 1, ("a", "b")], {"image": X, "label": 1}, [{"pixel_values": X}], {"x": X, "image": 2}],
 )
 def test_the_input_of_a_batch(batch):
     assert torch.equal(GeometryCallback(samples=2)._first_samples(batch), X[:2])

@@ -113,12 +113,7 @@ def test_tokens(capsys):
 
 
 def test_ddp(tmp_path, capsys, monkeypatch):
-    for key, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "0",
-    }.items():
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(key, value)
     report, _ = run("ddp", capsys, csv=tmp_path / "geometry.csv")
     assert report["1"].log_volume.shape == (32,)
@@ -130,11 +125,7 @@ def test_a_recipe_as_a_command(name, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     torchrun += ["--rdzv-endpoint", "localhost:0"]
     done = subprocess.run(
-        [
-            sys.executable,
-            *(torchrun if name == "ddp" else []),
-            *("-m", f"torchgeom_probe.integrations.recipes.{name}"),
-        ],
+        [sys.executable, *(torchrun if name == "ddp" else []), *("-m", f"torchgeom_probe.integrations.recipes.{name}")],
         cwd=tmp_path,
         capture_output=True,
         text=True,

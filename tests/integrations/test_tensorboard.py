@@ -183,10 +183,7 @@ def test_what_is_no_log_volume_and_has_no_rank_is_charted_as_a_value(tmp_path):
 def test_a_layer_keeps_its_number_and_a_hundred_layers_sort(tmp_path):
     writer = TensorBoardWriter(tmp_path)
     assert writer.tags(report()) == LABELS
-    assert writer.tags(GeometryReport({"": layer([1.0]), "new": layer([1.0])})) == {
-        "": "02_model",
-        "new": "03_new",
-    }
+    assert writer.tags(GeometryReport({"": layer([1.0]), "new": layer([1.0])})) == {"": "02_model", "new": "03_new"}
     many = TensorBoardWriter(tmp_path).tags(GeometryReport({f"l{i}": layer([1.0]) for i in range(101)}))
     assert (many["l0"], many["l100"]) == ("000_l0", "100_l100")
     assert sorted(many.values()) == list(many.values())
@@ -495,10 +492,7 @@ def test_the_docs_promise_the_tags_that_there_are():
 
 
 def test_the_server_knows_every_tag_that_the_docs_promise(server):
-    for run, labels, promised in (
-        ("run", LABELS.values(), TAGS),
-        ("monitored", ["00_1", "01_2"], TAGS | MONITOR_TAGS),
-    ):
+    for run, labels, promised in (("run", LABELS.values(), TAGS), ("monitored", ["00_1", "01_2"], TAGS | MONITOR_TAGS)):
         # the text plugin adds a suffix of its own to every tag
         texts = [tag.removesuffix("/text_summary") for tag in server("plugin/text/tags")[run]]
         known = {*server("plugin/scalars/tags")[run], *server("plugin/histograms/tags")[run], *texts}
@@ -527,12 +521,7 @@ def test_the_server_answers_with_the_values_and_the_resumed_run_has_no_doubles(s
         points = server("plugin/scalars/scalars", run="run", tag=f"{group}/00_layer1")
         assert [step for _, step, _ in points] == [0, 10, 20, 30], group
     volumes = server("plugin/scalars/scalars", run="run", tag="logvol/01_layer2.0.conv_1")
-    assert [(step, value) for _, step, value in volumes] == [
-        (0, -301.0),
-        (10, -291.0),
-        (20, -181.0),
-        (30, -171.0),
-    ]
+    assert [(step, value) for _, step, value in volumes] == [(0, -301.0), (10, -291.0), (20, -181.0), (30, -171.0)]
     histograms = server("plugin/histograms/histograms", run="run", tag="logvol_histogram/02_model")
     assert [entry[1] for entry in histograms] == [0, 10, 20, 30]
 

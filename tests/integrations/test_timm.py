@@ -134,10 +134,7 @@ def test_features_only_models_name_their_own_modules(name, expected):
         ("resnet18", ["layer1", "layer2", "layer3", "layer4"]),
         ("vgg11_bn", [f"features.{i}" for i in (3, 7, 14, 21, 28)]),
         ("alexnet", [f"features.{i}" for i in (2, 5, 12)]),
-        (
-            "densenet121",
-            [f"features.{s}{i}" for i in (1, 2, 3, 4) for s in ("denseblock", "transition")][:-1],
-        ),
+        ("densenet121", [f"features.{s}{i}" for i in (1, 2, 3, 4) for s in ("denseblock", "transition")][:-1]),
         ("mobilenet_v3_small", numbered("features", 13)),
         ("vit_b_32", [f"encoder.layers.encoder_layer_{i}" for i in range(12)]),
         ("swin_t", numbered("features", 8)),

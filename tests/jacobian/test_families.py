@@ -37,8 +37,7 @@ def agrees(model: nn.Module, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in (*TIMM, *(f"tv:{n}" for n in TORCHVISION)))],
+    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in (*TIMM, *(f"tv:{n}" for n in TORCHVISION)))]
 )
 def test_models(name: str) -> None:
     model, size = made(name)
@@ -60,10 +59,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
         nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False),
     ),
     "decoder": lambda: nn.Sequential(
-        nn.ConvTranspose2d(3, 5, 2, 2),
-        nn.InstanceNorm2d(5, affine=True),
-        nn.PReLU(5),
-        nn.Upsample(scale_factor=2),
+        nn.ConvTranspose2d(3, 5, 2, 2), nn.InstanceNorm2d(5, affine=True), nn.PReLU(5), nn.Upsample(scale_factor=2)
     ),
 }
 

@@ -121,11 +121,7 @@ def test_fake_tensors_do_find_a_mixed_device():
 
     model = Mixed()
     with FakeTensorMode(), pytest.raises(Exception, match=r"device"):
-        _pass(
-            HookedModel(model, {"": model}),
-            torch.empty(2, 3, device="cuda"),
-            torch.empty(1, 2, 3, device="cuda"),
-        )
+        _pass(HookedModel(model, {"": model}), torch.empty(2, 3, device="cuda"), torch.empty(1, 2, 3, device="cuda"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -81,9 +81,7 @@ def test_normalised_is_divided_by_root_n():
     plain = tgp.measure(model, x, layers=["1"], estimator=tgp.Exact(), normalize=False)["1"]
     scaled = tgp.measure(model, x, layers=["1"], estimator=tgp.Exact())["1"]
     assert torch.allclose(
-        plain.log_volume - scaled.log_volume,
-        torch.tensor(5 * 0.5 * math.log(13), dtype=torch.float64),
-        atol=1e-12,
+        plain.log_volume - scaled.log_volume, torch.tensor(5 * 0.5 * math.log(13), dtype=torch.float64), atol=1e-12
     )
     assert torch.allclose(scaled.log10_volume, scaled.log_volume / math.log(10))
 
@@ -236,11 +234,7 @@ def test_random_frame_is_haar_in_its_moments():
             torch.stack(
                 [
                     tgp.measure(
-                        layer,
-                        torch.zeros(1, 5).double(),
-                        layers="",
-                        estimator=tgp.Subspace(k, seed),
-                        normalize=False,
+                        layer, torch.zeros(1, 5).double(), layers="", estimator=tgp.Subspace(k, seed), normalize=False
                     )[""].log_volume
                     for seed in range(400)
                 ]
@@ -307,13 +301,7 @@ def test_transform_per_layer_and_for_all(engine):
         return out.mean((-2, -1))
 
     by_layer = tgp.measure(
-        model,
-        x,
-        layers=["layer1", "layer2"],
-        transform={"layer1": pool},
-        directions=v,
-        engine=engine,
-        normalize=False,
+        model, x, layers=["layer1", "layer2"], transform={"layer1": pool}, directions=v, engine=engine, normalize=False
     )
     assert [g.num_features for g in by_layer.values()] == [8, 12 * 4 * 4]
     for_all = tgp.measure(
@@ -329,13 +317,7 @@ def test_source_pulls_back_to_embeddings(engine):
     model = models.Tokens().double().eval()
     ids = torch.randint(0, 19, (3, 5))
     report = tgp.measure(
-        model,
-        ids,
-        layers=["block", "head"],
-        source="embed",
-        estimator=tgp.Exact(),
-        engine=engine,
-        normalize=False,
+        model, ids, layers=["block", "head"], source="embed", estimator=tgp.Exact(), engine=engine, normalize=False
     )
     embedded = model.embed(ids).detach()
 
@@ -422,9 +404,7 @@ def test_algebra_of_the_volume():
     assert torch.allclose(log_volume(linear(q), first, nn.Tanh(), second, at=x @ q), base, atol=1e-11)
     assert torch.allclose(log_volume(first, nn.Tanh(), second, linear(q)), base, atol=1e-11)
     assert torch.allclose(
-        log_volume(linear(3 * torch.eye(d)), first, nn.Tanh(), second, at=x / 3),
-        base + d * math.log(3),
-        atol=1e-11,
+        log_volume(linear(3 * torch.eye(d)), first, nn.Tanh(), second, at=x / 3), base + d * math.log(3), atol=1e-11
     )
     inner = nn.Sequential(first, nn.Tanh())
     assert torch.allclose(log_volume(*inner) + log_volume(second, at=inner(x).detach()), base, atol=1e-11)

@@ -81,11 +81,7 @@ def _process():
             torch.backends.cuda.cudnn_sdp_enabled(),
         ),
         "mha": torch.backends.mha.get_fastpath_enabled(),
-        "cudnn": (
-            torch.backends.cudnn.enabled,
-            torch.backends.cudnn.benchmark,
-            torch.backends.cudnn.deterministic,
-        ),
+        "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
         "dtype": torch.get_default_dtype(),
     }
 
@@ -287,8 +283,7 @@ LOADED = "import sys; print([m for m in {names!r} if m in sys.modules])"
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
-    [("import torchgeom_probe", []), ("import torchgeom_probe, matplotlib", ["matplotlib"])],
+    ("line", "expected"), [("import torchgeom_probe", []), ("import torchgeom_probe, matplotlib", ["matplotlib"])]
 )
 def test_import_loads_none_of_the_optional_packages(line, expected):
     """The second case shows that the check can fail."""

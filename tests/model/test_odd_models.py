@@ -120,11 +120,7 @@ def test_writing_through_a_detached_alias_is_refused(write):
     for engine in ENGINES:
         with pytest.raises(tgp.ProbeError, match="the tangent was lost"):
             tgp.measure(
-                Wraps(function),
-                torch.randn(3, 4).double(),
-                layers="",
-                estimator=tgp.Subspace(k=2),
-                engine=engine,
+                Wraps(function), torch.randn(3, 4).double(), layers="", estimator=tgp.Subspace(k=2), engine=engine
             )
 
 
@@ -134,10 +130,7 @@ def test_writing_through_a_detached_alias_is_refused(write):
         lambda h: (y := h.sin(), y.as_strided((h.shape[0], 2), (6, 1)).mul_(3.0))[0],
         lambda h: (y := h.sin(), torch.ops.aten.view.default(y, [-1]).mul_(3.0))[0],
         lambda h: (y := h.sin(), torch.ops.aten.select.int(y, 1, 0).mul_(3.0))[0],
-        lambda h: (
-            z := nn.functional.layer_norm(h.view(-1, 3, 2).transpose(1, 2), (3,)),
-            z.flatten(1).relu_(),
-        )[0],
+        lambda h: (z := nn.functional.layer_norm(h.view(-1, 3, 2).transpose(1, 2), (3,)), z.flatten(1).relu_())[0],
         lambda h: (y := h.sin(), y[:, 1:].relu_())[0],
         lambda h: (y := h.sin(), y.view(-1, 2, 3).select(1, 0).mul_(h[:, :1]))[0],
     ],
@@ -207,12 +200,7 @@ def test_a_random_model_is_the_same_function_for_every_direction_and_engine():
     model, x = Noisy(), torch.randn(1, 4, dtype=torch.float64)
     torch.manual_seed(5)
     whole = tgp.measure(model, x, layers="", estimator=tgp.Exact())[""].log_volume
-    for options in (
-        {"memory_budget": 6000},
-        {"memory_budget": 4000},
-        {"engine": "functorch"},
-        {"engine": "vjp"},
-    ):
+    for options in ({"memory_budget": 6000}, {"memory_budget": 4000}, {"engine": "functorch"}, {"engine": "vjp"}):
         torch.manual_seed(5)
         again = tgp.measure(model, x, layers="", estimator=tgp.Exact(), **options)[""].log_volume
         assert torch.allclose(whole, again, atol=1e-11)

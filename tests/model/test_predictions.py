@@ -39,11 +39,7 @@ def test_logits_that_are_not_finite_have_no_class(bad):
 @pytest.mark.parametrize(
     ("output", "readout", "message"),
     [
-        (
-            {"logits": torch.zeros(4, 3)},
-            None,
-            r"the model gives a dict for 4 samples.*\n.*readout=lambda output",
-        ),
+        ({"logits": torch.zeros(4, 3)}, None, r"the model gives a dict for 4 samples.*\n.*readout=lambda output"),
         (torch.zeros(4, 1), None, r"one number a sample, shape \(4, 1\).*\n.*torch.cat"),
         (torch.zeros(4, 3, 2), None, r"the model gives a tensor of shape \(4, 3, 2\) for 4 samples"),
         (torch.zeros(2, 3), None, r"a tensor of shape \(2, 3\) for 4 samples"),

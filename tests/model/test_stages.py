@@ -85,13 +85,7 @@ class Odd(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.never, self.time, self.table, self.last = (
-            Block(4),
-            Never(4),
-            Constant(),
-            NoBatch(),
-            Block(4),
-        )
+        self.first, self.never, self.time, self.table, self.last = (Block(4), Never(4), Constant(), NoBatch(), Block(4))
 
     def forward(self, x):
         self.table(torch.ones(3, 4))

@@ -110,11 +110,7 @@ def test_a_path_becomes_a_writer_by_its_ending(tmp_path):
     pytest.importorskip("tensorboard")
     targets = [tmp_path / "a.csv", str(tmp_path / "b.jsonl"), tmp_path / "runs", str(tmp_path / "run.1")]
     made = writers_of(targets)
-    assert [type(writer).__name__ for writer in made] == [
-        "CSVWriter",
-        "JSONWriter",
-        *["TensorBoardWriter"] * 2,
-    ]
+    assert [type(writer).__name__ for writer in made] == ["CSVWriter", "JSONWriter", *["TensorBoardWriter"] * 2]
     assert [made[0].path, made[1].path] == [tmp_path / "a.csv", tmp_path / "b.jsonl"]
     assert [made[2].log_dir, made[3].log_dir] == [str(tmp_path / "runs"), str(tmp_path / "run.1")]
     assert [writer.draws for writer in made] == [False, False, True, True]

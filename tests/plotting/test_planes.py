@@ -50,10 +50,7 @@ def test_the_boundary_is_drawn_where_the_class_changes():
     model.weight.data = torch.tensor([[1.0, 0.4], [-1.0, -0.4]])  # class 0 where x > -0.4 y
     head = nn.Sequential(nn.Tanh(), model)
     plane = Plane(
-        torch.tensor([0.0, 0.0]),
-        torch.tensor([1.0, 0.0]),
-        torch.tensor([0.0, 1.0]),
-        coordinates="barycentric",
+        torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), coordinates="barycentric"
     )
     figure = plot(scan(head, plane, layers=["0"], progress=False), images=None)
     panels = [axes for axes in figure.axes if axes.images and axes.get_title()]

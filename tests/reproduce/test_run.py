@@ -47,11 +47,7 @@ def test_both_figures_from_the_command_line(tmp_path, capsys):
         for picture in pictures:
             assert matplotlib.image.imread(tmp_path / name / f"{picture}.png")[..., :3].std() > 0.05
     assert json.loads((tmp_path / "fig1" / "results.json").read_text())["checks"]["closed_form"]["ok"]
-    assert {p.name for p in (tmp_path / "gallery").iterdir()} == {
-        "fig1_volumes.png",
-        "fig2_line.png",
-        "fig2_plane.png",
-    }
+    assert {p.name for p in (tmp_path / "gallery").iterdir()} == {"fig1_volumes.png", "fig2_line.png", "fig2_plane.png"}
 
 
 @pytest.mark.slow

@@ -48,12 +48,7 @@ def test_a_saved_scan_comes_back_and_equal_scans_give_equal_bytes(make, tmp_path
     assert loaded.settings == found.settings
     again = scan(model, along, layers=["1", "3"], progress=False).save(tmp_path / "again.safetensors")
     assert again.read_bytes() == path.read_bytes() == loaded.save(tmp_path / "third").read_bytes()
-    assert sorted(p.name for p in tmp_path.rglob("*")) == [
-        "again.safetensors",
-        "new",
-        "scan.safetensors",
-        "third",
-    ]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["again.safetensors", "new", "scan.safetensors", "third"]
 
 
 def test_any_safetensors_reader_opens_the_file(tmp_path):

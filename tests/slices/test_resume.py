@@ -35,14 +35,7 @@ def test_an_interrupted_scan_goes_on_and_ends_with_the_same_bytes(tmp_path, monk
     straight = scan(Interrupted(inner), surface, layers=["inner.1"], batch_size=10, path=whole, progress=False)
     target = tmp_path / "resumed.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        scan(
-            Interrupted(inner, fail_at=9),
-            surface,
-            layers=["inner.1"],
-            batch_size=10,
-            path=target,
-            progress=False,
-        )
+        scan(Interrupted(inner, fail_at=9), surface, layers=["inner.1"], batch_size=10, path=target, progress=False)
     done = len(list((tmp_path / "resumed.safetensors.parts").glob("0*")))
     assert 0 < done < 7
     assert not target.exists()
@@ -82,14 +75,7 @@ def test_another_scan_is_never_overwritten_nor_continued(tmp_path):
 
     other = tmp_path / "parts.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        scan(
-            Interrupted(model, fail_at=9),
-            surface,
-            layers=["inner.1"],
-            batch_size=4,
-            path=other,
-            progress=False,
-        )
+        scan(Interrupted(model, fail_at=9), surface, layers=["inner.1"], batch_size=4, path=other, progress=False)
     with pytest.raises(ProbeError, match=r"parts.safetensors.parts holds another scan: its slice differ"):
         scan(Interrupted(model), plane(), layers=["inner.1"], path=other, progress=False)
 

@@ -30,10 +30,7 @@ def test_log_volume_is_the_area_element_of_the_slice(make, batch_size):
         assert found.log_volume[layer].shape == along.shape
         error = found.log_volume[layer] - sigma.log().sum(1).reshape(along.shape)
         assert error.abs().max() < 1e-10
-        assert (found.report[layer].num_directions, found.report[layer].normalized) == (
-            len(along.tangents()),
-            False,
-        )
+        assert (found.report[layer].num_directions, found.report[layer].normalized) == (len(along.tangents()), False)
 
 
 def test_any_estimator_can_be_scanned():
@@ -90,10 +87,7 @@ def test_logits_that_are_not_finite_have_no_class():
 
 
 def test_a_readout_module_is_run_in_eval_mode_and_left_in_its_own():
-    backbone, classifier = (
-        nn.Linear(7, 11).double(),
-        nn.Sequential(nn.Dropout(0.9), nn.Linear(11, 3).double()),
-    )
+    backbone, classifier = (nn.Linear(7, 11).double(), nn.Sequential(nn.Dropout(0.9), nn.Linear(11, 3).double()))
     along = line()
     found = scan(backbone, along, layers=[""], readout=classifier, progress=False)
     with torch.no_grad():
@@ -213,13 +207,7 @@ def test_a_scan_on_rank_0_alone_ends_and_each_of_two_ranks_has_the_whole_one(tmp
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-    }
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen([sys.executable, "-c", RANKS, str(target)], env={**common, "RANK": str(rank)})
         for rank in range(2)

@@ -212,12 +212,7 @@ def _array(field: Any) -> np.ndarray:
 
 
 def _statistics(
-    name: str,
-    raw_volume: np.ndarray,
-    arrays: dict[str, np.ndarray],
-    *,
-    seed: int,
-    initial: Magnification | None,
+    name: str, raw_volume: np.ndarray, arrays: dict[str, np.ndarray], *, seed: int, initial: Magnification | None
 ) -> Magnification:
     volume, entropy = raw_volume.astype(np.float64), arrays["entropy"].astype(np.float64)
     classes = arrays.get("predictions")

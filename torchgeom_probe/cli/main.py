@@ -40,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="torchgeom-probe",
-        description="How much each layer of a PyTorch model magnifies its input space.",
+        prog="torchgeom-probe", description="How much each layer of a PyTorch model magnifies its input space."
     )
     parser.add_argument("--version", action="version", version=f"torchgeom-probe {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")

@@ -27,11 +27,7 @@ def add(verbs: Any) -> None:
         "training",
     )
     parser.add_argument(
-        "--data-root",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="where the paper's data sets are or go",
+        "--data-root", type=Path, default=Path("data"), metavar="DIR", help="where the paper's data sets are or go"
     )
     parser.add_argument("--epochs", type=int, help="in place of the figure's own number")
     parser.add_argument("--seed", type=int, default=0)

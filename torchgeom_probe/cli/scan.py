@@ -50,10 +50,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("--layers", nargs="+", default=["auto"], metavar="NAME", help="default: the stages")
     parser.add_argument("--grid", type=int, help="points of the line (default 64), or along a side of the plane (24)")
     parser.add_argument(
-        "--size",
-        type=int,
-        default=224,
-        help="pixels a side, for models that timm does not know (default 224)",
+        "--size", type=int, default=224, help="pixels a side, for models that timm does not know (default 224)"
     )
     parser.add_argument("--batch-size", type=int, default=16, help="points a chunk (default 16)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, where none are loaded")

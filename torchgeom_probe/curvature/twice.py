@@ -21,12 +21,7 @@ from torchgeom_probe.shapes import Tensor
 FeatureMap: TypeAlias = Callable[[Tensor], Tensor]
 
 
-def second_derivative(
-    features: FeatureMap,
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-) -> Tensor:
+def second_derivative(features: FeatureMap, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Return ∂_u ∂_v Φ at every sample, by jvp of jvp.
 
     >>> x, u = torch.ones(1, 2), torch.ones(1, 2)

@@ -25,16 +25,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from torchgeom_probe.dual.ops import (
-    CONSTANT,
-    DETACHES,
-    ESCAPES,
-    MADE_LIKE,
-    METADATA,
-    TAKES_DEFERRED,
-    mutates,
-    name_of,
-)
+from torchgeom_probe.dual.ops import CONSTANT, DETACHES, ESCAPES, MADE_LIKE, METADATA, TAKES_DEFERRED, mutates, name_of
 from torchgeom_probe.dual.passes import current_pass
 from torchgeom_probe.errors import EngineRefusal, ProbeError
 from torchgeom_probe.shapes import Tensor

@@ -73,13 +73,7 @@ def on_directions(directions: Tensor, jacobians: Jacobians, estimand: str) -> di
     factors = jacobians.factors(k, lambda start, stop: directions[start:stop])
     return {
         entry: from_factor(
-            jacobians,
-            entry,
-            factors[entry],
-            estimand=estimand,
-            engine=jacobians.engine,
-            num_directions=k,
-            full_rank=k,
+            jacobians, entry, factors[entry], estimand=estimand, engine=jacobians.engine, num_directions=k, full_rank=k
         )
         for entry in jacobians.plan.features
     }

@@ -166,14 +166,7 @@ def conventions(jacobians: Jacobians, entry: str, engine: str) -> dict[str, Any]
 
 
 def from_factor(
-    jacobians: Jacobians,
-    entry: str,
-    factor: Factor,
-    *,
-    estimand: str,
-    engine: str,
-    num_directions: int,
-    full_rank: int,
+    jacobians: Jacobians, entry: str, factor: Factor, *, estimand: str, engine: str, num_directions: int, full_rank: int
 ) -> LayerGeometry:
     """Singular values, rank and log-volume of one layer from the factor of its tangents."""
     sigma = factor.singular_values()

@@ -48,8 +48,7 @@ def push(
         if reference and entry in reference:
             _refuse_another_value(entry, leaves, reference[entry])
         sink(
-            entry,
-            [_tangents(leaf, flat, len(directions), any_order) for leaf, flat in zip(leaves, flats, strict=True)],
+            entry, [_tangents(leaf, flat, len(directions), any_order) for leaf, flat in zip(leaves, flats, strict=True)]
         )
 
     def on_source(output: Any) -> Any:

@@ -245,13 +245,7 @@ def _ending_at(entry: str, sink: fused.Sink) -> fused.Sink:
 
 
 def _guarded(
-    engine: str,
-    hooked: HookedModel,
-    inputs: Inputs,
-    directions: Tensor,
-    sink: fused.Sink,
-    plan: Plan,
-    any_order: bool,
+    engine: str, hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: fused.Sink, plan: Plan, any_order: bool
 ) -> None:
     """Run one engine; what breaks in it is a refusal of that engine: the plain pass is known to run."""
     try:

@@ -255,11 +255,7 @@ def _samples(
     fixed = frozenset(own.wrt or sorted(own.per_sample)[:1])
     doubtful = sorted(own.per_sample - fixed)
     # The likeliest first: all of them are cut, one is not, none is.
-    candidates = [
-        own.per_sample,
-        *(own.per_sample - {i} for i in doubtful),
-        *([fixed] if len(doubtful) > 1 else []),
-    ]
+    candidates = [own.per_sample, *(own.per_sample - {i} for i in doubtful), *([fixed] if len(doubtful) > 1 else [])]
     refusal: LayerRefusal | None = None
     first: list[str] | None = None
     for candidate in candidates:

@@ -80,12 +80,7 @@ def pullback(
 
 
 def _saved(
-    hooked: HookedModel,
-    inputs: Inputs,
-    point: Tensor,
-    copies: int,
-    *,
-    weights: dict[str, Tensor] | None = None,
+    hooked: HookedModel, inputs: Inputs, point: Tensor, copies: int, *, weights: dict[str, Tensor] | None = None
 ) -> Pullback:
     point.requires_grad_()
     outputs: dict[str, Tensor] = {}

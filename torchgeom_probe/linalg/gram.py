@@ -137,14 +137,7 @@ def _in_pieces(rows_BRN: Tensor, pieces: int) -> Tensor:
 
 
 def streamed_factor(
-    rows: Callable[[int, int], Tensor],
-    *,
-    count: int,
-    length: int,
-    at_once: int,
-    batch: int,
-    budget: int,
-    itemsize: int,
+    rows: Callable[[int, int], Tensor], *, count: int, length: int, at_once: int, batch: int, budget: int, itemsize: int
 ) -> Factor:
     """Factor of rows that need not fit into memory together.
 

@@ -241,12 +241,7 @@ def _left_pairs(
 
 
 def _expansion(
-    values_Bc: Tensor,
-    residuals_BcD: Tensor,
-    right: Tensor,
-    block: int,
-    eps: float,
-    generator: torch.Generator,
+    values_Bc: Tensor, residuals_BcD: Tensor, right: Tensor, block: int, eps: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Return ([B, b, D] the next block; [B] whether all of it is random).
 

@@ -184,8 +184,7 @@ class HookedModel:
     def independent(self, entry: str) -> LayerRefusal:
         """Return the error for a layer whose output does not depend on where the metric lives."""
         return LayerRefusal(
-            self._lost(entry, "it does not depend on it"),
-            {entry.split("#")[0]: "does not depend on the input"},
+            self._lost(entry, "it does not depend on it"), {entry.split("#")[0]: "does not depend on the input"}
         )
 
     def _lost(self, entry: str, why: str) -> str:

@@ -32,15 +32,7 @@ _ONE_AT_A_TIME = threading.RLock()
 #: How far state is followed that hangs on a module's attributes, through containers and plain objects.
 _DEPTH = 3
 #: Packages whose objects are none of a model's own state, and may be at work in another thread.
-FRAMEWORKS = {
-    *sys.stdlib_module_names,
-    "torch",
-    "torchvision",
-    "lightning",
-    "pytorch_lightning",
-    "tqdm",
-    "tensorboard",
-}
+FRAMEWORKS = {*sys.stdlib_module_names, "torch", "torchvision", "lightning", "pytorch_lightning", "tqdm", "tensorboard"}
 _MANY = 1000
 
 

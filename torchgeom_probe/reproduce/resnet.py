@@ -175,12 +175,7 @@ def papers_view(images: Images, settings: Settings) -> View:
     """
     plane = plane_view(images, settings)
     layers, k = (STAGES[-1:], 3) if settings.quick else (STAGES, 10)
-    options = {
-        "layers": list(layers),
-        "estimator": TopK(k=k, tol=3e-3),
-        "transform": paper_pool,
-        "batch_size": 16,
-    }
+    options = {"layers": list(layers), "estimator": TopK(k=k, tol=3e-3), "transform": paper_pool, "batch_size": 16}
     coarser = replace(plane.slice, steps=settings.choose(embedded=6, paper=20, quick=4))
     return replace(plane, name="plane_top", slice=coarser, options=options)
 

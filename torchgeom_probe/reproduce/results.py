@@ -64,13 +64,7 @@ class Results:
     """
 
     def __init__(
-        self,
-        figure: str,
-        title: str,
-        settings: Settings,
-        *,
-        quirks: Sequence[Mapping[str, str]] = (),
-        say: Say = print,
+        self, figure: str, title: str, settings: Settings, *, quirks: Sequence[Mapping[str, str]] = (), say: Say = print
     ) -> None:
         self.figure, self.settings, self.say = figure, settings, say
         self.folder = settings.out / figure

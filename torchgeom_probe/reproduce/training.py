@@ -324,11 +324,7 @@ class _Loop(Trained):
         """Train to the end of ``epoch``, keep the network there and its numbers."""
         if epoch in (row["epoch"] for row in self.history):
             return
-        saved, last, name = (
-            time.monotonic(),
-            epoch * self.training.steps_per_epoch,
-            f"{self.name} to epoch {epoch}",
-        )
+        saved, last, name = (time.monotonic(), epoch * self.training.steps_per_epoch, f"{self.name} to epoch {epoch}")
         bar = tqdm(None, name, last, initial=self.step, unit="step", disable=None if epoch else True, leave=False)
         with bar:
             while self.step < last:

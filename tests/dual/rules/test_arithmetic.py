@@ -32,11 +32,7 @@ _in_place = [
 
 _scalars = [call(D(5, 7), 2.5), call(D(5, 7), 3), call(D(), 2.5)]
 
-_alpha = [
-    call(D(5, 7), D(7), alpha=1.5),
-    call(D(5, 7), P(3, 5, 7), alpha=1.5),
-    call(P(3, 5, 7), D(7), alpha=1.5),
-]
+_alpha = [call(D(5, 7), D(7), alpha=1.5), call(D(5, 7), P(3, 5, 7), alpha=1.5), call(P(3, 5, 7), D(7), alpha=1.5)]
 
 _below = [
     call(D(5, 7), D(5, 7, low=0.5)),
@@ -71,12 +67,7 @@ CASES = {
     "Tensor.pow __pow__": [call(D(5, 7), 3), call(D(5, 7, low=0.3), 1.7)],
     "__rpow__": [call(D(5, 7), 1.7)],
     "pow_ __ipow__": [call(D(5, 7), 3)],
-    "maximum minimum": [
-        call(D(5, 7), D(5, 7)),
-        call(D(5, 7), P(3, 5, 7)),
-        call(P(5, 7), D(7)),
-        call(D(7), D(3, 5, 7)),
-    ],
+    "maximum minimum": [call(D(5, 7), D(5, 7)), call(D(5, 7), P(3, 5, 7)), call(P(5, 7), D(7)), call(D(7), D(3, 5, 7))],
     "addcmul addcdiv": [
         call(D(5, 7), D(7, low=0.5), D(5, 7, low=0.5), value=1.5),
         call(D(5, 7), P(5, 7, low=0.5), D(7, low=0.5)),
@@ -90,16 +81,8 @@ CASES = {
         call(mask(3, 5, 7), P(7), D(5, 7)),
         call(mask(5, 7), D(5, 7), P(3, 5, 7)),
     ],
-    "Tensor.where": [
-        call(D(5, 7), mask(5, 7), D(7)),
-        call(P(5, 7), mask(5, 7), D(7)),
-        call(D(7), mask(5, 7), 2.5),
-    ],
-    "masked_fill": [
-        call(D(5, 7), mask(5, 7), 2.5),
-        call(D(3, 5, 7), mask(7), P()),
-        call(D(1, 7), mask(5, 7), 0.5),
-    ],
+    "Tensor.where": [call(D(5, 7), mask(5, 7), D(7)), call(P(5, 7), mask(5, 7), D(7)), call(D(7), mask(5, 7), 2.5)],
+    "masked_fill": [call(D(5, 7), mask(5, 7), 2.5), call(D(3, 5, 7), mask(7), P()), call(D(1, 7), mask(5, 7), 0.5)],
     "masked_fill_": [call(D(5, 7), mask(5, 6), 2.5), call(D(3, 5, 7), mask(6), 0.5)],
     "atan2 arctan2 hypot logaddexp logaddexp2": [
         call(D(5, 7), D(5, 7, low=0.5)),
@@ -114,10 +97,7 @@ CASES = {
         call(D(7, low=-5), P(3, 5, 7, low=0.5)),
         call(P(3, 5, 7, low=-5), D(7, low=0.5)),
     ],
-    "atan2_ arctan2_ hypot_ remainder_ fmod_": [
-        call(D(5, 7), D(7, low=0.5)),
-        call(D(5, 7), P(5, 1, low=0.5)),
-    ],
+    "atan2_ arctan2_ hypot_ remainder_ fmod_": [call(D(5, 7), D(7, low=0.5)), call(D(5, 7), P(5, 1, low=0.5))],
 }
 
 test_rule_agrees_with_jvp = agreement(CASES)

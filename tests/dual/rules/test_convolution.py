@@ -199,11 +199,7 @@ def test_channels_last_inside_changes_no_number():
     model, x = Reshapes(), torch.randn(2, 3, 7, 9)
     found = tgp.measure(model, x, layers=["convolution", ""], estimator=tgp.Subspace(k=3))
     exact = tgp.measure(
-        model.double(),
-        x.double(),
-        layers=["convolution", ""],
-        estimator=tgp.Subspace(k=3),
-        engine="functorch",
+        model.double(), x.double(), layers=["convolution", ""], estimator=tgp.Subspace(k=3), engine="functorch"
     )
     for layer in found:
         assert found[layer].engine == "fused"
@@ -315,13 +311,7 @@ def test_channels_lie_last_where_the_rows_outweigh_the_weights(side, last):
     layouts, pushed = [], []
     with model[0].register_forward_hook(lambda module, args, output: layouts.append(args[0].stride()[1] == 1)):
         hooked = HookedModel(model, {"": model})
-        fused.push(
-            hooked,
-            hooked.inputs(x),
-            v,
-            lambda _, blocks: pushed.append(blocks[0]),
-            layout=Layout.of(model),
-        )
+        fused.push(hooked, hooked.inputs(x), v, lambda _, blocks: pushed.append(blocks[0]), layout=Layout.of(model))
     assert layouts == [last and torch.backends.mkldnn.is_available()]
     expected = torch.func.vmap(lambda t: torch.func.jvp(model, (x,), (t,))[1])(v)
     assert torch.allclose(pushed[0], expected.flatten(2), atol=1e-4)

@@ -38,10 +38,7 @@ CASES = {
     "scatter": [call(D(5, 7), 1, index(7, 5, 1), D(5, 1)), call(D(5, 7), 0, index(5, 1, 7), P(1, 7))],
     "scatter_add": [call(D(5, 7), 1, index(7, 5, 3), D(5, 3)), call(P(5, 7), -1, index(7, 5, 3), D(5, 3))],
     "index_add": [call(D(5, 7), 1, index(7, 3), D(5, 3)), call(P(5, 7), 0, index(5, 3), D(3, 7), alpha=2.0)],
-    "index_copy": [
-        call(D(5, 7), 1, torch.tensor([3, 1]), D(5, 2)),
-        call(D(5, 7), 0, torch.tensor([3, 1]), P(2, 7)),
-    ],
+    "index_copy": [call(D(5, 7), 1, torch.tensor([3, 1]), D(5, 2)), call(D(5, 7), 0, torch.tensor([3, 1]), P(2, 7))],
     "scatter_": [call(D(5, 7), 1, index(6, 5, 1), D(5, 1))],
     "scatter_add_": [call(D(5, 7), 1, index(6, 5, 3), D(5, 3))],
     "index_add_": [call(D(5, 7), 1, index(6, 3), D(5, 3))],

@@ -37,11 +37,7 @@ CASES = {
         call(IMAGE, P(3), P(3, low=0.5), P(3), None, False),
     ],
     "torch.instance_norm": [call(IMAGE, P(3), P(3), None, None, True, 0.1, 1e-5, False)],
-    "rms_norm": [
-        call(D(3, 5, 7), (7,), P(7), 0.1),
-        call(D(3, 5, 7), (5, 7)),
-        call(D(3, 5, 7), (7,), eps=0.1),
-    ],
+    "rms_norm": [call(D(3, 5, 7), (7,), P(7), 0.1), call(D(3, 5, 7), (5, 7)), call(D(3, 5, 7), (7,), eps=0.1)],
     "F.normalize": [call(D(3, 5, 7)), call(D(3, 5, 7), dim=-1), call(D(3, 5, 7), 2.0, 1, 100.0)],
 }
 

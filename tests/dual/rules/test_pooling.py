@@ -16,11 +16,7 @@ def places(count: int, *shape: int) -> torch.Tensor:
 
 CASES = {
     "avg_pool1d": [call(SIGNAL, 3, 2), call(D(3, 11), 3)],
-    "avg_pool2d": [
-        call(IMAGE, 3, 2, 1),
-        call(IMAGE, 2, ceil_mode=True, count_include_pad=False),
-        call(D(3, 7, 11), 3),
-    ],
+    "avg_pool2d": [call(IMAGE, 3, 2, 1), call(IMAGE, 2, ceil_mode=True, count_include_pad=False), call(D(3, 7, 11), 3)],
     "avg_pool3d max_pool3d max_pool3d_with_indices": [call(VOLUME, 2)],
     "adaptive_avg_pool1d adaptive_max_pool1d adaptive_max_pool1d_with_indices": [call(SIGNAL, 3)],
     "adaptive_avg_pool2d": [call(IMAGE, (3, 2)), call(IMAGE, 1)],

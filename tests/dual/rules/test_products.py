@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dual.rules.comparison import D, P, agreement, call
 
-_matrices = [
-    call(D(5, 7), D(7, 3)),
-    call(D(5, 7), P(7, 3)),
-    call(P(5, 7), D(7, 3)),
-]
+_matrices = [call(D(5, 7), D(7, 3)), call(D(5, 7), P(7, 3)), call(P(5, 7), D(7, 3))]
 
 CASES = {
     "bilinear": [
@@ -59,10 +55,7 @@ CASES = {
     "addmv_": [call(D(6), P(5, 7), D(7))],
     "addr": [call(D(5, 7), D(5), D(7), alpha=1.5)],
     "addr_": [call(D(5, 7), P(5), D(7), alpha=1.5)],
-    "baddbmm": [
-        call(D(2, 5, 3), D(2, 5, 7), D(2, 7, 3), beta=0.5),
-        call(P(2, 5, 3), D(2, 5, 7), P(2, 7, 3), beta=0),
-    ],
+    "baddbmm": [call(D(2, 5, 3), D(2, 5, 7), D(2, 7, 3), beta=0.5), call(P(2, 5, 3), D(2, 5, 7), P(2, 7, 3), beta=0)],
     "baddbmm_": [call(D(2, 5, 3), D(2, 5, 7), P(2, 7, 3))],
     "addbmm": [call(D(5, 3), D(2, 5, 7), P(2, 7, 3))],
 }

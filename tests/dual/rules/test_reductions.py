@@ -39,11 +39,7 @@ CASES = {
         call(D(3, 5, 7), P(1, 5, 7), dim=-1),
         call(P(5, 7), D(5, 7), 0, 1.0),
     ],
-    "pairwise_distance": [
-        call(D(5, 7), D(5, 7)),
-        call(D(5, 7), P(7), 3.0),
-        call(P(5, 7), D(5, 7), 1.0, 1e-3, True),
-    ],
+    "pairwise_distance": [call(D(5, 7), D(5, 7)), call(D(5, 7), P(7), 3.0), call(P(5, 7), D(5, 7), 1.0, 1e-3, True)],
     "torch.norm": [call(D(3, 5, 7)), call(D(3, 5, 7), 2, -1, True), call(D(3, 5, 7), "fro", (0, 2))],
     "Tensor.norm": [call(D(3, 5, 7)), call(D(3, 5, 7), p=2, dim=1)],
     "linalg.norm": [call(D(3, 5, 7)), call(D(3, 5, 7), dim=-1), call(D(3, 5, 7), 2, 1, True)],
@@ -74,18 +70,12 @@ def test_distances_of_all_pairs(p: float) -> None:
     out = torch.cdist(dual(x, t), dual(y, s), p)
     torch.testing.assert_close(out.primal, torch.cdist(x, y, p))
     torch.testing.assert_close(
-        out.tangents,
-        torch.einsum("bijcnd,kcnd->kbij", by_x, t) + torch.einsum("bijcnd,kcnd->kbij", by_y, s),
+        out.tangents, torch.einsum("bijcnd,kcnd->kbij", by_x, t) + torch.einsum("bijcnd,kcnd->kbij", by_y, s)
     )
 
 
 def test_extremes_share_a_tie() -> None:
     x, t = torch.tensor([2.0, 1.0, 2.0], dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
-    for function in (
-        lambda z: z.amax(0),
-        lambda z: z.max(),
-        lambda z: torch.maximum(z, z.flip(0)),
-        lambda z: z.min(),
-    ):
+    for function in (lambda z: z.amax(0), lambda z: z.max(), lambda z: torch.maximum(z, z.flip(0)), lambda z: z.min()):
         values, pushes = reference(lambda z, f=function: [f(z)], [x], [t])
         compare([function(dual(x, t))], values, pushes)

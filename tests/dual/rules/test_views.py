@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dual.rules.comparison import (
-    LABELS,
-    D,
-    P,
-    agreement,
-    call,
-    cases_of,
-    index,
-    writes_through,
-)
+from dual.rules.comparison import LABELS, D, P, agreement, call, cases_of, index, writes_through
 
 CASES = {
     "view": [call(D(2, 3, 5), 6, 5), call(D(2, 3, 5), (2, 15)), call(D(2, 3, 5), -1), call(D(), 1)],
@@ -30,23 +21,13 @@ CASES = {
     "mT mH adjoint": [call(D(2, 3, 5))],
     "T H flipud fliplr __iter__": [call(D(3, 5))],
     "unsqueeze": [call(D(3, 5), 1), call(D(3, 5), -1), call(D(), 0)],
-    "squeeze": [
-        call(D(1, 3, 1, 5)),
-        call(D(1, 3, 1, 5), 2),
-        call(D(1, 3, 1, 5), (0, -2)),
-        call(D(3, 5), 1),
-        call(D()),
-    ],
+    "squeeze": [call(D(1, 3, 1, 5)), call(D(1, 3, 1, 5), 2), call(D(1, 3, 1, 5), (0, -2)), call(D(3, 5), 1), call(D())],
     "expand": [call(D(3, 1), 3, 5), call(D(5), (2, 3, 5)), call(D(3, 1), -1, 5)],
     "broadcast_to": [call(D(3, 1), (2, 3, 5))],
     "expand_as": [call(D(3, 1), P(2, 3, 5)), call(P(3, 1), D(2, 3, 5))],
     "repeat": [call(D(3, 5), 2, 1, 3), call(D(3, 5), (2, 2))],
     "tile": [call(D(3, 5), (2,)), call(D(3, 5), (2, 1, 3))],
-    "repeat_interleave": [
-        call(D(3, 5), 2, 1),
-        call(D(3, 5), torch.tensor([1, 0, 2]), dim=0),
-        call(D(3, 5), 2),
-    ],
+    "repeat_interleave": [call(D(3, 5), 2, 1), call(D(3, 5), torch.tensor([1, 0, 2]), dim=0), call(D(3, 5), 2)],
     "roll": [call(D(3, 5, 7), 2, 1), call(D(3, 5, 7), (1, -2), (-1, 0))],
     "flip": [call(D(3, 5, 7), (0, -1)), call(D(3, 5, 7), dims=[1])],
     "Tensor.flip": [call(D(3, 5, 7), 0, 2)],

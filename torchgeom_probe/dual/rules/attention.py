@@ -58,8 +58,7 @@ def _log_softmax(input: DualTensor, dim: int | None = None, _stacklevel: int = 3
 # F's third positional argument is a stack level, torch's and Tensor's is a type.
 register(_softmax, "F.softmax")
 register(
-    lambda input, dim, dtype=None: _softmax(input, dim, dtype=dtype),
-    "torch.softmax Tensor.softmax special.softmax",
+    lambda input, dim, dtype=None: _softmax(input, dim, dtype=dtype), "torch.softmax Tensor.softmax special.softmax"
 )
 register(_log_softmax, "F.log_softmax")
 register(
@@ -165,14 +164,7 @@ def _slices(total: int, size: int) -> list[slice]:
 
 
 def _pushed(
-    y: Tensor,
-    o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
+    y: Tensor, o: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
 ) -> Tensor:
     """Return o' as [H, L, T, E], from tangents [H, L, T, E] of some heads.
 

@@ -96,11 +96,7 @@ class Convolution:
 
 
 def _convolved(
-    x: DualTensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    convolve: Callable[..., Tensor],
-    arguments: tuple[Any, ...],
+    x: DualTensor, weight: Tensor, bias: Tensor | None, convolve: Callable[..., Tensor], arguments: tuple[Any, ...]
 ) -> DualTensor:
     def on_batch(rows: Tensor) -> Tensor:
         return convolve(rows, weight, None, *arguments)
@@ -121,13 +117,7 @@ def _versions(x: DualTensor, *constants: Tensor | None) -> tuple[int, ...]:
 
 def _convolution(convolve: Any, spatial: int, *, defers: bool) -> Rule:
     def push(
-        input: Any,
-        weight: Any,
-        bias: Any = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        *further: Any,
-        **kwargs: Any,
+        input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, *further: Any, **kwargs: Any
     ) -> Any:
         if any_dual(weight, bias):
             return NotImplemented

@@ -8,15 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from torchgeom_probe.dual.registry import (
-    any_dual,
-    folded,
-    ndim_of,
-    on_batch,
-    register,
-    rows_like,
-    rule_of_each,
-)
+from torchgeom_probe.dual.registry import any_dual, folded, ndim_of, on_batch, register, rows_like, rule_of_each
 from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
 
 for _spatial in (1, 2, 3):

@@ -6,16 +6,7 @@ from typing import Any
 
 import torch
 
-from torchgeom_probe.dual.registry import (
-    all_at,
-    at,
-    from_end,
-    ndim_of,
-    on_rows,
-    register,
-    rule,
-    rule_of_each,
-)
+from torchgeom_probe.dual.registry import all_at, at, from_end, ndim_of, on_rows, register, rule, rule_of_each
 from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
 from torchgeom_probe.shapes import Tensor
 

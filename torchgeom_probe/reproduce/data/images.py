@@ -72,10 +72,7 @@ def load_cifar10(root: Path) -> Images:
     )
     parts = fetched("CIFAR10", "CIFAR-10", root, advice=advice)
     (x, y), (test_x, test_y) = (
-        (
-            torch.from_numpy(part.data).permute(0, 3, 1, 2).float() / 255,
-            torch.tensor(part.targets, dtype=torch.long),
-        )
+        (torch.from_numpy(part.data).permute(0, 3, 1, 2).float() / 255, torch.tensor(part.targets, dtype=torch.long))
         for part in parts
     )
     names = tuple(parts[0].classes)
