@@ -10,7 +10,7 @@ from torchgeom_probe.dual import RULES
 #: Rules without an exact twin in float64 on the CPU, which have a test of their own.
 ELSEWHERE = set(
     "cdist grid_sample grid_sampler float half bfloat16 cfloat cuda empty_like new_empty normal_ uniform_ bernoulli_"
-    " random_ exponential_ cauchy_ log_normal_ geometric_".split()
+    " random_ exponential_ cauchy_ log_normal_ geometric_ new_tensor".split()
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torchgeom_probe.dual import DualTensor, LostTensor, dual_pass
+from torchgeom_probe.dual import DualTensor, dual_pass
 from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.jacobian.layout import Layout
 from torchgeom_probe.model.hooked import HookedModel
@@ -39,9 +39,6 @@ def push(
 
     def on_output(entry: str, layer: str, output: Any) -> None:
         leaves = hooked.leaves(layer, output)
-        lost = next((leaf for leaf in leaves if isinstance(leaf, LostTensor)), None)
-        if lost is not None:
-            raise hooked.no_tangent(entry, f"it was cut off by {lost.reason}")
         if leaves and not any(isinstance(leaf, DualTensor) for leaf in leaves):
             raise hooked.independent(entry)
         flats = hooked.features(layer, leaves, inputs.size, output)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from torchgeom_probe.errors import EngineRefusal, ProbeError
+from torchgeom_probe.errors import EngineRefusal, ProbeError, first_line
 from torchgeom_probe.jacobian import functorch, fused, vjp
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.gram import Factor, streamed_factor
@@ -264,9 +264,3 @@ def _guarded(
         raise EngineRefusal(
             f"the engine {engine!r} failed on this model ({first_line(error)}).\nTry another:  engine={others}"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error, with its type where it is not our own."""
-    lines = str(error).strip().splitlines() or [""]
-    return lines[0] if isinstance(error, ProbeError) else f"{type(error).__name__}: {lines[0]}"
