@@ -297,7 +297,7 @@ def test_a_straight_through_estimator_has_the_derivative_of_the_function_that_ru
     ids=["bits", "dlpack", "subclass", "scalar_tensor"],
 )
 def test_what_cannot_be_followed_raises(function: Callable[..., Any]) -> None:
-    with pytest.raises((ProbeError, RuntimeError), match="out of torch|Cannot access data pointer|already associated"):
+    with pytest.raises((ProbeError, RuntimeError), match=r"out of torch|Cannot access data pointer|already associated"):
         function(dual(5, 7))
 
 

@@ -158,7 +158,7 @@ def refuse_another_adjoint(
         EngineRefusal: they differ by more than rounding explains.
     """
     # Jv itself, so that no part of it goes unseen, and something that is not zero where Jv is.
-    us = [p / (p.norm() + torch.finfo(p.dtype).tiny) + _waves(p) for p in pushed]
+    us = [p / (p.norm() + torch.finfo(p.dtype).tiny) + waves(p) for p in pushed]
     pulled = pull(us)
     apart = (_inner(us, pushed) - _inner(pulled, v)).abs()
     size = (_inner(us, us) * _inner(pushed, pushed)).sqrt() + (_inner(pulled, pulled) * _inner(v, v)).sqrt()
@@ -167,7 +167,8 @@ def refuse_another_adjoint(
         raise EngineRefusal("the derivative of its backward is not what its backward says")
 
 
-def _waves(like: Tensor) -> Tensor:
+def waves(like: Tensor) -> Tensor:
+    """A vector of length 1 without a pattern, the same at every call: no generator is touched."""
     numbers = torch.arange(1, like.numel() + 1, device=like.device, dtype=torch.float64).sin().reshape(like.shape)
     return (numbers / numbers.norm().clamp_min(1e-300)).to(like.dtype)
 

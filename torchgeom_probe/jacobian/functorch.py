@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from torchgeom_probe.dual.followed import Followed, has_tangent
-from torchgeom_probe.jacobian.fused import Sink
+from torchgeom_probe.jacobian.fused import Seer, Sink
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.shapes import Tensor
 
 
-def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink) -> None:
+def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink, *, see: Seer) -> None:
     """Push k directions [k, B, *space] through the model, then hand each layer's tangents to the sink."""
     point = starting_point(hooked, inputs)
 
@@ -37,11 +37,12 @@ def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink) ->
             torch.func.functional_call(hooked.model, copies, args, kwargs)
         return outputs
 
-    def pushed(direction: Tensor) -> dict[str, list[Tensor]]:
-        return torch.func.jvp(captured, (point,), (direction,))[1]
+    def pushed(direction: Tensor) -> Any:
+        return torch.func.jvp(captured, (point,), (direction,))
 
-    tangents = torch.func.vmap(pushed, randomness="same")(directions.to(point.dtype))
+    values, tangents = torch.func.vmap(pushed, randomness="same")(directions.to(point.dtype))
     for entry, blocks in tangents.items():
+        see(entry, [value[0] for value in values[entry]])
         sink(entry, blocks)
 
 

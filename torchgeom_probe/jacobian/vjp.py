@@ -13,7 +13,7 @@ from torchgeom_probe.dual.followed import Followed
 from torchgeom_probe.dual.one_op import refuse_another_adjoint
 from torchgeom_probe.errors import EngineRefusal, first_line
 from torchgeom_probe.jacobian.functorch import starting_point
-from torchgeom_probe.jacobian.fused import Sink
+from torchgeom_probe.jacobian.fused import Seer, Sink
 from torchgeom_probe.jacobian.layout import Layout, weights_with_channels_last
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
@@ -59,7 +59,7 @@ class Pullback:
 
 @contextlib.contextmanager
 def pullback(
-    hooked: HookedModel, inputs: Inputs, *, copies: int = 1, layout: Layout | None = None
+    hooked: HookedModel, inputs: Inputs, *, see: Seer, copies: int = 1, layout: Layout | None = None
 ) -> Iterator[Pullback]:
     """Make the primal pass, parameters held constant, and yield every layer's pullback; the graph ends with the body.
 
@@ -78,6 +78,8 @@ def pullback(
                 saved = _saved(hooked, inputs, point, copies)
         else:
             saved = _saved(hooked, inputs, point, copies)
+        for entry, features in saved.features.items():
+            see(entry, [features.detach()[: len(point) // copies]])
         yield saved
 
 
@@ -131,9 +133,9 @@ def _without_gradient_hooks(model: nn.Module) -> Iterator[None]:
             held.update(content)
 
 
-def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink) -> None:
+def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink, *, see: Seer) -> None:
     """Push k directions: by rows of J where they are fewer, else as the derivative of u ↦ Jᵀu, which is linear."""
-    with pullback(hooked, inputs) as back:
+    with pullback(hooked, inputs, see=see) as back:
         tangents = directions.to(back.point.dtype)
         for entry, y in back.features.items():
             pushed = None
