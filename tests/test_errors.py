@@ -315,6 +315,40 @@ def test_a_first_axis_that_is_not_the_batch():
     assert g.log_volume.abs().max() < 1e-6
 
 
+def test_an_output_as_wide_as_the_longest_sample():
+    class Packed(nn.Module):
+        def forward(self, x, lengths):
+            return (x.tanh() * (torch.arange(x.shape[1]) < lengths[:, None])[..., None])[:, : lengths.max()]
+
+    def batch(*lengths):
+        return {"x": torch.randn(len(lengths), 4, 5), "lengths": torch.tensor(lengths)}
+
+    refused = r"or how wide, changes with the others.*\n.*measure one at a time"
+    with pytest.raises(tgp.ProbeError, match=refused):
+        tgp.measure(Packed(), batch(2, 2, 4), layers="")
+    assert tgp.measure(Packed(), batch(4, 2, 2), layers="")[""].num_features == 20  # together they are as wide as that
+    with pytest.raises(tgp.ProbeError, match=refused):
+        tgp.measure(Packed(), batch(4, 2, 2, 2), layers="", memory_budget=4000)  # and one by one they are not
+    assert tgp.measure(Packed(), batch(2), layers="")[""].num_features == 10
+
+
+def test_an_encoder_that_is_two_functions():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+
+        def forward(self, x):
+            padding = torch.arange(5).expand(len(x), 5) >= 3
+            return self.encoder(x, src_key_padding_mask=padding)
+
+    model, x = Padded(), torch.randn(2, 5, 8)
+    with pytest.raises(tgp.ProbeError, match=r"is two functions.*\n.*use_nested_tensor = False"):
+        tgp.measure(model, x, layers="")
+    model.get_submodule("encoder").use_nested_tensor = False
+    assert tgp.measure(model, x, layers="")[""].engine == "fused"
+
+
 def test_check_finds_coupled_samples_that_no_shape_gives_away():
     class Centred(nn.Module):
         def forward(self, x):

@@ -21,7 +21,7 @@ from torchgeom_probe.estimators import Along, Estimator, Subspace
 from torchgeom_probe.estimators.base import estimator_of
 from torchgeom_probe.estimators.cost import Cost, seconds_per_row
 from torchgeom_probe.jacobian.jacobians import EngineName, Jacobians
-from torchgeom_probe.jacobian.plan import Plan, make_plan
+from torchgeom_probe.jacobian.plan import Plan, coupled_samples, make_plan
 from torchgeom_probe.model.hooked import HookedModel, Transform
 from torchgeom_probe.model.inputs import Inputs, Wrt
 from torchgeom_probe.model.isolation import Mode, measuring
@@ -260,7 +260,7 @@ class GeometryProbe:
         direction = torch.zeros(1, inputs.size, *plan.space, dtype=plan.dtype, device=inputs.device)
         with contextlib.suppress(LayerRefusal):
             self._jacobians(inputs, plan, self.engine).push(direction, lambda entry, blocks: None)
-        raise _coupled(plan.coupled[0])
+        raise coupled_samples(plan.coupled[0])
 
     def _jacobians(self, inputs: Inputs, plan: Plan, engine: EngineName) -> Jacobians:
         return Jacobians(self._hooked, inputs, plan, engine, normalize=self.normalize, memory=self._memory)
@@ -408,16 +408,6 @@ def measure(
     """
     probe = probe_of(model_or_probe, options)
     return probe.measure(x, directions=directions, start=start, progress=progress)
-
-
-def _coupled(entry: str) -> ProbeError:
-    return ProbeError(
-        f"layer {entry!r} couples the samples: what it puts out at one of them changes with the others, so no sample "
-        "has a metric "
-        "of its own.\nPut the samples first (nn.LSTM and attention: batch_first=True); normalise by running "
-        "statistics, in eval mode; "
-        "a set that is one sample (the nodes of a graph) goes into a Module that takes it as x[None]."
-    )
 
 
 def _refuse_other_samples(start: Mapping[str, LayerGeometry], inputs: Inputs, plan: Plan) -> None:

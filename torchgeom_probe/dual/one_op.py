@@ -119,7 +119,7 @@ class OneOp:
             us = [torch.zeros_like(o).requires_grad_() for o in outs]
             found = torch.autograd.grad(outs, points, us, create_graph=True, allow_unused=True)
             pairs = [(g, b[1:].clone()) for g, b in zip(found, self.buffers.values(), strict=True) if g is not None]
-            if not all(g.requires_grad for g, _ in pairs):
+            if not pairs or not all(g.requires_grad for g, _ in pairs):
                 raise EngineRefusal("its backward cannot be differentiated in turn")
             count = len(next(iter(self.buffers.values()))) - 1
             pushes = [_pushed(pairs, us, j) for j in range(count)]

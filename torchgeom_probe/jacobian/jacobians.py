@@ -15,7 +15,7 @@ import torch
 from torchgeom_probe.dual.one_op import refuse_another_adjoint, waves
 from torchgeom_probe.errors import EngineRefusal, ProbeError, first_line
 from torchgeom_probe.jacobian import functorch, fused, vjp
-from torchgeom_probe.jacobian.plan import Plan
+from torchgeom_probe.jacobian.plan import Plan, coupled_samples
 from torchgeom_probe.linalg.gram import Factor, streamed_factor
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
@@ -168,6 +168,8 @@ class Jacobians:
 
         def noting(entry: str, blocks: list[Tensor]) -> None:
             fired.add(entry)
+            if sum(block.shape[2] for block in blocks) != self.plan.features.get(entry, 0) > 0:
+                raise coupled_samples(entry)
             sink(entry, blocks)
 
         self._push(directions, noting, any_order)
@@ -270,8 +272,12 @@ class Jacobians:
         except EngineRefusal:
             return
         for entry, jv in pushed.items():
+
+            def pull(us: Sequence[Tensor], entry: str = entry) -> list[Tensor]:
+                return [back.pull(entry, us[0])]
+
             try:
-                refuse_another_adjoint([jv], [v], lambda us, entry=entry: [back.pull(entry, us[0])])  # type: ignore[misc]
+                refuse_another_adjoint([jv], [v], pull)
             except EngineRefusal as error:
                 raise EngineRefusal(
                     f"reverse mode gives layer {entry!r} another derivative than that of the function that runs: an op"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -156,6 +157,7 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
         except Exception as error:
             raise _models_own(hooked.model, inputs, error) from error
         _refuse_silent(hooked, found)
+        _refuse_nested(hooked, own, found)
         space = _space(hooked, own, found)
         # Random outputs are never the same, and a fake tensor has no values to compare.
         fake = isinstance(space, FakeTensor)
@@ -191,6 +193,45 @@ def _models_own(model: nn.Module, inputs: Inputs, error: Exception) -> ProbeErro
         f"{advice}the model's own forward pass fails on x of shape {inputs.shapes()}: {type(error).__name__}: {error}\n"
         "Run it by hand:  model.eval(); model(x)"
     )
+
+
+def coupled_samples(entry: str) -> ProbeError:
+    """The error for a layer whose output at one sample depends on the other samples."""
+    return ProbeError(
+        f"layer {entry!r} couples the samples: what it puts out at one of them, or how wide, changes with the others,"
+        " so no sample has a metric of its own.\n"
+        "Put the samples first (nn.LSTM and attention: batch_first=True); normalise by running statistics, in eval "
+        "mode; a set that is one sample (the nodes of a graph) goes into a Module that takes it as x[None]; where "
+        "samples are padded to the longest of the batch, measure one at a time."
+    )
+
+
+def _refuse_nested(hooked: HookedModel, own: Inputs, found: Outputs) -> None:
+    """Refuse an encoder whose padded positions come out otherwise without gradients than with them."""
+    nested = [
+        name
+        for name, module in hooked.model.named_modules()
+        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False)
+    ]
+    if not nested or isinstance(next(iter(found.features.values())), FakeTensor):
+        return
+    try:
+        torch.backends.mha.set_fastpath_enabled(True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls nested tensors a prototype
+            as_run: dict[str, Tensor] = hooked.outputs(own, keep=_COMPARED).features
+    except Exception:  # a nested tensor has no features to flatten
+        as_run = {}
+    finally:
+        torch.backends.mha.set_fastpath_enabled(False)
+    different = next((e for e, values in found.features.items() if not _same(values, as_run.get(e))), None)
+    if different is not None:
+        raise ProbeError(
+            f"nn.TransformerEncoder {nested[0]!r} is two functions: without gradients torch packs what the padding mask"
+            f" leaves into a nested tensor and puts out 0 elsewhere, with gradients it does not; layer {different!r}"
+            " sees the difference.\n"
+            f"Say which one you mean:  model.get_submodule({nested[0]!r}).use_nested_tensor = False  is the second."
+        )
 
 
 def _first_run(hooked: HookedModel, inputs: Inputs) -> tuple[Inputs, Outputs, LiveBytes]:
