@@ -478,6 +478,39 @@ def test_arguments_by_keyword() -> None:
     check(lambda z: torch.sum(input=z, dim=1), x, fallback=set())
 
 
+AXES = {
+    "max": lambda z: z.max(axis=1).values,
+    "min": lambda z: torch.min(z, axis=1).values,
+    "sort": lambda z: z.sort(axis=1).values,
+    "topk": lambda z: torch.topk(z, 2, axis=1).values,
+    "kthvalue": lambda z: z.kthvalue(2, axis=1, keepdims=True).values,
+    "median": lambda z: torch.median(z, axis=1, keepdims=True).values,
+    "mode": lambda z: z.mode(axis=1).values,
+    "cummax": lambda z: torch.cummax(z, axis=1).values,
+    "cummin": lambda z: z.cummin(axis=1).values,
+    "cumsum": lambda z: z.cumsum(axis=1),
+    "sum": lambda z: torch.sum(z, axis=(1, 2), keepdims=True),
+    "mean": lambda z: z.mean(axis=-1, keepdims=True),
+    "var": lambda z: z.var(axis=1, keepdims=True),
+    "logsumexp": lambda z: torch.logsumexp(z, axis=1),
+    "softmax": lambda z: z.softmax(axis=1),
+    "cat": lambda z: torch.cat([z, z.sin()], axis=1),
+    "stack": lambda z: torch.stack([z, z.sin()], axis=1),
+    "chunk": lambda z: torch.chunk(z, 2, axis=1)[0],
+    "squeeze": lambda z: z[:, :1].squeeze(axis=1),
+    "unsqueeze": lambda z: torch.unsqueeze(z, axis=1),
+    "norm": lambda z: torch.linalg.vector_norm(z, axis=1),
+    "index_select": lambda z: torch.index_select(z, axis=1, index=torch.tensor([2, 0])),
+    "x": lambda z: torch.sum(x=z, axis=0),
+    "x1": lambda z: torch.mul(x1=z, x2=z.sin()),
+}
+
+
+@pytest.mark.parametrize("function", AXES.values(), ids=AXES)
+def test_numpys_names_of_arguments_are_torchs(function: Callable[..., Any]) -> None:
+    check(function, dual(4, 4, 4))
+
+
 # ------------------------------------------------------------------------------------------ whole modules, other tools
 
 

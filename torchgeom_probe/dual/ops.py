@@ -116,6 +116,18 @@ def meaning_of(func: Any) -> Any:
     return getattr(torch.Tensor, name, getattr(torch, name, func)) if space == "aten" else func
 
 
+#: NumPy's names for arguments, which torch's own parser takes for its own in every op written in C++
+#: (``numpy_compatibility_arg_names`` in torch/csrc/utils/python_arg_parser.cpp).
+_NUMPY = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
+
+
+def in_torchs_spelling(func: Any, kwargs: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
+    """The arguments by torch's names, where they came by NumPy's; ``known`` are names that are meant as they are."""
+    if inspect.isfunction(func) or not any(name in _NUMPY and name not in known for name in kwargs):
+        return kwargs
+    return {name if name in known else _NUMPY.get(name, name): value for name, value in kwargs.items()}
+
+
 def only_a_shape(known: Any, args: Any, carries: Callable[[Any], bool]) -> bool:
     """Whether the op takes no more than shape, type or device of those of its arguments that carry a derivative."""
     if known is torch.Tensor.new_tensor:

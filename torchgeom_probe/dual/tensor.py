@@ -15,6 +15,7 @@ derivative goes through.  What takes numbers out of torch (``.item()``) is refus
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ from torchgeom_probe.dual.ops import (
     TAKES_DEFERRED,
     body_of,
     escape,
+    in_torchs_spelling,
     meaning_of,
     mutates,
     name_of,
@@ -177,6 +179,8 @@ def _on_primals(func: Any, args: Any, kwargs: Any) -> Any:
 def _ruled(rule: Rule, func: Any, args: Any, kwargs: Any) -> Any:
     if kwargs.get("out") is not None:
         return NotImplemented
+    if kwargs:
+        kwargs = in_torchs_spelling(func, kwargs, _names_of(rule))
     try:
         return rule(*args, **kwargs)
     except ProbeError:
@@ -186,6 +190,11 @@ def _ruled(rule: Rule, func: Any, args: Any, kwargs: Any) -> Any:
             return NotImplemented  # an argument that the rule does not know
         _raise_if_the_models_own(func, args, kwargs)
         raise
+
+
+@functools.cache
+def _names_of(rule: Rule) -> frozenset[str]:
+    return frozenset(inspect.signature(rule).parameters)
 
 
 def _binds(rule: Rule, args: Any, kwargs: Any) -> bool:
