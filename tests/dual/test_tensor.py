@@ -478,6 +478,18 @@ def test_arguments_by_keyword() -> None:
     check(lambda z: torch.sum(input=z, dim=1), x, fallback=set())
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_in_single_precision(kind: type[nn.RNNBase]) -> None:
+    """oneDNN's fused LSTM has no forward derivative: torch's own takes its place for the op."""
+    module = kind(3, 5, 2, batch_first=True).eval()
+    x = dual(2, 7, 3, dtype=torch.float32)
+    out = module(x)[0]
+    wide = module.double()
+    expected = pushed(lambda z: wide(z)[0], DualTensor(x.buffer.double()))
+    torch.testing.assert_close(out.buffer.double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.backends.mkldnn.enabled
+
+
 AXES = {
     "max": lambda z: z.max(axis=1).values,
     "min": lambda z: torch.min(z, axis=1).values,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,12 +50,17 @@ class OneOp:
             EngineRefusal: it has no derivative that could be used.
         """
         state = torch.get_rng_state()
+        complete, why = False, "torch's forward mode gives no tangent"
         try:
             complete, *found = self._by_jvp()
+        except NotImplementedError as error:
+            why = first_line(error)
+            if "mkldnn" in why:  # its fused LSTM has no derivative, torch's own has
+                torch.set_rng_state(state)
+                with contextlib.suppress(Exception), _without_mkldnn():
+                    complete, *found = self._by_jvp()
         except Exception as error:
-            complete, why = False, first_line(error)
-        else:
-            why = "torch's forward mode gives no tangent"
+            why = first_line(error)
         if complete:
             return tuple(found)
         torch.set_rng_state(state)  # the same numbers again
@@ -131,6 +136,16 @@ class OneOp:
             )
         rows = iter([torch.stack([o.detach(), *(p[i] for p in pushes)]) for i, o in enumerate(outs)])
         return [next(rows) if smooth(o) else o for o in flat], [smooth(o) for o in flat], spec
+
+
+@contextlib.contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    enabled = torch._C._get_mkldnn_enabled()
+    try:
+        torch._C._set_mkldnn_enabled(False)
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def _outside(leaf: Any) -> Any:
