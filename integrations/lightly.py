@@ -41,7 +41,6 @@ def views(batch: Any) -> list[Tensor]:
     >>> first, second = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8)
     >>> [view is found for view, found in zip([first, second], views([[first, second], torch.arange(5), ("a",)]))]
     [True, True]
-
     """
     found: Any = batch
     if isinstance(found, Sequence) and not isinstance(found, str) and found:
@@ -72,7 +71,6 @@ def encoder(module: nn.Module) -> nn.Module:
     >>> module.backbone, module.projection_head = nn.Conv2d(3, 2, 4), nn.Linear(2, 5)
     >>> encoder(module)(torch.randn(7, 3, 4, 4)).shape
     torch.Size([7, 5])
-
     """
     return _Encoder(_branch(module))
 
@@ -91,7 +89,6 @@ def embedding_layers(module: nn.Module) -> list[str]:
     >>> module.projection_head = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4))
     >>> embedding_layers(module)
     ['backbone.1', 'backbone.2', 'backbone', 'projection_head.1', 'projection_head.2']
-
     """
     (backbone_name, backbone), *heads = _branch(module).items()
     names = [f"{backbone_name}.{name}" for name in stage_layers(backbone) if name]
@@ -111,7 +108,6 @@ class AugmentationExpansion:
         name: the layer.
         along: [D, B], v = (view - first view) / ‖view - first view‖; nan where a view equals the first.
         random: [D, B], v uniform on the sphere: over such directions ‖Jv‖² is tr(JᵀJ)/d on average.
-
     """
 
     name: str
@@ -190,7 +186,6 @@ class TwoViewProbe:
     >>> list(report) == list(augmentation) == ["backbone.2", "backbone", "projection_head.1", "projection_head.2"]
     True
     >>> assert abs(augmentation["backbone"].statistics()["difference"]) < 1  # noise added is noise: no difference
-
     """
 
     def __init__(self, module: nn.Module, **options: Unpack[ProbeOptions]) -> None:
@@ -209,7 +204,6 @@ class TwoViewProbe:
 
         Raises:
             ProbeError: no such view.
-
         """
         found = views(batch)
         if not 0 <= view < len(found):
@@ -229,7 +223,6 @@ class TwoViewProbe:
 
         Raises:
             ProbeError: a batch with no second view of the first one's shape.
-
         """
         first, *others = views(batch)
         others = [view for view in others if view.shape == first.shape]
@@ -297,8 +290,8 @@ def _branch(module: nn.Module) -> dict[str, nn.Module]:
     children = ", ".join(repr(name) for name, _ in inner.named_children()) or "no submodule"
     raise ProbeError(
         f"{type(inner).__name__} has no backbone: it has {children}.\n"
-        "Call the parts backbone and projection_head (for DINO student_backbone and student_head), or probe "
-        "the network itself:  tgp.GeometryProbe(model, ...)"
+        "Call the parts backbone and projection_head (for DINO student_backbone and student_head), or probe the "
+        "network itself:  tgp.GeometryProbe(model, ...)"
     )
 
 

@@ -101,7 +101,6 @@ class GeometryCallback(_Callback):
     ...         return torch.optim.SGD(self.parameters(), lr=0.1)
     >>> geometry = GeometryCallback(layers=["net.1"], every=2)
     >>> assert isinstance(geometry, pl.Callback) and geometry.history == []
-
     """
 
     def __init__(
@@ -121,8 +120,8 @@ class GeometryCallback(_Callback):
         known -= {"model_or_probe", "x_probe", "every", "writer", "distributed", "options"}
         if unknown := sorted(set(options) - known):
             raise ProbeError(
-                f"GeometryCallback has no option {', '.join(map(repr, unknown))}; "
-                f"beside its own it takes Monitor's: {', '.join(sorted(known))}."
+                f"GeometryCallback has no option {', '.join(map(repr, unknown))}; beside its own it takes Monitor's: "
+                f"{', '.join(sorted(known))}."
             )
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise ProbeError(f"samples is a whole number of 1 or more; got {samples!r}.\nWrite:  samples=16")
@@ -305,7 +304,7 @@ def _input_of(batch: Any) -> Any:
         if part is None:
             keys = f" with the keys {list(batch)}" if isinstance(batch, Mapping) else ""
             raise ProbeError(
-                f"the probe samples are taken from the first batch, and it is not clear where in a "
+                "the probe samples are taken from the first batch, and it is not clear where in a "
                 f"{type(batch).__name__}{keys} the model's input is.\n"
                 "Say it:  GeometryCallback(inputs=lambda batch: batch[...])  or give the samples:  x_probe=..."
             )

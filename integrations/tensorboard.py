@@ -108,7 +108,6 @@ class TensorBoardWriter(Writer):
     >>> events = EventAccumulator(log_dir).Reload()
     >>> written, = events.Scalars("logvol/01_1")
     >>> assert abs(written.value - report["1"].statistics()["median"]) < 1e-5
-
     """
 
     def __init__(self, log_dir: str | os.PathLike[str] | Any, *, histograms: bool = True, layout: bool = True) -> None:

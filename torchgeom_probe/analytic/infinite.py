@@ -60,7 +60,6 @@ def metric(
 
     >>> g = metric(torch.tensor([[0.0, 1.0]]), "erf")
     >>> assert torch.allclose(g[0].diagonal() * torch.pi / 2, torch.tensor([3**-0.5, 3**-1.5]))
-
     """
     _, _, h = _moments(x, activation, sigma, zeta)
     identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
@@ -94,7 +93,6 @@ def log_volume(
 
     >>> flat = log_volume(torch.randn(7, 3), "relu")
     >>> assert torch.allclose(flat, torch.tensor(1.5 * math.log(0.5)))
-
     """
     s, v, h = _moments(x, activation, sigma, zeta)
     tangential, radial = _eigenvalues(s, v, h, sigma)
@@ -133,7 +131,6 @@ def scalar_curvature(
 
     >>> x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)      # erf: R = −(π/2) (d−1)(d+2) s / √(1+2s)
     >>> assert abs(scalar_curvature(x, "erf").item() + 2 * torch.pi / 3**0.5) < 1e-12
-
     """
     s, v, h = _moments(x, activation, sigma, zeta)
     _, first, second = _omega(h, sigma)
@@ -168,7 +165,6 @@ def omega(
 
     >>> value, first, second = omega(torch.tensor([[1.0, 0.0]]), "erf")      # Ω' = −σ²/(1+2v)
     >>> assert torch.allclose(first, torch.tensor(-1 / 3)) and torch.allclose(second, torch.tensor(2 / 9))
-
     """
     _, _, h = _moments(x, activation, sigma, zeta)
     return _omega(h, sigma)
@@ -197,15 +193,14 @@ def _moments(
 ) -> tuple[Tensor, Tensor, _Moments]:
     if x.ndim != 2 or x.dtype not in (torch.float32, torch.float64) or not x.shape[1]:
         raise ProbeError(
-            f"the closed forms take points x [B, d] of float32 or float64; got {list(x.shape)} of "
-            f"{x.dtype}.\n"
+            f"the closed forms take points x [B, d] of float32 or float64; got {list(x.shape)} of {x.dtype}.\n"
             "Write x.flatten(1).double(), and x[None] for a single point."
         )
     weight_scale, bias_scale = (float(torch.as_tensor(scale).detach()) for scale in (sigma, zeta))
     if not 0 < weight_scale < math.inf or not 0 <= bias_scale < math.inf:
         raise ProbeError(
-            "weights need a finite standard deviation sigma > 0, and biases zeta >= 0; got "
-            f"sigma={weight_scale:g}, zeta={bias_scale:g}.\n"
+            f"weights need a finite standard deviation sigma > 0, and biases zeta >= 0; got sigma={weight_scale:g}, "
+            f"zeta={bias_scale:g}.\n"
             "Write sigma=1.0, zeta=0.0."
         )
     s = x.square().sum(1)
@@ -282,8 +277,8 @@ def _quadrature(phi: Activation, v: Tensor, label: str) -> _Moments:
     coarse, _, decayed = _trapezoid(phi, v, nodes)
     if not decayed:
         raise ProbeError(
-            f"φ'² of the activation {label} outgrows the Gaussian weight at v = {largest:g}, or is not "
-            "finite: its average cannot be had by quadrature.\n"
+            f"φ'² of the activation {label} outgrows the Gaussian weight at v = {largest:g}, or is not finite: its "
+            "average cannot be had by quadrature.\n"
             "Write a smaller sigma, or points nearer the origin."
         )
     for _ in range(_DOUBLINGS):
@@ -295,10 +290,9 @@ def _quadrature(phi: Activation, v: Tensor, label: str) -> _Moments:
             return _Moments(*fine.unbind())
         coarse = fine
     raise ProbeError(
-        f"the quadrature for the activation {label} does not converge: φ' has a kink or a jump, or a "
-        f"feature narrower than {2 * _HALF_WIDTH * math.sqrt(largest) / nodes:.1g}.\n"
-        "Closed forms cover activation='relu', 'leaky_relu' and torch.nn.LeakyReLU(slope); smooth others "
-        "first."
+        f"the quadrature for the activation {label} does not converge: φ' has a kink or a jump, or a feature narrower "
+        f"than {2 * _HALF_WIDTH * math.sqrt(largest) / nodes:.1g}.\n"
+        "Closed forms cover activation='relu', 'leaky_relu' and torch.nn.LeakyReLU(slope); smooth others first."
     )
 
 

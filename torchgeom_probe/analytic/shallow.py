@@ -59,7 +59,6 @@ def metric(
 
     >>> x, W, b = torch.zeros(5, 2), torch.eye(2), torch.zeros(2)
     >>> assert torch.allclose(metric(x, W, b, "sin"), torch.eye(2) / 2)
-
     """
     phi = named(activation)
     return _gram(_jacobian(phi.first(_preactivations(x, W, b)), W))
@@ -93,7 +92,6 @@ def log_volume(
 
     >>> x, W, b = torch.zeros(5, 2), torch.eye(2), torch.zeros(2)
     >>> assert torch.allclose(log_volume(x, W, b, "sin"), torch.tensor(0.5).log())
-
     """
     J = _jacobian(named(activation).first(_preactivations(x, W, b)), W)
     if J.shape[1] < J.shape[2]:
@@ -138,17 +136,16 @@ def scalar_curvature(
     >>> W = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
     >>> R = scalar_curvature(x, W, torch.zeros(3, dtype=torch.float64), "tanh")
     >>> assert abs(R.item() - (-0.1947018936)) < 1e-9
-
     """
     phi = named(activation)
     z = _preactivations(x, W, b)
     (samples, n), d = z.shape, W.shape[1]
     if n < d:
         raise ProbeError(
-            f"{n} hidden units cannot carry a curved {d}-dimensional space: with n < d the metric is "
-            "singular everywhere and its curvature undefined.\n"
-            f"Restrict the map to a slice x = x0 + A u of at most {n} dimensions:  scalar_curvature(u, W @ "
-            "A, b + W @ x0)"
+            f"{n} hidden units cannot carry a curved {d}-dimensional space: with n < d the metric is singular "
+            "everywhere and its curvature undefined.\n"
+            f"Restrict the map to a slice x = x0 + A u of at most {n} dimensions:  "
+            "scalar_curvature(u, W @ A, b + W @ x0)"
         )
     per_sample = max(n * d, min(n * n, d**3))
     step = max(1, _BLOCK // per_sample)
@@ -201,8 +198,8 @@ def _preactivations(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     fits = x.ndim == W.ndim == 2 and b.ndim == 1 and x.shape[1:] == W.shape[1:] and b.shape == W.shape[:1]
     if not fits or not W.numel():
         raise ProbeError(
-            f"one hidden layer takes x [B, d], W [n, d] and b [n]; got x {list(x.shape)}, W "
-            f"{list(W.shape)}, b {list(b.shape)}.\n"
+            f"one hidden layer takes x [B, d], W [n, d] and b [n]; got x {list(x.shape)}, W {list(W.shape)}, b "
+            f"{list(b.shape)}.\n"
             "From a layer `linear = torch.nn.Linear(d, n)`, write W=linear.weight, b=linear.bias."
         )
     if len({x.dtype, W.dtype, b.dtype}) != 1 or x.dtype not in (torch.float32, torch.float64):
@@ -308,7 +305,6 @@ def named(activation: str | Elementwise) -> Activation:
     1.0
     >>> named(torch.nn.Tanh()).name
     'tanh'
-
     """
     if isinstance(activation, str):
         return _by_name(activation)

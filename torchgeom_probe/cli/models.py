@@ -104,7 +104,7 @@ def _from_timm(name: str, arguments: argparse.Namespace) -> Any:
         first_line = next(iter(str(cause).strip().splitlines()), "")
         raise ProbeError(
             f"the weights of {arguments.model} could not be fetched: {type(cause).__name__}: {first_line}\n"
-            f"Without network, give a file of weights:  --checkpoint model.pth\n"
+            "Without network, give a file of weights:  --checkpoint model.pth\n"
             f"or, untrained:  --model timm:{name.split('.')[0]}"
         ) from error
 

@@ -115,10 +115,10 @@ class TwiceDifferentiable(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self._LU.fullmatch(name):
             raise ProbeError(
-                f"the feature map calls torch.{name}, whose second forward derivatives torch computes "
-                "wrongly, without an error.\n"
-                "Write it with what is sound: torch.linalg.inv, cholesky, solve_triangular or qr "
-                "(log |det A| = qr(A).R.diagonal().abs().log().sum())."
+                f"the feature map calls torch.{name}, whose second forward derivatives torch computes wrongly, without "
+                "an error.\n"
+                "Write it with what is sound: torch.linalg.inv, cholesky, solve_triangular or qr (log |det A| = "
+                "qr(A).R.diagonal().abs().log().sum())."
             )
         kwargs = dict(kwargs or {})
         rewritten = self._REWRITTEN.get(name)

@@ -128,8 +128,8 @@ class LogDet(Estimator):
                 half = min(self.probes * min(self.steps, 16), most // 2)
                 after = ", then the exact value" if self.method == "auto" else ""
                 why = (
-                    f"Lanczos runs from {self.probes} probes, Jv and Jᵀu in turn, "
-                    f"about {most} products at the most{after}"
+                    f"Lanczos runs from {self.probes} probes, Jv and Jᵀu in turn, about {most} products at the "
+                    f"most{after}"
                 )
                 found[entry] = ProductCount(half, half, most + (smaller if after else 0), False, rows, why)
         return found

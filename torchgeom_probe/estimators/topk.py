@@ -234,8 +234,8 @@ def paper_pool(output: Float[Tensor, "batch channels height width"]) -> Float[Te
     width = cells // height
     if output.shape[2] % height or output.shape[3] % width:
         raise ProbeError(
-            f"paper_pool cannot pool {tuple(output.shape)} to 512 features: {height} x {width} cells "
-            f"do not divide {output.shape[2]} x {output.shape[3]}.\n"
+            f"paper_pool cannot pool {tuple(output.shape)} to 512 features: {height} x {width} cells do not divide "
+            f"{output.shape[2]} x {output.shape[3]}.\n"
             "Pool by hand:  transform=lambda out: torch.nn.functional.adaptive_avg_pool2d(out, (2, 2))"
         )
     return functional.avg_pool2d(output, (output.shape[2] // height, output.shape[3] // width))

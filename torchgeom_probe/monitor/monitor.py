@@ -108,7 +108,6 @@ class Monitor:
     >>> [step for step, report in monitor.history]
     [0, 3, 6]
     >>> assert monitor.history[-1][1]["1"].log_volume.shape == (5,)
-
     """
 
     def __init__(
@@ -191,7 +190,6 @@ class Monitor:
         Args:
             at: how many training steps were made, where the loop keeps its own count.  A count that has not grown
                 (gradient accumulation) is no step; one that grew by several probes once if any of them was due.
-
         """
         if self._handle is not None:
             raise ProbeError(
@@ -273,7 +271,6 @@ class Monitor:
 
         Raises:
             ProbeError: this monitor has begun already; other probe samples (``strict``); not such a state.
-
         """
         if self._step or self.probes:
             raise ProbeError(

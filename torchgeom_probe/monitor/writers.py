@@ -32,7 +32,6 @@ class Writer:
     >>> class Medians(Writer):
     ...     def write(self, step, report):
     ...         print(step, {name: layer.statistics()["median"] for name, layer in report.items()})
-
     """
 
     def write(self, step: int, report: GeometryReport) -> None:
@@ -70,7 +69,6 @@ def writers_of(target: Any) -> tuple[Writer, ...]:
 
     >>> [type(writer).__name__ for writer in writers_of(["geometry.csv", "geometry.jsonl", Writer()])]
     ['CSVWriter', 'JSONWriter', 'Writer']
-
     """
     if target is None:
         return ()
@@ -103,7 +101,6 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         ProbeError: an address with a scheme, of which a folder ``s3:`` would be made here.
-
     """
     scheme = re.match(r"[A-Za-z][\w+.-]+(?=:/)", str(path))  # two letters or more: C:/ is a disk
     if scheme is not None:
@@ -125,7 +122,6 @@ def numbers(layer: LayerGeometry) -> dict[str, float]:
     >>> report = tgp.measure(torch.nn.Linear(3, 5), torch.randn(7, 3), layers=[""], estimator=tgp.Trace())
     >>> found = numbers(report[""])
     >>> assert {"std_error", "trace", "num_products"} < found.keys() and math.isnan(found["sigma_max"])
-
     """
     found = {"std_error": layer.std_error, "error_bound": layer.error_bound, **layer.extras}
     medians = {name: finite_median(v) for name, v in found.items() if v is not None and v.ndim == 1}
@@ -138,7 +134,6 @@ def finite_median(values: Tensor) -> float:
     >>> import torch
     >>> finite_median(torch.tensor([3.0, math.inf, 5.0]))
     4.0
-
     """
     finite = values.detach().double().cpu()
     finite = finite[finite.isfinite()]
@@ -157,7 +152,6 @@ def charts(layer: LayerGeometry, name: str) -> dict[str, float]:
     >>> report = tgp.measure(torch.nn.Linear(3, 5), torch.randn(7, 3), layers=[""])
     >>> list(charts(report[""], "00_model"))
     ['logvol/00_model', 'sigma_max/00_model', 'rank/00_model', 'nonfinite/00_model']
-
     """
     found = numbers(layer)
     value = {f"{chart_of(layer)}/{name}": found.pop("median")}
@@ -169,7 +163,6 @@ def label(place: int, name: str, *, width: int = 2) -> str:
 
     >>> label(4, "block#1"), label(0, "")
     ('04_block_1', '00_model')
-
     """
     return f"{place:0{width}d}_{re.sub(r'[^a-zA-Z0-9_.-]', '_', name) or 'model'}"
 
@@ -217,7 +210,6 @@ class JSONWriter(_LogFile):
     >>> writer.write(0, tgp.measure(torch.nn.Linear(2, 3), torch.zeros(4, 2), layers=[""], estimator=tgp.Exact()))
     >>> json.loads(path.read_text())["layers"][""]["rank"]
     2.0
-
     """
 
     def _resumed(self, text: str, step: int, layers: Mapping[str, Mapping[str, float]]) -> str:
@@ -252,7 +244,6 @@ class CSVWriter(_LogFile):
     >>> writer.write(0, tgp.measure(torch.nn.Linear(2, 3), torch.zeros(4, 2), layers=[""], estimator=tgp.Exact()))
     >>> path.read_text().splitlines()[0]
     'step,layer,mean,p10,median,p90,sigma_max,rank,nonfinite'
-
     """
 
     def _resumed(self, text: str, step: int, layers: Mapping[str, Mapping[str, float]]) -> str:

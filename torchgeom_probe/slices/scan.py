@@ -81,7 +81,6 @@ def scan(
     >>> found = scan(model, line, layers=[""], normalize=False, progress=False)
     >>> length = model.weight[:, 1].norm()  # |W (b - a)|
     >>> assert torch.allclose(found.log_volume[""].exp(), length.double())
-
     """
     if not isinstance(slice, (Line, Plane)):
         raise ProbeError(f"a {type(slice).__name__} is no slice.\nWrite:  scan(model, Line(x[0], x[1]), layers=...)")
