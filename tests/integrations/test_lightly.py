@@ -9,13 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torchgeom_probe.integrations.lightly import (
-    BarlowTwinsProbe,
-    TwoViewProbe,
-    embedding_layers,
-    encoder,
-    views,
-)
+from torchgeom_probe.integrations.lightly import BarlowTwinsProbe, TwoViewProbe, embedding_layers, encoder, views
 
 import torchgeom_probe as tgp
 
