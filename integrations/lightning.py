@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from torchgeom_probe.errors import ProbeError, optional
+from torchgeom_probe.errors import ProbeError, optional, refuse_unknown
 from torchgeom_probe.monitor.monitor import Monitor
 from torchgeom_probe.monitor.writers import Writer, charts, label
 from torchgeom_probe.probe import ProbeOptions
@@ -116,13 +116,9 @@ class GeometryCallback(_Callback):
         **options: Any,
     ) -> None:
         super().__init__()
-        known = inspect.signature(Monitor).parameters.keys() | ProbeOptions.__annotations__.keys()
-        known -= {"model_or_probe", "x_probe", "every", "writer", "distributed", "options"}
-        if unknown := sorted(set(options) - known):
-            raise ProbeError(
-                f"GeometryCallback has no option {', '.join(map(repr, unknown))}; beside its own it takes Monitor's: "
-                f"{', '.join(sorted(known))}."
-            )
+        own = [*inspect.signature(GeometryCallback).parameters, *inspect.signature(Monitor).parameters]
+        known = dict.fromkeys(name for name in own if name not in ("model_or_probe", "distributed", "options"))
+        refuse_unknown(options, [*known, *ProbeOptions.__annotations__], of="GeometryCallback")
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise ProbeError(f"samples is a whole number of 1 or more; got {samples!r}.\nWrite:  samples=16")
         self.every = every

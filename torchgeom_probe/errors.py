@@ -1,8 +1,10 @@
-"""The one exception type, and the one place where an optional package is asked for."""
+"""The one exception type, and the places where an optional package and an unknown option are refused."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
 
@@ -52,3 +54,21 @@ def optional(module: str, *, extra: str) -> ModuleType:
             f"this needs the package {package!r}, which is not installed.\n"
             f"Install it with:  python -m pip install 'torchgeom_probe[{extra}]'"
         ) from error
+
+
+def refuse_unknown(options: Iterable[str], known: Iterable[str], *, of: str) -> None:
+    """Raise a ProbeError that names the close ones unless every option is known.
+
+    >>> try:
+    ...     refuse_unknown(["evry"], ["every", "writer"], of="a Monitor")
+    ... except ProbeError as error:
+    ...     print(error)
+    'evry' is no option of a Monitor; they are every, writer.
+    Did you mean every=?
+    """
+    known = list(known)
+    odd = next((name for name in options if name not in known), None)
+    if odd is not None:
+        near = difflib.get_close_matches(odd, known, n=1, cutoff=0.5)
+        advice = f"Did you mean {near[0]}=?" if near else "Leave it out."
+        raise ProbeError(f"{odd!r} is no option of {of}; they are {', '.join(known)}.\n{advice}")
