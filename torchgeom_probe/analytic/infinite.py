@@ -74,19 +74,11 @@ def log_volume(
 ) -> Float[Tensor, " batch"]:
     """Return the natural logarithm of the volume element √det g of one hidden layer of infinite width.
 
-    √det g = e^{dΩ/2} √(1 + 2 s Ω'), from the d−1 tangential eigenvalues and the radial one.
-
-    Args:
-        x: [B, d] points.
-        activation: as in :func:`metric`.
-        sigma: standard deviation of the weights, > 0.
-        zeta: standard deviation of the biases, ≥ 0.
+    √det g = e^{dΩ/2} √(1 + 2 s Ω'), from the d−1 tangential eigenvalues and the radial one.  Arguments and errors are
+    those of :func:`metric`.
 
     Returns:
         [B], nats; ``-inf`` where g is singular (a monomial of degree ≥ 2 at x = 0 without biases).
-
-    Raises:
-        ProbeError: as :func:`metric`.
 
     Source: arXiv:2301.11375.  Cost: O(B d), quadrature O(B √v) more.
 
@@ -112,19 +104,11 @@ def scalar_curvature(
     of :func:`torchgeom_probe.analytic.shallow.scalar_curvature`, from which it deviates by O(1/√n).
 
     The published formula gives exactly 3R for every such metric; see :func:`torchgeom_probe.scalar_curvature`.
-
-    Args:
-        x: [B, d] points.
-        activation: as in :func:`metric`.
-        sigma: standard deviation of the weights, > 0.
-        zeta: standard deviation of the biases, ≥ 0.
+    Arguments and errors are those of :func:`metric`.
 
     Returns:
-        [B], in units of 1/|Φ|²: 0 for ReLU, leaky ReLU and d = 1; ``nan`` where g is singular.  About log10(1
-        + 2v) digits cancel at large v: use float64 there.
-
-    Raises:
-        ProbeError: as :func:`metric`.
+        [B], in units of 1/|Φ|²: 0 for ReLU, leaky ReLU and d = 1; ``nan`` where g is singular.  About log10(1 + 2v)
+        digits cancel at large v: use float64 there.
 
     Source: arXiv:2301.11375, with the corrected prefactor.  Cost: O(B d), quadrature O(B √v) more.
 
@@ -148,17 +132,10 @@ def omega(
 ) -> Omega:
     """Return the conformal factor Ω(s) of the metric e^Ω (I + 2 Ω' x xᵀ), with Ω' and Ω'' by s = |x|².
 
-    Args:
-        x: [B, d] points.
-        activation: as in :func:`metric`.
-        sigma: standard deviation of the weights, > 0.
-        zeta: standard deviation of the biases, ≥ 0.
+    Arguments and errors are those of :func:`metric`.
 
     Returns:
         ``Omega(value, first, second)``, each [B]; value in nats.
-
-    Raises:
-        ProbeError: as :func:`metric`.
 
     Source: arXiv:2301.11375.  Cost: O(B d), quadrature O(B √v) more.
 

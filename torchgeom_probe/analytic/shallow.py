@@ -72,21 +72,13 @@ def log_volume(
 ) -> Float[Tensor, " batch"]:
     """Return the natural logarithm of the volume element √det g of one hidden layer.
 
-    It is Σ log |r_ii| over the triangular factor of J = QR, J_ja = φ'(z_j) w_ja/√n.  The Gram matrix JᵀJ is
-    never formed: that would square the condition number, and in float32 leave no digit at cond J ~ 1e4.
-
-    Args:
-        x: [B, d] points.
-        W: [n, d] weights.
-        b: [n] biases.
-        activation: a name or an elementwise callable, as in :func:`metric`.
+    It is Σ log |r_ii| over the triangular factor of J = QR, J_ja = φ'(z_j) w_ja/√n.  The Gram matrix JᵀJ is never
+    formed: that would square the condition number, and in float32 leave no digit at cond J ~ 1e4.  Arguments and errors
+    are those of :func:`metric`.
 
     Returns:
         [B], nats.  ``-inf`` where g is singular: n < d, or σ_min(J) ≤ 4 d ε σ_max(J) with ε of the dtype; the
         gradient is zero there.  ``nan`` only where J is not finite.
-
-    Raises:
-        ProbeError: as :func:`metric`.
 
     Source: arXiv:2301.11375.  Cost: O(B n d²).
 
@@ -115,13 +107,8 @@ def scalar_curvature(
 
     The published form has −¾ in place of −¼ (and −3 in place of −1 in the sum over triples for d = 2): in it the two ΓΓ
     terms of the Riemann tensor carry the wrong sign.  For a single hidden layer it is exactly 3R, for deep maps no
-    multiple of R at all; :func:`torchgeom_probe.scalar_curvature` documents what was checked and how.
-
-    Args:
-        x: [B, d] points.
-        W: [n, d] weights, n ≥ d.
-        b: [n] biases.
-        activation: a name or an elementwise callable, as in :func:`metric`.
+    multiple of R at all; :func:`torchgeom_probe.scalar_curvature` documents what was checked and how.  Arguments are
+    those of :func:`metric`.
 
     Returns:
         [B], in units of 1/|Φ|²; differentiable.  ``nan`` where g is singular (as in :func:`log_volume`): no

@@ -219,18 +219,13 @@ def paper_pool(output: Float[Tensor, "batch channels height width"]) -> Float[Te
     torch.Size([3, 64, 2, 4])
     """
     channels = output.shape[1] if output.ndim == 4 else 0
-    if not channels or 512 % channels:
-        raise ProbeError(
-            f"paper_pool takes a stage's output [B, C, H, W] whose channels divide 512; got {tuple(output.shape)}.\n"
-            "Pool by hand:  transform=lambda out: torch.nn.functional.adaptive_avg_pool2d(out, (2, 2))"
-        )
-    cells = 512 // channels
-    height = 2 ** (int(math.log2(cells)) // 2) if cells & (cells - 1) == 0 else 1
+    cells = 512 // channels if channels and 512 % channels == 0 else 0
+    height = 2 ** (int(math.log2(cells or 1)) // 2)
     width = cells // height
-    if output.shape[2] % height or output.shape[3] % width:
+    if not cells or output.shape[2] % height or output.shape[3] % width:
         raise ProbeError(
-            f"paper_pool cannot pool {tuple(output.shape)} to 512 features: {height} x {width} cells do not divide "
-            f"{output.shape[2]} x {output.shape[3]}.\n"
+            "paper_pool makes 512 features of a stage's output [B, C, H, W]: C divides 512, and 512/C cells, square "
+            f"or twice as wide as high, divide H and W; got {tuple(output.shape)}.\n"
             "Pool by hand:  transform=lambda out: torch.nn.functional.adaptive_avg_pool2d(out, (2, 2))"
         )
     return functional.avg_pool2d(output, (output.shape[2] // height, output.shape[3] // width))
