@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from torchgeom_probe.errors import ProbeError, optional, refuse_unknown
 from torchgeom_probe.monitor.monitor import Monitor
+from torchgeom_probe.monitor.schedules import refuse_unless_count
 from torchgeom_probe.monitor.writers import Writer, charts, label
 from torchgeom_probe.probe import ProbeOptions
 from torchgeom_probe.report import GeometryReport
@@ -119,8 +120,7 @@ class GeometryCallback(_Callback):
         own = [*inspect.signature(GeometryCallback).parameters, *inspect.signature(Monitor).parameters]
         known = dict.fromkeys(name for name in own if name not in ("model_or_probe", "distributed", "options"))
         refuse_unknown(options, [*known, *ProbeOptions.__annotations__], of="GeometryCallback")
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise ProbeError(f"samples is a whole number of 1 or more; got {samples!r}.\nWrite:  samples=16")
+        refuse_unless_count("samples", samples, example="samples=16")
         self.every = every
         self.x_probe = x_probe
         self.samples = samples

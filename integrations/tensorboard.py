@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,9 +19,6 @@ from torchgeom_probe.monitor.writers import Writer, chart_of, charts, label, loc
 from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Our event files end in this, so that a resumed run can tell its own earlier files from those of the training loop.
 _SUFFIX = ".geometry"
@@ -153,13 +150,9 @@ class TensorBoardWriter(Writer):
                 events.add_scalar(tag, value, step)
 
     def write_map(self, tag: str, result: Any, step: int) -> None:
-        """Draw a result as ``tgp.plot`` does and write it as an image under ``tag``; a matplotlib figure as it is."""
-        figures = optional("matplotlib.figure", extra="figures")
-        drawn = isinstance(result, figures.Figure)
-        self.write_figure(tag, result if drawn else plot(result, title=f"{tag}, step {step}"), step)
-
-    def write_figure(self, tag: str, figure: Figure, step: int) -> None:
-        """Write a matplotlib figure (a slice map) as an image under ``tag``; the figure stays open."""
+        """Write a result, drawn as by ``tgp.plot``, or a matplotlib figure as an image; the figure stays open."""
+        figure_class = optional("matplotlib.figure", extra="figures").Figure
+        figure = result if isinstance(result, figure_class) else plot(result, title=f"{tag}, step {step}")
         with self._opened(step) as events:
             events.add_figure(tag, figure, step, close=False)
 

@@ -324,7 +324,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         """Write one row per layer and sample (log-volumes in nats); returns the path."""
         text = io.StringIO(newline="")
         rows = self._rows()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["layer", "sample"])
+        writer = csv.DictWriter(text, fieldnames=dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(rows)
         return write_atomically(path, text.getvalue().encode())
