@@ -60,8 +60,8 @@ def metric(
     >>> x, W, b = torch.zeros(5, 2), torch.eye(2), torch.zeros(2)
     >>> assert torch.allclose(metric(x, W, b, "sin"), torch.eye(2) / 2)
     """
-    phi = named(activation)
-    return _gram(_jacobian(phi.first(_preactivations(x, W, b)), W))
+    J = _jacobian(named(activation).first(_preactivations(x, W, b)), W)
+    return J.mT @ J
 
 
 def log_volume(
@@ -203,10 +203,6 @@ def _preactivations(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
 
 def _jacobian(slopes: Tensor, W: Tensor) -> Tensor:
     return slopes[..., None] * W / math.sqrt(W.shape[0])
-
-
-def _gram(J: Tensor) -> Tensor:
-    return J.transpose(1, 2) @ J
 
 
 @dataclass(frozen=True)
