@@ -216,10 +216,20 @@ class _Space:
         self.cross[:, -fresh:] = pulled @ self.right.mT
 
     def left_pairs(self, count: int) -> tuple[Tensor, Tensor]:
-        """After a push: the first values of JᵀU for the old rows of U, [B, c], and their residuals, [B, c, b]."""
+        """After a push, for the old rows of U: the first pairs Jᵀu = S w, as S [B, c], and J w − S u [B, c, b].
+
+        w is known in the basis of V with its fresh block, and J w − S u lies in the fresh rows of U.  What JᵀU has
+        outside of that basis (after a warm start, whose residuals span more than a block) no product has met: it makes
+        the residual infinite.
+        """
         known = self.size - self._fresh_left.shape[1]
-        rows, corner = self.cross[:, :known], self.cross[:, known:, known:]
-        return _left_pairs(rows, self.pulled[:, :known], self.right, corner, count, self.jacobian.eps)
+        vectors, values, basis = torch.linalg.svd(torch.nan_to_num(self.cross[:, :known]), full_matrices=False)
+        vectors, values, basis = vectors[:, :, :count], values[:, :count], basis[:, :count]
+        residuals = basis[:, :, known:] @ self.cross[:, known:, known:].mT
+        inside = values[:, :, None] * (basis @ self.right)
+        outside = (vectors.mT @ torch.nan_to_num(self.pulled[:, :known]) - inside).norm(dim=2)
+        met = outside <= 64 * self.jacobian.eps * values[:, :1]
+        return values, torch.where(met[:, :, None], residuals, torch.inf)
 
     def right_pairs(self, count: int) -> tuple[Tensor, Tensor]:
         """After a pull: the first values of C, [B, c], and their residuals, [B, c, D]."""
@@ -227,23 +237,6 @@ class _Space:
         values = values[:, :count]
         ritz = values[:, :, None] * (vectors_right[:, :count] @ self.right)
         return values, vectors_left.mT[:, :count] @ self.pulled - ritz
-
-
-def _left_pairs(
-    rows_Bmr: Tensor, pulled_BmD: Tensor, right_BrD: Tensor, corner_Bbb: Tensor, count: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The pairs Jᵀu = S w, and the residuals J w − S u in the basis of the fresh rows of U.
-
-    ``rows`` is JᵀU in the basis of V and its fresh block, and w is known there; ``corner`` is what J makes of the fresh
-    block in the fresh rows of U, where all of J w − S u lies.  What JᵀU has outside of that basis (after a warm start,
-    where the residuals span more than a block) is not known to J: it makes the residual infinite.
-    """
-    vectors, values, basis = torch.linalg.svd(torch.nan_to_num(rows_Bmr), full_matrices=False)
-    vectors, values, basis = vectors[:, :, :count], values[:, :count], basis[:, :count]
-    residuals = basis[:, :, -corner_Bbb.shape[2] :] @ corner_Bbb.mT
-    known = values[:, :, None] * (basis @ right_BrD)
-    outside = (vectors.mT @ torch.nan_to_num(pulled_BmD) - known).norm(dim=2)
-    return values, torch.where((outside <= 64 * eps * values[:, :1])[:, :, None], residuals, torch.inf)
 
 
 def _expansion(

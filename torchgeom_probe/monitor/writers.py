@@ -155,10 +155,7 @@ class _LogFile(Writer):
         """Append the numbers of every layer at this step; they are on disk when it returns."""
         layers = {name: layer.statistics() for name, layer in report.items()}
         if not self._begun:
-            text = ""
-            if self.path.exists():
-                with self.path.open(newline="", encoding="utf-8") as file:
-                    text = file.read()
+            text = self.path.read_bytes().decode() if self.path.exists() else ""
             write_atomically(self.path, self._resumed(text, step, layers).encode())
             self._begun = True
         with self.path.open("a", newline="", encoding="utf-8") as file:
