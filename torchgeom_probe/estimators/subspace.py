@@ -87,7 +87,7 @@ class Subspace(Estimator):
         count = self.frames * k
         frames = "" if self.frames == 1 else f" of each of {self.frames} frames"
         why = f"{k} directions{frames}, one dual pass for all layers"
-        return {entry: ProductCount(count, 0, count, True, k, why) for entry in plan.features}
+        return dict.fromkeys(plan.features, ProductCount(count, 0, count, True, k, why))
 
     def estimate(
         self, jacobians: Jacobians, *, start: Mapping[str, LayerGeometry] | None = None
