@@ -151,10 +151,11 @@ class TwoViewProbe:
     def augmentation(self, batch: Any, *, seed: int = 0) -> GeometryReport:
         """Measure the expansion from the first view towards each other one, against as many random directions.
 
-        With J = ∂Φ/∂x at the first view and log ‖Jv‖ in nats for unit directions v, each sample has, as means over its
-        other views, ``along``, v = (view - first view) / ‖view - first view‖, and ``random``, v uniform on the sphere
-        (over such directions ‖Jv‖² is tr(JᵀJ)/d on average).  The report's ``value`` is along - random: negative where
-        augmentations are squeezed more than noise is, nan where a view equals the first.
+        log ‖Jv‖ in nats, for unit directions v and with J = ∂Φ/∂x at the first view.  The report has for each sample
+            along    its mean over v = (view - first view) / ‖view - first view‖, one for each other view;
+            random   its mean over as many v that are uniform on the sphere, where ‖Jv‖² is tr(JᵀJ)/d on average;
+            value    along - random: negative where augmentations are squeezed more than noise is, and nan where a view
+                     equals the first.
 
         Joint-embedding losses ask for invariance to augmentation, so training should squeeze these directions more than
         others.  The directions are chords, taken at the first view: the crop's shift is in them as a difference of

@@ -151,7 +151,8 @@ class LayerGeometry:
         value, sigma = _finite(self.value), _finite(self.singular_values)
         parts = (0.1, 0.5, 0.9)
         p10, median, p90 = (value.quantile(part).item() if len(value) else math.nan for part in parts)
-        others = {name: getattr(self, name) for name in ("log_pseudo_volume", "std_error", "error_bound")} | self.extras
+        others = {name: getattr(self, name) for name in ("log_pseudo_volume", "std_error", "error_bound")}
+        others.update(self.extras)
         return {
             "mean": value.mean().item(),
             "p10": p10,
