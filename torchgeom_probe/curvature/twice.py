@@ -101,9 +101,7 @@ class TwiceDifferentiable(TorchFunctionMode):
 
     _REWRITTEN: ClassVar[Mapping[str, Callable[..., Tensor]]] = {
         "silu": _silu,
-        "silu_": lambda x: _silu(x, True),
         "mish": _mish,
-        "mish_": lambda x: _mish(x, True),
         "hardsigmoid": _hardsigmoid,
         "glu": _glu,
         "layer_norm": _layer_norm,
