@@ -43,11 +43,6 @@ def _elementwise(function: FeatureMap) -> Callable[..., Tensor]:
     return rewritten
 
 
-_silu = _elementwise(lambda x: x * torch.sigmoid(x))
-_mish = _elementwise(lambda x: x * torch.tanh(nn.functional.softplus(x)))
-_hardsigmoid = _elementwise(lambda x: nn.functional.relu6(x + 3) / 6)
-
-
 def _glu(x: Tensor, dim: int = -1) -> Tensor:
     value, gate = x.chunk(2, dim)
     return value * torch.sigmoid(gate)
@@ -100,9 +95,9 @@ class TwiceDifferentiable(TorchFunctionMode):
     """
 
     _REWRITTEN: ClassVar[Mapping[str, Callable[..., Tensor]]] = {
-        "silu": _silu,
-        "mish": _mish,
-        "hardsigmoid": _hardsigmoid,
+        "silu": _elementwise(lambda x: x * torch.sigmoid(x)),
+        "mish": _elementwise(lambda x: x * torch.tanh(nn.functional.softplus(x))),
+        "hardsigmoid": _elementwise(lambda x: nn.functional.relu6(x + 3) / 6),
         "glu": _glu,
         "layer_norm": _layer_norm,
         "instance_norm": _instance_norm,

@@ -24,8 +24,8 @@ class Cost:
         features: entry → n.
         num_inputs: d.
         rows: forward and reverse rows over all samples and layers: the primal rows, the pushes and the pulls.
-        split: whether a sample's directions do not fit at once, so that what had to be forgotten is made again.
         most_rows: the same where every layer takes the most products that it may.
+        split: whether a sample's directions do not fit at once, so that what had to be forgotten is made again.
         bytes: peak memory of a chunk, estimated from that of a plain pass.
         budget: what it may be.
         seconds: expected for ``rows``, at the speed of a plain forward pass that was timed for this.
