@@ -117,9 +117,8 @@ class GeometryCallback(_Callback):
         **options: Any,
     ) -> None:
         super().__init__()
-        own = [*inspect.signature(GeometryCallback).parameters, *inspect.signature(Monitor).parameters]
-        known = dict.fromkeys(name for name in own if name not in ("model_or_probe", "distributed", "options"))
-        refuse_unknown(options, [*known, *ProbeOptions.__annotations__], of="GeometryCallback")
+        passed_on = set(inspect.signature(Monitor).parameters) - {"model_or_probe", "distributed", "options"}
+        refuse_unknown(options, GeometryCallback, *sorted(passed_on), *ProbeOptions.__annotations__)
         refuse_unless_count("samples", samples, example="samples=16")
         self.every = every
         self.x_probe = x_probe

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import Any
 
 
 class ProbeError(Exception):
@@ -56,19 +58,21 @@ def optional(module: str, *, extra: str) -> ModuleType:
         ) from error
 
 
-def refuse_unknown(options: Iterable[str], known: Iterable[str], *, of: str) -> None:
-    """Raise a ProbeError that names the close ones unless every option is known.
+def refuse_unknown(options: Iterable[str], verb: Callable[..., Any], *more: str) -> None:
+    """Raise a ProbeError, with the closest name, for an option that is no keyword of a verb and none of ``more``.
 
+    >>> def scan(model, *, path=None, progress=None): ...
     >>> try:
-    ...     refuse_unknown(["evry"], ["every", "writer"], of="a Monitor")
+    ...     refuse_unknown(["pathh"], scan, "layers")
     ... except ProbeError as error:
     ...     print(error)
-    'evry' is no option of a Monitor; they are every, writer.
-    Did you mean every=?
+    'pathh' is no option of scan; they are path, progress, layers.
+    Did you mean path=?
     """
-    known = list(known)
+    parameters = inspect.signature(verb).parameters.values()
+    known = list(dict.fromkeys([*(p.name for p in parameters if p.kind is p.KEYWORD_ONLY), *more]))
     odd = next((name for name in options if name not in known), None)
     if odd is not None:
         near = difflib.get_close_matches(odd, known, n=1, cutoff=0.5)
         advice = f"Did you mean {near[0]}=?" if near else "Leave it out."
-        raise ProbeError(f"{odd!r} is no option of {of}; they are {', '.join(known)}.\n{advice}")
+        raise ProbeError(f"{odd!r} is no option of {verb.__name__}; they are {', '.join(known)}.\n{advice}")

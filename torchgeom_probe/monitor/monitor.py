@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import time
 from collections import deque
@@ -129,8 +128,7 @@ class Monitor:
         distributed: bool | None = None,
         **options: Unpack[ProbeOptions],
     ) -> None:
-        own = [name for name in inspect.signature(Monitor).parameters if name != "options"]
-        refuse_unknown(options, [*own[2:], *ProbeOptions.__annotations__], of="Monitor")
+        refuse_unknown(options, Monitor, *ProbeOptions.__annotations__)
         _refuse_no_samples(x_probe)
         if keep is not None:
             refuse_unless_count("keep", keep, example="keep=1000")
