@@ -228,7 +228,7 @@ def _curvatures(settings: Settings) -> Iterator[Row]:
         error = error / reference.abs() if unit == "relative" else error
         return Row(label, products, spent / samples, error.max().item(), "nothing but rounding", unit)
 
-    shallow, infinite = tgp.analytic.shallow, tgp.analytic.infinite
+    shallow = tgp.analytic.shallow
     for d in (2, 3, 8):
         W, b, x = drawn(width, d), drawn(width), drawn(samples, d)
         layer = nn.Linear(d, width, dtype=torch.float64)
@@ -247,14 +247,6 @@ def _curvatures(settings: Settings) -> Iterator[Row]:
         volume = functools.partial(shallow.log_volume, x, W, b, activation="sigmoid")
         exact = tgp.measure(net, x, layers=["1"], estimator=tgp.Exact())["1"].log_volume
         yield row(f"`analytic.shallow.log_volume`, {name}, from `Exact()`", volume, exact, "nats")
-    x = drawn(samples, 3)
-
-    def erf(z: Tensor) -> Tensor:
-        return torch.erf(z / math.sqrt(2))
-
-    for compute, unit in ((infinite.log_volume, "nats"), (infinite.scalar_curvature, "relative")):
-        label = f'`analytic.infinite.{compute.__name__}`, d = 3, "erf", from quadrature'
-        yield row(label, functools.partial(compute, x, activation="erf"), compute(x, activation=erf), unit)
 
 
 def _double(model: nn.Module) -> nn.Module:

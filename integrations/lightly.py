@@ -2,25 +2,26 @@
 
 Needs no lightly itself: any module with a ``backbone`` and a ``projection_head`` will do.
 
-Legend of axes: B samples, D augmentation directions (one less than the views of one shape), n features.
+Legend of axes: B samples, D augmentation directions: one less than the views of one shape.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.stages import stage_layers
 from torchgeom_probe.model.wrappers import unwrapped
 from torchgeom_probe.probe import ProbeOptions, probe_of
-from torchgeom_probe.report import GeometryReport
-from torchgeom_probe.shapes import Float, Tensor
+from torchgeom_probe.report import GeometryReport, LayerGeometry
+from torchgeom_probe.shapes import Bool, Tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,7 +42,6 @@ def views(batch: Any) -> list[Tensor]:
     >>> first, second = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8)
     >>> [view is found for view, found in zip([first, second], views([[first, second], torch.arange(5), ("a",)]))]
     [True, True]
-
     """
     found: Any = batch
     if isinstance(found, Sequence) and not isinstance(found, str) and found:
@@ -72,7 +72,6 @@ def encoder(module: nn.Module) -> nn.Module:
     >>> module.backbone, module.projection_head = nn.Conv2d(3, 2, 4), nn.Linear(2, 5)
     >>> encoder(module)(torch.randn(7, 3, 4, 4)).shape
     torch.Size([7, 5])
-
     """
     return _Encoder(_branch(module))
 
@@ -91,7 +90,6 @@ def embedding_layers(module: nn.Module) -> list[str]:
     >>> module.projection_head = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4))
     >>> embedding_layers(module)
     ['backbone.1', 'backbone.2', 'backbone', 'projection_head.1', 'projection_head.2']
-
     """
     (backbone_name, backbone), *heads = _branch(module).items()
     names = [f"{backbone_name}.{name}" for name in stage_layers(backbone) if name]
@@ -99,70 +97,6 @@ def embedding_layers(module: nn.Module) -> list[str]:
     for head_name, head in heads:
         names += [f"{head_name}.{name}".rstrip(".") for name in _block_ends(head)]
     return names
-
-
-@dataclass(frozen=True, eq=False)
-class AugmentationExpansion:
-    """How much one layer stretches the way from one view to another, beside a random direction.
-
-    With J = ∂Φ/∂x at the first view (divided by √n when normalised), log ‖Jv‖ in nats for unit directions v.
-
-    Attributes:
-        name: the layer.
-        along: [D, B], v = (view - first view) / ‖view - first view‖; nan where a view equals the first.
-        random: [D, B], v uniform on the sphere: over such directions ‖Jv‖² is tr(JᵀJ)/d on average.
-
-    """
-
-    name: str
-    along: Float[Tensor, "directions batch"]
-    random: Float[Tensor, "directions batch"]
-
-    @property
-    def difference(self) -> Float[Tensor, "directions batch"]:
-        """[D, B], along - random, in nats: negative where augmentations are squeezed more than noise is."""
-        return self.along - self.random
-
-    def statistics(self) -> dict[str, float]:
-        """Mean over the samples and its standard error, for ``along``, ``random`` and ``difference``, in nats.
-
-        A sample counts with the mean over its D directions, if that is finite for both; ``nonfinite`` counts the
-        others.  The error is the samples' standard deviation / √B, nan for a single one.
-        """
-        per_sample = torch.stack([self.along, self.random, self.difference]).double().mean(1).cpu()
-        finite = per_sample[:, per_sample.isfinite().all(0)]
-        count = finite.shape[1]
-        found = {"nonfinite": float(per_sample.shape[1] - count)}
-        for name, values in zip(("along", "random", "difference"), finite, strict=True):
-            found[name] = values.mean().item() if count else math.nan
-            found[f"{name}_std_error"] = values.std().item() / math.sqrt(count) if count > 1 else math.nan
-        return found
-
-
-class AugmentationReport(dict[str, AugmentationExpansion]):
-    """Layer name → :class:`AugmentationExpansion`, in the order in which the layers fired."""
-
-    def __missing__(self, name: str) -> AugmentationExpansion:
-        raise KeyError(f"{name!r} was not measured; the report has {list(self)}")
-
-    def __repr__(self) -> str:
-        return f"AugmentationReport({list(self)})"
-
-    def __str__(self) -> str:
-        return self.summary()
-
-    def summary(self) -> str:
-        """A table for people: per layer log ‖Jv‖ along augmentations and noise, in nats, with standard errors."""
-        rows: list[tuple[str, ...]] = [("layer", "along views [nat]", "random [nat]", "difference", "not finite")]
-        for name, layer in self.items():
-            s = layer.statistics()
-            cells = [f"{s[k]:.3f} ± {s[f'{k}_std_error']:.3f}" for k in ("along", "random", "difference")]
-            rows.append((name, *cells, f"{s['nonfinite']:g} of {layer.along.shape[1]}"))
-        first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join([name.ljust(first), *(cell.rjust(w) for cell, w in zip(cells, widths, strict=True))])
-            for name, *cells in rows
-        )
 
 
 class TwoViewProbe:
@@ -189,8 +123,7 @@ class TwoViewProbe:
     ...     report, augmentation = probe.measure(batch), probe.augmentation(batch)
     >>> list(report) == list(augmentation) == ["backbone.2", "backbone", "projection_head.1", "projection_head.2"]
     True
-    >>> assert abs(augmentation["backbone"].statistics()["difference"]) < 1  # noise added is noise: no difference
-
+    >>> assert abs(augmentation["backbone"].statistics()["median"]) < 1  # noise added is noise: no difference
     """
 
     def __init__(self, module: nn.Module, **options: Unpack[ProbeOptions]) -> None:
@@ -209,15 +142,20 @@ class TwoViewProbe:
 
         Raises:
             ProbeError: no such view.
-
         """
         found = views(batch)
         if not 0 <= view < len(found):
             raise ProbeError(f"view={view}: this batch has {len(found)} views, numbered from 0.")
         return self._probe.measure(found[view], progress=False)
 
-    def augmentation(self, batch: Any, *, seed: int = 0) -> AugmentationReport:
+    def augmentation(self, batch: Any, *, seed: int = 0) -> GeometryReport:
         """Measure the expansion from the first view towards each other one, against as many random directions.
+
+        log ‖Jv‖ in nats, for unit directions v and with J = ∂Φ/∂x at the first view.  The report has for each sample
+            along    its mean over v = (view - first view) / ‖view - first view‖, one for each other view;
+            random   its mean over as many v that are uniform on the sphere, where ‖Jv‖² is tr(JᵀJ)/d on average;
+            value    along - random: negative where augmentations are squeezed more than noise is, and nan where a view
+                     equals the first.
 
         Joint-embedding losses ask for invariance to augmentation, so training should squeeze these directions more than
         others.  The directions are chords, taken at the first view: the crop's shift is in them as a difference of
@@ -229,34 +167,29 @@ class TwoViewProbe:
 
         Raises:
             ProbeError: a batch with no second view of the first one's shape.
-
         """
         first, *others = views(batch)
         others = [view for view in others if view.shape == first.shape]
         if not others:
             raise ProbeError(
-                f"expansion along augmentations needs a second view of the shape {tuple(first.shape)}, "
-                f"and the batch has none.\nUse a transform with two views:  lightly.transforms.BYOLTransform()"
+                f"expansion along augmentations needs a second view of the shape {tuple(first.shape)}, and the batch "
+                "has none.\n"
+                "Use a transform with two views:  lightly.transforms.BYOLTransform()"
             )
         generator = torch.Generator().manual_seed(seed)
         chords = torch.stack([view.double() - first.double() for view in others])
         noise = torch.randn(chords.shape, generator=generator, dtype=torch.float64).to(chords.device)
-        lengths = chords.flatten(2).norm(dim=2)
-        still = lengths == 0
+        still = chords.flatten(2).norm(dim=2) == 0
         # A view that equals the first has no direction; noise keeps its place, and its result is dropped.
         chords = torch.where(still.view(*still.shape, *[1] * (first.dim() - 1)), noise, chords)
-        directions = torch.cat([chords, noise]).flatten(0, 1)
+        directions = functional.normalize(torch.stack([chords, noise]).flatten(3), dim=3)
         report = self._directional.measure(
             first.repeat(2 * len(others), *[1] * (first.dim() - 1)),
-            directions=_units(directions).to(first.dtype).unsqueeze(0),
+            directions=directions.to(first.dtype).view(1, -1, *first.shape[1:]),
             progress=False,
         )
-        layers = {}
-        for name, layer in report.items():
-            along, random = layer.log_volume.unflatten(0, (2, len(others), len(first)))
-            blank = still.to(along.device)
-            layers[name] = AugmentationExpansion(name, along.masked_fill(blank, math.nan), random)
-        return AugmentationReport(layers)
+        layers = {name: _expansion(layer, still) for name, layer in report.items()}
+        return GeometryReport(layers, left_out=report.left_out)
 
     def close(self) -> None:
         """Let go of the module; measuring afterwards raises."""
@@ -297,8 +230,8 @@ def _branch(module: nn.Module) -> dict[str, nn.Module]:
     children = ", ".join(repr(name) for name, _ in inner.named_children()) or "no submodule"
     raise ProbeError(
         f"{type(inner).__name__} has no backbone: it has {children}.\n"
-        "Call the parts backbone and projection_head (for DINO student_backbone and student_head), or probe "
-        "the network itself:  tgp.GeometryProbe(model, ...)"
+        "Call the parts backbone and projection_head (for DINO student_backbone and student_head), or probe the "
+        "network itself:  tgp.GeometryProbe(model, ...)"
     )
 
 
@@ -319,6 +252,18 @@ def _is_view(thing: Any) -> bool:
     return isinstance(thing, Tensor) and thing.is_floating_point() and thing.dim() > 1
 
 
-def _units(directions: Tensor) -> Tensor:
-    flat = directions.flatten(1)
-    return (flat / flat.norm(dim=1, keepdim=True)).view_as(directions)
+def _expansion(layer: LayerGeometry, still: Bool[Tensor, "directions batch"]) -> LayerGeometry:
+    """Of log ‖Jv‖ at 2·D·B samples, first along the views and then along noise, the difference at the B."""
+    along, random = layer.value.unflatten(0, (2, *still.shape))
+    along, random = along.masked_fill(still.to(along.device), math.nan).mean(0), random.mean(0)
+    return replace(
+        layer,
+        estimand="log ‖Jv‖ towards the other views minus log ‖Jv‖ in random directions",
+        unit="log ratio",
+        value=along - random,
+        singular_values=layer.singular_values.new_zeros(len(along), 0),
+        rank=None,
+        log_pseudo_volume=None,
+        rank_tolerance=None,
+        extras={"along": along, "random": random},
+    )

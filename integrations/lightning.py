@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from torchgeom_probe.errors import ProbeError, optional
+from torchgeom_probe.errors import ProbeError, optional, refuse_unknown
 from torchgeom_probe.monitor.monitor import Monitor
+from torchgeom_probe.monitor.schedules import refuse_unless_count
 from torchgeom_probe.monitor.writers import Writer, charts, label
 from torchgeom_probe.probe import ProbeOptions
 from torchgeom_probe.report import GeometryReport
@@ -101,7 +102,6 @@ class GeometryCallback(_Callback):
     ...         return torch.optim.SGD(self.parameters(), lr=0.1)
     >>> geometry = GeometryCallback(layers=["net.1"], every=2)
     >>> assert isinstance(geometry, pl.Callback) and geometry.history == []
-
     """
 
     def __init__(
@@ -117,15 +117,9 @@ class GeometryCallback(_Callback):
         **options: Any,
     ) -> None:
         super().__init__()
-        known = inspect.signature(Monitor).parameters.keys() | ProbeOptions.__annotations__.keys()
-        known -= {"model_or_probe", "x_probe", "every", "writer", "distributed", "options"}
-        if unknown := sorted(set(options) - known):
-            raise ProbeError(
-                f"GeometryCallback has no option {', '.join(map(repr, unknown))}; "
-                f"beside its own it takes Monitor's: {', '.join(sorted(known))}."
-            )
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise ProbeError(f"samples is a whole number of 1 or more; got {samples!r}.\nWrite:  samples=16")
+        passed_on = set(inspect.signature(Monitor).parameters) - {"model_or_probe", "distributed", "options"}
+        refuse_unknown(options, GeometryCallback, *sorted(passed_on), *ProbeOptions.__annotations__)
+        refuse_unless_count("samples", samples, example="samples=16")
         self.every = every
         self.x_probe = x_probe
         self.samples = samples
@@ -305,7 +299,7 @@ def _input_of(batch: Any) -> Any:
         if part is None:
             keys = f" with the keys {list(batch)}" if isinstance(batch, Mapping) else ""
             raise ProbeError(
-                f"the probe samples are taken from the first batch, and it is not clear where in a "
+                "the probe samples are taken from the first batch, and it is not clear where in a "
                 f"{type(batch).__name__}{keys} the model's input is.\n"
                 "Say it:  GeometryCallback(inputs=lambda batch: batch[...])  or give the samples:  x_probe=..."
             )

@@ -10,18 +10,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from torchgeom_probe.errors import ProbeError, optional
-from torchgeom_probe.monitor.writers import Writer, chart_of, charts, finite_median, label, local_path, register_writer
+from torchgeom_probe.monitor.writers import Writer, chart_of, charts, label, local_path, register_writer
 from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Our event files end in this, so that a resumed run can tell its own earlier files from those of the training loop.
 _SUFFIX = ".geometry"
@@ -29,7 +26,7 @@ _SUFFIX = ".geometry"
 # TensorBoard stores float32: what overflows it would come back as inf.
 _FLOAT32_MAX = 3.4028234e38
 
-# Every tag that is written for every report, and what it shows; NN_layer stands for each layer's own name.
+#: Every tag that is written for every report, and what it shows; NN_layer stands for each layer's own name.
 TAGS = {
     "logvol/NN_layer": "median log-volume over the finite samples, nats (natural log)",
     "logvol_band/NN_layer/p10": "10th percentile: the lower edge of the band, nats",
@@ -41,7 +38,7 @@ TAGS = {
     "logvol_histogram/NN_layer": "histogram of the finite log-volumes (histograms=True)",
     "geometry/conventions": "text: estimand, units, n, d, k, normalised or not; anew on a change",
 }
-# And by a Monitor, once for all layers.
+#: And by a Monitor, once for all layers.
 MONITOR_TAGS = {
     "geometry/failures": "how many times measuring, a writer or a map raised so far",
     "geometry/overhead": "the share of the time that probes took so far (from the second probe on)",
@@ -53,28 +50,11 @@ class TensorBoardWriter(Writer):
 
     Every layer has the name ``NN_layer``: its zero-padded place in the order of firing, then its name with every
     character other than letters, digits, ``.``, ``-`` and ``_`` replaced by ``_`` (``block#1`` becomes ``04_block_1``;
-    the model itself is ``00_model``).  Per report and layer these tags are written, all over the samples of the batch:
+    the model itself is ``00_model``).  Per report and layer the tags of :data:`TAGS` are written, over the samples of
+    the batch: ``logvol/NN_layer``, a band and a histogram of it, ``sigma_max/…``, ``rank/…``, ``nonfinite/…``.  A
+    :class:`~torchgeom_probe.Monitor` adds those of :data:`MONITOR_TAGS`.  The TEXT tab explains them all.
 
-    =================================  ======================================================================
-    ``logvol/NN_layer``                median log-volume over the finite samples, nats (natural log)
-    ``logvol_band/NN_layer/p10``       10th percentile: the lower edge of the band, nats
-    ``logvol_band/NN_layer/median``    the median again: the middle of the band, nats
-    ``logvol_band/NN_layer/p90``       90th percentile: the upper edge of the band, nats
-    ``sigma_max/NN_layer``             largest singular value of any sample
-    ``rank/NN_layer``                  median rank
-    ``nonfinite/NN_layer``             how many samples have a log-volume of ±inf or nan
-    ``logvol_histogram/NN_layer``      histogram of the finite log-volumes (histograms=True)
-    ``geometry/conventions``           text: estimand, units, n, d, k, normalised or not; anew on a change
-    =================================  ======================================================================
-
-    A :class:`~torchgeom_probe.Monitor` adds, once for all layers:
-
-    =================================  ======================================================================
-    ``geometry/failures``              how many times measuring, a writer or a map raised so far
-    ``geometry/overhead``              the share of the time that probes took so far (from the second probe on)
-    =================================  ======================================================================
-
-    Where the estimand is no log-volume, ``value`` stands in the place of ``logvol``. Whatever else the estimator
+    Where the estimand is no log-volume, ``value`` stands in the place of ``logvol``.  Whatever else the estimator
     measured has a tag of its own name, with medians over the finite samples: ``std_error/…``, ``error_bound/…``,
     ``trace/…``; ``log_pseudo_volume/…`` where a layer has samples of log-volume -inf.  A map is an image under its own
     tag.  The CUSTOM SCALARS tab has all layers in one chart, and one chart with the band per layer.  A non-finite
@@ -108,7 +88,6 @@ class TensorBoardWriter(Writer):
     >>> events = EventAccumulator(log_dir).Reload()
     >>> written, = events.Scalars("logvol/01_1")
     >>> assert abs(written.value - report["1"].statistics()["median"]) < 1e-5
-
     """
 
     def __init__(self, log_dir: str | os.PathLike[str] | Any, *, histograms: bool = True, layout: bool = True) -> None:
@@ -171,13 +150,9 @@ class TensorBoardWriter(Writer):
                 events.add_scalar(tag, value, step)
 
     def write_map(self, tag: str, result: Any, step: int) -> None:
-        """Draw a result as ``tgp.plot`` does and write it as an image under ``tag``; a matplotlib figure as it is."""
-        figures = optional("matplotlib.figure", extra="figures")
-        drawn = isinstance(result, figures.Figure)
-        self.write_figure(tag, result if drawn else plot(result, title=f"{tag}, step {step}"), step)
-
-    def write_figure(self, tag: str, figure: Figure, step: int) -> None:
-        """Write a matplotlib figure (a slice map) as an image under ``tag``; the figure stays open."""
+        """Write a result, drawn as by ``tgp.plot``, or a matplotlib figure as an image; the figure stays open."""
+        figure_class = optional("matplotlib.figure", extra="figures").Figure
+        figure = result if isinstance(result, figure_class) else plot(result, title=f"{tag}, step {step}")
         with self._opened(step) as events:
             events.add_figure(tag, figure, step, close=False)
 
@@ -195,8 +170,6 @@ class TensorBoardWriter(Writer):
         found, chart = layer.statistics(), chart_of(layer)
         scalars = charts(layer, name)
         scalars |= {f"{chart}_band/{name}/{part}": found[part] for part in ("p10", "median", "p90")}
-        if layer.log_pseudo_volume is not None and layer.value.isneginf().any():
-            scalars[f"log_pseudo_volume/{name}"] = finite_median(layer.log_pseudo_volume)
         for tag, value in scalars.items():
             if abs(value) <= _FLOAT32_MAX:  # false for nan and ±inf too
                 events.add_scalar(tag, value, step)

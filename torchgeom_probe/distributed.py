@@ -49,7 +49,6 @@ class Ranks:
     Attributes:
         rank: this process's place in the group; rank 0 collects and writes.
         size: how many processes there are.
-
     """
 
     def __init__(self, group: Any = None, *, samples: str = "") -> None:
@@ -69,7 +68,6 @@ class Ranks:
 
         Raises:
             ProbeError: ``distributed=True`` without a process group.
-
         """
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
         if distributed is False or (distributed is None and not wrapped):
@@ -89,7 +87,6 @@ class Ranks:
             x: the same on every rank: a tensor [B, ...], or a tuple or dict of them.
             step: names the measurement, so that parts of different steps are not mixed.
             measure: what to do with a part of ``x``; its result is pickled on its way to rank 0.
-
         """
         size = next(leaf.shape[0] for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.dim())
         visit = self._visits[step]

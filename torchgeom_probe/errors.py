@@ -1,9 +1,13 @@
-"""The one exception type, and the one place where an optional package is asked for."""
+"""The one exception type, and the places where an optional package and an unknown option are refused."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import inspect
+from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import Any
 
 
 class ProbeError(Exception):
@@ -62,3 +66,23 @@ def optional(module: str, *, extra: str) -> ModuleType:
             f"this needs the package {package!r}, which is not installed.\n"
             f"Install it with:  python -m pip install 'torchgeom_probe[{extra}]'"
         ) from error
+
+
+def refuse_unknown(options: Iterable[str], verb: Callable[..., Any], *more: str) -> None:
+    """Raise a ProbeError, with the closest name, for an option that is no keyword of a verb and none of ``more``.
+
+    >>> def scan(model, *, path=None, progress=None): ...
+    >>> try:
+    ...     refuse_unknown(["pathh"], scan, "layers")
+    ... except ProbeError as error:
+    ...     print(error)
+    'pathh' is no option of scan; they are path, progress, layers.
+    Did you mean path=?
+    """
+    parameters = inspect.signature(verb).parameters.values()
+    known = list(dict.fromkeys([*(p.name for p in parameters if p.kind is p.KEYWORD_ONLY), *more]))
+    odd = next((name for name in options if name not in known), None)
+    if odd is not None:
+        near = difflib.get_close_matches(odd, known, n=1, cutoff=0.5)
+        advice = f"Did you mean {near[0]}=?" if near else "Leave it out."
+        raise ProbeError(f"{odd!r} is no option of {verb.__name__}; they are {', '.join(known)}.\n{advice}")

@@ -92,7 +92,6 @@ def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, kind:
     >>> assert one == encoded({"b": torch.zeros(3), "a": torch.ones(2)}, {"m": 5, "n": 3}, kind="Example")
     >>> decoded(one, kind="Example", origin="the bytes above")[1]
     {'m': 5, 'n': 3}
-
     """
     text = json.dumps({"kind": kind, "metadata": finite_or_null(metadata)}, sort_keys=True, allow_nan=False)
     # Copies: safetensors refuses tensors that share memory, as one value under two names does.
@@ -112,7 +111,6 @@ def decoded(data: bytes, *, kind: str, origin: str) -> tuple[dict[str, Tensor], 
 
     Raises:
         ProbeError: bytes that are no safetensors file of this package, were cut short, or hold another kind.
-
     """
     try:
         length = int.from_bytes(data[:8], "little")
@@ -134,7 +132,6 @@ def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor],
 
     Raises:
         ProbeError: no such file, and whatever :func:`decoded` refuses.
-
     """
     source = Path(path)
     if not source.is_file():

@@ -141,31 +141,27 @@ class LayerGeometry:
         )
 
     def statistics(self) -> dict[str, float]:
-        """Numbers over the batch: percentiles of the value, σ_max, rank, extras, and how many were not finite.
+        """Numbers over the samples, by name: what every table, log and chart shows.
 
-        ``nan`` stands where no sample has a finite value, and where the estimator has none.  Of an extra with a number
-        a sample it is the median.  Copies to the host: not for the hot path.
+        Of the finite values the ``mean``, ``p10``, ``median`` and ``p90``; ``sigma_max`` of any sample, the median
+        ``rank``, and how many values are ``nonfinite``.  Then, of whatever else has a number a sample
+        (``log_pseudo_volume``, ``std_error``, ``error_bound``, the extras), the median of the finite ones.  ``nan``
+        stands where there is none.  Copies to the host: not for the hot path.
         """
-        value = self.value.detach().double().cpu()
-        finite = value[value.isfinite()]
-        percentiles = [math.nan] * 3
-        if finite.numel():
-            percentiles = torch.quantile(finite, torch.tensor([0.1, 0.5, 0.9], dtype=finite.dtype)).tolist()
-        sigma = self.singular_values.detach().double().cpu()
-        sigma = sigma[sigma.isfinite().all(-1)] if sigma.numel() else sigma
+        value, sigma = _finite(self.value), _finite(self.singular_values)
+        parts = (0.1, 0.5, 0.9)
+        p10, median, p90 = (value.quantile(part).item() if len(value) else math.nan for part in parts)
+        others = {name: getattr(self, name) for name in ("log_pseudo_volume", "std_error", "error_bound")}
+        others.update(self.extras)
         return {
-            "mean": finite.mean().item() if finite.numel() else math.nan,
-            "p10": percentiles[0],
-            "median": percentiles[1],
-            "p90": percentiles[2],
-            "sigma_max": sigma.max().item() if sigma.numel() else math.nan,
+            "mean": value.mean().item(),
+            "p10": p10,
+            "median": median,
+            "p90": p90,
+            "sigma_max": sigma.max().item() if len(sigma) else math.nan,
             "rank": math.nan if self.rank is None else self.rank.detach().double().median().item(),
-            "nonfinite": float(value.numel() - finite.numel()),
-            **{
-                name: extra.detach().double().nanmedian().item()
-                for name, extra in self.extras.items()
-                if extra.ndim == 1
-            },
+            "nonfinite": float(len(self.value) - len(value)),
+            **{name: _median(other) for name, other in others.items() if other is not None and other.ndim == 1},
         }
 
     def samples(self, start: int, stop: int) -> LayerGeometry:
@@ -209,6 +205,17 @@ class LayerGeometry:
     def _constants(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return {n: v for n, v in own.items() if v is None or isinstance(v, (str, bool, int, float))}
+
+
+def _finite(values: Tensor) -> Tensor:
+    """The finite numbers, as float64 on the host; they may be none."""
+    values = values.detach().double().cpu()
+    return values[values.isfinite()]
+
+
+def _median(values: Tensor) -> float:
+    finite = _finite(values)
+    return finite.quantile(0.5).item() if len(finite) else math.nan
 
 
 def _as_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -331,7 +338,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         """Write one row per layer and sample (log-volumes in nats); returns the path."""
         text = io.StringIO(newline="")
         rows = self._rows()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["layer", "sample"])
+        writer = csv.DictWriter(text, fieldnames=dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(rows)
         return write_atomically(path, text.getvalue().encode())

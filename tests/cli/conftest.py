@@ -3,12 +3,17 @@
 import pytest
 
 FACTORY = """
+from __future__ import annotations
+import dataclasses
 import torch
 from torch import nn
+@dataclasses.dataclass
+class Sizes:  # which looks its module up while the file runs
+    hidden: int = 7
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.body, self.head = nn.Sequential(nn.Linear(5, 7), nn.Tanh()), nn.Linear(7, 3)
+        self.body, self.head = nn.Sequential(nn.Linear(5, Sizes().hidden), nn.Tanh()), nn.Linear(7, 3)
     def forward(self, x):
         return self.head(self.body(x))
 def make():

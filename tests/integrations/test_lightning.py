@@ -384,7 +384,9 @@ def test_a_probe_that_fails_does_not_end_the_training(tmp_path):
 
 
 def test_what_makes_no_sense_is_refused(tmp_path):
-    with pytest.raises(tgp.ProbeError, match=r"has no option 'evry'; beside its own it takes Monitor's: .*estimator"):
+    with pytest.raises(
+        tgp.ProbeError, match=r"of GeometryCallback; they are every, .*estimator.*\nDid you mean every="
+    ):
         GeometryCallback(evry=3)
     with pytest.raises(tgp.ProbeError, match="samples is a whole number of 1 or more; got 0"):
         GeometryCallback(samples=0)

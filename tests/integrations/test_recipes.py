@@ -95,7 +95,7 @@ def test_lightly_barlow_twins(capsys):
     pytest.importorskip("lightly")
     report, printed = run("lightly_barlow_twins", capsys, epochs=1)
     assert list(report)[-1] == "projection_head.layers.6"
-    assert "along views [nat]" in printed
+    assert "towards the other views" in printed
 
 
 def test_lightning(tmp_path, capsys):

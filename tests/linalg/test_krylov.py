@@ -5,7 +5,7 @@ import problems
 import pytest
 import torch
 
-from torchgeom_probe.linalg.krylov import _left_pairs, leading
+from torchgeom_probe.linalg.krylov import _Space, leading
 from torchgeom_probe.linalg.operator import MatrixOperator
 
 
@@ -15,16 +15,15 @@ def test_after_a_push_the_residuals_are_those_of_the_left_pairs(spans):
     jacobian = problems.linear(problems.spectrum("harmonic", 30), 30, 50, dtype=torch.float64).weight.detach()
     generator = torch.Generator().manual_seed(3)
     v = problems.orthonormal(50, 4, generator).T
-    u = torch.linalg.qr((v @ jacobian.T).T).Q.T
-    pulled = u @ jacobian
+    space = _Space(MatrixOperator(jacobian[None]), v[None])
+    space.push(v[None], at=[0])
+    space.pull()
+    (u,), (pulled,) = space.left, space.pulled
+    torch.testing.assert_close(pulled, u @ jacobian)
     beyond = pulled - pulled @ v.T @ v if spans else torch.randn(4, 50, generator=generator).double()
     fresh = torch.linalg.qr((beyond - beyond @ v.T @ v).T).Q.T
-    image = fresh @ jacobian.T
-    fresh_left = torch.linalg.qr((image - image @ u.T @ u).T).Q.T
-    right = torch.cat([v, fresh])
-    values, residuals = _left_pairs(
-        (pulled @ right.T)[None], pulled[None], right[None], (fresh_left @ image.T)[None], 4, 2e-16
-    )
+    space.push(fresh[None], at=[0])
+    values, residuals = space.left_pairs(4)
     if not spans:
         assert residuals.isinf().all()
         return

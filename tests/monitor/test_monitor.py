@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators import Exact, Subspace
+from torchgeom_probe.estimators import Exact, Subspace, TopK
 from torchgeom_probe.monitor import failures
 from torchgeom_probe.monitor.monitor import Monitor
 from torchgeom_probe.monitor.schedules import Budget, Every, LogSpaced
@@ -324,6 +324,23 @@ def test_the_history_is_bounded():
     for _ in range(5):
         monitor.step()
     assert [step for step, _ in monitor.history] == [3, 4, 5]
+
+
+def test_of_the_history_only_the_last_report_can_start_another_warm():
+    estimator = TopK(k=2, method="krylov")
+    monitor = Monitor(mlp(), torch.randn(5, 4), layers=["1"], every=1, estimator=estimator)
+    for _ in range(3):
+        monitor.step()
+    reports = [report["1"] for _, report in monitor.history]
+    assert [report.right_singular_vectors is None for report in reports] == [True, True, False]
+    assert torch.equal(reports[0].log_volume, reports[2].log_volume)
+
+
+def test_an_unknown_option_is_refused_with_the_closest_of_all_that_there_are():
+    with pytest.raises(ProbeError, match=r"'evry' is no option of Monitor; they are every, .*layers.*\n.* every="):
+        Monitor(mlp(), torch.randn(5, 4), evry=3)
+    with pytest.raises(ProbeError, match=r"Did you mean layers="):
+        Monitor(mlp(), torch.randn(5, 4), layer=["1"])
 
 
 @shapes_unchecked()

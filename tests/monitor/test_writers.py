@@ -92,15 +92,21 @@ def test_whatever_an_estimator_found_is_in_the_logs(tmp_path):
         assert layers[name]["sigma_max"] is None
 
 
-def test_a_killed_run_leaves_no_half_line(report, tmp_path):
-    path = tmp_path / "geometry.csv"
-    tgp.CSVWriter(path).write(0, report)
-    with path.open("a") as file:
-        file.write("10,1,0.25,0.")
-    tgp.CSVWriter(path).write(20, report)
-    with path.open(newline="", encoding="utf-8") as file:
-        assert [row["step"] for row in csv.DictReader(file)] == ["0", "0", "20", "20"]
-    assert [file.name for file in tmp_path.iterdir()] == ["geometry.csv"]
+@pytest.mark.parametrize(("name", "half"), [("a.csv", "10,1,0.25,0."), ("a.jsonl", '{"step": 10, "layers": {"1"')])
+def test_a_killed_run_leaves_no_half_line(name, half, report, tmp_path):
+    path = tmp_path / name
+    for step in (0, 20):
+        (writer,) = writers_of(path)
+        writer.write(step, report)
+        with path.open("a") as file:
+            file.write(half)
+    (writer,) = writers_of(path)
+    writer.write(30, report)
+    lines = path.read_text().splitlines()
+    assert len({len(line.split(",")) for line in lines}) == 1
+    steps = [0, 0, 20, 20, 30, 30] if name == "a.csv" else [0, 20, 30]
+    assert [int(re.search(r"\d+", line)[0]) for line in lines if "layer," not in line] == steps
+    assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
 # What writer= may be

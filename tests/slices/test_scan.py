@@ -165,6 +165,8 @@ def test_what_is_refused():
         scan(mlp(), torch.arange(5.0))
     with pytest.raises(ProbeError, match="batch_size=0 must be at least 1"):
         scan(mlp(), line(), batch_size=0)
+    with pytest.raises(ProbeError, match=r"'readuot' is no option of scan; .*estimator.*\nDid you mean readout="):
+        scan(mlp(), line(), readuot=torch.nn.Identity())
 
 
 # --- several processes: a scan is the work of the one that calls it -----------------------------------------

@@ -59,10 +59,9 @@ def metric(
 
     >>> x, W, b = torch.zeros(5, 2), torch.eye(2), torch.zeros(2)
     >>> assert torch.allclose(metric(x, W, b, "sin"), torch.eye(2) / 2)
-
     """
-    phi = named(activation)
-    return _gram(_jacobian(phi.first(_preactivations(x, W, b)), W))
+    J = _jacobian(named(activation).first(_preactivations(x, W, b)), W)
+    return J.mT @ J
 
 
 def log_volume(
@@ -73,27 +72,18 @@ def log_volume(
 ) -> Float[Tensor, " batch"]:
     """Return the natural logarithm of the volume element √det g of one hidden layer.
 
-    It is Σ log |r_ii| over the triangular factor of J = QR, J_ja = φ'(z_j) w_ja/√n.  The Gram matrix JᵀJ is
-    never formed: that would square the condition number, and in float32 leave no digit at cond J ~ 1e4.
-
-    Args:
-        x: [B, d] points.
-        W: [n, d] weights.
-        b: [n] biases.
-        activation: a name or an elementwise callable, as in :func:`metric`.
+    It is Σ log |r_ii| over the triangular factor of J = QR, J_ja = φ'(z_j) w_ja/√n.  The Gram matrix JᵀJ is never
+    formed: that would square the condition number, and in float32 leave no digit at cond J ~ 1e4.  Arguments and errors
+    are those of :func:`metric`.
 
     Returns:
         [B], nats.  ``-inf`` where g is singular: n < d, or σ_min(J) ≤ 4 d ε σ_max(J) with ε of the dtype; the
         gradient is zero there.  ``nan`` only where J is not finite.
 
-    Raises:
-        ProbeError: as :func:`metric`.
-
     Source: arXiv:2301.11375.  Cost: O(B n d²).
 
     >>> x, W, b = torch.zeros(5, 2), torch.eye(2), torch.zeros(2)
     >>> assert torch.allclose(log_volume(x, W, b, "sin"), torch.tensor(0.5).log())
-
     """
     J = _jacobian(named(activation).first(_preactivations(x, W, b)), W)
     if J.shape[1] < J.shape[2]:
@@ -117,13 +107,8 @@ def scalar_curvature(
 
     The published form has −¾ in place of −¼ (and −3 in place of −1 in the sum over triples for d = 2): in it the two ΓΓ
     terms of the Riemann tensor carry the wrong sign.  For a single hidden layer it is exactly 3R, for deep maps no
-    multiple of R at all; :func:`torchgeom_probe.scalar_curvature` documents what was checked and how.
-
-    Args:
-        x: [B, d] points.
-        W: [n, d] weights, n ≥ d.
-        b: [n] biases.
-        activation: a name or an elementwise callable, as in :func:`metric`.
+    multiple of R at all; :func:`torchgeom_probe.scalar_curvature` documents what was checked and how.  Arguments are
+    those of :func:`metric`.
 
     Returns:
         [B], in units of 1/|Φ|²; differentiable.  ``nan`` where g is singular (as in :func:`log_volume`): no
@@ -138,17 +123,16 @@ def scalar_curvature(
     >>> W = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
     >>> R = scalar_curvature(x, W, torch.zeros(3, dtype=torch.float64), "tanh")
     >>> assert abs(R.item() - (-0.1947018936)) < 1e-9
-
     """
     phi = named(activation)
     z = _preactivations(x, W, b)
     (samples, n), d = z.shape, W.shape[1]
     if n < d:
         raise ProbeError(
-            f"{n} hidden units cannot carry a curved {d}-dimensional space: with n < d the metric is "
-            "singular everywhere and its curvature undefined.\n"
-            f"Restrict the map to a slice x = x0 + A u of at most {n} dimensions:  scalar_curvature(u, W @ "
-            "A, b + W @ x0)"
+            f"{n} hidden units cannot carry a curved {d}-dimensional space: with n < d the metric is singular "
+            "everywhere and its curvature undefined.\n"
+            f"Restrict the map to a slice x = x0 + A u of at most {n} dimensions:  "
+            "scalar_curvature(u, W @ A, b + W @ x0)"
         )
     per_sample = max(n * d, min(n * n, d**3))
     step = max(1, _BLOCK // per_sample)
@@ -201,8 +185,8 @@ def _preactivations(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     fits = x.ndim == W.ndim == 2 and b.ndim == 1 and x.shape[1:] == W.shape[1:] and b.shape == W.shape[:1]
     if not fits or not W.numel():
         raise ProbeError(
-            f"one hidden layer takes x [B, d], W [n, d] and b [n]; got x {list(x.shape)}, W "
-            f"{list(W.shape)}, b {list(b.shape)}.\n"
+            f"one hidden layer takes x [B, d], W [n, d] and b [n]; got x {list(x.shape)}, W {list(W.shape)}, b "
+            f"{list(b.shape)}.\n"
             "From a layer `linear = torch.nn.Linear(d, n)`, write W=linear.weight, b=linear.bias."
         )
     if len({x.dtype, W.dtype, b.dtype}) != 1 or x.dtype not in (torch.float32, torch.float64):
@@ -219,10 +203,6 @@ def _preactivations(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
 
 def _jacobian(slopes: Tensor, W: Tensor) -> Tensor:
     return slopes[..., None] * W / math.sqrt(W.shape[0])
-
-
-def _gram(J: Tensor) -> Tensor:
-    return J.transpose(1, 2) @ J
 
 
 @dataclass(frozen=True)
@@ -308,7 +288,6 @@ def named(activation: str | Elementwise) -> Activation:
     1.0
     >>> named(torch.nn.Tanh()).name
     'tanh'
-
     """
     if isinstance(activation, str):
         return _by_name(activation)

@@ -59,7 +59,6 @@ class Magnification:
         num_classes: classes predicted on the slice, or None without predictions.
         effective_points: how many independent points the two fields amount to for ``rho``.
         initial: the same statistics of the initial network's log-volume against the SAME entropy, or None.
-
     """
 
     name: str
@@ -88,9 +87,8 @@ class Magnification:
     def __str__(self) -> str:
         if math.isnan(self.rho):
             return (
-                f"{self.name} has the same log-volume everywhere on the slice, so it magnifies no place "
-                "more than another"
-                f"{self._remarks()}"
+                f"{self.name} has the same log-volume everywhere on the slice, so it magnifies no place more than "
+                f"another{self._remarks()}"
             )
         probability = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.2g}"
         gap = f"{float(self.decile_gap):+.1f} nats"
@@ -180,7 +178,6 @@ def magnification(
     >>> found = magnification(volume, entropy, predictions=(boundary > 0).long())
     >>> assert found.rho > 0.9 and found.p_value < 0.05 and found.decile_gap > 1
     >>> assert found.peak_to_boundary > 0.8 and "magnifies near the boundary" in str(found)
-
     """
     fields = {"log_volume": log_volume, "entropy": entropy, "initial": initial, "predictions": predictions}
     arrays = {key: _array(value) for key, value in fields.items() if value is not None}
@@ -193,10 +190,9 @@ def magnification(
     for key, array in arrays.items():
         if array.shape != shape:
             raise ProbeError(
-                f"{key} has shape {array.shape} and log_volume {shape}: they must be fields over one and "
-                "the same slice.\n"
-                "Scan both networks over one slice:  before = scan(net0, plane, ...); after = scan(net, "
-                "plane, ...)"
+                f"{key} has shape {array.shape} and log_volume {shape}: they must be fields over one and the same "
+                "slice.\n"
+                "Scan both networks over one slice:  before = scan(net0, plane, ...); after = scan(net, plane, ...)"
             )
     before = None
     if initial is not None:

@@ -29,7 +29,6 @@ class BoundaryPoints:
         class_before: [B], predicted just before the crossing, on a's side; the class at ``a``.
         class_after: [B], predicted just after it; the class at ``b`` unless a third class lies between.
         tolerance: half of the last bracket, in units of t.
-
     """
 
     points: Float[Tensor, " batch *input"]
@@ -69,7 +68,6 @@ def boundary_points(
     >>> model.weight.data = torch.tensor([[1.0], [-1.0]])   # class 0 where x > 0
     >>> found = boundary_points(model, torch.tensor([[-1.0]]), torch.tensor([[3.0]]), tol=1e-4)
     >>> assert abs(found.t.item() - 0.25) < 1e-4 and found.class_before.item() == 1
-
     """
     if a.shape != b.shape or a.dim() < 2 or len(a) == 0:
         raise ProbeError(
@@ -103,8 +101,8 @@ def _refuse_pairs_of_one_class(first: Tensor, last: Tensor) -> None:
         raise ProbeError(
             f"the ends of segment {same[0]} are both predicted as class {int(first[same[0]])} ({len(same)} of "
             f"{len(first)} segments), so bisection has no sign to follow.\n"
-            "Keep the pairs that differ:  keep = model(a).argmax(-1) != model(b).argmax(-1); "
-            "boundary_points(model, a[keep], b[keep])"
+            "Keep the pairs that differ:  "
+            "keep = model(a).argmax(-1) != model(b).argmax(-1); boundary_points(model, a[keep], b[keep])"
         )
 
 

@@ -19,8 +19,8 @@ class Estimate(float):
     """A number with its 95 % interval: a float with ``.interval``, (low, high) or None where none can be had.
 
     >>> gap = Estimate(3.1, (2.2, 4.0))
-    >>> gap > 3, gap.interval, str(gap)
-    (True, (2.2, 4.0), '+3.1 [2.2, 4.0]')
+    >>> gap > 3, gap.interval
+    (True, (2.2, 4.0))
     """
 
     interval: tuple[float, float] | None
@@ -36,11 +36,6 @@ class Estimate(float):
 
     def __repr__(self) -> str:
         return f"Estimate({float(self)!r}, {self.interval!r})"
-
-    def __str__(self) -> str:
-        if self.interval is None:
-            return f"{float(self):+.1f}"
-        return f"{float(self):+.1f} [{self.interval[0]:.1f}, {self.interval[1]:.1f}]"
 
 
 def shift_p_value(a: np.ndarray, b: np.ndarray, kept: np.ndarray, observed: float) -> float:

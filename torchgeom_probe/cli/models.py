@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.util
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -104,7 +104,7 @@ def _from_timm(name: str, arguments: argparse.Namespace) -> Any:
         first_line = next(iter(str(cause).strip().splitlines()), "")
         raise ProbeError(
             f"the weights of {arguments.model} could not be fetched: {type(cause).__name__}: {first_line}\n"
-            f"Without network, give a file of weights:  --checkpoint model.pth\n"
+            "Without network, give a file of weights:  --checkpoint model.pth\n"
             f"or, untrained:  --model timm:{name.split('.')[0]}"
         ) from error
 
@@ -124,19 +124,17 @@ def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
 
 
 def _from_file(path: Path, factory: str) -> nn.Module:
-    spec = importlib.util.spec_from_file_location(path.stem, path) if path.exists() else None
-    if spec is None or spec.loader is None:
+    if not path.is_file():
         raise ProbeError(f"there is no Python file {path}.\nWrite --model path/to/model.py:factory")
-    module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))
     try:
-        spec.loader.exec_module(module)
+        names = runpy.run_path(str(path), run_name=path.stem)
     finally:
         sys.path.remove(str(path.resolve().parent))
-    made = getattr(module, factory, None)
-    if made is None:
-        names = [n for n in vars(module) if not n.startswith("_")]
-        raise ProbeError(f"{path} has no {factory!r}.\nIt has {', '.join(names[:12]) or 'no public names'}.")
+    if factory not in names:
+        shown = [name for name in names if not name.startswith("_")]
+        raise ProbeError(f"{path} has no {factory!r}.\nIt has {', '.join(shown[:12]) or 'no public names'}.")
+    made = names[factory]
     model = made if isinstance(made, nn.Module) else made()
     if not isinstance(model, nn.Module):
         raise ProbeError(f"{path}:{factory} returned a {type(model).__name__}, not an nn.Module.")

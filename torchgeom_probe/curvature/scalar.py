@@ -118,8 +118,8 @@ def scalar_curvature(
         except RuntimeError as error:
             raise ProbeError(
                 f"the second directional derivatives of {label} at inputs {list(x.shape)} failed: {error}\n"
-                "Likely an operation without a forward derivative. Measure a layer before it "
-                "(layer='name'), or write that operation in differentiable torch functions."
+                "Likely an operation without a forward derivative. Measure a layer before it (layer='name'), or write "
+                "that operation in differentiable torch functions."
             ) from error
     curvature, defect, bent = (torch.cat(values) for values in zip(*parts, strict=True))
     if not bool(bent.any()):
@@ -269,8 +269,8 @@ def _only_tensor(output: Any, label: str) -> Tensor:
     tensors = [value for value in found if isinstance(value, Tensor) and value.is_floating_point()]
     if len(tensors) != 1:
         raise ProbeError(
-            f"{label} is a {type(output).__name__} with {len(tensors)} floating-point tensors, where one "
-            "feature map is needed.\n"
+            f"{label} is a {type(output).__name__} with {len(tensors)} floating-point tensors, where one feature map "
+            "is needed.\n"
             "Choose one, by a layer inside (layer='name') or by a callable:  "
             "scalar_curvature(lambda x: model(x)['features'], x) with model.eval() before it"
         )

@@ -43,11 +43,6 @@ def _elementwise(function: FeatureMap) -> Callable[..., Tensor]:
     return rewritten
 
 
-_silu = _elementwise(lambda x: x * torch.sigmoid(x))
-_mish = _elementwise(lambda x: x * torch.tanh(nn.functional.softplus(x)))
-_hardsigmoid = _elementwise(lambda x: nn.functional.relu6(x + 3) / 6)
-
-
 def _glu(x: Tensor, dim: int = -1) -> Tensor:
     value, gate = x.chunk(2, dim)
     return value * torch.sigmoid(gate)
@@ -100,11 +95,9 @@ class TwiceDifferentiable(TorchFunctionMode):
     """
 
     _REWRITTEN: ClassVar[Mapping[str, Callable[..., Tensor]]] = {
-        "silu": _silu,
-        "silu_": lambda x: _silu(x, True),
-        "mish": _mish,
-        "mish_": lambda x: _mish(x, True),
-        "hardsigmoid": _hardsigmoid,
+        "silu": _elementwise(lambda x: x * torch.sigmoid(x)),
+        "mish": _elementwise(lambda x: x * torch.tanh(nn.functional.softplus(x))),
+        "hardsigmoid": _elementwise(lambda x: nn.functional.relu6(x + 3) / 6),
         "glu": _glu,
         "layer_norm": _layer_norm,
         "instance_norm": _instance_norm,
@@ -115,10 +108,10 @@ class TwiceDifferentiable(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self._LU.fullmatch(name):
             raise ProbeError(
-                f"the feature map calls torch.{name}, whose second forward derivatives torch computes "
-                "wrongly, without an error.\n"
-                "Write it with what is sound: torch.linalg.inv, cholesky, solve_triangular or qr "
-                "(log |det A| = qr(A).R.diagonal().abs().log().sum())."
+                f"the feature map calls torch.{name}, whose second forward derivatives torch computes wrongly, without "
+                "an error.\n"
+                "Write it with what is sound: torch.linalg.inv, cholesky, solve_triangular or qr (log |det A| = "
+                "qr(A).R.diagonal().abs().log().sum())."
             )
         kwargs = dict(kwargs or {})
         rewritten = self._REWRITTEN.get(name)

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators.base import Estimator, ProductCount, from_factor
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
-from torchgeom_probe.linalg.directions import checked
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
 
@@ -39,31 +36,38 @@ class Along(Estimator):
 
     directions: Float[Tensor, "k batch *space"]
 
+    def __post_init__(self) -> None:
+        given = self.directions
+        if not isinstance(given, Tensor) or not given.is_floating_point() or given.ndim < 2:
+            seen = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            raise ProbeError(
+                f"directions= must be a floating tensor [k, B, *x.shape[1:]]; it is {seen}.\n"
+                "Write, for one direction, directions=v.unsqueeze(0)"
+            )
+
     def __repr__(self) -> str:
-        shape = list(self.directions.shape) if isinstance(self.directions, Tensor) else type(self.directions).__name__
-        return f"Along({shape})"
+        return f"Along({list(self.directions.shape)})"
 
     def cost(self, plan: Plan, *, engine: str = "auto") -> dict[str, ProductCount]:
         """One dual pass over the k directions, for all layers."""
-        if not isinstance(self.directions, Tensor) or self.directions.ndim < 2:
-            raise ProbeError(
-                "directions= must be a floating tensor [k, B, *x.shape[1:]].\n"
-                "Write, for one direction, directions=v.unsqueeze(0)"
-            )
         k = self.directions.shape[0]
-        return {
-            entry: ProductCount(k, 0, k, True, k, f"{k} directions, one dual pass for all layers")
-            for entry in plan.features
-        }
+        each = ProductCount(k, 0, k, True, k, f"{k} directions, one dual pass for all layers")
+        return dict.fromkeys(plan.features, each)
 
     def estimate(
         self, jacobians: Jacobians, *, start: Mapping[str, LayerGeometry] | None = None
     ) -> dict[str, LayerGeometry]:
         """Measure every layer at the samples of one chunk; an earlier result is of no use to it."""
-        inputs, plan = jacobians.inputs, jacobians.plan
-        like = torch.empty((inputs.total, *plan.space), dtype=plan.dtype, device="meta")
-        own = checked(self.directions, like)[:, inputs.start : inputs.start + inputs.size]
-        directions = own.to(device=inputs.device, dtype=plan.dtype)
+        inputs, plan, given = jacobians.inputs, jacobians.plan, self.directions.detach()
+        point = (inputs.total, *plan.space)
+        if given.shape[1:] != point or not len(given):
+            hint = "directions.unsqueeze(0)" if given.shape == point else "directions.expand(k, *x.shape)"
+            raise ProbeError(
+                f"directions= has shape {tuple(given.shape)}; x has shape {point}, so it must be "
+                f"[k, {', '.join(map(str, point))}]: k tangents for every sample.\n"
+                f"Perhaps:  directions={hint}"
+            )
+        directions = given[:, inputs.start : inputs.start + inputs.size].to(device=inputs.device, dtype=plan.dtype)
         return on_directions(directions, jacobians, "log √det VᵀgV, V the given directions")
 
 

@@ -24,8 +24,8 @@ class Cost:
         features: entry → n.
         num_inputs: d.
         rows: forward and reverse rows over all samples and layers: the primal rows, the pushes and the pulls.
-        split: whether a sample's directions do not fit at once, so that what had to be forgotten is made again.
         most_rows: the same where every layer takes the most products that it may.
+        split: whether a sample's directions do not fit at once, so that what had to be forgotten is made again.
         bytes: peak memory of a chunk, estimated from that of a plain pass.
         budget: what it may be.
         seconds: expected for ``rows``, at the speed of a plain forward pass that was timed for this.
@@ -81,11 +81,11 @@ class Cost:
         if self.split:
             most += ", or several times that: the tangents do not fit the budget together, and some are made again"
         chunks = -(-self.samples // self.samples_at_once)
+        plural = "s" if chunks > 1 else ""
         lines = [
             f"{self.samples} samples of d = {self.num_inputs}, engine {self.engine}",
-            f"  rows: {self.rows}{most}, in {chunks} chunk{'s' if chunks > 1 else ''} of up to {self.samples_at_once} "
-            "samples"
-            f" x {self.directions_at_once} directions at once",
+            f"  rows: {self.rows}{most}, in {chunks} chunk{plural} of up to {self.samples_at_once} samples x "
+            f"{self.directions_at_once} directions at once",
             f"  memory: about {_amount(self.bytes)} at the peak, of a budget of {_amount(self.budget)}",
             f"  time: about {self.seconds:.2g} s, at the speed of a plain forward pass over as many rows",
         ]

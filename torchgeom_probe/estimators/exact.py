@@ -53,7 +53,7 @@ class Exact(Estimator):
             why = f"the layers have {total} features in all{fewer}: a pullback a feature"
             return {entry: ProductCount(0, n, n, False, d, why) for entry, n in plan.features.items()}
         why = f"all d = {d} directions, one dual pass for all layers; they have {total} features"
-        return {entry: ProductCount(d, 0, d, True, d, why) for entry in plan.features}
+        return dict.fromkeys(plan.features, ProductCount(d, 0, d, True, d, why))
 
     def estimate(
         self, jacobians: Jacobians, *, start: Mapping[str, LayerGeometry] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -15,11 +15,11 @@ from torchgeom_probe.estimators.base import Estimator, ProductCount, conventions
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians
 from torchgeom_probe.jacobian.plan import Plan
-from torchgeom_probe.linalg.krylov import Leading, leading
+from torchgeom_probe.linalg.krylov import leading, random_block
 from torchgeom_probe.linalg.lanczos import Bidiagonalisation, rademacher
 from torchgeom_probe.linalg.spectrum import SpectralDensity
 from torchgeom_probe.report import LayerGeometry
-from torchgeom_probe.shapes import Tensor
+from torchgeom_probe.shapes import Float, Tensor
 
 #: Leading directions that deflate="auto" takes out.
 _AUTO_DEFLATION = 10
@@ -47,9 +47,9 @@ class LogDet(Estimator):
     see the rest.
 
     Bias: that of the quadrature, part of ``std_error``.  Variance: 2(‖A‖²_F − Σ A_ii²) per probe, A = log(K + ε).
-    ``std_error`` is that of ``log_volume``; of ``log_det`` it is twice that.  Cost:
-    ``num_products`` = 2 · steps · probes per sample and layer. ``report.density(layer)`` is the spectral density of the
-    same run; ``singular_values`` [B, 1] its largest Ritz value (≤ σ_1).
+    ``std_error`` is that of ``log_volume``; of ``log_det`` it is twice that.  Cost: ``num_products`` = 2 · steps ·
+    probes per sample and layer.  ``report.density(layer)`` is the spectral density of the same run;
+    ``singular_values`` [B, 1] its largest Ritz value (≤ σ_1).
 
     Source: Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38 (2017); Golub and Meurant, Matrices, Moments and
     Quadrature (2010).
@@ -128,8 +128,8 @@ class LogDet(Estimator):
                 half = min(self.probes * min(self.steps, 16), most // 2)
                 after = ", then the exact value" if self.method == "auto" else ""
                 why = (
-                    f"Lanczos runs from {self.probes} probes, Jv and Jᵀu in turn, "
-                    f"about {most} products at the most{after}"
+                    f"Lanczos runs from {self.probes} probes, Jv and Jᵀu in turn, about {most} products at the "
+                    f"most{after}"
                 )
                 found[entry] = ProductCount(half, half, most + (smaller if after else 0), False, rows, why)
         return found
@@ -146,8 +146,7 @@ class LogDet(Estimator):
 
     def _layer(self, jacobians: Jacobians, jacobian: LayerJacobian) -> LayerGeometry:
         smaller = min(jacobian.num_features, jacobian.num_inputs)
-        exact = self._exact_at_once(smaller)
-        found = self._exact(jacobian) if exact else self._stochastic(jacobian, smaller)
+        found = self._exact(jacobian) if self._exact_at_once(smaller) else self._stochastic(jacobian, smaller)
         floor = f"{self.eps:g} λ_1" if self.relative else f"{self.eps:g}"
         return LayerGeometry(
             **conventions(jacobians, jacobian.entry, jacobian.engine),
@@ -156,194 +155,180 @@ class LogDet(Estimator):
             singular_values=found.largest,
             num_directions=jacobian.num_inputs,
             std_error=found.error / 2,
-            extras={"log_det": found.log_det, "num_products": found.products},
+            extras={"log_det": found.log_det, "num_products": counted(found.log_det, jacobian.products)},
             spectrum=found.density,
         )
 
     def _exact(self, jacobian: LayerJacobian) -> _Found:
         sigma = jacobian.dense().singular_values()
         eigenvalues = sigma.square()
-        eps = self._eps(eigenvalues[:, :1])
+        eps = self.floor(eigenvalues[:, :1])
         log_det = (eigenvalues + eps).log().sum(1) + (jacobian.num_inputs - sigma.shape[1]) * eps[:, 0].log()
-        return _Found(
-            log_det,
-            torch.zeros_like(log_det),
-            counted(log_det, jacobian.products),
-            sigma[:, :1],
-            SpectralDensity.of_singular_values(sigma, jacobian.num_inputs),
-            "exact, from all singular values",
-        )
+        density = SpectralDensity.of_singular_values(sigma, jacobian.num_inputs)
+        how = "exact, from all singular values"
+        return _Found(log_det, torch.zeros_like(log_det), sigma[:, :1], density, how)
 
     def _stochastic(self, jacobian: LayerJacobian, smaller: int) -> _Found:
         limit = smaller if self.method == "auto" else math.inf
-        top: Leading | None = None
-        if self.deflate != "auto" and self.deflate > 0:
-            top = _leading(jacobian, self.deflate, self.seed)
-        sample = _Sample(self, jacobian, top)
-        finished = sample.draw(limit)
-        while self.tol is not None and finished and not sample.settled(self.tol):
-            needed = sample.probes_needed(self.tol)
-            price = needed * 2 * sample.steps
-            if self.deflate == "auto" and sample.top is None:
-                rank = min(_AUTO_DEFLATION, smaller // 4)
-                deflated = sample.probes_needed(self.tol, without=rank) * 2 * sample.steps + 8 * rank + 16
-                if deflated < price and jacobian.products + deflated < limit:
-                    sample = _Sample(self, jacobian, _leading(jacobian, rank, self.seed))
-                    finished = sample.draw(limit)
-                    continue
-            if jacobian.products + 0.9 * price > limit:
+        drawn = _Probes(self, jacobian, deflate=0 if self.deflate == "auto" else self.deflate)
+        finished = drawn.draw(limit)
+        while self.tol is not None and finished and not drawn.settled(self.tol):
+            price = drawn.price(self.tol)
+            rank = min(_AUTO_DEFLATION, smaller // 4)
+            deflated = drawn.price(self.tol, without=rank) + 8 * rank + 16
+            may_deflate = self.deflate == "auto" and not drawn.deflated
+            if may_deflate and deflated < price and jacobian.products + deflated < limit:
+                drawn = _Probes(self, jacobian, deflate=rank)
+            elif jacobian.products + 0.9 * price > limit:
                 finished = False
                 break
-            finished = sample.draw(limit)
-        if not finished and self.method == "auto":
-            return self._exact(jacobian)
-        return sample.found()
+            finished = drawn.draw(limit)
+        return drawn.found() if finished or self.method != "auto" else self._exact(jacobian)
 
-    def _eps(self, largest: Tensor) -> Tensor:
-        """ε of every sample, [B, 1]."""
+    def floor(self, largest: Float[Tensor, "batch 1"]) -> Float[Tensor, "batch 1"]:
+        """ε of every sample, of the largest eigenvalue of its g."""
         return self.eps * largest.clamp_min(1e-300) if self.relative else torch.full_like(largest, self.eps)
 
 
-@dataclass(frozen=True, eq=False)
-class _Found:
+class _Found(NamedTuple):
     log_det: Tensor
-    error: Tensor
-    products: Tensor
-    largest: Tensor
+    error: Tensor  # of log_det
+    largest: Tensor  # singular value, [B, 1]
     density: SpectralDensity
     how: str
 
 
-def _leading(jacobian: LayerJacobian, rank: int, seed: int) -> Leading:
-    smaller = min(jacobian.num_features, jacobian.num_inputs)
-    generator = torch.Generator().manual_seed(seed)
-    block = min(4, smaller)
-    start = torch.randn(block, jacobian.num_inputs, generator=generator, dtype=torch.float64).to(jacobian.device)
-    start = start.expand(jacobian.batch, -1, -1)
-    return leading(jacobian, start, k=rank, block=block, tolerance=1e-3, max_products=4 * smaller, generator=generator)
+class _Probes:
+    """The probes drawn so far for one layer, and what they say of tr log(K + ε), K the smaller of g and JJᵀ.
 
+    Attributes:
+        deflated: how many leading directions are counted exactly; the probes see what lies outside of them.
+        steps: of the longest run so far.
+        nodes, weights: [B, s, m], the Gauss quadrature of every probe.
+        half: [B, s], half the gap between Gauss and Gauss-Radau, in whose middle a probe's value is taken.
+        eps: [B, 1], ε; it is settled by the first set of probes.
+    """
 
-class _Sample:
-    """The probes drawn so far for one layer, and what they say."""
-
-    def __init__(self, estimator: LogDet, jacobian: LayerJacobian, top: Leading | None) -> None:
-        self.estimator = estimator
-        self.jacobian = jacobian
-        self.top = top
+    def __init__(self, estimator: LogDet, jacobian: LayerJacobian, *, deflate: int) -> None:
+        self.estimator, self.jacobian, self.deflated = estimator, jacobian, deflate
         self.smaller = min(jacobian.num_features, jacobian.num_inputs)
         self.steps = 0
-        self.eps: Tensor | None = None
-        self._values: list[Tensor] = []
-        self._masses: list[Tensor] = []
-        self._halves: list[Tensor] = []
-        self._nodes: list[Tensor] = []
-        self._weights: list[Tensor] = []
-        self._largest: Tensor | None = None
+        nothing = torch.zeros(jacobian.batch, 0, dtype=torch.float64, device=jacobian.device)
+        self.nodes, self.weights, self.half = nothing[:, :, None], nothing[:, :, None], nothing
+        self._eigenvalues, self._directions, self._bound = nothing, None, nothing.sum(1)
+        if deflate:
+            block, generator = min(4, self.smaller), torch.Generator().manual_seed(estimator.seed)
+            start = random_block(jacobian, block, generator)
+            most = 4 * self.smaller
+            top = leading(
+                jacobian, start, k=deflate, block=block, tolerance=1e-3, max_products=most, generator=generator
+            )
+            vectors = top.left if jacobian.num_features < jacobian.num_inputs else top.vectors
+            self._eigenvalues, self._directions, self._bound = top.values.square(), vectors[:, :deflate], 2 * top.bound
+        self.eps = torch.zeros_like(self._bound)[:, None]
+        self._largest = self.eps
         #: [B], what the value still moved by with λ_1 in the last step, where ε is relative to it.
-        self._drift: Tensor | float = 0.0
+        self._drift = torch.zeros_like(self._bound)
 
     def draw(self, limit: float) -> bool:
         """Run another set of probes; False where the price of the dense Jacobian was reached first."""
-        probes = rademacher(self.estimator.probes, self.smaller, seed=self.estimator.seed + 7919 * len(self._values))
-        few_features = self.jacobian.num_features < self.jacobian.num_inputs
-        deflated = None if self.top is None else self.top.left if few_features else self.top.vectors
-        if deflated is not None and self.top is not None:
-            deflated = deflated[:, : self.top.values.shape[1]]
-        run = Bidiagonalisation(self.jacobian, probes.to(self.jacobian.device), deflated)
-        previous = math.inf
+        settings, drawn = self.estimator, self.half.shape[1]
+        signs = rademacher(settings.probes, self.smaller, seed=settings.seed + 7919 * (drawn // settings.probes))
+        run = Bidiagonalisation(self.jacobian, signs.to(self.jacobian.device), self._directions)
+        excess = math.inf
         while True:
             nodes, weights = run.quadrature()
-            if self.eps is None or not self._values:
-                largest = nodes.amax((1, 2))[:, None]
-                if self.top is not None:
-                    largest = torch.maximum(largest, self.top.values[:, :1].square())
-                eps, before = self.estimator._eps(largest), self.eps
-                self._largest, self.eps = largest.sqrt(), eps
-                if self.estimator.relative:
-                    # ε moves with the largest Ritz value, and log det by tr ε(g + ε)⁻¹ times as much: up to d times.
-                    share = eps[:, :, None] / (nodes + eps[:, :, None])
-                    pull = (self.jacobian.num_inputs - self.smaller) + (weights * share).sum(2).mean(1)
-                    moved = torch.inf if before is None else (eps / before).log().abs()[:, 0]
-                    self._drift = pull * moved
-            lower, upper = run.bracket(self._function)
-            half = (upper - lower).clamp_min(0).mean(1) / 2
-            half = half + self._drift
-            if run.steps >= min(self.estimator.steps, self.smaller):
+            if not drawn:
+                self._settle_eps(nodes, weights)
+            upper = self._form(nodes, weights)
+            half = (upper - self._form(*run.quadrature(radau=True))).clamp_min(0) / 2
+            before, excess = excess, self._excess(upper - half, half, run.mass)
+            if excess <= 1 or run.steps >= min(settings.steps, self.smaller):
                 break
-            excess = self._excess(half, (lower + upper) / 2, run.mass)
-            if excess <= 1:
-                break
-            # The bracket narrows geometrically or faster (hence the half): is the end in sight at the dense Jacobian's
-            # price?
-            rate = previous / excess if run.steps >= 6 else math.inf
-            steps_left = 2 * math.log(excess) / math.log(rate) if 1 < rate < math.inf else 0 if rate > 1 else math.inf
-            if self.jacobian.products + self.estimator.probes * max(2, steps_left) > limit:
+            # Is the end in sight at the dense Jacobian's price?  A round is two steps; brackets narrow geometrically or
+            # faster: half of the products that the last rate asks for.
+            rate = before / excess if run.steps >= 6 else math.inf
+            rounds = math.log(excess) / math.log(rate) if rate > 1 else math.inf
+            if self.jacobian.products + 2 * settings.probes * max(1, rounds) > limit:
                 return False
-            previous = excess
             run.step()
             if run.steps < min(self.smaller, 32) and run.steps % 2:
                 run.step()
         self.steps = max(self.steps, run.steps)
-        self._values.append((lower + upper) / 2)
-        self._masses.append(run.mass)
-        self._halves.append((upper - lower).clamp_min(0) / 2)
-        nodes, weights = run.quadrature()
-        self._nodes.append(nodes)
-        self._weights.append(weights)
+        self.nodes, self.weights = _stacked(self.nodes, nodes), _stacked(self.weights, weights)
+        self.half = torch.cat([self.half, half], 1)
         return True
 
-    def _excess(self, half: Tensor, values: Tensor, mass: Tensor) -> float:
+    def _settle_eps(self, nodes: Tensor, weights: Tensor) -> None:
+        largest = torch.cat([nodes.flatten(1), self._eigenvalues], 1).amax(1, keepdim=True)
+        before, self.eps, self._largest = self.eps, self.estimator.floor(largest), largest.sqrt()
+        if self.estimator.relative:
+            # ε moves with the largest Ritz value, and log det by tr ε(g + ε)⁻¹ times as much: up to d times.
+            share = self.eps[:, :, None] / (nodes + self.eps[:, :, None])
+            pull = self._zeros + (weights * share).sum(2).mean(1)
+            self._drift = pull * (self.eps / before).log().abs()[:, 0]  # inf at first
+
+    def _excess(self, values: Tensor, half: Tensor, mass: Tensor) -> float:
         """By how much the widest bracket exceeds what is let stand: the round's one synchronisation."""
-        spread = _corrected(values, mass, self._left()).std(1) / math.sqrt(values.shape[1])
+        spread = self._corrected(values, mass).std(1) / math.sqrt(values.shape[1])
         allowed = torch.maximum(_QUADRATURE_SHARE * spread, 1e-7 * self.smaller + 1e-4 * values.mean(1).abs())
         if self.estimator.tol is not None:
             allowed = allowed.clamp_min(self.estimator.tol / 3)
-        return float(torch.nan_to_num(half / allowed, nan=0.0).max())
+        return float(torch.nan_to_num((half.mean(1) + self._drift) / allowed, nan=0.0).max())
 
-    def _function(self, nodes: Tensor) -> Tensor:
-        assert self.eps is not None
-        return (nodes + self.eps[:, :, None]).log()
+    @property
+    def _zeros(self) -> int:
+        """The eigenvalues of g that are zero because it is larger than K."""
+        return self.jacobian.num_inputs - self.smaller
 
-    def _left(self) -> int:
-        return self.smaller - (0 if self.top is None else self.top.values.shape[1])
+    def _form(self, nodes: Tensor, weights: Tensor) -> Tensor:
+        """[B, s], zᵀ log(K + ε) z."""
+        return (weights * (nodes + self.eps[:, :, None]).log()).sum(2)
+
+    def _corrected(self, values_Bs: Tensor, masses_Bs: Tensor) -> Tensor:
+        """Use that E|z|² is known outside of deflated directions: a control variate, its slope from the other probes.
+
+        Without it deflation would undo what random signs are chosen for: that the identity's share of log(K + ε) has no
+        variance.
+        """
+        level = values_Bs / masses_Bs.clamp_min(1e-300)
+        others = (level.sum(1, keepdim=True) - level) / (values_Bs.shape[1] - 1)
+        return values_Bs - others * (masses_Bs - (self.smaller - self.deflated))
+
+    def _values(self) -> tuple[Tensor, Tensor]:
+        """[B, s] what each probe says of tr log(K + ε) outside of what is deflated; [B] their variance."""
+        values = self._corrected(self._form(self.nodes, self.weights) - self.half, self.weights.sum(2))
+        variance = values.var(1)
+        if self.estimator.tol is not None:
+            # A few probes know their own spread badly, and those that happen to agree must not end the search: the
+            # spectrum that they have seen says what to expect.
+            variance = torch.maximum(variance, 0.8 * self._predicted(0))
+        return values, variance
 
     def _trace(self) -> tuple[Tensor, Tensor]:
         """[B] estimate of tr log(K + ε) outside of what is deflated, and its standard error, the quadrature's too."""
-        values = _corrected(torch.cat(self._values, 1), torch.cat(self._masses, 1), self._left())
-        half = torch.cat(self._halves, 1).mean(1)
-        spread = values.var(1)
-        if self.estimator.tol is not None:
-            # A few probes know their own spread badly, and those that happen to agree must not end the search.
-            spread = torch.maximum(spread, 0.8 * self._predicted(0))
-        variance = spread / values.shape[1] + (half + self._drift).square()
-        if self.top is not None:
-            variance = variance + (2 * self.top.bound).square()
-        return values.mean(1), variance.sqrt()
+        values, variance = self._values()
+        bias = self.half.mean(1) + self._drift
+        return values.mean(1), (variance / values.shape[1] + bias.square() + self._bound.square()).sqrt()
 
     def settled(self, tol: float) -> bool:
         """Whether every sample's standard error is within ``tol``."""
         return not bool((self._trace()[1] > tol).any())  # a diverged sample is not waited for
 
-    def probes_needed(self, tol: float, *, without: int = 0) -> int:
-        """How many more probes their spread asks for; ``without``: with so many leading directions deflated."""
-        spread = _corrected(torch.cat(self._values, 1), torch.cat(self._masses, 1), self._left()).var(1)
-        # Of a few probes the spread is known badly; the spectrum that they have seen says what to expect of it.
-        spread = torch.maximum(spread, 0.8 * self._predicted(0))
-        drawn = sum(v.shape[1] for v in self._values)
+    def price(self, tol: float, *, without: int = 0) -> int:
+        """The products of as many more probes as ``tol`` asks for; ``without``: of all anew, with so many deflated."""
+        values, variance = self._values()
+        drawn = 0 if without else values.shape[1]
         if without:
-            spread = spread * (self._predicted(without) / self._predicted(0).clamp_min(1e-300)).clamp_max(1.0)
-            drawn = 0
-        return max(1, math.ceil(torch.nan_to_num(spread / tol**2).max().item()) - drawn)
+            variance = variance * (self._predicted(without) / self._predicted(0).clamp_min(1e-300)).clamp_max(1.0)
+        needed = math.ceil(torch.nan_to_num(variance / tol**2).max().item())
+        return max(1, needed - drawn) * 2 * self.steps
 
     def _predicted(self, without: int) -> Tensor:
         """2(‖A‖²_F − (tr A)²/N) less its leading directions: of spread-out eigenvectors the variance."""
-        probes = sum(n.shape[1] for n in self._nodes)
-        nodes = torch.cat([n.flatten(1) for n in self._nodes], 1)
-        weights = torch.cat([w.flatten(1) for w in self._weights], 1) / probes
-        nodes, order = nodes.sort(1, descending=True)
-        weights = weights.gather(1, order)
+        nodes, order = self.nodes.flatten(1).sort(1, descending=True)
+        weights = (self.weights / self.half.shape[1]).flatten(1).gather(1, order)
         weights = torch.minimum((weights.cumsum(1) - without).clamp_min(0), weights)
-        assert self.eps is not None
         values = (nodes + self.eps).log()
         total = weights.sum(1).clamp_min(1e-300)
         return 2 * ((weights * values.square()).sum(1) - (weights * values).sum(1).square() / total).clamp_min(0)
@@ -351,39 +336,22 @@ class _Sample:
     def found(self) -> _Found:
         """What the probes say, with the deflated directions and the (d − n) log ε term put back."""
         trace, error = self._trace()
-        assert self.eps is not None
-        assert self._largest is not None
-        probes = sum(v.shape[1] for v in self._values)
-        log_det = trace + (self.jacobian.num_inputs - self.smaller) * self.eps[:, 0].log()
-        nodes, weights = _stacked(self._nodes), _stacked(self._weights)
+        log_det = trace + (self._eigenvalues + self.eps).log().sum(1) + self._zeros * self.eps[:, 0].log()
+        count = self.half.shape[1]
         # The mass of a probe outside of the deflated directions varies; their number does not.
-        weights = weights * (self._left() / weights.sum(2, keepdim=True).clamp_min(1e-300))
-        how = f"stochastic Lanczos quadrature, {probes} probes"
-        if self.top is not None:
-            eigenvalues = self.top.values.square()
-            log_det = log_det + (eigenvalues + self.eps).log().sum(1)
-            top = eigenvalues[:, None].expand(-1, probes, -1)
-            nodes, weights = torch.cat([nodes, top], 2), torch.cat([weights, torch.ones_like(top)], 2)
-            how += f", {eigenvalues.shape[1]} directions deflated"
-        zeros = self.jacobian.num_inputs - self.smaller
-        nodes, weights = functional.pad(nodes, (0, 1)), functional.pad(weights, (0, 1), value=float(zeros))
+        mass = self.weights.sum(2, keepdim=True).clamp_min(1e-300)
+        weights = self.weights * ((self.smaller - self.deflated) / mass)
+        top = self._eigenvalues[:, None].expand(-1, count, -1)
+        nodes = functional.pad(torch.cat([self.nodes, top], 2), (0, 1))
+        weights = functional.pad(torch.cat([weights, torch.ones_like(top)], 2), (0, 1), value=float(self._zeros))
         density = SpectralDensity(nodes, weights, self.jacobian.num_inputs, exact=False)
-        products = counted(log_det, self.jacobian.products)
-        return _Found(log_det, error, products, self._largest, density, how)
+        how = f"stochastic Lanczos quadrature, {count} probes"
+        if self.deflated:
+            how += f", {self.deflated} directions deflated"
+        return _Found(log_det, error, self._largest, density, how)
 
 
-def _corrected(values_Bs: Tensor, masses_Bs: Tensor, dimension: int) -> Tensor:
-    """Use that E|z|² is known outside of deflated directions: a control variate, its slope from the other probes.
-
-    Without it deflation would undo what random signs are chosen for: that the identity's share of log(K + ε) has no
-    variance.
-    """
-    level = values_Bs / masses_Bs.clamp_min(1e-300)
-    count = values_Bs.shape[1]
-    others = (level.sum(1, keepdim=True) - level) / (count - 1)
-    return values_Bs - others * (masses_Bs - dimension)
-
-
-def _stacked(parts: list[Tensor]) -> Tensor:
-    width = max(p.shape[2] for p in parts)
-    return torch.cat([functional.pad(p, (0, width - p.shape[2])) for p in parts], 1)
+def _stacked(first_Bsm: Tensor, second_Bsm: Tensor) -> Tensor:
+    """Both sets of probes, the shorter runs padded with nodes of weight zero."""
+    width = max(first_Bsm.shape[2], second_Bsm.shape[2])
+    return torch.cat([functional.pad(part, (0, width - part.shape[2])) for part in (first_Bsm, second_Bsm)], 1)

@@ -25,25 +25,25 @@ _DEFAULT = 8
 class Subspace(Estimator):
     """√det VᵀgV: how much the layer magnifies k-dimensional volume within the span of k directions V.
 
-    Definition: log √det VᵀgV = Σ log σ_i(JV), in nats.  V is one random orthonormal k-frame drawn from ``seed``, the
+    Definition: log √det VᵀgV = Σ log σ_i(JV), in nats.  V is a random orthonormal k-frame, drawn from ``seed`` and the
     same for every sample, layer and epoch, so that differences between them carry little noise.  For directions of your
     own see :class:`Along`.
 
-    NOT an estimate of √det g unless k = d.  Over random frames E det VᵀgV = e_k(λ)/C(d, k), the mean squared
-    magnification of k-planes, with e_k the elementary symmetric polynomial of g's eigenvalues λ; and (k/d)
-    log √det g ≤ E log √det VᵀgV: it is biased upward and follows the top of the spectrum.  Compare points, layers and
-    epochs with it, all on the same frames; do not read it as (k/d) of the log-volume.
+    It is no estimate of log √det g unless k = d, nor of k/d of it: planes that are magnified more count for more, so it
+    follows the top of the spectrum.  Over random frames
+        (k/d) log √det g ≤ E log √det VᵀgV ≤ ½ log E det VᵀgV = ½ log(e_k(λ)/C(d, k)),
+    with e_k the elementary symmetric polynomial of g's eigenvalues λ.  Compare points, layers and epochs with it, all
+    on the same frames.
 
-    With ``frames=M`` it estimates that mean, on M independent frames:
-    ``log_volume`` = ½ log E det VᵀgV = ½ log(e_k(λ)/C(d, k)), a well defined k-volume (the root mean square
-    magnification of random k-planes), finite for any rank ≥ k.  The logarithms L of the M determinants are taken to be
-    normal: mean(L) + s²/2, ``std_error`` from √(s²/M + s⁴/(2(M − 1))), and ``interval`` [B, 2] the 95 % confidence
-    interval (Cox).  ``singular_values``, ``rank`` and ``log_pseudo_volume`` are then those of the first frame, which is
-    the frame of ``frames=1``.
+    With ``frames=M`` the right-hand side is estimated, from M independent frames: the root mean square magnification of
+    random k-planes, which is finite for any rank ≥ k.  The logarithms L of the M determinants are taken to be normal,
+    so that log E det VᵀgV = mean(L) + s²/2; ``std_error`` comes from √(s²/M + s⁴/(2(M − 1))), and ``interval`` [B, 2]
+    is the 95 % confidence interval (Cox), both halved.  ``singular_values``, ``rank`` and ``log_pseudo_volume`` are
+    those of the first frame, which is the frame of ``frames=1``.
 
-    Bias: none for one frame's own volume; as an estimate of log √det g upward, for g = λ(I + ε) of second order:
-    k(d − k) / (4(d − 1)(d + 2)) · tr ε².
-    Variance: over frames, s² of L/2.  Cost: one dual pass over frames · k directions for all layers.
+    Bias: of one frame's own volume none; of its mean over frames as an estimate of (k/d) log √det g, for g = λ(I + ε)
+    of second order, k(d − k) / (4(d − 1)(d + 2)) · tr ε².  Variance: over frames, that of L/2.  Cost: one dual pass
+    over frames · k directions for all layers.
 
     Args:
         k: how many random directions; by default 8, or d where that is less.
@@ -87,7 +87,7 @@ class Subspace(Estimator):
         count = self.frames * k
         frames = "" if self.frames == 1 else f" of each of {self.frames} frames"
         why = f"{k} directions{frames}, one dual pass for all layers"
-        return {entry: ProductCount(count, 0, count, True, k, why) for entry in plan.features}
+        return dict.fromkeys(plan.features, ProductCount(count, 0, count, True, k, why))
 
     def estimate(
         self, jacobians: Jacobians, *, start: Mapping[str, LayerGeometry] | None = None

@@ -15,7 +15,7 @@ from torchgeom_probe.estimators.base import Estimator, ProductCount, conventions
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians
 from torchgeom_probe.jacobian.plan import Plan
-from torchgeom_probe.linalg.krylov import leading
+from torchgeom_probe.linalg.krylov import leading, random_block
 from torchgeom_probe.linalg.volume import log_volume, rank_tolerance
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
@@ -28,25 +28,28 @@ class TopK(Estimator):
     Definition: Σ_{i≤k} log σ_i(J), in nats (J/√n when normalised; ``log10_volume`` is the ψ_k of the paper): the volume
     magnification of the k-plane that is magnified most.  With k = min(n, d) it is the log-volume of :class:`Exact`.
 
-    How: block Golub-Kahan with full reorthogonalisation, all samples of a chunk at once, one Krylov space per layer and
-    sample.  Every Ritz value is a LOWER bound of its singular value, so an unconverged volume is too small, never too
-    large.  A sample stops when its residuals put every log10 σ_i within ``tol``, confirmed by two half-steps in a row;
-    ``error_bound`` [B] bounds the error of ``log_volume`` in nats (linear in the residuals, or quadratic where a gap
-    below the k values allows).  No residual sees a value that the Krylov space missed altogether, a further copy of a
-    multiple one: where as many values as ``block`` agree to 1e-3 (or ten times better than with the next), what a
-    hidden copy could add is part of the bound, and if that is too much the sample starts again from k + 2 vectors.
+    How: block Golub-Kahan with full reorthogonalisation, a Krylov space for each layer and sample.  Every Ritz value is
+    a LOWER bound of its singular value, so a volume that has not converged is too small, never too large.  A sample
+    stops when its residuals put every log10 σ_i within ``tol`` in two half-steps in a row.  ``error_bound`` [B] then
+    bounds the error of ``log_volume``, in nats.
+
+    Residuals do not show further copies of a multiple singular value, of which a block of b vectors meets b.  So where
+    ``block`` values agree to 1e-3 (or agree ten times better than with the next one), what hidden copies could add is
+    part of the bound; where that is too much, the sample starts again from k + 2 vectors.
+
     Where the dense Jacobian is about as cheap (n or d below some 16 k), or no convergence comes at its price, J is
     formed and decomposed instead; ``estimand`` then says "dense".
 
     Bias: downward, within ``error_bound``; variance: none for a given ``seed`` (the start block, the same for all
-    samples and layers). Cost: ``num_products`` [B] products per sample and layer, half of them Jv and half Jᵀu: 40 to
+    samples and layers).  Cost: ``num_products`` [B] products per sample and layer, half of them Jv and half Jᵀu: 40 to
     140 at k = 10, n = 512, d = 3072, against 512 for the whole Jacobian; about 40 with ``measure(x, start=report)``,
     which starts from the previous singular vectors.
 
     The paper's conventions (Zavatone-Veth et al., arXiv:2301.11375): J/√n, log10, k = 10 or all 512, the stages of a
-    ResNet average-pooled to 512 features.  :func:`paper_pool` is the pooling, for ``transform=``. Their code sets every
-    log10 σ below a threshold (−8 by default) to zero, which RAISES the sum; here nothing is dropped: a value that is
-    zero to rounding makes the volume −inf, with ``rank`` < k and the product of the others in ``log_pseudo_volume``.
+    ResNet average-pooled to 512 features.  :func:`paper_pool` is the pooling, for ``transform=``.  Their code sets
+    every log10 σ below a threshold (−8 by default) to zero, which RAISES the sum; here nothing is dropped: a value that
+    is zero to rounding makes the volume −inf, with ``rank`` < k and the product of the others in
+    ``log_pseudo_volume``.
 
     Args:
         k: how many singular values.
@@ -159,7 +162,7 @@ class TopK(Estimator):
             generator = torch.Generator().manual_seed(self.seed)
             found = leading(
                 jacobian,
-                _first_block(jacobian, block, start, generator),
+                random_block(jacobian, block, generator) if start is None else start.to(jacobian.device).double(),
                 k=self.k,
                 block=block,
                 tolerance=self.tol,
@@ -203,14 +206,6 @@ class TopK(Estimator):
         return self.block if self.block is not None else 4 if device == "cpu" else 8
 
 
-def _first_block(jacobian: LayerJacobian, block: int, start: Tensor | None, generator: torch.Generator) -> Tensor:
-    """The first block, [B, b, d]: random, the same for every sample; or an earlier measurement's singular vectors."""
-    if start is not None:
-        return start.to(device=jacobian.device, dtype=torch.float64)
-    random = torch.randn(block, jacobian.num_inputs, generator=generator, dtype=torch.float64)
-    return random.to(jacobian.device).expand(jacobian.batch, -1, -1)
-
-
 def paper_pool(output: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels h w"]:
     """Average-pool a stage's output [B, C, H, W] to 512 features, as the paper does; for ``transform=``.
 
@@ -224,18 +219,13 @@ def paper_pool(output: Float[Tensor, "batch channels height width"]) -> Float[Te
     torch.Size([3, 64, 2, 4])
     """
     channels = output.shape[1] if output.ndim == 4 else 0
-    if not channels or 512 % channels:
-        raise ProbeError(
-            f"paper_pool takes a stage's output [B, C, H, W] whose channels divide 512; got {tuple(output.shape)}.\n"
-            "Pool by hand:  transform=lambda out: torch.nn.functional.adaptive_avg_pool2d(out, (2, 2))"
-        )
-    cells = 512 // channels
-    height = 2 ** (int(math.log2(cells)) // 2) if cells & (cells - 1) == 0 else 1
+    cells = 512 // channels if channels and 512 % channels == 0 else 0
+    height = 2 ** (int(math.log2(cells or 1)) // 2)
     width = cells // height
-    if output.shape[2] % height or output.shape[3] % width:
+    if not cells or output.shape[2] % height or output.shape[3] % width:
         raise ProbeError(
-            f"paper_pool cannot pool {tuple(output.shape)} to 512 features: {height} x {width} cells "
-            f"do not divide {output.shape[2]} x {output.shape[3]}.\n"
+            "paper_pool makes 512 features of a stage's output [B, C, H, W]: C divides 512, and 512/C cells, square "
+            f"or twice as wide as high, divide H and W; got {tuple(output.shape)}.\n"
             "Pool by hand:  transform=lambda out: torch.nn.functional.adaptive_avg_pool2d(out, (2, 2))"
         )
     return functional.avg_pool2d(output, (output.shape[2] // height, output.shape[3] // width))

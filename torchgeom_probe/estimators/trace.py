@@ -14,7 +14,7 @@ from torchgeom_probe.estimators.base import Estimator, ProductCount, conventions
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians
 from torchgeom_probe.jacobian.plan import Plan
-from torchgeom_probe.linalg.directions import basis, for_every_sample
+from torchgeom_probe.linalg.directions import for_every_sample
 from torchgeom_probe.linalg.lanczos import rademacher
 from torchgeom_probe.linalg.orthonormal import orthonormal
 from torchgeom_probe.report import LayerGeometry
@@ -96,20 +96,20 @@ class Trace(Estimator):
         if d > p and self.method == "hutch++":
             with layer_jacobians(jacobians, estimator="Trace(method='hutch++')", at_once=p // 4) as maps:
                 return {entry: self._hutch_plus_plus(jacobians, jacobian) for entry, jacobian in maps.items()}
-        if d <= p:
-            like = torch.empty(jacobians.inputs.size, 0, dtype=plan.dtype, device=jacobians.device)
-            energies = jacobians.energies(basis(0, d, plan.space, like=like))
-            found = {e: (energy.sum(0), torch.zeros_like(energy[0])) for e, energy in energies.items()}
-            count, how = d, "all d directions"
+        whole = d <= p
+        if whole:
+            rows, count, how = torch.eye(d), d, "all d directions"
         else:
-            signs = jacobians.remembered(("signs", p, self.seed), lambda: rademacher(p, d, seed=self.seed))
-            energies = jacobians.energies(for_every_sample(signs, plan.space, jacobians.inputs.size))
-            found = {e: (energy.mean(0), energy.std(0) / math.sqrt(p)) for e, energy in energies.items()}
+            rows = jacobians.remembered(("signs", p, self.seed), lambda: rademacher(p, d, seed=self.seed))
             count, how = p, f"Hutchinson, {p} probes"
-        return {
-            entry: _geometry(conventions(jacobians, entry, jacobians.engine), *values, count, how, products=count)
-            for entry, values in found.items()
-        }
+        energies = jacobians.energies(for_every_sample(rows, plan.space, jacobians.inputs.size))
+        found = {}
+        for entry, energy in energies.items():
+            trace = energy.sum(0) if whole else energy.mean(0)
+            error = torch.zeros_like(trace) if whole else energy.std(0) / math.sqrt(p)
+            made = conventions(jacobians, entry, jacobians.engine)
+            found[entry] = _geometry(made, trace, error, count, how, products=count)
+        return found
 
     def _hutch_plus_plus(self, jacobians: Jacobians, jacobian: LayerJacobian) -> LayerGeometry:
         signs = rademacher(2 * self.probes, jacobian.num_inputs, seed=self.seed).to(jacobian.device)

@@ -1,4 +1,4 @@
-"""Where tangents come from: the basis, random orthonormal frames, the caller's own."""
+"""Where tangents come from: the basis, and random orthonormal frames."""
 
 from __future__ import annotations
 
@@ -50,24 +50,3 @@ def basis(start: int, stop: int, shape: Sequence[int], *, like: Tensor) -> Float
 def for_every_sample(rows: Float[Tensor, "k d"], shape: Sequence[int], batch: int) -> Tensor:
     """[k, d] → [k, B, *shape], the same directions at every sample (an expanded view)."""
     return rows.view(rows.shape[0], 1, *shape).expand(-1, batch, *shape)
-
-
-def checked(directions: Tensor, point: Tensor) -> Tensor:
-    """Check the caller's own tangents against the batch that they start from: [k, B, *x.shape[1:]].
-
-    Raises:
-        ProbeError: another shape, an integer dtype, or no direction at all.
-    """
-    if not isinstance(directions, Tensor) or not directions.is_floating_point():
-        raise ProbeError(f"directions= must be a floating tensor [k, B, *x.shape[1:]]; it is {_described(directions)}.")
-    if directions.shape[1:] != point.shape or directions.shape[0] < 1:
-        hint = "directions.unsqueeze(0)" if directions.shape == point.shape else "directions.expand(k, *x.shape)"
-        raise ProbeError(
-            f"directions= has shape {tuple(directions.shape)}; x has shape {tuple(point.shape)}, so it must be "
-            f"[k, {', '.join(map(str, point.shape))}]: k tangents for every sample.\nPerhaps:  directions={hint}"
-        )
-    return directions.detach()
-
-
-def _described(thing: object) -> str:
-    return f"{thing.dtype} {tuple(thing.shape)}" if isinstance(thing, Tensor) else type(thing).__name__

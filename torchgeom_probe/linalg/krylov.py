@@ -1,18 +1,20 @@
 """The k leading singular values of J, with a bound on their error, from products Jv and Jᵀu alone: block Golub-Kahan.
 
-**What grows.**  Every sample has two sets of orthonormal vectors, V of inputs and U of features: columns in these
-formulas, rows in the code.  U spans J V, so that
+**What grows.**  For every sample two sets of orthonormal vectors: V of inputs and U of features (columns in these
+formulas, rows in the code).  U spans what J makes of V:
     J V = U C,  C = Uᵀ J V [m, m].
 A round adds b vectors to each, in two half-steps:
-    push   J F for a fresh block F outside of V; what is new in it, orthonormalised, are the fresh vectors G of U;
+    push   J F, for a block F of b new vectors orthogonal to V; what of J F lies outside of U is added to U, as G;
     pull   Jᵀ G, which completes Jᵀ U.
-The next F is what the residuals span best.  For a cold start that is the block Krylov space of g = JᵀJ; for a warm one
-it goes where the old vectors fail.  All bases are reorthogonalised in full, twice.
+F spans the residuals (below) as well as b vectors can.  From a random start, V is then the block Krylov space of
+g = JᵀJ; from the singular vectors of an earlier measurement it grows where those fail.  What is added is made
+orthogonal to all that is there, twice.
 
-**What is read off.**  From the SVD C = P S Qᵀ: the Ritz values S_i and the pairs u_i = U P_i, v_i = V Q_i.  They have
-    J v_i = S_i u_i  exactly,  and the residual  r_i = Jᵀ u_i − S_i v_i,  orthogonal to V.
-Ritz values are lower bounds, S_i ≤ σ_i, and only rise as the spaces grow.  After a push the SVD of Jᵀ U for the old
-vectors of U gives pairs half a step further: Jᵀ u_i = S_i w_i exactly, and the residual is J w_i − S_i u_i.
+**What is read off.**  The SVD C = P S Qᵀ gives the Ritz values S_i and the Ritz pairs u_i = U P_i, v_i = V Q_i:
+    J v_i = S_i u_i,   Jᵀ u_i = S_i v_i + r_i,   with residuals r_i orthogonal to V.
+S_i is at most σ_i, and only rises as the spaces grow.  After a push, before the pull, the old vectors of U have their
+Jᵀ U within the grown V; its SVD gives pairs that are half a step further:
+    Jᵀ u_i = S_i w_i,  J w_i = S_i u_i + r_i,   with residuals r_i orthogonal to the old U.
 
 **When it ends,** and why the bound on the error holds: see :mod:`torchgeom_probe.linalg.stopping`.
 
@@ -23,7 +25,7 @@ D inputs, N features.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -73,8 +75,8 @@ def leading(
 ) -> Leading:
     """Expand until every sample meets the stopping rule, or the next round would go beyond ``max_products``.
 
-    A sample's result is the one of its own stopping round, whatever its neighbours need.  Bias: downward, within
-    ``bound``.  Cost: 2 · block products a round; 40 to 140 in all at k = 10, n = 512, d = 3072 (benchmarks/README.md).
+    A sample's result is that of its own last round, whatever its neighbours need.  Bias: downward, within ``bound``.
+    Cost: 2 · block products a round; 40 to 140 in all at k = 10, n = 512, d = 3072 (benchmarks/README.md).
 
     Args:
         jacobian: J, by its products.
@@ -103,14 +105,18 @@ def leading(
     larger = min(max(2 * block, k + 2), jacobian.num_features, jacobian.num_inputs)
     if jacobian.products + 2 * larger > max_products or not bool(found.crowded.any()):
         return found
-    rows = torch.randn(larger, jacobian.num_inputs, generator=generator, dtype=torch.float64).to(start.device)
-    again = expanded(rows.expand(len(start), -1, -1), block=larger, warm=False)
+    again = expanded(random_block(jacobian, larger, generator), block=larger, warm=False)
 
-    def chosen(name: str) -> Tensor:
-        first, second = getattr(found, name), getattr(again, name)
+    def chosen(first: Tensor, second: Tensor) -> Tensor:
         return torch.where(found.crowded.view(-1, *(1,) * (first.ndim - 1)), second, first)
 
-    return Leading(*(chosen(field.name) for field in fields(Leading)))
+    return Leading(*map(chosen, vars(found).values(), vars(again).values()))
+
+
+def random_block(jacobian: Operator, block: int, generator: torch.Generator) -> Float[Tensor, "B b D"]:
+    """Random vectors to start from, the same at every sample (an expanded view)."""
+    rows = torch.randn(block, jacobian.num_inputs, generator=generator, dtype=torch.float64)
+    return rows.to(jacobian.device).expand(jacobian.batch, -1, -1)
 
 
 def _expanded(
@@ -210,10 +216,20 @@ class _Space:
         self.cross[:, -fresh:] = pulled @ self.right.mT
 
     def left_pairs(self, count: int) -> tuple[Tensor, Tensor]:
-        """After a push: the first values of JᵀU for the old rows of U, [B, c], and their residuals, [B, c, b]."""
+        """After a push, for the old rows of U: the first pairs Jᵀu = S w, as S [B, c], and J w − S u [B, c, b].
+
+        w is known in the basis of V with its fresh block, and J w − S u lies in the fresh rows of U.  What JᵀU has
+        outside of that basis (after a warm start, whose residuals span more than a block) no product has met: it makes
+        the residual infinite.
+        """
         known = self.size - self._fresh_left.shape[1]
-        rows, corner = self.cross[:, :known], self.cross[:, known:, known:]
-        return _left_pairs(rows, self.pulled[:, :known], self.right, corner, count, self.jacobian.eps)
+        vectors, values, basis = torch.linalg.svd(torch.nan_to_num(self.cross[:, :known]), full_matrices=False)
+        vectors, values, basis = vectors[:, :, :count], values[:, :count], basis[:, :count]
+        residuals = basis[:, :, known:] @ self.cross[:, known:, known:].mT
+        inside = values[:, :, None] * (basis @ self.right)
+        outside = (vectors.mT @ torch.nan_to_num(self.pulled[:, :known]) - inside).norm(dim=2)
+        met = outside <= 64 * self.jacobian.eps * values[:, :1]
+        return values, torch.where(met[:, :, None], residuals, torch.inf)
 
     def right_pairs(self, count: int) -> tuple[Tensor, Tensor]:
         """After a pull: the first values of C, [B, c], and their residuals, [B, c, D]."""
@@ -221,23 +237,6 @@ class _Space:
         values = values[:, :count]
         ritz = values[:, :, None] * (vectors_right[:, :count] @ self.right)
         return values, vectors_left.mT[:, :count] @ self.pulled - ritz
-
-
-def _left_pairs(
-    rows_Bmr: Tensor, pulled_BmD: Tensor, right_BrD: Tensor, corner_Bbb: Tensor, count: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The pairs Jᵀu = S w, and the residuals J w − S u in the basis of the fresh rows of U.
-
-    ``rows`` is JᵀU in the basis of V and its fresh block, and w is known there; ``corner`` is what J makes of the fresh
-    block in the fresh rows of U, where all of J w − S u lies.  What JᵀU has outside of that basis (after a warm start,
-    where the residuals span more than a block) is not known to J: it makes the residual infinite.
-    """
-    vectors, values, basis = torch.linalg.svd(torch.nan_to_num(rows_Bmr), full_matrices=False)
-    vectors, values, basis = vectors[:, :, :count], values[:, :count], basis[:, :count]
-    residuals = basis[:, :, -corner_Bbb.shape[2] :] @ corner_Bbb.mT
-    known = values[:, :, None] * (basis @ right_BrD)
-    outside = (vectors.mT @ torch.nan_to_num(pulled_BmD) - known).norm(dim=2)
-    return values, torch.where((outside <= 64 * eps * values[:, :1])[:, :, None], residuals, torch.inf)
 
 
 def _expansion(

@@ -7,7 +7,6 @@ Legend of axes: B samples, s probes, m steps, X the smaller space (features if n
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -122,12 +121,6 @@ class Bidiagonalisation:
         vectors, values, _ = torch.linalg.svd(torch.nan_to_num(matrix))
         nodes = torch.where(matrix.isfinite().all(-1).all(-1)[:, :, None], values.square(), torch.nan)
         return nodes, vectors[:, :, 0].square() * self.mass[:, :, None]
-
-    def bracket(self, function: Callable[[Tensor], Tensor]) -> tuple[Float[Tensor, "B s"], Float[Tensor, "B s"]]:
-        """Return lower and upper values of zᵀ f(K) z, for a function like log(· + ε)."""
-        upper_nodes, upper_weights = self.quadrature()
-        lower_nodes, lower_weights = self.quadrature(radau=True)
-        return (lower_weights * function(lower_nodes)).sum(2), (upper_weights * function(upper_nodes)).sum(2)
 
 
 def _reorthogonalised(vectors: Tensor, basis: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ below a far value may be wide where the one below σ_k is narrow.  Of both bound
 - A value that the space has not met.  The bound counts only where all residuals are small, in two half-steps in a row:
   a value that the space has begun to see shows in the next one.  How small was calibrated (the constants, below).
 - A further copy of a multiple value: b random vectors meet b copies of it and no more.  Where b Ritz values in a row
-  agree, what a hidden copy could add is part of the bound (:func:`crowding`); where that is too much, the sample starts
-  again from k + 2 vectors, among which no copy can be missed.
+  agree, what a hidden copy could add is part of the bound; where that is too much, the sample starts again from k + 2
+  vectors, among which no copy can be missed.
 
 Legend of axes: B samples, c Ritz pairs that are looked at, k the values wanted, D what a residual is a vector of.
 """
@@ -97,19 +97,7 @@ class Verdict:
         ``complete`` [B]: a random block was mapped into the known range, so there are no more values; ``exhausted``: V
         fills the whole space; ``finite`` [B]: what J gave was.
         """
-        bound, met = stopping_rule(
-            values_Bc,
-            residuals_BcD,
-            k=self.k,
-            tolerance=self.tolerance,
-            eps=self.jacobian.eps,
-            exhausted=exhausted,
-            complete=complete,
-            credible_error=torch.where(self._halves_tell, _CREDIBLE, _CREDIBLE_IN_WHOLE_STEPS),
-            close=torch.where(self._halves_tell, _CLOSE, _CLOSE_IN_WHOLE_STEPS),
-        )
-        # What lies below the k values is known worse where no half-step has been there.
-        bound = torch.where(self._halves_tell, bound, _MARGIN_IN_WHOLE_STEPS * bound)
+        bound, met = self._bound(values_Bc, residuals_BcD, complete=complete, exhausted=exhausted)
         # One half-step's word is not enough: a value that the space has only begun to see shows in the next one.
         known = complete | exhausted
         told = residuals_BcD.isfinite().all(-1).all(-1) | ~finite  # or it was no half-step
@@ -118,7 +106,7 @@ class Verdict:
         self._credible_before = torch.where(told, credible, self._credible_before)
         if half:
             self._halves_tell = told
-        hidden, in_doubt = crowding(values_Bc, residuals_BcD, k=self.k, block=self.block, tolerance=self.tolerance)
+        hidden, in_doubt = self._hidden_copies(values_Bc, residuals_BcD)
         bound = torch.where(known, bound, bound + hidden)
         bound = torch.where(confirmed, bound, torch.inf)
         # A block that is larger than k holds every copy that counts: in doubt are their values, and further steps tell.
@@ -138,46 +126,66 @@ class Verdict:
         self.waiting = [i for i, done in enumerate(self.done.tolist()) if not done]
         return not self.waiting
 
+    def _bound(
+        self, values_Bc: Tensor, residuals_BcD: Tensor, *, complete: Tensor, exhausted: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return ([B] bound in nats on Σ log σ_i, [B] whether each of the k values is within tolerance of log10).
 
-def stopping_rule(
-    values_Bc: Tensor,
-    residuals_BcD: Tensor,
-    *,
-    k: int,
-    tolerance: float,
-    eps: float,
-    exhausted: bool,
-    complete: Tensor,
-    credible_error: Tensor,
-    close: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return ([B] bound in nats on Σ log σ_i, [B] whether each of the k values is within ``tolerance`` of log10).
+        The bound is inf where an error or a residual is large: large residuals bound the distance to SOME singular
+        value, not to the one of the same number.
+        """
+        k, eps = self.k, self.jacobian.eps
+        top = values_Bc[:, :1]
+        count = values_Bc.shape[1]
+        if count < k or (count == k and not exhausted):
+            return torch.full_like(self.bound, torch.inf), torch.zeros_like(self.done)
+        floor = (16 * eps * top).clamp_min(1e-300)
+        wanted = values_Bc[:, :k]
+        zero = wanted <= floor
+        rounding_each = torch.where(zero, 0.0, 8 * eps * top / wanted.clamp_min(1e-300))
+        rounding = rounding_each.sum(1)
+        # What lies below the k values is known worse where no half-step has been there.
+        margin = torch.where(self._halves_tell, 1.0, _MARGIN_IN_WHOLE_STEPS)
+        if exhausted:
+            return margin * rounding, torch.ones_like(self.done)
+        slack = residuals_BcD.norm(dim=2)[:, :k]
+        linear = (slack / wanted.clamp_min(1e-300)).log1p()
+        # A value that is zero has no logarithm: that there are no more must be shown.
+        linear = torch.where(zero, torch.where(complete[:, None] & (slack <= floor), 0.0, torch.inf), linear)
+        quadratic = torch.where(zero, torch.inf, _quadratic_error(values_Bc, residuals_BcD, zero))
+        error = torch.minimum(linear, quadratic)
+        credible_error = torch.where(self._halves_tell, _CREDIBLE, _CREDIBLE_IN_WHOLE_STEPS)[:, None] * _LN10
+        close = torch.where(self._halves_tell, _CLOSE, _CLOSE_IN_WHOLE_STEPS)[:, None]
+        credible = ((error < credible_error) & (linear < close)).all(1)
+        # Below its own rounding no value can be asked to settle.
+        met = (error < rounding_each.clamp_min(self.tolerance * _LN10)).all(1)
+        return margin * torch.where(credible, error.sum(1) + rounding, torch.inf), met & credible
 
-    The bound is inf where an error is above ``credible_error`` [B] (of log10) or a residual above ``close`` [B]
-    (relative to its value): large residuals bound the distance to SOME singular value, not to the one of the same
-    number.
-    """
-    top = values_Bc[:, :1]
-    count = values_Bc.shape[1]
-    if count < k or (count == k and not exhausted):
-        return torch.full_like(top[:, 0], torch.inf), torch.zeros_like(top[:, 0], dtype=torch.bool)
-    floor = (16 * eps * top).clamp_min(1e-300)
-    wanted = values_Bc[:, :k]
-    zero = wanted <= floor
-    rounding_each = torch.where(zero, 0.0, 8 * eps * top / wanted.clamp_min(1e-300))
-    rounding = rounding_each.sum(1)
-    if exhausted:
-        return rounding, torch.ones_like(zero[:, 0])
-    slack = residuals_BcD.norm(dim=2)[:, :k]
-    linear = (slack / wanted.clamp_min(1e-300)).log1p()
-    # A value that is zero has no logarithm: that there are no more must be shown.
-    linear = torch.where(zero, torch.where(complete[:, None] & (slack <= floor), 0.0, torch.inf), linear)
-    quadratic = torch.where(zero, torch.inf, _quadratic_error(values_Bc, residuals_BcD, zero))
-    error = torch.minimum(linear, quadratic)
-    credible = ((error < credible_error[:, None] * _LN10) & (linear < close[:, None])).all(1)
-    # Below its own rounding no value can be asked to settle.
-    met = (error < torch.maximum(rounding_each, torch.full_like(rounding_each, tolerance * _LN10))).all(1)
-    return torch.where(credible, error.sum(1) + rounding, torch.inf), met & credible
+    def _hidden_copies(self, values_Bc: Tensor, residuals_BcD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ([B] what hidden copies could add to Σ log σ_i, in nats, inf where that is too much; [B] where it is).
+
+        Hidden copies of S_i, the first of a window of ``block`` values that agree, would take the places of the values
+        S_j after the window: they add Σ_j log(S_i/S_j).  Within a window that the space does not resolve, a value is no
+        better known than its neighbours are alike.
+        """
+        k, block, count = self.k, self.block, values_Bc.shape[1]
+        top = values_Bc[:, :1].clamp_min(1e-300)
+        logs = (values_Bc / top).clamp_min(1e-300).log()
+        linear = (residuals_BcD.norm(dim=2) / values_Bc.clamp_min(1e-300)).log1p()
+        worst = torch.zeros_like(top[:, 0])
+        for first in range(min(k, max(0, count - block + 1))):
+            last = first + block - 1
+            width = logs[:, first] - logs[:, last]
+            gap = logs[:, last] - logs[:, last + 1] if last + 1 < count else torch.full_like(width, torch.inf)
+            crowded = (width < _TIGHT) | ((width < _ALIKE) & (width < 0.1 * gap))
+            unresolved = 2 * width + 3 * linear[:, first : last + 1].amax(1)
+            # Later values may all be zero to rounding: the copies would then stand in the place of nothing.
+            displaced = (logs[:, first : first + 1] - logs[:, last + 1 : k]).clamp_min(0).sum(1)
+            # Where the value after the window lies far below, the block's own vectors resolve the window's values.
+            extra = displaced + torch.where(width < _TIGHT, (k - first) * unresolved, 0.0)
+            worst = torch.maximum(worst, torch.where(crowded & (logs[:, first] > -60), extra, 0.0))
+        in_doubt = worst > k * self.tolerance * _LN10
+        return torch.where(in_doubt, torch.inf, worst), in_doubt
 
 
 def _quadratic_error(values_Bc: Tensor, residuals_BcD: Tensor, zero_Bk: Tensor) -> Tensor:
@@ -201,32 +209,3 @@ def _quadratic_error(values_Bc: Tensor, residuals_BcD: Tensor, zero_Bk: Tensor) 
     each = torch.where((gap > 1e-12)[:, :, None], torch.where(zero_Bk[:, None], 0.0, each), torch.inf)
     best = each.sum(2).argmin(1)
     return each.gather(1, best[:, None, None].expand(-1, 1, k))[:, 0]
-
-
-def crowding(
-    values_Bc: Tensor, residuals_BcD: Tensor, *, k: int, block: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    """Return ([B] what hidden copies could add to Σ log σ_i, in nats; [B] whether that is too much: then it is inf).
-
-    Hidden copies of S_i, the first of a window of ``block`` values that agree, would take the places of the values S_j
-    after the window: they add Σ_j log(S_i/S_j).  Within a window that the space does not resolve, a value is no better
-    known than its neighbours are alike.
-    """
-    count = values_Bc.shape[1]
-    top = values_Bc[:, :1].clamp_min(1e-300)
-    logs = (values_Bc / top).clamp_min(1e-300).log()
-    linear = (residuals_BcD.norm(dim=2) / values_Bc.clamp_min(1e-300)).log1p()
-    worst = torch.zeros_like(top[:, 0])
-    for first in range(min(k, max(0, count - block + 1))):
-        last = first + block - 1
-        width = logs[:, first] - logs[:, last]
-        gap = logs[:, last] - logs[:, last + 1] if last + 1 < count else torch.full_like(width, torch.inf)
-        crowded = (width < _TIGHT) | ((width < _ALIKE) & (width < 0.1 * gap))
-        unresolved = 2 * width + 3 * linear[:, first : last + 1].amax(1)
-        # Later values may all be zero to rounding: the copies would then stand in the place of nothing.
-        displaced = (logs[:, first : first + 1] - logs[:, last + 1 : k]).clamp_min(0).sum(1)
-        # Where the value after the window lies far below, the block's own vectors resolve the window's values.
-        extra = displaced + torch.where(width < _TIGHT, (k - first) * unresolved, 0.0)
-        worst = torch.maximum(worst, torch.where(crowded & (logs[:, first] > -60), extra, 0.0))
-    in_doubt = worst > k * tolerance * _LN10
-    return torch.where(in_doubt, torch.inf, worst), in_doubt

@@ -41,8 +41,8 @@ class Failures:
                 self._shown.add(kind)
                 loop = _training_loop()
                 text = (
-                    f"torchgeom_probe.Monitor, step {step}: {doing} failed, and training goes on "
-                    f"(shown once, counted in monitor.failures; on_error='raise' stops here).\n"
+                    f"torchgeom_probe.Monitor, step {step}: {doing} failed, and training goes on (shown once, counted "
+                    "in monitor.failures; on_error='raise' stops here).\n"
                     f"{type(error).__name__}: {error}"
                 )
                 warnings.warn_explicit(text, RuntimeWarning, loop.f_code.co_filename, loop.f_lineno)

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchgeom_probe.distributed import Ranks
-from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.errors import ProbeError, refuse_unknown
 from torchgeom_probe.files import digest
 from torchgeom_probe.monitor.failures import Failures
 from torchgeom_probe.monitor.schedules import (
@@ -68,7 +68,8 @@ class Monitor:
         on_error: ``"warn"``: an exception inside a probe or a writer is counted (``failures``), kept (``last_error``)
             and shown once per kind as a ``RuntimeWarning``, and the training goes on; ``"raise"``: it is raised.
         indices: where ``x_probe`` stands in your data set; kept in ``state_dict()``, nothing else is done with it.
-        keep: how many reports ``history`` holds, the latest ones; None for all.
+        keep: how many reports ``history`` holds, the latest ones; None for all.  Of all but the last, what only a warm
+            start would need (``right_singular_vectors``) is let go.
         maps: tag → a :class:`~torchgeom_probe.Line` or :class:`~torchgeom_probe.Plane`, scanned at the same layers
             along its own tangents; or a function of the model that returns a result, such as ``lambda model:
             tgp.scan(model, plane, readout=...)``, or a matplotlib figure (it is closed afterwards).  The writers that
@@ -108,7 +109,6 @@ class Monitor:
     >>> [step for step, report in monitor.history]
     [0, 3, 6]
     >>> assert monitor.history[-1][1]["1"].log_volume.shape == (5,)
-
     """
 
     def __init__(
@@ -128,6 +128,7 @@ class Monitor:
         distributed: bool | None = None,
         **options: Unpack[ProbeOptions],
     ) -> None:
+        refuse_unknown(options, Monitor, *ProbeOptions.__annotations__)
         _refuse_no_samples(x_probe)
         if keep is not None:
             refuse_unless_count("keep", keep, example="keep=1000")
@@ -191,7 +192,6 @@ class Monitor:
         Args:
             at: how many training steps were made, where the loop keeps its own count.  A count that has not grown
                 (gradient accumulation) is no step; one that grew by several probes once if any of them was due.
-
         """
         if self._handle is not None:
             raise ProbeError(
@@ -235,6 +235,9 @@ class Monitor:
                 self.x_probe = tree_map_only(Tensor, lambda tensor: tensor.to(device), self.x_probe)
                 report = self._measured()
                 if report is not None:
+                    if self._history:
+                        earlier, last = self._history.pop()
+                        self._history.append((earlier, _without_vectors(last)))
                     self._history.append((self._step, report))
             working = list(self.writers)
             if report is not None:
@@ -273,7 +276,6 @@ class Monitor:
 
         Raises:
             ProbeError: this monitor has begun already; other probe samples (``strict``); not such a state.
-
         """
         if self._step or self.probes:
             raise ProbeError(
@@ -421,6 +423,11 @@ def _refuse_no_maps(maps: Mapping[str, MapOf], writers: Sequence[Writer]) -> Non
 def _on_cpu(report: GeometryReport) -> GeometryReport:
     tensors = report.tensors(large=True)
     return GeometryReport.of({name: tensor.cpu() for name, tensor in tensors.items()}, report.metadata())
+
+
+def _without_vectors(report: GeometryReport) -> GeometryReport:
+    layers = {name: replace(layer, right_singular_vectors=None) for name, layer in report.items()}
+    return GeometryReport(layers, left_out=report.left_out)
 
 
 def _fingerprint(x_probe: Any) -> str:

@@ -19,7 +19,6 @@ class Clock:
         probe_seconds: wall-clock time inside of probes, writers included.
         last_probe_seconds: what the latest probe took; 0 before the first.
         since_last_probe: training seconds since the latest probe; infinite before the first.
-
     """
 
     training_seconds: float = 0.0
@@ -45,7 +44,6 @@ class Every:
 
     >>> [step for step in range(10) if Every(4).due(step, Clock())]
     [0, 4, 8]
-
     """
 
     steps: int = 100
@@ -69,7 +67,6 @@ class LogSpaced:
 
     >>> [step for step in range(101) if LogSpaced(per_decade=3).due(step, Clock())]
     [0, 1, 2, 5, 10, 22, 46, 100]
-
     """
 
     per_decade: int = 10
@@ -105,7 +102,6 @@ class Budget:
     >>> busy = Clock(training_seconds=90.0, probe_seconds=2.0, last_probe_seconds=1.0, since_last_probe=60.0)
     >>> Budget(0.02).due(700, busy), Budget(0.05).due(700, busy)
     (False, True)
-
     """
 
     share: float
@@ -114,8 +110,8 @@ class Budget:
     def __post_init__(self) -> None:
         if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share < 1:
             raise ProbeError(
-                f"max_overhead is the share of the run's time that probes may take, between 0 and 1; "
-                f"got {self.share!r}.\n"
+                "max_overhead is the share of the run's time that probes may take, between 0 and 1; got "
+                f"{self.share!r}.\n"
                 "For two per cent write:  max_overhead=0.02"
             )
         refuse_unless_count("every", self.every, example="every=1")

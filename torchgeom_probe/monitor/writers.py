@@ -16,7 +16,6 @@ from typing import Any
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import finite_or_null, write_atomically
 from torchgeom_probe.report import GeometryReport, LayerGeometry
-from torchgeom_probe.shapes import Tensor
 
 # Modules that register a writer of theirs; imported when a target comes that no writer so far takes.
 _INTEGRATIONS = ("torchgeom_probe.integrations.tensorboard",)
@@ -32,7 +31,6 @@ class Writer:
     >>> class Medians(Writer):
     ...     def write(self, step, report):
     ...         print(step, {name: layer.statistics()["median"] for name, layer in report.items()})
-
     """
 
     def write(self, step: int, report: GeometryReport) -> None:
@@ -70,7 +68,6 @@ def writers_of(target: Any) -> tuple[Writer, ...]:
 
     >>> [type(writer).__name__ for writer in writers_of(["geometry.csv", "geometry.jsonl", Writer()])]
     ['CSVWriter', 'JSONWriter', 'Writer']
-
     """
     if target is None:
         return ()
@@ -103,7 +100,6 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         ProbeError: an address with a scheme, of which a folder ``s3:`` would be made here.
-
     """
     scheme = re.match(r"[A-Za-z][\w+.-]+(?=:/)", str(path))  # two letters or more: C:/ is a disk
     if scheme is not None:
@@ -116,52 +112,27 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def numbers(layer: LayerGeometry) -> dict[str, float]:
-    """Return one layer's statistics, and the median over the finite samples of whatever else its estimator found.
-
-    That is ``std_error``, ``error_bound`` and those ``extras`` that have one number a sample; ``nan`` for no number.
-
-    >>> import torch, torchgeom_probe as tgp
-    >>> report = tgp.measure(torch.nn.Linear(3, 5), torch.randn(7, 3), layers=[""], estimator=tgp.Trace())
-    >>> found = numbers(report[""])
-    >>> assert {"std_error", "trace", "num_products"} < found.keys() and math.isnan(found["sigma_max"])
-
-    """
-    found = {"std_error": layer.std_error, "error_bound": layer.error_bound, **layer.extras}
-    medians = {name: finite_median(v) for name, v in found.items() if v is not None and v.ndim == 1}
-    return layer.statistics() | medians
-
-
-def finite_median(values: Tensor) -> float:
-    """Return the median of the finite numbers; nan where there is none.
-
-    >>> import torch
-    >>> finite_median(torch.tensor([3.0, math.inf, 5.0]))
-    4.0
-
-    """
-    finite = values.detach().double().cpu()
-    finite = finite[finite.isfinite()]
-    return finite.quantile(0.5).item() if finite.numel() else math.nan
-
-
 def chart_of(layer: LayerGeometry) -> str:
     """Return the group of the charts with a layer's value: ``"logvol"``, or ``"value"`` where it is no log-volume."""
     return "logvol" if layer.unit == "nat" else "value"
 
 
 def charts(layer: LayerGeometry, name: str) -> dict[str, float]:
-    """Return the numbers of one layer by the tags of their charts: :func:`numbers` but for the band over the samples.
+    """Return one layer's statistics by the tags of their charts: all but the band over the samples.
+
+    The log pseudo-volume is left out where no volume is zero: it would be the log-volume again.
 
     >>> import torch, torchgeom_probe as tgp
     >>> report = tgp.measure(torch.nn.Linear(3, 5), torch.randn(7, 3), layers=[""])
     >>> list(charts(report[""], "00_model"))
     ['logvol/00_model', 'sigma_max/00_model', 'rank/00_model', 'nonfinite/00_model']
-
     """
-    found = numbers(layer)
-    value = {f"{chart_of(layer)}/{name}": found.pop("median")}
-    return value | {f"{key}/{name}": number for key, number in found.items() if key not in ("mean", "p10", "p90")}
+    found = layer.statistics()
+    value = {f"{chart_of(layer)}/{name}": found["median"]}
+    left_out = {"mean", "p10", "median", "p90"}
+    if not layer.value.isneginf().any():
+        left_out.add("log_pseudo_volume")
+    return value | {f"{key}/{name}": number for key, number in found.items() if key not in left_out}
 
 
 def label(place: int, name: str, *, width: int = 2) -> str:
@@ -169,7 +140,6 @@ def label(place: int, name: str, *, width: int = 2) -> str:
 
     >>> label(4, "block#1"), label(0, "")
     ('04_block_1', '00_model')
-
     """
     return f"{place:0{width}d}_{re.sub(r'[^a-zA-Z0-9_.-]', '_', name) or 'model'}"
 
@@ -183,12 +153,9 @@ class _LogFile(Writer):
 
     def write(self, step: int, report: GeometryReport) -> None:
         """Append the numbers of every layer at this step; they are on disk when it returns."""
-        layers = {name: numbers(layer) for name, layer in report.items()}
+        layers = {name: layer.statistics() for name, layer in report.items()}
         if not self._begun:
-            text = ""
-            if self.path.exists():
-                with self.path.open(newline="", encoding="utf-8") as file:
-                    text = file.read()
+            text = self.path.read_bytes().decode() if self.path.exists() else ""
             write_atomically(self.path, self._resumed(text, step, layers).encode())
             self._begun = True
         with self.path.open("a", newline="", encoding="utf-8") as file:
@@ -205,8 +172,8 @@ class _LogFile(Writer):
 class JSONWriter(_LogFile):
     """A :class:`Writer` of one JSON object per step and line (JSON Lines), appended and on disk at once.
 
-    ``{"step": …, "layers": {name: numbers}}`` with the numbers of :func:`numbers` (volumes in nats; null where not
-    finite).  An existing file is continued as by :class:`CSVWriter`.
+    ``{"step": …, "layers": {name: statistics}}`` with the :meth:`~torchgeom_probe.LayerGeometry.statistics` of each
+    layer (volumes in nats; null where not finite).  An existing file is continued as by :class:`CSVWriter`.
 
     Raises:
         ProbeError: at the first write, a file that is no such log.
@@ -217,12 +184,13 @@ class JSONWriter(_LogFile):
     >>> writer.write(0, tgp.measure(torch.nn.Linear(2, 3), torch.zeros(4, 2), layers=[""], estimator=tgp.Exact()))
     >>> json.loads(path.read_text())["layers"][""]["rank"]
     2.0
-
     """
 
     def _resumed(self, text: str, step: int, layers: Mapping[str, Mapping[str, float]]) -> str:
         kept = ""
         for line in text.splitlines(keepends=True):
+            if line.startswith('{"step": ') and not line.endswith("\n"):
+                continue  # cut short by a kill
             try:
                 kept += line if json.loads(line)["step"] < step else ""
             except (ValueError, TypeError, KeyError) as error:
@@ -239,9 +207,9 @@ class JSONWriter(_LogFile):
 class CSVWriter(_LogFile):
     """A :class:`Writer` of one row per step and layer, appended and flushed at once: a killed run loses nothing.
 
-    Columns: step, layer, then those of :func:`numbers` (volumes in nats; empty where there is no number).  An existing
-    file is continued: rows of an earlier, interrupted run at or after the first step written now are dropped, so a
-    resumed run has no doubles.
+    Columns: step, layer, then the :meth:`~torchgeom_probe.LayerGeometry.statistics` (volumes in nats; empty where there
+    is no number).  An existing file is continued: rows of an earlier, interrupted run at or after the first step
+    written now are dropped, so a resumed run has no doubles.
 
     Raises:
         ProbeError: at the first write, a file that is no such log, or one with other columns.
@@ -251,8 +219,7 @@ class CSVWriter(_LogFile):
     >>> writer = tgp.CSVWriter(path)
     >>> writer.write(0, tgp.measure(torch.nn.Linear(2, 3), torch.zeros(4, 2), layers=[""], estimator=tgp.Exact()))
     >>> path.read_text().splitlines()[0]
-    'step,layer,mean,p10,median,p90,sigma_max,rank,nonfinite'
-
+    'step,layer,mean,p10,median,p90,sigma_max,rank,nonfinite,log_pseudo_volume'
     """
 
     def _resumed(self, text: str, step: int, layers: Mapping[str, Mapping[str, float]]) -> str:

@@ -41,7 +41,6 @@ class SliceScan:
     >>> found = tgp.scan(model, Line(torch.zeros(2), torch.ones(2), steps=20), layers=["1"], progress=False)
     >>> path = found.save(tempfile.mkdtemp() + "/line.safetensors")
     >>> assert torch.equal(SliceScan.load(path).log_volume["1"], found.log_volume["1"])
-
     """
 
     slice: Line | Plane
@@ -78,7 +77,6 @@ class SliceScan:
 
         Raises:
             ProbeError: a layer that was not scanned; an ``initial`` of another slice.
-
         """
         from torchgeom_probe.boundary.magnification import magnification  # here: boundary/ is the room above
 

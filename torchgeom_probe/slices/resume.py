@@ -23,7 +23,6 @@ class Parts:
 
     Raises:
         ProbeError: the folder holds chunks of another measurement.
-
     """
 
     def __init__(self, target: Path, settings: Mapping[str, Any]) -> None:
@@ -62,7 +61,6 @@ def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, where:
 
     Raises:
         ProbeError: the settings differ; the message names which, and how.
-
     """
     different = [key for key in {**wanted, **stored} if stored.get(key) != wanted.get(key)]
     if different:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from tqdm import tqdm
 
-from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.errors import ProbeError, refuse_unknown
 from torchgeom_probe.estimators import Subspace
 from torchgeom_probe.files import decoded, encoded
 from torchgeom_probe.model.isolation import measuring
@@ -81,12 +81,12 @@ def scan(
     >>> found = scan(model, line, layers=[""], normalize=False, progress=False)
     >>> length = model.weight[:, 1].norm()  # |W (b - a)|
     >>> assert torch.allclose(found.log_volume[""].exp(), length.double())
-
     """
     if not isinstance(slice, (Line, Plane)):
         raise ProbeError(f"a {type(slice).__name__} is no slice.\nWrite:  scan(model, Line(x[0], x[1]), layers=...)")
     if batch_size is not None and batch_size < 1:
         raise ProbeError(f"batch_size={batch_size} must be at least 1: points a chunk.\nLeave it out for {_CHUNK}.")
+    refuse_unknown(options, scan, *ProbeOptions.__annotations__)
     probe = probe_of(model_or_probe, options)
     along = options.get("estimator") is None and probe.estimator == Subspace()
     settings = _settings(probe, readout, along=along)

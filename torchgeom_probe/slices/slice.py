@@ -68,7 +68,6 @@ class Line(Slice):
     >>> line.points().shape, line.points()[-1].tolist()
     (torch.Size([5, 3]), [2.0, 0.0, 0.0])
     >>> assert line.tangents().tolist() == [[2.0, 0.0, 0.0]] and line.log_measure == math.log(2)
-
     """
 
     a: Float[Tensor, " *input"]
@@ -140,7 +139,6 @@ class Plane(Slice):
     >>> right, up = plane.tangents()
     >>> origin = plane.points()[4]
     >>> assert torch.allclose(origin + u * right + v * up, c)
-
     """
 
     a: Float[Tensor, " *input"]
