@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from torchgeom_probe.check import CheckReport
-from torchgeom_probe.errors import LayerRefusal, ProbeError
+from torchgeom_probe.errors import LayerRefusal, ProbeError, refuse_unknown
 from torchgeom_probe.estimators import Along, Estimator, Subspace
 from torchgeom_probe.estimators.base import estimator_of
 from torchgeom_probe.estimators.cost import Cost, seconds_per_row
@@ -25,7 +25,7 @@ from torchgeom_probe.jacobian.plan import Plan, coupled_samples, make_plan
 from torchgeom_probe.model.hooked import HookedModel, Transform
 from torchgeom_probe.model.inputs import Inputs, Wrt
 from torchgeom_probe.model.isolation import Mode, measuring
-from torchgeom_probe.model.layers import LayerSpec, close_names, resolve, resolved_source, resolved_transforms
+from torchgeom_probe.model.layers import LayerSpec, resolve, resolved_source, resolved_transforms
 from torchgeom_probe.model.wrappers import refuse_unhookable, unwrapped
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Tensor
@@ -164,6 +164,16 @@ class GeometryProbe:
         """The user's own module."""
         return self._hooked.model
 
+    @property
+    def transforms(self) -> Mapping[str, Transform]:
+        """Layer → what maps its output before it is flattened."""
+        return self._hooked.transforms
+
+    @property
+    def source(self) -> str | None:
+        """The module whose output is the space that is pulled back to; None: the model's input."""
+        return self._hooked.source_name
+
     def __enter__(self) -> GeometryProbe:
         return self
 
@@ -242,9 +252,8 @@ class GeometryProbe:
                     if at_once == 1 or plan.whole:
                         raise ProbeError(
                             "out of memory with a single sample at a time.\n"
-                            "Give a smaller memory_budget= (directions are then taken "
-                            "in chunks too), pool the features with transform=, or take fewer directions: "
-                            "Subspace(k=...)"
+                            "Give a smaller memory_budget= (directions are then taken in chunks too), pool the "
+                            "features with transform=, or take fewer directions: Subspace(k=...)"
                         ) from error
                     at_once = max(1, at_once // 2)
                     continue
@@ -347,13 +356,7 @@ def probe_of(model_or_probe: nn.Module | GeometryProbe, options: ProbeOptions) -
     Raises:
         ProbeError: options beside a probe, which has its own; an option that no probe has.
     """
-    odd = sorted(set(options) - set(ProbeOptions.__annotations__))
-    if odd:
-        near = close_names(odd[0], list(ProbeOptions.__annotations__))
-        raise ProbeError(
-            f"{odd[0]!r} is no option of a probe; they are {', '.join(ProbeOptions.__annotations__)}.\n"
-            + (f"Did you mean {near[0]}=?" if near else "help(torchgeom_probe.GeometryProbe) explains each.")
-        )
+    refuse_unknown(options, measure, *ProbeOptions.__annotations__)
     if not isinstance(model_or_probe, GeometryProbe):
         return GeometryProbe(model_or_probe, **options)
     if options:

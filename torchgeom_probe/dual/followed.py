@@ -111,8 +111,8 @@ class Followed(TorchFunctionMode):
             held = self._memory.get(_innermost(tensor).untyped_storage().data_ptr())
             if held is not None and not held.expired() and not _inside_a_custom_function():
                 raise EngineRefusal(
-                    f"the tangent was lost: {name_of(func)!r} takes a constant in the memory of a tensor that depends"
-                    " on the input (made by nn.Parameter(h), from_dlpack, _make_subclass).\n"
+                    f"the tangent was lost: {name_of(func)!r} takes a constant in the memory of a tensor that depends "
+                    "on the input (made by nn.Parameter(h), from_dlpack, _make_subclass).\n"
                     "Compute with the tensor itself in the forward pass."
                 )
 

@@ -46,14 +46,14 @@ def _of_tensor(names: str) -> list[Any]:
 #: Ops that ask about a tensor (shape, device, …) and never touch its numbers.
 METADATA = {
     *_of_tensor(
-        "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cuda is_cpu is_sparse is_quantized"
-        " is_mkldnn is_meta is_mps is_xpu is_xla is_nested names itemsize nbytes _version _base output_nr retains_grad"
-        " _backward_hooks size dim ndimension stride numel nelement element_size is_contiguous __len__ __hash__"
-        " storage_offset _is_view is_shared is_pinned __repr__ has_names"
+        "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cuda is_cpu is_sparse is_quantized "
+        "is_mkldnn is_meta is_mps is_xpu is_xla is_nested names itemsize nbytes _version _base output_nr retains_grad "
+        "_backward_hooks size dim ndimension stride numel nelement element_size is_contiguous __len__ __hash__ "
+        "storage_offset _is_view is_shared is_pinned __repr__ has_names"
     ),
     *ops_named(
-        "is_floating_point is_complex is_signed numel is_inference is_same_size get_device result_type can_cast"
-        " is_conj is_neg _is_zerotensor"
+        "is_floating_point is_complex is_signed numel is_inference is_same_size get_device result_type can_cast "
+        "is_conj is_neg _is_zerotensor"
     ),
 }
 
@@ -66,16 +66,16 @@ MADE_LIKE = {
 #: Ops whose result is piecewise constant in the input (comparisons, argmax, random fills): its derivative IS zero.
 CONSTANT = {
     *ops_named(
-        "eq ne lt le gt ge equal greater greater_equal less less_equal not_equal isnan isinf isfinite isposinf"
-        " isneginf isclose allclose isin logical_and logical_or logical_not logical_xor any all argmax argmin argsort"
-        " sign signbit floor ceil round trunc fix floor_divide heaviside nonzero count_nonzero searchsorted bucketize"
-        " bincount histc rand_like randn_like randint_like bernoulli multinomial one_hot is_nonzero poisson"
+        "eq ne lt le gt ge equal greater greater_equal less less_equal not_equal isnan isinf isfinite isposinf "
+        "isneginf isclose allclose isin logical_and logical_or logical_not logical_xor any all argmax argmin argsort "
+        "sign signbit floor ceil round trunc fix floor_divide heaviside nonzero count_nonzero searchsorted bucketize "
+        "bincount histc rand_like randn_like randint_like bernoulli multinomial one_hot is_nonzero poisson"
         # piecewise constant as it runs; the gradient that torch gives it is a surrogate
         " fake_quantize_per_tensor_affine fake_quantize_per_channel_affine fused_moving_avg_obs_fake_quant"
     ),
     *_of_tensor(
-        "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __bool__ __contains__ __floordiv__ __rfloordiv__ __and__ __or__"
-        " __invert__ long int short char byte bool nonzero_static"
+        "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __bool__ __contains__ __floordiv__ __rfloordiv__ __and__ __or__ "
+        "__invert__ long int short char byte bool nonzero_static"
     ),
 }
 
@@ -85,8 +85,8 @@ DETACHES = {*ops_named("detach"), *_of_tensor("detach_ data"), torch.ops.aten.de
 #: Ops that take numbers out of torch: no derivative can follow them there.
 ESCAPES = {
     *_of_tensor(
-        "item tolist numpy __array__ __float__ __int__ __index__ __complex__ __format__ __dlpack__ data_ptr storage"
-        " untyped_storage"
+        "item tolist numpy __array__ __float__ __int__ __index__ __complex__ __format__ __dlpack__ data_ptr storage "
+        "untyped_storage"
     ),
     torch.ops.aten._local_scalar_dense.default,
 }
@@ -219,8 +219,8 @@ def _never(*_: Any) -> bool:
 def escape(func: Any) -> ProbeError:
     """The error for an op that no derivative can follow."""
     return ProbeError(
-        f".{name_of(func)}() takes numbers that depend on the input out of torch, or reads their bits: what the model"
-        " computes from them has no derivative, in any engine.\n"
+        f".{name_of(func)}() takes numbers that depend on the input out of torch, or reads their bits: what the model "
+        "computes from them has no derivative, in any engine.\n"
         "Keep the value a floating tensor: write  x * y.max()  for  x * y.max().item()"
     )
 

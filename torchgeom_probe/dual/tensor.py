@@ -235,8 +235,8 @@ def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
         _note("refused", func)
         raise EngineRefusal(
             f"the op {name_of(func)!r} has no derivative that could be used ({first_line(error)}).\n"
-            "Measure a layer before it, or give it one:  torch.autograd.Function with a jvp, "
-            "or for a custom op  op.register_autograd(...) with a backward made of torch's own ops"
+            "Measure a layer before it, or give it one:  torch.autograd.Function with a jvp, or for a custom op  "
+            "op.register_autograd(...) with a backward made of torch's own ops"
         ) from error
 
 

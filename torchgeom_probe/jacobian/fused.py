@@ -93,6 +93,6 @@ def _refuse_another_value(entry: str, values: list[Tensor], reference: Tensor) -
     if ((value - expected).abs() > allowed).any():
         raise EngineRefusal(
             f"the dual pass gives layer {entry!r} another value than the model's plain forward pass: an op writes in "
-            "place through a view "
-            "that the dual pass had to copy.\nMeasure with engine='functorch', or write that op out of place."
+            "place through a view that the dual pass had to copy.\n"
+            "Measure with engine='functorch', or write that op out of place."
         )

@@ -177,8 +177,8 @@ class Jacobians:
         if odd:
             raise ProbeError(
                 f"{min(odd)!r} fired for some samples only: the model calls a module a different number of times for "
-                "different "
-                "samples.\nMeasure one sample at a time:  [probe.measure(x[i : i + 1]) for i in range(len(x))]"
+                "different samples.\n"
+                "Measure one sample at a time:  [probe.measure(x[i : i + 1]) for i in range(len(x))]"
             )
 
     def defined(self, entry: str) -> Tensor | None:
@@ -280,8 +280,8 @@ class Jacobians:
                 refuse_another_adjoint([jv], [v], pull)
             except EngineRefusal as error:
                 raise EngineRefusal(
-                    f"reverse mode gives layer {entry!r} another derivative than that of the function that runs: an op"
-                    " has a surrogate gradient (straight-through, gradient reversal, clipping).\n"
+                    f"reverse mode gives layer {entry!r} another derivative than that of the function that runs: an op "
+                    "has a surrogate gradient (straight-through, gradient reversal, clipping).\n"
                     "Measure with forward mode:  estimator=Subspace(k=8)"
                 ) from error
 

@@ -132,10 +132,9 @@ class Plan:
             whole = count * length * self.itemsize
             raise ProbeError(
                 f"the Jacobian of layer {entry!r} at one sample is {count} x {length} numbers, {whole / 2**30:.2f} "
-                "GiB, "
-                f"and the memory budget is {self.budget / 2**30:.2f} GiB, too little for two of its rows.\n"
-                f"Raise it:  GeometryProbe(model, ..., memory_budget={whole * 2}); "
-                "pool the features:  transform=...; or take fewer directions:  estimator=Subspace(k=8)"
+                f"GiB, and the memory budget is {self.budget / 2**30:.2f} GiB, too little for two of its rows.\n"
+                f"Raise it:  GeometryProbe(model, ..., memory_budget={whole * 2}); pool the features:  transform=...; "
+                "or take fewer directions:  estimator=Subspace(k=8)"
             )
 
 
@@ -198,8 +197,8 @@ def _models_own(model: nn.Module, inputs: Inputs, error: Exception) -> ProbeErro
 def coupled_samples(entry: str) -> ProbeError:
     """The error for a layer whose output at one sample depends on the other samples."""
     return ProbeError(
-        f"layer {entry!r} couples the samples: what it puts out at one of them, or how wide, changes with the others,"
-        " so no sample has a metric of its own.\n"
+        f"layer {entry!r} couples the samples: what it puts out at one of them, or how wide, changes with the others, "
+        "so no sample has a metric of its own.\n"
         "Put the samples first (nn.LSTM and attention: batch_first=True); normalise by running statistics, in eval "
         "mode; a set that is one sample (the nodes of a graph) goes into a Module that takes it as x[None]; where "
         "samples are padded to the longest of the batch, measure one at a time."
@@ -227,9 +226,9 @@ def _refuse_nested(hooked: HookedModel, own: Inputs, found: Outputs) -> None:
     different = next((e for e, values in found.features.items() if not _same(values, as_run.get(e))), None)
     if different is not None:
         raise ProbeError(
-            f"nn.TransformerEncoder {nested[0]!r} is two functions: without gradients torch packs what the padding mask"
-            f" leaves into a nested tensor and puts out 0 elsewhere, with gradients it does not; layer {different!r}"
-            " sees the difference.\n"
+            f"nn.TransformerEncoder {nested[0]!r} is two functions: without gradients torch packs what the padding "
+            "mask leaves into a nested tensor and puts out 0 elsewhere, with gradients it does not; layer "
+            f"{different!r} sees the difference.\n"
             f"Say which one you mean:  model.get_submodule({nested[0]!r}).use_nested_tensor = False  is the second."
         )
 
@@ -268,8 +267,8 @@ def _space(hooked: HookedModel, own: Inputs, found: Outputs) -> Tensor:
     if found.sources[0].ndim == 0 or found.sources[0].shape[0] != own.size:
         raise ProbeError(
             f"source={hooked.source_name!r} puts out shape {tuple(found.sources[0].shape)}, whose first axis is not "
-            "the batch of "
-            f"{own.size}.\nName a module whose output has the samples first."
+            f"the batch of {own.size}.\n"
+            "Name a module whose output has the samples first."
         )
     return found.sources[0]
 
@@ -347,9 +346,9 @@ def _refuse_silent(hooked: HookedModel, found: Outputs) -> None:
         near = close_names(silent[0], [n for n, _ in hooked.model.named_modules() if n and n not in silent])
         raise LayerRefusal(
             f"layer{'s' if len(silent) > 1 else ''} {', '.join(map(repr, silent))} never fired in the forward pass.\n"
-            "Likely: the model reaches past the module (activation checkpointing: model.set_grad_checkpointing(False); "
-            "a traced or fx "
-            "model: hook its leaves), or does not use it in this mode.\n"
+            "Likely: the model reaches past the module (activation checkpointing: "
+            "model.set_grad_checkpointing(False); a traced or fx model: hook its leaves), or does not use it in this "
+            "mode.\n"
             f"Close names: {', '.join(map(repr, near)) or 'none'}",
             dict.fromkeys(silent, "never ran"),
         )

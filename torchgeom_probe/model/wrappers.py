@@ -41,6 +41,5 @@ def refuse_unhookable(model: nn.Module) -> None:
         raise ProbeError(
             f"{sharded}: its ops need every rank at once.\n"
             "Gather the model first (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
-            "full_state_dict=True) into a "
-            "plain copy, and probe that."
+            "full_state_dict=True) into a plain copy, and probe that."
         )

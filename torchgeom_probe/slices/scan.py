@@ -116,9 +116,9 @@ def _settings(probe: GeometryProbe, readout: Readout | None, *, along: bool) -> 
         "estimator": _TANGENTS if along else repr(probe.estimator),
         "readout": in_words(readout),
         "normalize": probe.normalize,
-        "transform": in_words(probe._hooked.transforms),
+        "transform": in_words(probe.transforms),
         "engine": probe.engine,
-        "source": probe._hooked.source_name,
+        "source": probe.source,
         "wrt": in_words(probe.wrt),
         "mode": probe.mode,
     }
