@@ -1,5 +1,6 @@
 """Maps over planes: what is drawn, where, in which colours and units; read back from the artists."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -41,8 +42,6 @@ def test_a_plane_before_and_after_shares_one_colour_scale_a_column(planes):
     assert "J divided by √n" in figure.get_supxlabel()
     assert [found["1"][0].origin, tuple(found["1"][0].get_extent())] == ["lower", (-1.1, 1.1, -1.1, 1.1)]
     assert found["1"][0].get_clim() != found["3"][0].get_clim()
-    shared = maps(plot(after, before=before, share_layers=True))
-    assert shared["1"][0].get_clim() == shared["3"][0].get_clim()
 
 
 def test_the_boundary_is_drawn_where_the_class_changes():
@@ -144,6 +143,43 @@ def test_a_scale_of_whole_rows_has_its_bar_beside_them_and_of_columns_below(plan
     signed = [axes.images[0] for axes in figure.axes[2:6:3]]
     assert signed[0].get_clim() == signed[1].get_clim()
     assert signed[0].get_clim()[0] == -signed[0].get_clim()[1]
+
+
+def test_scales_and_classes_span_rows_that_are_not_drawn(planes):
+    figures = [plot(scan, like=planes) for scan in planes]
+    for title in ("entropy", "1", "3"):
+        first, second = (maps(figure)[title][0] for figure in figures)
+        assert first.get_clim() == second.get_clim()
+    bars = [next(axes for axes in figure.axes if axes.get_xlabel() == "class") for figure in figures]
+    names = [[text.get_text() for text in bar.get_xticklabels()] for bar in bars]
+    assert names == [[str(c) for c in torch.cat([scan.predictions for scan in planes]).unique().tolist()]] * 2
+
+
+def test_a_class_has_its_colour_in_every_figure_and_stands_below_it_on_the_bar(planes):
+    labels = torch.full((11, 11), 7)
+    labels[:, :4] = 2
+    labels[0, 0] = -1
+    few, many = (dataclasses.replace(planes[0], predictions=found) for found in (labels, labels.clamp(max=6)))
+    many.predictions[:, 10] = 7
+    shown = [maps(plot(found))["prediction"][0] for found in (few, many)]
+    colours = [image.cmap(image.norm(np.array([-1, 2, 7]))) for image in shown]
+    assert np.array_equal(*colours)
+    assert len(np.unique(colours[0], axis=0)) == 3
+    assert (colours[0][0] == 1).all()  # what is not finite is white
+    bar = shown[0].colorbar
+    ticks = [bar.ax.transAxes.inverted().transform(bar.ax.transData.transform((t, 0)))[0] for t in bar.get_ticks()]
+    assert [text.get_text() for text in bar.ax.get_xticklabels()] == ["not finite", "2", "7"]
+    assert ticks == pytest.approx([1 / 6, 1 / 2, 5 / 6])
+
+
+def test_a_bar_has_arrows_where_values_lie_beyond(planes):
+    volume = planes[0].report["1"].log_volume
+    volume[:] = torch.linspace(0, 1, len(volume), dtype=volume.dtype)
+    assert maps(plot(planes[0]))["1"][0].colorbar.extend == "both"
+    volume[:60], volume[60:] = 0.0, 1.0
+    assert maps(plot(planes[0]))["1"][0].colorbar.extend == "neither"
+    volume[60] = 5.0
+    assert maps(plot(planes[0]))["1"][0].colorbar.extend == "max"
 
 
 def test_grids_that_are_refused(planes, lines):

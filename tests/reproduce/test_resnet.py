@@ -16,7 +16,7 @@ pytest.importorskip("timm")
 
 
 def test_the_networks_of_both_presets(images):
-    few = dataclasses.replace(images, train_images=images.train_images[:8])
+    few = dataclasses.replace(images, train_images=images.train_images[:8], train_labels=images.train_labels[:8])
     paper = resnet.network(Settings(preset="paper"), few, "gelu")
     assert sum(p.numel() for p in paper.parameters()) == 21_282_122
     assert not any(isinstance(m, nn.ReLU) for m in paper.modules())
@@ -69,7 +69,7 @@ def test_cifar10_where_it_is_there_and_where_it_is_not(monkeypatch, tmp_path):
     found = resnet.load_images(Settings(preset="paper", data_root=tmp_path))
     assert found.train_images.shape == (20, 3, 32, 32)
     assert found.train_images[3, :, 5, 5].tolist() == pytest.approx([1.0, 1.0, 0.2])
-    assert (found.corners, found.line_ends) == ((7, 6, 1), (5, 6))
+    assert (found.corners, found.ends) == ((7, 6, 1), [(1, 5), (1, 6)])  # horse, frog, car; car to dog, to frog
 
     def absent(*arguments, **options):
         raise URLError("no network")

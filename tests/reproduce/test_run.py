@@ -6,8 +6,8 @@ import matplotlib.image
 import pytest
 
 from torchgeom_probe.cli.main import main
-from torchgeom_probe.reproduce import fig1, fig2
-from torchgeom_probe.reproduce.run import reproduce
+from torchgeom_probe.reproduce.results import quirks
+from torchgeom_probe.reproduce.run import FIGURES, reproduce
 from torchgeom_probe.reproduce.settings import Settings
 
 pytest.importorskip("timm")
@@ -16,10 +16,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
 
-@pytest.mark.parametrize("figure", [fig1, fig2])
+@pytest.mark.parametrize("figure", FIGURES)
 def test_each_quirk_has_a_decision(figure):
-    assert len(figure.QUIRKS) >= 5
-    for quirk in figure.QUIRKS:
+    assert len(quirks(figure)) >= 5
+    for quirk in quirks(figure):
         assert set(quirk) == {"quirk", "decision"}
         assert all(len(text) > 10 for text in quirk.values())
 
@@ -31,9 +31,10 @@ def test_both_figures_from_the_command_line(tmp_path, capsys):
     printed = capsys.readouterr().out
     for phrase in (
         "ok    √det g measured in float32 against the closed form",
-        "sinusoid, 25 sigmoid units, plane: sigmoid",
-        "xor, 25 sigmoid units, plane: sigmoid",
+        "sinusoid_25, plane: sigmoid",
+        "xor_25, plane: sigmoid",
         "the untrained network: ρ",
+        "digits: test accuracy",
         "digits, line: sigmoid",
         "fig2: the hypothesis is supported in",
     ):

@@ -1,5 +1,6 @@
 """Killed and started again, a training ends with the same bytes."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -57,9 +58,9 @@ def task(calls=None, fail_at=None, kill_at=None):
     )
 
 
-def plane_view(**options):
+def plane_view():
     plane = tgp.Plane(*torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), steps=6, coordinates="barycentric")
-    return View("plane", plane, {"layers": ["2"], "batch_size": 16}, images=None, **options)
+    return View("plane", plane, {"layers": ["2"], "batch_size": 16})
 
 
 def settings(tmp_path, **options):
@@ -69,9 +70,8 @@ def settings(tmp_path, **options):
 def go(tmp_path, **options):
     x = torch.zeros(3, 2) + torch.arange(3)[:, None]
     watch = {"x_probe": x, "layers": ["2"], "estimator": tgp.Exact(), "every": 3}
-    trained = train(task(**options), settings(tmp_path), views=[plane_view()], watch=watch, say=lambda line: None)
     results = Results("figure", "a test", settings(tmp_path), say=lambda line: None)
-    results.training(trained)
+    trained = results.train(task(**options), [plane_view()], watch=watch)
     results.test(trained, plane_view())
     results.finish()
     return trained
@@ -102,20 +102,20 @@ def straight(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("fail_at", "every_step"), [(1, False), (7, True), (8, False), (20, True)], ids=lambda value: str(value)
+    ("fail_at", "every_epoch"), [(1, False), (7, True), (13, True), (14, False), (20, True)], ids=str
 )
 def test_stopped_anywhere_and_started_again_ends_with_the_same_bytes(
-    fail_at, every_step, straight, tmp_path, monkeypatch
+    fail_at, every_epoch, straight, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(training, "_CHECKPOINT_SECONDS", -1.0 if every_step else 1e9)
+    monkeypatch.setattr(training, "_CHECKPOINT_SECONDS", -1.0 if every_epoch else 1e9)
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path, fail_at=fail_at)
     assert not (tmp_path / "figure").exists()
     calls = [0]
     torch.randn(3)  # another random state than the first time
     go(tmp_path, calls=calls)
-    if every_step and fail_at > 1:  # one step is made again at most: 20 steps and the initial loss in all
-        assert calls[0] <= 21 - (fail_at - 2) + 1
+    if every_epoch:  # the epoch in which it was stopped is made again: 20 steps in all, after that of the initial loss
+        assert calls[0] == 20 - (fail_at - 2) // STEPS_PER_EPOCH * STEPS_PER_EPOCH
     assert files(tmp_path) == straight
 
 
@@ -168,6 +168,19 @@ def test_sigkill_and_again_in_other_processes(straight, tmp_path):
     assert files(tmp_path) == straight
 
 
+def test_every_epoch_takes_every_sample_once_in_an_order_of_its_own(tmp_path):
+    seen, of = [], task()
+
+    def loss(model, batch):
+        seen.append(batch)
+        return of.loss(model, batch)
+
+    train(dataclasses.replace(of, loss=loss), settings(tmp_path), say=lambda line: None)
+    epochs = torch.stack([torch.cat(seen[1 + i : 1 + i + STEPS_PER_EPOCH]) for i in range(0, 20, STEPS_PER_EPOCH)])
+    assert torch.equal(epochs.sort(1).values, torch.arange(53).expand(EPOCHS, -1))
+    assert len(epochs.unique(dim=0)) == EPOCHS
+
+
 def test_a_finished_training_is_loaded_not_repeated(tmp_path):
     go(tmp_path)
     calls = [0]
@@ -199,7 +212,7 @@ def test_another_training_in_the_folder_is_refused_or_replaced(tmp_path):
         train(task(), settings(tmp_path, seed=1), say=lambda line: None)
     assert files(tmp_path) == before
     (tmp_path / "trainings" / "noisy" / "mine.txt").write_text("kept")
-    train(task(), settings(tmp_path, seed=1), replace=True, say=lambda line: None)
+    train(task(), settings(tmp_path, seed=1), folder=tmp_path / "trainings" / "noisy", say=lambda line: None)
     left = {path.name for path in (tmp_path / "trainings" / "noisy").rglob("*") if path.is_file()}
     assert "mine.txt" in left
     assert "epoch_00004.safetensors" not in left
@@ -225,9 +238,8 @@ def test_a_readout_is_made_from_each_snapshot(tmp_path):
         made.append(model)
         return nn.Linear(3, 4)
 
-    view = plane_view(readout=readout, epochs=(4,))
-    trained = train(task(), settings(tmp_path), views=[view], say=lambda line: None)
+    view, of = plane_view(), dataclasses.replace(task(), readout=readout)
+    trained = train(of, settings(tmp_path), views=[view], say=lambda line: None)
     first, again = trained.scan(view, 4), trained.scan(view, 4)
-    assert len(made) == 1
+    assert len(made) == len(trained.epochs)
     assert torch.equal(first.entropy, again.entropy)
-    assert sorted(p.name for p in (tmp_path / "trainings/noisy/plane").iterdir()) == ["epoch_00004.safetensors"]

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from torchgeom_probe.reproduce import demo
-from torchgeom_probe.reproduce.settings import FIELDS, Settings
+from torchgeom_probe.reproduce import digits
+from torchgeom_probe.reproduce.settings import Settings
 
 
 def add(verbs: Any) -> None:
@@ -34,5 +34,5 @@ def add(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the demo."""
-    settings = Settings(**{key: value for key, value in vars(arguments).items() if key in FIELDS})
-    demo.run(settings, data=arguments.data, width=arguments.width, grid=arguments.grid)
+    settings = Settings(**{key: value for key, value in vars(arguments).items() if key in Settings.__annotations__})
+    digits.demo(settings, data=arguments.data, width=arguments.width, grid=arguments.grid)

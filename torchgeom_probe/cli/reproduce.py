@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torchgeom_probe.reproduce import run as figures
-from torchgeom_probe.reproduce.settings import FIELDS, Settings
+from torchgeom_probe.reproduce.settings import Settings
 
 
 def add(verbs: Any) -> None:
@@ -48,5 +48,5 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out is None:
         suffix = ("-paper" if arguments.preset == "paper" else "") + ("-quick" if arguments.quick else "")
         arguments.out = Path(f"torchgeom_runs/reproduce{suffix}")
-    settings = Settings(**{key: value for key, value in vars(arguments).items() if key in FIELDS})
+    settings = Settings(**{key: value for key, value in vars(arguments).items() if key in Settings.__annotations__})
     figures.reproduce(arguments.figures, settings)

@@ -12,6 +12,7 @@ from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.files import write_atomically
 from torchgeom_probe.plotting.style import Figure
 
+# Ending → the time of day, which is left out: equal figures give equal PNG and PDF.
 _DATES: dict[str, dict[str, Any]] = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
 
@@ -23,26 +24,14 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 160) -> Pat
 
     >>> import tempfile
     >>> from matplotlib.figure import Figure
-    >>> save(Figure(), tempfile.mkdtemp() + "/empty.png").stat().st_size > 0
-    True
-
+    >>> save(Figure(), tempfile.mkdtemp() + "/empty.png").read_bytes()[1:4]
+    b'PNG'
     """
-    return write_atomically(path, rendered(figure, ending=Path(path).suffix, dpi=dpi))
-
-
-def rendered(figure: Figure, *, ending: str = ".png", dpi: int = 160) -> bytes:
-    r"""Return a figure as the bytes of a .png, .pdf or .svg file; equal figures give equal PNG and PDF.
-
-    >>> from matplotlib.figure import Figure
-    >>> rendered(Figure())[:4]
-    b'\x89PNG'
-    """
+    ending = Path(path).suffix
     if ending.lower() not in _DATES:
         seen = ending or "file without an ending"
         raise ProbeError(f"a figure is no {seen}.\nWrite:  save(figure, 'map.png')  or .pdf or .svg")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=ending.lower()[1:], dpi=dpi, metadata=_DATES[ending.lower()])
-    return buffer.getvalue()
+    return write_atomically(path, _rendered(figure, ending.lower(), dpi).getvalue())
 
 
 def small_png(figure: Figure, limit: int) -> bytes:
@@ -60,7 +49,7 @@ def small_png(figure: Figure, limit: int) -> bytes:
     return buffer.getvalue()
 
 
-def animated(frames: Iterable[Figure], *, seconds: float = 0.6, dpi: int = 80) -> bytes:
+def animated(frames: Iterable[Figure]) -> bytes:
     """Return figures of one size as an animated GIF, the last one held; equal figures give equal bytes.
 
     Raises:
@@ -69,18 +58,22 @@ def animated(frames: Iterable[Figure], *, seconds: float = 0.6, dpi: int = 80) -
     >>> from matplotlib.figure import Figure
     >>> animated([Figure(), Figure()])[:6]
     b'GIF89a'
-
     """
-    images = [_palette_image(figure, dpi) for figure in frames]
+    images = [_palette_image(figure, dpi=80) for figure in frames]
     if not images:
         raise ProbeError("an animation of no frames.\nGive one figure an epoch:  animated([figure_0, figure_1])")
-    times = [round(1000 * seconds)] * (len(images) - 1) + [4 * round(1000 * seconds)]
-    buffer = io.BytesIO()
+    buffer, times = io.BytesIO(), [600] * (len(images) - 1) + [2400]  # milliseconds
     images[0].save(buffer, "gif", save_all=True, append_images=images[1:], duration=times, loop=0, disposal=2)
     return buffer.getvalue()
 
 
+def _rendered(figure: Figure, ending: str, dpi: int) -> io.BytesIO:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=ending[1:], dpi=dpi, metadata=_DATES[ending])
+    return buffer
+
+
 def _palette_image(figure: Figure, dpi: int) -> Any:
     pillow = optional("PIL.Image", extra="figures")
-    image = pillow.open(io.BytesIO(rendered(figure, dpi=dpi))).convert("RGB")
+    image = pillow.open(_rendered(figure, ".png", dpi)).convert("RGB")
     return image.quantize(256, method=pillow.Quantize.MEDIANCUT, dither=pillow.Dither.NONE)

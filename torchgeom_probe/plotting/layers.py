@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from torchgeom_probe.plotting import style
-from torchgeom_probe.plotting.style import AFTER, NORMAL, SMALL, Figure
+from torchgeom_probe.plotting.style import BLUE, NORMAL, SMALL, Figure
 from torchgeom_probe.report import GeometryReport
 
 #: More points a layer hide each other.
@@ -40,8 +40,8 @@ def plot_report(
             low, middle, high = np.quantile(finite, [0.1, 0.5, 0.9])
             drawn = finite if len(finite) <= _POINTS else random.choice(finite, _POINTS, replace=False)
             heights = row + random.uniform(-0.22, 0.22, len(drawn))
-            axes.plot(drawn, heights, ".", color=AFTER, markersize=4, alpha=0.5, markeredgewidth=0, zorder=2)
-            axes.barh(row, high - low, 0.56, left=low, color=AFTER, alpha=0.25, linewidth=0, zorder=1)
+            axes.plot(drawn, heights, ".", color=BLUE, markersize=4, alpha=0.5, markeredgewidth=0, zorder=2)
+            axes.barh(row, high - low, 0.56, left=low, color=BLUE, alpha=0.25, linewidth=0, zorder=1)
             axes.plot([middle] * 2, [row - 0.34, row + 0.34], color="black", linewidth=1.8, zorder=3)
         if len(finite) < len(values):
             text = f" {len(values) - len(finite)} of {len(values)} not finite"

@@ -41,7 +41,6 @@ def plot(result: Any, **options: Any) -> Figure:
     >>> assert [axes.get_ylabel() for axes in figure.axes][:2] == ["1\nlog √det g [nat]", "entropy [nat]"]
     >>> report = tgp.measure(model, torch.randn(9, 2), layers=["0", "1"], estimator=tgp.Exact())
     >>> assert plot(report, unit="log10").axes[0].get_xlabel() == "log-volume [log10]"
-
     """
     drawn = ", ".join(kind.__name__ for kind in plot.registry if kind not in (object, Sequence))
     raise ProbeError(

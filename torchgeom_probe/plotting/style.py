@@ -32,13 +32,8 @@ else:  # matplotlib is optional: its types are for the type checker alone
 #: Samples as pictures; "auto" takes them from the slice where they look like pictures; None draws none.
 Images = Sequence[Tensor | np.ndarray] | Literal["auto"] | None
 
-BEFORE, AFTER = "#7f7f7f", "#31688e"
+BLUE = "#31688e"
 SMALL, NORMAL, LARGE = 8.0, 9.5, 12.0
-# Class c has the colour c mod 20, light enough for a contour and a picture on it.
-_CLASSES = (
-    "#aec7e8 #ffbb78 #98df8a #ff9896 #c5b0d5 #c49c94 #f7b6d2 #c7c7c7 #dbdb8d #9edae5 "
-    "#7fa7d4 #f2a65a #73c378 #e57373 #a58ac2 #a87f72 #e58fbf #a0a0a0 #bcbd55 #63b9c9"
-).split()
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -59,8 +54,8 @@ def finish(figure: Any, title: str | None, note: str | None) -> None:
 
 def note(report: GeometryReport, layers: Sequence[str]) -> str:
     """Say what the volumes of these layers are: every estimand and normalisation among them, once."""
-    scaling = {True: "J divided by √n", False: "J not divided by √n"}
-    notes = [f"{report[name].estimand}; {scaling[report[name].normalized]}" for name in layers]
+    chosen = [report[name] for name in layers]
+    notes = [f"{layer.estimand}; J {'' if layer.normalized else 'not '}divided by √n" for layer in chosen]
     return "volume: " + " | ".join(dict.fromkeys(notes))
 
 
@@ -97,13 +92,11 @@ class Scans:
         unit: of the log-volumes: ``"nat"`` or ``"log10"``.
         relative: draw each log-volume minus its median over the slice, so that its pattern shows even where training
             has moved its level by more than the pattern's range.
-        share_layers: on planes, one colour scale for all layers: for layers of like volume.
         log_entropy: on planes, log10 of the entropy, as in the paper: a confident network's spans many orders.
         title: above the figure.
 
     Raises:
         ProbeError: no scans, scans of different slices, or a number of names other than that of scans.
-
     """
 
     scans: Sequence[SliceScan]
@@ -114,7 +107,6 @@ class Scans:
     class_names: Sequence[str] | None = None
     unit: Literal["nat", "log10"] = "nat"
     relative: bool = False
-    share_layers: bool = False
     log_entropy: bool = False
     title: str | None = None
 
@@ -132,8 +124,8 @@ class Scans:
 
     @property
     def every(self) -> list[SliceScan]:
-        """What is drawn, then what the axes span."""
-        return [*self.scans, *self.like]
+        """What is drawn, then what the axes span, too; each once, so that all frames of an animation span the same."""
+        return [*self.scans, *(scan for scan in self.like if scan not in self.scans)]
 
     @property
     def shown(self) -> list[str]:
@@ -155,17 +147,16 @@ class Scans:
         return f"{name}{' − median' if self.relative else ''}{unit}"
 
 
-def classes(scans: Sequence[SliceScan]) -> list[int]:
-    """Return the classes that are predicted anywhere, ascending."""
-    return sorted({int(c) for scan in scans for c in scan.predictions.unique()})
+def class_colours(present: Sequence[int]) -> dict[str, Any]:
+    """Return the colour map and the norm that give each of these classes, ascending, its colour.
 
-
-def show_classes(axes: Any, labels: np.ndarray, present: Sequence[int], **options: Any) -> Any:
-    """Draw classes [H, W] in their colours; entry i of the colour map is class ``present[i]``."""
-    colours = mpl("matplotlib.colors")
-    palette = colours.ListedColormap(["#ffffff" if c < 0 else _CLASSES[c % len(_CLASSES)] for c in present])
-    norm = colours.BoundaryNorm(np.arange(len(present) + 1) - 0.5, len(present))
-    return axes.imshow(np.searchsorted(present, labels), cmap=palette, norm=norm, interpolation="nearest", **options)
+    It is the same in every figure: one of matplotlib's ``tab20``, the light ones first; white for what is not finite.
+    """
+    colours, known = mpl("matplotlib.colors"), mpl("matplotlib").colormaps["tab20"].colors
+    known = known[1::2] + known[::2]
+    palette = colours.ListedColormap(["white" if label < 0 else known[label % len(known)] for label in present])
+    edges = [*(label - 0.5 for label in present), present[-1] + 0.5]
+    return {"cmap": palette, "norm": colours.BoundaryNorm(edges, len(present))}
 
 
 def class_name(label: int, names: Sequence[str] | None) -> str:

@@ -1,13 +1,8 @@
-"""What figures 5 and 6 share: Barlow Twins on the network of figure 3, and a linear readout for the predictions."""
+"""Figures 5 and 6: Barlow Twins on the network of figure 3, and a linear readout for the predictions."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import random
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,38 +10,18 @@ from torch import nn
 
 from torchgeom_probe.errors import optional
 from torchgeom_probe.reproduce import resnet
-from torchgeom_probe.reproduce.data.images import Images
-from torchgeom_probe.reproduce.results import Results, quirks
+from torchgeom_probe.reproduce.data import Images
+from torchgeom_probe.reproduce.results import Results, drawn, frames
 from torchgeom_probe.reproduce.settings import Settings
-from torchgeom_probe.reproduce.training import Trained, Training, View, accuracy, train
-from torchgeom_probe.shapes import Float, Int, Tensor
-from torchgeom_probe.slices.slice import Line
+from torchgeom_probe.reproduce.training import Trained, Training, View, accuracy
+from torchgeom_probe.shapes import Float, Tensor
 
 #: The four blocks, as parts of the network that is trained.
 LAYERS = tuple(f"backbone.{stage}" for stage in resnet.STAGES)
 
-QUIRKS = (
-    *(quirk for quirk in resnet.QUIRKS if not quirk["quirk"].startswith(("SGD", "the augmentation"))),
-    *quirks("""
-1000 epochs; projector of width 256, λ = 0.005; the optimizer of the supervised network
--> kept for --preset paper; the embedded run is short: a projector of 64, batches of 64, learning rate 0.05 falling to
-0
-
-the augmentations are not in what we have
--> lightly's BYOLTransform, as its own Barlow Twins has them, for 32 pixels: no blur, colour jitter of strength 0.5,
-crops of at least 20 % of the image; not normalised, so that the input space is that of figure 3
-
-the labels of the maps are a logistic regression on the features
--> kept, on standardised features with an L2 penalty, fitted to convergence in float64 for every snapshot
-
-the line takes t = i / steps and never reaches its far end
--> mended: both ends are points of the line
-"""),
-)
-
 
 class BarlowTwins(nn.Module):
-    """Backbone and projector of Barlow Twins; the output is the backbone's features, ``project`` is for the loss."""
+    """Backbone and projector of Barlow Twins; the output is the backbone's features, the projector is for the loss."""
 
     def __init__(self, backbone: nn.Module, projection_head: nn.Module) -> None:
         super().__init__()
@@ -56,16 +31,11 @@ class BarlowTwins(nn.Module):
         """Return the features."""
         return self.backbone(x)
 
-    def project(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch embedding"]:
-        """Return the embedding that the loss compares."""
-        return self.projection_head(self.backbone(x))
-
 
 def without_labels(images: Images, settings: Settings) -> Training:
-    """The training of figures 5 and 6, as QUIRKS says."""
+    """The training of figures 5 and 6, as quirks.md says."""
     loss_of = optional("lightly.loss", extra="lightly").BarlowTwinsLoss(lambda_param=5e-3)
     head = optional("lightly.models.modules", extra="lightly").BarlowTwinsProjectionHead
-    two_views = _two_views()
     pictures = (images.train_images * 255).round().to(torch.uint8)
     size = settings.choose(embedded=64, paper=256, quick=16)
     here = images.to(settings.device)
@@ -75,12 +45,12 @@ def without_labels(images: Images, settings: Settings) -> Training:
         return BarlowTwins(backbone, head(resnet.channels(settings)[-1], size, size))
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        first, second = (view.to(settings.device) for view in two_views(pictures[batch.cpu()]))
-        return loss_of(model.project(first), model.project(second))  # type: ignore[operator]
+        projector = model.get_submodule("projection_head")
+        return loss_of(*(projector(model(view.to(settings.device))) for view in two_views(pictures[batch.cpu()])))
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        classifier = nn.Sequential(model, linear_readout(model, images))
-        return {"readout_test_accuracy": accuracy(classifier, here.test_images, here.test_labels)}
+        classifier = nn.Sequential(model, linear_readout(model, here))
+        return {"linear_readout_test_accuracy": accuracy(classifier, here.test_images, here.test_labels)}
 
     return resnet.training(
         "barlow",
@@ -93,92 +63,70 @@ def without_labels(images: Images, settings: Settings) -> Training:
         model=make,
         loss=loss,
         evaluate=evaluate,
+        readout=functools.partial(linear_readout, images=here),
     )
 
 
+def two_views(pictures: Tensor) -> list[Float[Tensor, "batch 3 32 32"]]:
+    """Augment pictures [B, 3, H, W] in 8 bits by lightly's two transforms, which draw from torch and from numpy.
+
+    So that torch's seed is enough, numpy is seeded from torch.
+    """
+    transforms = optional("lightly.transforms.byol_transform", extra="lightly")
+    to_image = optional("torchvision.transforms.functional", extra="figures").to_pil_image
+    options = dict(input_size=32, gaussian_blur=0.0, cj_strength=0.5, min_scale=0.2, normalize=None)
+    augment = [transforms.BYOLView1Transform(**options), transforms.BYOLView2Transform(**options)]
+    np.random.seed(int(torch.randint(2**31, ())))
+    pairs = [[view(photograph) for view in augment] for photograph in map(to_image, pictures)]
+    return [torch.stack(views) for views in zip(*pairs, strict=True)]
+
+
+@torch.no_grad()
 def linear_readout(model: nn.Module, images: Images, *, penalty: float = 1e-3) -> nn.Linear:
     """Fit a logistic regression on the model's frozen features of the training images: features → logits.
 
-    Minimises the mean cross-entropy plus ``penalty``/2·‖W‖² over standardised features, a convex problem, by L-BFGS in
-    float64; the standardisation is folded into the layer that is returned.
+    It minimises the mean cross-entropy plus ``penalty``/2·‖W‖² over standardised features, in float64, by
+    scikit-learn; the standardisation is folded into the layer that is returned.
     """
-    device = next(model.parameters()).device
-    x, y = images.train_images.to(device), images.train_labels.to(device)
     was_training = model.training
-    with torch.no_grad():
-        features = torch.cat([model.eval()(part).double() for part in x.split(250)])
+    features = torch.cat([model.eval()(part).double() for part in images.train_images.split(250)])
     model.train(was_training)
     mean, deviation = features.mean(0), features.std(0).clamp_min(1e-8)
-    standardised = (features - mean) / deviation
-    readout = nn.Linear(features.shape[1], len(images.class_names), device=device, dtype=torch.float64)
-    for parameter in readout.parameters():
-        nn.init.zeros_(parameter)
-    solver = torch.optim.LBFGS(readout.parameters(), max_iter=300, line_search_fn="strong_wolfe")
-
-    def objective() -> Tensor:
-        with torch.enable_grad():
-            solver.zero_grad()
-            cross_entropy = nn.functional.cross_entropy(readout(standardised), y)
-            value = cross_entropy + penalty / 2 * readout.weight.square().sum()
-            value.backward()
-        return value
-
-    solver.step(objective)
-    with torch.no_grad():
-        readout.weight.div_(deviation)
-        readout.bias.sub_(readout.weight @ mean)
-    return readout.float().requires_grad_(False)
+    standardised, labels = ((features - mean) / deviation).cpu().numpy(), images.train_labels.cpu().numpy()
+    regression = optional("sklearn.linear_model", extra="figures").LogisticRegression
+    fitted = regression(C=1 / (penalty * len(features)), tol=1e-8, max_iter=5000).fit(standardised, labels)
+    weight = torch.from_numpy(fitted.coef_).to(deviation) / deviation
+    bias = torch.from_numpy(fitted.intercept_).to(deviation) - weight @ mean
+    readout = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device).requires_grad_(False)
+    readout.load_state_dict({"weight": weight, "bias": bias})
+    return readout
 
 
-def views(images: Images, settings: Settings) -> list[View]:
-    """Lines between clear test images, from class c to two others (CIFAR-10: car → dog and frog); figure 3's plane."""
-    plane = resnet.plane_view(images, settings)
-    # One readout for all views: each snapshot is then fitted once, not once a view.
-    readout = functools.partial(linear_readout, images=images)
-    plane = replace(plane, options={"layers": list(LAYERS)}, readout=readout)
-    names, start = images.class_names, images.corners[2]
-    steps = settings.choose(embedded=128, paper=160, quick=24)
-    lines = {end: Line(images.clearest(start), images.clearest(end), steps=steps) for end in images.line_ends}
-    found = [replace(plane, name=f"line_{names[start]}_{names[end]}", slice=line) for end, line in lines.items()]
-    return [*found, plane]
+def train_without_labels(images: Images, results: Results) -> tuple[Trained, list[View]]:
+    """Train by Barlow Twins, or find it trained; with its views, the lines and then the plane."""
+    options, plane = {"layers": list(LAYERS)}, resnet.plane_view(images, results.settings).slice
+    lines = images.lines(results.settings.choose(embedded=128, paper=160, quick=24))
+    slices = {f"line_{start}_{end}": line for (start, end), line in lines.items()} | {"plane": plane}
+    views = [View(name, of, options, images.class_names) for name, of in slices.items()]
+    return results.train(without_labels(images, results.settings), views), views
 
 
-def train_without_labels(images: Images, results: Results) -> tuple[Trained, list[View], View]:
-    """Train by Barlow Twins, or find it trained; with the views, the lines and the plane."""
-    *lines, plane = views(images, results.settings)
-    of = without_labels(images, results.settings)
-    trained = train(of, results.settings, views=[*lines, plane], say=results.say)
-    results.training(trained)
-    before, *_, after = (row["readout_test_accuracy"] for row in trained.history)
-    untrained = f"(of the untrained network's features {before:.3f})"
-    results.say(f"{trained.name}: test accuracy of the linear readout {after:.3f} {untrained}")
-    return trained, lines, plane
+def fig5(results: Results) -> None:
+    """Train without labels, scan both lines at every snapshot, test every block and draw."""
+    images = resnet.load_images(results.settings)
+    trained, (*lines, _) = train_without_labels(images, results)
+    for line in lines:
+        results.test(trained, line)
+        start, end = line.name.split("_")[1:]
+        figure = drawn(line, trained.scans(line), title=f"Barlow Twins: from a {start} to a {end}")
+        results.picture(line.name, figure, gallery=line is lines[0])
 
 
-def _two_views() -> Callable[[Int[Tensor, "batch 3 height width"]], tuple[Tensor, Tensor]]:
-    module = optional("lightly.transforms.byol_transform", extra="lightly")
-    pillow = optional("PIL.Image", extra="figures")
-    options = dict(input_size=32, gaussian_blur=0.0, cj_strength=0.5, min_scale=0.2, normalize=None)
-    augment = [module.BYOLView1Transform(**options), module.BYOLView2Transform(**options)]
-
-    def two_views(pictures: Tensor) -> tuple[Tensor, Tensor]:
-        photographs = [pillow.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
-        with _all_seeded(int(torch.randint(2**31, ()))):
-            pairs = [[view(photograph) for view in augment] for photograph in photographs]
-        first, second = (torch.stack(views) for views in zip(*pairs, strict=True))
-        return first, second
-
-    return two_views
-
-
-@contextlib.contextmanager
-def _all_seeded(seed: int) -> Iterator[None]:
-    """Seed the generators of numpy and Python, from which lightly draws beside torch's, and give them back."""
-    states: tuple[Any, Any] = np.random.get_state(), random.getstate()
-    np.random.seed(seed)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(states[0])
-        random.setstate(states[1])
+def fig6(results: Results) -> None:
+    """Train without labels, scan the plane at every snapshot, test every block and draw."""
+    images = resnet.load_images(results.settings)
+    trained, (*_, plane) = train_without_labels(images, results)
+    results.test(trained, plane)
+    title = f"Barlow Twins: {images.title}"
+    results.picture("plane", drawn(plane, trained.scans(plane, trained.three[::2]), title=title), gallery=True)
+    results.animation("plane", frames(plane, trained.scans(plane), layers=[LAYERS[-1]], title=title))

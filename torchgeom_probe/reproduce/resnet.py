@@ -1,13 +1,13 @@
-"""What figures 3 to 6 share: images, the paper's ResNet-34 for 32×32 pixels, its training, the plane of three images.
+"""Figures 3 and 4: a ResNet-34 learns images; √det g of its four blocks on the plane of three of them.
 
-``embedded``: the crops of :mod:`~torchgeom_probe.reproduce.data.photos` and a narrow ResNet-34; ``paper``: CIFAR-10 and
-the full width.
+``embedded``: crops of photographs and a narrow ResNet-34; ``paper``: CIFAR-10 and the full width.  Figures 5 and 6 have
+the same data and the same network.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,53 +15,15 @@ from torch import nn
 
 from torchgeom_probe.errors import optional
 from torchgeom_probe.estimators.topk import TopK, paper_pool
-from torchgeom_probe.reproduce.data.images import Images, load_cifar10
-from torchgeom_probe.reproduce.data.photos import load_photos
-from torchgeom_probe.reproduce.results import Results, quirks
+from torchgeom_probe.reproduce.data import Images, load_cifar10, load_photos
+from torchgeom_probe.reproduce.results import Results, drawn, frames
 from torchgeom_probe.reproduce.settings import Settings
-from torchgeom_probe.reproduce.training import Trained, Training, View, accuracy, train
+from torchgeom_probe.reproduce.training import Training, View, accuracy
 from torchgeom_probe.shapes import Tensor
-from torchgeom_probe.slices.slice import Plane
 
 ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU"}
 #: The four blocks of the network.
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-
-
-QUIRKS = quirks("""
-the volume is the sum of log10 over the top k singular values of J/√512, k = 6, 10 or 512 from one script to another
--> maps and tests use the slice's own tangents, √det of the metric ON the plane, exact and for all four blocks in one
-pass; TopK(k=10) of the pooled features is tested beside it at the last epoch, on a coarser grid
-
-each block's output is average-pooled to 512 features before its Jacobian is taken
--> kept for TopK (paper_pool); the slice's tangents are pushed to the whole output, divided by √n
-
-a log10 singular value below a threshold counts as 0, and -inf times 0 gives NaN
--> mended: nothing is dropped; a singular metric is -inf and counted
-
-the residual blocks ignore the chosen nonlinearity and always use GELU
--> mended: both networks use their own activation everywhere; GELU and ReLU are trained and told apart
-
-up = ((a + b)/2 - mean)·2√3 with the coordinates in [-1, 1], so the triangle is stretched to equilateral
--> kept: volumes are per unit of (u, v), which no statistic here depends on
-
-entropy in base 10
--> nats; the maps show its log10, whose pattern is the same
-
-SGD, momentum 0.9, weight decay 1e-4, learning rate 0.01, batches of 1024, 200 epochs
--> kept for --preset paper, without a schedule; the embedded set is smaller and noisier: batches of 32, learning rate
-0.02 falling to 0 along a cosine, few epochs
-
-the augmentation and normalisation of the training images are not in what we have
--> pixels in [0, 1]; mirrored at random in training, nothing else
-
-in eval mode an untrained network has BatchNorm statistics, 0 and 1, that belong to no data: its volumes are those of
-another network than the one that training starts from
--> mended: before training the statistics are set to those of 256 training images, so that epoch 0 is a fair control
-
-which horse, frog and car are shown is not in what we have
--> of each class the test image with the largest contrast: no look at any network
-""")
 
 
 def load_images(settings: Settings) -> Images:
@@ -107,7 +69,7 @@ def training(
     words: Mapping[str, Any],
     **parts: Any,
 ) -> Training:
-    """SGD as QUIRKS says; the network is kept after the first epoch and at three tenths, too."""
+    """SGD as quirks.md says; the network is kept after the first epoch and at three tenths, too."""
     rate, epochs = 0.01 if settings.papers else rate, settings.epochs or epochs
     return Training(
         f"{images.name}_{name}",
@@ -116,7 +78,7 @@ def training(
         batch_size=1024 if settings.papers else batch_size,
         epochs=epochs,
         snapshots=(1, round(0.3 * epochs)),
-        schedule=(lambda progress: 1.0) if settings.papers else cosine,
+        schedule=lambda progress: 1.0 if settings.papers else (1 + math.cos(math.pi * progress)) / 2,
         describe={
             "data": images.name,
             "network": "ResNet-18" if settings.quick else "ResNet-34",
@@ -127,15 +89,6 @@ def training(
         },
         **parts,
     )
-
-
-def cosine(progress: float) -> float:
-    """A factor of the learning rate that falls from 1 to 0.
-
-    >>> cosine(0.0), round(cosine(0.5), 6)
-    (1.0, 0.5)
-    """
-    return 0.5 * (1 + float(torch.tensor(progress * torch.pi, dtype=torch.float64).cos()))
 
 
 def by_labels(images: Images, settings: Settings, act: str) -> Training:
@@ -163,29 +116,40 @@ def by_labels(images: Images, settings: Settings, act: str) -> Training:
 
 def plane_view(images: Images, settings: Settings) -> View:
     """The plane of the three classes' clearest test images, every block in one scan."""
-    a, b, c = (images.clearest(label) for label in images.corners)
-    plane = Plane(a, b, c, steps=settings.choose(embedded=24, paper=40, quick=8))
-    return View("plane", plane, {"layers": list(STAGES)}, class_names=images.class_names)
+    plane = images.plane(settings.choose(embedded=24, paper=40, quick=8))
+    return View("plane", plane, {"layers": list(STAGES)}, images.class_names)
 
 
-def papers_view(images: Images, settings: Settings) -> View:
-    """The paper's own volume on the same plane: the 10 largest σ of each block's output, pooled to 512 features.
+def fig3(results: Results) -> None:
+    """Train with GELU and ReLU, scan the plane at every snapshot, test the last block of the last one and draw."""
+    images = load_images(results.settings)
+    plane = plane_view(images, results.settings)
+    for act, name in ACTIVATIONS.items():
+        trained = results.train(by_labels(images, results.settings, act), [plane])
+        results.test(trained, plane, layers=["layer4"])
+        scans, title = trained.scans(plane), f"{name}: {images.title}"
+        results.picture(f"plane_{act}", drawn(plane, scans, layers=["layer4"], title=title), gallery=act == "gelu")
+        results.animation(f"plane_{act}", frames(plane, scans, layers=["layer4"], title=title))
 
-    In quick form 3 of the last block's.
+
+def fig4(results: Results) -> None:
+    """Test and draw every block of both networks, on the slice's tangents, and of one by the paper's own volume.
+
+    That is of the 10 largest σ of a block's output, pooled to 512 features; in quick form of 3, of the last block's.
     """
+    settings = results.settings
+    images = load_images(settings)
     plane = plane_view(images, settings)
+    networks = {act: results.train(by_labels(images, settings, act), [plane]) for act in ACTIVATIONS}
+    for trained in networks.values():
+        results.test(trained, plane)
+    last = {ACTIVATIONS[act]: of.scan(plane, of.epochs[-1]) for act, of in networks.items()}
+    results.picture("blocks", drawn(plane, last, title=f"Four blocks after training: {images.title}"), gallery=True)
+
     layers, k = (STAGES[-1:], 3) if settings.quick else (STAGES, 10)
     options = {"layers": list(layers), "estimator": TopK(k=k, tol=3e-3), "transform": paper_pool, "batch_size": 16}
-    coarser = replace(plane.slice, steps=settings.choose(embedded=6, paper=20, quick=4))
-    return replace(plane, name="plane_top", slice=coarser, options=options)
-
-
-def train_by_labels(images: Images, plane: View, results: Results) -> dict[str, Trained]:
-    """Train with GELU and with ReLU, or find them trained; activation → network."""
-    found = {}
-    for act in ACTIVATIONS:
-        of = by_labels(images, results.settings, act)
-        found[act] = trained = train(of, results.settings, views=[plane], say=results.say)
-        results.training(trained)
-        results.say(f"{trained.name}: test accuracy {trained.history[-1]['test_accuracy']:.3f}")
-    return found
+    coarser = images.plane(settings.choose(embedded=6, paper=20, quick=4))
+    top, trained = View("plane_top", coarser, options, images.class_names), networks["gelu"]
+    results.test(trained, top)
+    title = f"The paper's volume, {k} largest σ of 512 pooled features: {images.title}"
+    results.picture("blocks_top", drawn(top, trained.scans(top, trained.three[::2]), title=title))

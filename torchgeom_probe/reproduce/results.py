@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 from torchgeom_probe.boundary.magnification import Magnification
@@ -13,25 +14,25 @@ from torchgeom_probe.plotting.files import animated, save, small_png
 from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.plotting.style import Figure
 from torchgeom_probe.reproduce.settings import Say, Settings
-from torchgeom_probe.reproduce.training import Trained, View
+from torchgeom_probe.reproduce.training import Trained, Training, View, train
 from torchgeom_probe.slices.result import SliceScan
 
 _GALLERY_BYTES = 150_000
-_SETTINGS = ("preset", "quick", "seed", "device", "epochs")
-_STATISTICS = ("rho", "p_value", "num_points", "num_dropped", "effective_points")
 
 
-def quirks(text: str) -> tuple[dict[str, str], ...]:
-    """Read what the paper's own code does, each with what was decided here: paragraphs of ``quirk -> decision``.
+def quirks(figure: str) -> list[dict[str, str]]:
+    """Read what the paper's own code does for a figure, each with what was decided here, from ``quirks.md``.
 
-    >>> quirks('''
-    ... entropy in base 10
-    ... -> nats
-    ... ''')
-    ({'quirk': 'entropy in base 10', 'decision': 'nats'},)
+    >>> quirks("fig2")[4]["quirk"]
+    'entropies are in base 10, volumes in log10'
     """
-    pairs = (" ".join(paragraph.split()).split(" -> ") for paragraph in text.strip().split("\n\n"))
-    return tuple({"quirk": quirk, "decision": decision} for quirk, decision in pairs)
+    page = resources.files("torchgeom_probe.reproduce").joinpath("quirks.md").read_text(encoding="utf-8")
+    found = []
+    for heading, _, table in (section.partition("\n\n") for section in page.split("\n## ")[1:]):
+        if figure in heading.split(", "):
+            rows = (row.strip("| ").split(" | ") for row in table.strip().splitlines()[2:])
+            found += [{"quirk": quirk, "decision": decision} for quirk, decision in rows]
+    return found
 
 
 def drawn(view: View, scans: Mapping[str, SliceScan], **options: Any) -> Figure:
@@ -39,17 +40,14 @@ def drawn(view: View, scans: Mapping[str, SliceScan], **options: Any) -> Figure:
 
     Training moves the level of log √det g by more than its pattern's range: each log-volume is shown about its median.
     """
-    style: dict[str, Any] = {"names": list(scans), "class_names": view.class_names, "images": view.images}
-    style |= {"unit": "log10", "relative": True, "log_entropy": True}
-    return plot(list(scans.values()), **style | options)
+    style: dict[str, Any] = {"unit": "log10", "relative": True, "log_entropy": True}
+    return plot(list(scans.values()), **style | {"names": list(scans), "class_names": view.class_names} | options)
 
 
-def frames(view: View, scans: Mapping[str, SliceScan], *, title: str, **options: Any) -> Iterator[Figure]:
-    """Draw each scan by itself, on the scales of all; its name goes where the title has ``{}``, else beside the map."""
+def frames(view: View, scans: Mapping[str, SliceScan], **options: Any) -> Iterator[Figure]:
+    """Draw each scan by itself, as :func:`drawn` does, on the scales of all."""
     for name, scan in scans.items():
-        names = None if "{}" in title else [name]
-        options |= {"names": names, "title": title.format(name), "like": list(scans.values())}
-        yield drawn(view, {name: scan}, **options)
+        yield drawn(view, {name: scan}, like=list(scans.values()), **options)
 
 
 class Results:
@@ -59,28 +57,31 @@ class Results:
         figure: its name, of the folder too.
         title: what it shows, in words.
         settings: the command line's.
-        quirks: of the paper's own code, as :func:`quirks` reads them.
         say: prints a line.
     """
 
-    def __init__(
-        self, figure: str, title: str, settings: Settings, *, quirks: Sequence[Mapping[str, str]] = (), say: Say = print
-    ) -> None:
+    def __init__(self, figure: str, title: str, settings: Settings, *, say: Say = print) -> None:
         self.figure, self.settings, self.say = figure, settings, say
         self.folder = settings.out / figure
         self.numbers: dict[str, Any] = {
             "figure": figure,
             "title": title,
-            "settings": {name: getattr(settings, name) for name in _SETTINGS},
-            "quirks": quirks,
+            "settings": {name: getattr(settings, name) for name in ("preset", "quick", "seed", "device", "epochs")},
+            "quirks": quirks(figure),
             "trainings": {},
             "magnification": [],
             "checks": {},
         }
 
-    def training(self, trained: Trained) -> None:
-        """Store a training's description and the numbers of its snapshots."""
-        self.numbers["trainings"][trained.name] = {**trained.training.described, "history": trained.history}
+    def train(self, training: Training, views: Sequence[View], **options: Any) -> Trained:
+        """Train, or find it trained, scan the views (:func:`train`); store its numbers, and say those at its end."""
+        trained = train(training, self.settings, views=views, say=self.say, **options)
+        self.numbers["trainings"][trained.name] = {**training.described, "history": trained.history}
+        before, *_, after = trained.history
+        for name in (name for name in after if name.endswith("accuracy")):
+            what = f"{trained.name}: {name.replace('_', ' ')}"
+            self.say(f"{what} {after[name]:.3f} ({before[name]:.3f} before training)")
+        return trained
 
     def check(self, name: str, *, value: float, bound: float, what: str) -> bool:
         """Store and say whether a number is at most its bound; a figure whose check fails ends with a failure."""
@@ -89,18 +90,13 @@ class Results:
         self.say(f"{'ok  ' if ok else 'FAIL'}  {what}: {value:.2g} (at most {bound:g})")
         return ok
 
-    def test(
-        self, trained: Trained, view: View, *, layers: Sequence[str] | None = None, label: str | None = None
-    ) -> None:
-        """Test the hypothesis on layers of the last scan, None: all, the untrained network's log-volume as the control.
-
-        ``label`` is what the sentences call the network; None: the training's name.
-        """
+    def test(self, trained: Trained, view: View, *, layers: Sequence[str] | None = None) -> None:
+        """Test the hypothesis on layers of the last scan, None: all, the untrained network's log-volume as control."""
         epoch = trained.epochs[-1]
         after, before = trained.scan(view, epoch), trained.scan(view, 0)
         for layer in list(after.report) if layers is None else layers:
             found = after.magnification(layer, initial=before, seed=self.settings.seed)
-            self.record(found, network=label or trained.name, view=view.name, epoch=epoch)
+            self.record(found, network=trained.name, view=view.name, epoch=epoch)
 
     def record(self, found: Magnification, *, network: str, view: str, epoch: int) -> None:
         """Store one test, and say its sentence."""
@@ -126,18 +122,15 @@ class Results:
     def finish(self) -> None:
         """Say where the hypothesis holds and where it fails, and write ``results.json``."""
         tests = self.numbers["magnification"]
-        failing = [test for test in tests if not test["supported"]]
-        places = [f"{test['network']}, {test['view']}, {test['layer']}" for test in failing]
+        failing = [
+            {"where": f"{test['network']}, {test['view']}, {test['layer']}", "because": test["sentence"]}
+            for test in tests
+            if not test["supported"]
+        ]
         supported = len(tests) - len(failing)
-        self.numbers["hypothesis"] = {
-            "tests": len(tests),
-            "supported": supported,
-            "not_supported": [
-                {"where": place, "because": test["sentence"]} for place, test in zip(places, failing, strict=True)
-            ],
-        }
+        self.numbers["hypothesis"] = {"tests": len(tests), "supported": supported, "not_supported": failing}
         if tests:
-            where = f"; not in: {'; '.join(places)}." if places else "."
+            where = f"; not in: {'; '.join(test['where'] for test in failing)}." if failing else "."
             self.say(f"{self.figure}: the hypothesis is supported in {supported} of {len(tests)} tests{where}")
         path = write_json(self.folder / "results.json", self.numbers)
         self.say(f"Wrote {path} and the pictures beside it.")
@@ -153,12 +146,7 @@ def _in_numbers(found: Magnification) -> dict[str, Any]:
     def estimate(value: Estimate | None) -> dict[str, Any] | None:
         return None if value is None else {"value": float(value), "interval": value.interval}
 
-    return {
-        "layer": found.name,
-        "supported": found.supported,
-        "sentence": str(found),
-        **{name: getattr(found, name) for name in _STATISTICS},
-        "decile_gap": estimate(found.decile_gap),
-        "peak_to_boundary": estimate(found.peak_to_boundary),
-        **({} if found.initial is None else {"initial": _in_numbers(found.initial)}),
-    }
+    numbers = {"layer": found.name, "supported": found.supported, "sentence": str(found), **vars(found)}
+    del numbers["name"]
+    numbers |= {name: estimate(numbers[name]) for name in ("decile_gap", "peak_to_boundary")}
+    return numbers | {"initial": None if found.initial is None else _in_numbers(found.initial)}

@@ -1,31 +1,30 @@
 """The figures by their names.
 
-A figure is one file ``figN.py`` with a ``TITLE``, the ``QUIRKS`` of the paper's own code, and a function ``run``, which
-reads like this::
-
-    def run(results: Results) -> None:
-        plane = View("plane", Plane(a, b, c), {"layers": ["layer4"]}, class_names=NAMES)
-        trained = train(Training("photos", ...), results.settings, views=[plane], say=results.say)
-        results.training(trained)
-        results.test(trained, plane)
-        results.picture("plane", drawn(plane, trained.scans(plane), title="The plane"), gallery=True)
-
-Trainings live in ``<out>/trainings/<name>`` and are shared by the figures that ask for the same one (fig3 and fig4;
-fig5 and fig6); a figure's own files, ``results.json`` and the pictures, live in ``<out>/<figN>``.
+A figure is a function of its :class:`~torchgeom_probe.reproduce.results.Results`, in which it trains, tests and draws;
+``barlow_twins.fig6`` is one to begin with.  Trainings live in ``<out>/trainings/<name>`` and are shared by the figures
+that ask for the same one (fig3 and fig4; fig5 and fig6); a figure's own files, ``results.json`` and the pictures, live
+in ``<out>/<figN>``.  What the paper's own code does, and what is done here, stands in ``quirks.md``.
 """
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Sequence
 
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.reproduce import barlow_twins, digits, points, resnet
 from torchgeom_probe.reproduce.results import Results
 from torchgeom_probe.reproduce.settings import Say, Settings
 
-#: What ``all`` is.
-FIGURES = ("fig1", "fig2", "fig3", "fig4", "fig5", "fig6")
+#: Name → what makes it, and what it shows; ``all`` is all of them.
+FIGURES = {
+    "fig1": (points.fig1, "a sinusoid boundary (and XOR) learnt by one hidden layer of sigmoid units"),
+    "fig2": (digits.fig2, "handwritten digits learnt by one hidden layer of sigmoid units"),
+    "fig3": (resnet.fig3, "a ResNet-34 learns images: the plane of three of them, over epochs"),
+    "fig4": (resnet.fig4, "a trained ResNet-34: all four blocks on the plane of three images"),
+    "fig5": (barlow_twins.fig5, "Barlow Twins, no labels: the lines between images of different classes"),
+    "fig6": (barlow_twins.fig6, "Barlow Twins, no labels: the plane of three images"),
+}
 
 
 def reproduce(names: Sequence[str], settings: Settings, *, say: Say = print) -> None:
@@ -48,11 +47,10 @@ def reproduce(names: Sequence[str], settings: Settings, *, say: Say = print) -> 
     chosen = list(dict.fromkeys(f for name in names for f in (FIGURES if name == "all" else [name])))
     began = time.perf_counter()
     for name in chosen:
-        figure = importlib.import_module(f"torchgeom_probe.reproduce.{name}")
-        start = time.perf_counter()
-        say(f"{'' if name == chosen[0] else chr(10)}{name}: {figure.TITLE}")
-        results = Results(name, figure.TITLE, settings, quirks=figure.QUIRKS, say=say)
-        figure.run(results)
+        start, (run, title) = time.perf_counter(), FIGURES[name]
+        say(f"{'' if name == chosen[0] else chr(10)}{name}: {title}")
+        results = Results(name, title, settings, say=say)
+        run(results)
         results.finish()
         say(f"{name} took {_duration(time.perf_counter() - start)}.")
     if len(chosen) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,7 +66,3 @@ class Settings:
     def choose(self, *, embedded: Choice, paper: Choice, quick: Choice) -> Choice:
         """One of three, by ``quick`` (first) and ``preset``."""
         return quick if self.quick else paper if self.papers else embedded
-
-
-#: The names of the settings.
-FIELDS = tuple(field.name for field in fields(Settings))

@@ -4,36 +4,36 @@ import pytest
 import torch
 
 import torchgeom_probe as tgp
-from torchgeom_probe.reproduce import fig1
+from torchgeom_probe.reproduce import points
 
 
 @pytest.mark.parametrize("width", [5, 25, 250])
 @pytest.mark.parametrize("scale", [1.0, 8.0])
 def test_float32_equals_the_closed_form_to_1e_minus_5_over_the_whole_grid(width, scale):
     torch.manual_seed(width)
-    model = fig1.PaperNetwork(2, width, 2)
+    model = points.PaperNetwork(2, width, 2)
     with torch.no_grad():
         model.hidden.weight *= scale  # 8: as after 10 000 epochs, when most units are saturated
-    found = tgp.scan(model, fig1.the_plane(1.5, 40), layers=[fig1.LAYER], progress=False)
-    apart, ratio, count = fig1.disagreement(model, found)
+    found = tgp.scan(model, points.the_plane(40), layers=[points.LAYER], progress=False)
+    apart, ratio, count = points.disagreement(model, found)
     assert apart <= 1e-5
     assert ratio <= 2
     assert count < 160 if width == 5 else count == 0
 
 
 def test_the_comparison_sees_a_wrong_measurement():
-    model = fig1.PaperNetwork(2, 5, 2)
-    plane = fig1.the_plane(1.5, 8)
-    found = tgp.scan(model, plane, layers=[fig1.LAYER], progress=False)
+    model = points.PaperNetwork(2, 5, 2)
+    plane = points.the_plane(8)
+    found = tgp.scan(model, plane, layers=[points.LAYER], progress=False)
     with torch.no_grad():
         model.hidden.weight[0, 0] *= 1.001
-    assert fig1.disagreement(model, found)[0] > 1e-5
+    assert points.disagreement(model, found)[0] > 1e-5
 
 
 def test_the_curvature_of_the_maps_is_the_measured_metrics():
-    model = fig1.PaperNetwork(2, 7, 2).double()
+    model = points.PaperNetwork(2, 7, 2).double()
     plane = tgp.Plane(*torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).double(), steps=4, coordinates="barycentric")
-    found = tgp.scan(model, plane, layers=[fig1.LAYER], progress=False)
-    _, ricci = fig1.closed_form(model, found)
-    measured = tgp.scalar_curvature(model, plane.points(), layer=fig1.LAYER)  # of J, not J / √n
+    found = tgp.scan(model, plane, layers=[points.LAYER], progress=False)
+    _, ricci = points.closed_form(model, found)
+    measured = tgp.scalar_curvature(model, plane.points(), layer=points.LAYER)  # of J, not J / √n
     assert torch.allclose(ricci.flatten(), 7 * measured, rtol=1e-8)

@@ -1,0 +1,209 @@
+"""Figure 1: one hidden layer of sigmoid units learns a sinusoid boundary in the plane; √det g before, during and after.
+
+The input space is the plane itself, so the metric is known in closed form from the weights.  Beside the measured √det g
+stands ``tgp.analytic.shallow``'s, and the command checks that they agree over the whole grid.  The Ricci scalar is the
+closed form's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from torchgeom_probe.analytic import shallow
+from torchgeom_probe.plotting.planes import Map, Scale, plot_grid
+from torchgeom_probe.plotting.style import Figure
+from torchgeom_probe.reproduce.results import Results, frames
+from torchgeom_probe.reproduce.settings import Settings
+from torchgeom_probe.reproduce.training import Trained, Training, View, accuracy
+from torchgeom_probe.shapes import Float, Int, Tensor
+from torchgeom_probe.slices.result import SliceScan
+from torchgeom_probe.slices.slice import Plane
+
+LAYER = "sigmoid"
+WIDTHS = (5, 25, 200, 250)
+
+#: Relative, of √det g in float32 over the whole grid.
+TOLERANCE = 1e-5
+
+_NOTE = "lines: the network's own decision boundary; g = JᵀJ / n, per unit of the input plane (x to the right, y up)"
+
+
+def sinusoid(count: int = 400, *, seed: int = 0) -> tuple[Float[Tensor, "samples 2"], Int[Tensor, " samples"]]:
+    """Points uniform in [-1, 1]², and their classes: 1 above y = 0.6 sin(7x - 1).
+
+    >>> points, labels = sinusoid(seed=3)
+    >>> x, y = points.unbind(1)
+    >>> assert points.abs().max() <= 1 and torch.equal(labels == 1, y > 0.6 * torch.sin(7 * x - 1))
+    """
+    inputs = 2 * torch.rand(count, 2, generator=torch.Generator().manual_seed(seed)) - 1
+    return inputs, (inputs[:, 1] > 0.6 * torch.sin(7 * inputs[:, 0] - 1)).long()
+
+
+def noisy_xor(count: int = 400, *, seed: int = 0) -> tuple[Float[Tensor, "samples 2"], Int[Tensor, " samples"]]:
+    """Points of four Gaussians at (±1, ±1), of variance 0.15, and their classes: 1 where the centre's signs differ.
+
+    >>> points, labels = noisy_xor(4000)
+    >>> assert abs(points.var(0).mean() - 1.15) < 0.05 and (points[labels == 1].prod(1) < 0).float().mean() > 0.98
+    """
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])[torch.arange(count) % 4]
+    inputs = corners + 0.15**0.5 * torch.randn(count, 2, generator=generator)
+    return inputs, (corners.prod(1) < 0).long()
+
+
+#: Name → what makes its points, and the names of its classes.
+TASKS = {"sinusoid": (sinusoid, ("below", "above")), "xor": (noisy_xor, ("one sign", "two signs"))}
+
+
+class PaperNetwork(nn.Module):
+    """The paper's shallow network: W₂ φ(W₁ x + b₁) / √n + b₂ / √n, every weight and bias N(0, 1) at the start.
+
+    >>> assert PaperNetwork(12, 7, 3)(torch.zeros(5, 1, 3, 4)).shape == (5, 3)
+    """
+
+    def __init__(self, num_inputs: int, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.hidden, self.sigmoid = nn.Linear(num_inputs, width), nn.Sigmoid()
+        self.readout = nn.Linear(width, num_classes)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x: Float[Tensor, " batch *input"]) -> Float[Tensor, "batch classes"]:
+        """Return the logits [B, C]."""
+        return self.readout(self.sigmoid(self.hidden(x.flatten(1)))) / self.hidden.out_features**0.5
+
+
+def the_plane(steps: int) -> Plane:
+    """[-1.5, 1.5]² itself, as a slice: both coordinates are the input's own, so √det g is the metric's.
+
+    >>> plane = the_plane(40)
+    >>> assert torch.allclose(plane.points(), plane.grid().float()) and abs(plane.log_measure) < 1e-12
+    """
+    a, b, c = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    return Plane(a, b, c, steps=steps, extent=(-1.5, 1.5), coordinates="barycentric")
+
+
+def closed_form(model: nn.Module, found: SliceScan) -> tuple[Tensor, Tensor]:
+    """Return log √det g and the Ricci scalar [H, W] of the hidden layer from its weights, in float64.
+
+    The Ricci scalar is that of the metric divided by n, as the measured √det g is.
+    """
+    layer = _layer(model, found)
+    volume, curvature = shallow.log_volume(*layer), shallow.scalar_curvature(*layer)
+    return volume.reshape(found.slice.shape), curvature.reshape(found.slice.shape)
+
+
+def disagreement(model: nn.Module, found: SliceScan) -> tuple[float, float, int]:
+    """Compare a float32 scan with the closed form in float64, at every point.
+
+    Returns the largest |measured / closed form - 1| of √det g where the scan found g regular; the largest σ_min / σ_max
+    of the closed form's J, in units of the scan's rank tolerance, where it found g singular (√det g = 0), 0 without
+    such points; and their number.
+    """
+    layer, measured = _layer(model, found), found.log_volume[LAYER].double().flatten()
+    regular = measured.isfinite()
+    apart = (measured - shallow.log_volume(*layer))[regular].expm1().abs()
+    smallest, largest = torch.linalg.eigvalsh(shallow.metric(*layer))[~regular].clamp(min=0).sqrt().unbind(1)
+    ratio = smallest / largest / found.report[LAYER].rank_tolerance
+    return max(apart.tolist(), default=0.0), max(ratio.tolist(), default=0.0), len(ratio)
+
+
+def _layer(model: nn.Module, found: SliceScan) -> tuple[Tensor, Tensor, Tensor]:
+    """Points, weights and biases of the hidden layer, in float64."""
+    hidden = model.get_submodule("hidden")
+    weights, bias = (hidden.get_parameter(name).detach().cpu().double() for name in ("weight", "bias"))
+    return found.slice.points().double(), weights, bias
+
+
+def fig1(results: Results) -> None:
+    """Train every width on the sinusoid, and the widest on XOR; scan, test, check and draw."""
+    settings = results.settings
+    widths = WIDTHS[:2] if settings.quick else WIDTHS
+    plane = the_plane(20 if settings.quick else 40)
+    found = []
+    for task, width in [*(("sinusoid", width) for width in widths), ("xor", widths[-1])]:
+        view = View("plane", plane, {"layers": [LAYER], "batch_size": 256}, class_names=TASKS[task][1])
+        trained = results.train(_training(task, width, settings), [view])
+        results.test(trained, view)
+        results.picture(trained.name, _maps(trained, view))
+        found.append((trained, view))
+    _check(results, found)
+    results.picture("volumes", _overview(found), gallery=True)
+    widest, view = found[-2]
+    options = {"title": _title(widest), "relative": False, "log_entropy": False}
+    results.animation("training", frames(view, widest.scans(view), **options))
+
+
+def _training(task: str, width: int, settings: Settings) -> Training:
+    inputs, labels = (tensor.to(settings.device) for tensor in TASKS[task][0](seed=settings.seed))
+    epochs = settings.epochs or (200 if settings.quick else 10_000)
+    parts = 2 if settings.quick else 10
+    return Training(
+        f"{task}_{width}",
+        model=lambda: PaperNetwork(2, width, 2),
+        loss=lambda model, batch: nn.functional.cross_entropy(model(inputs[batch]), labels[batch]),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True),
+        num_samples=len(labels),
+        batch_size=50,
+        epochs=epochs,
+        snapshots=[epochs * i // parts for i in range(1, parts)],
+        evaluate=lambda model: {"accuracy": accuracy(model, inputs, labels)},
+        describe=dict(data=task, width=width, activation="sigmoid", learning_rate=0.1, momentum=0.9),
+    )
+
+
+def _check(results: Results, found: list[tuple[Trained, View]]) -> None:
+    """Compare every map with the closed form."""
+    compared = [disagreement(of.model(epoch), of.scan(view, epoch)) for of, view in found for epoch in of.epochs]
+    apart, ratios, counts = zip(*compared, strict=True)
+    maps = f"{len(compared)} maps of {'×'.join(map(str, found[0][1].slice.shape))} points"
+    what = "√det g measured in float32 against the closed form in float64, largest relative difference over"
+    results.check("closed_form", value=max(apart), bound=TOLERANCE, what=f"{what} {maps}")
+    where = f"at the {sum(counts)} points measured as singular"
+    what = f"σ_min/σ_max of the closed form over float32's rank tolerance, {where}"
+    results.check("singular", value=max(ratios), bound=2.0, what=what)
+
+
+def _title(trained: Trained) -> str:
+    return "{data}, {width} sigmoid units".format(**trained.training.describe)
+
+
+def _maps(trained: Trained, view: View) -> Figure:
+    """Rows: start, half-way, end; columns: prediction, entropy, measured and closed-form √det g, Ricci scalar."""
+    entropy, volume = Scale("entropy [nat]", "magma"), Scale("log₁₀ √det g")
+    curvature = Scale("Ricci scalar R", "signed")
+    rows = []
+    for epoch in trained.three:
+        found = trained.scan(view, epoch)
+        exact, ricci = closed_form(trained.model(epoch), found)
+        volumes = [Map(found, logs / math.log(10), volume) for logs in (found.log_volume[LAYER], exact)]
+        rows.append([Map(found), Map(found, found.entropy, entropy), *volumes, Map(found, ricci, curvature)])
+    return plot_grid(
+        rows,
+        row_names=[f"epoch {epoch}" for epoch in trained.three],
+        column_names=["prediction", "entropy", "√det g, measured", "√det g, closed form", "Ricci scalar"],
+        class_names=view.class_names,
+        corners=False,
+        title=_title(trained),
+        note=_NOTE,
+    )
+
+
+def _overview(found: list[tuple[Trained, View]]) -> Figure:
+    """Rows: tasks and widths; columns: start, half-way, end; a scale a row: √det g grows with the width's weights."""
+    rows = []
+    for trained, view in found:
+        scale, scans = Scale("log₁₀ √det g"), trained.scans(view, trained.three)
+        rows.append([Map(scan, scan.log_volume[LAYER] / math.log(10), scale) for scan in scans.values()])
+    return plot_grid(
+        rows,
+        row_names=["{data}\n{width} units".format(**trained.training.describe) for trained, _ in found],
+        column_names=list(scans),
+        corners=False,
+        title="√det g of one hidden layer of sigmoid units",
+        note=_NOTE,
+        panel=2.0,
+    )
