@@ -13,7 +13,7 @@ import random
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +23,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.model.leftovers import FOUND, taken_out
 from torchgeom_probe.model.state import State
+from torchgeom_probe.shapes import Tensor
 
 Mode = Literal["eval", "as_is"]
 
@@ -67,7 +69,7 @@ def measuring(model: nn.Module, *, mode: Mode = "eval") -> Iterator[None]:
 def _put_back(model: nn.Module) -> Iterator[None]:
     cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
     generators = [torch.default_generator, *cuda, np.random.mtrand._rand, random._inst]  # type: ignore[attr-defined]
-    state = State(model, beside=[*generators])
+    state = State(model, beside=[*generators, *FOUND.get(model, ())])
     _MEASURED.append(state)
     try:
         yield
@@ -86,6 +88,13 @@ def from_the_start() -> Iterator[None]:
     finally:
         if _MEASURED:
             _MEASURED[-1].ran = True
+
+
+@contextlib.contextmanager
+def plain_run(made: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
+    """Run the body, a plain pass from the start; but for what ``made()`` returns after it, it leaves no tensor."""
+    with taken_out(_MEASURED[-1] if _MEASURED else None, made), from_the_start():
+        yield
 
 
 def drew_random_numbers() -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import dis
 import functools
-import pickle
 import random
 import sys
 import types
@@ -82,6 +81,10 @@ class State:
             self.put_back(generators=self._draws)
             self.ran = False
 
+    def keep(self, container: Any) -> None:
+        """Keep what another container holds now as well."""
+        self._container(container, _DEPTH)
+
     def drew_random_numbers(self) -> bool:
         """Whether any generator has moved; where a first pass moved none, the next ones need not put them back."""
         self._draws = any(not _same_numbers(get(), state) for get, _, state in self._generators)
@@ -119,11 +122,13 @@ class State:
             )
 
     def _put_numbers_back(self) -> None:
+        if not self._tensors:
+            return
         # Through .data, and the versions set back: a backward pass that the user has still to make is untouched.
         plain = [kept for kept in self._tensors if not kept[0].is_inference()]
         moved = [(tensor, version) for tensor, _, version in plain if tensor._version != version]
         with _disable_current_modes(), torch.no_grad():
-            if plain:
+            if plain:  # torch takes no empty list
                 torch._foreach_copy_([tensor.data for tensor, _, _ in plain], [value for _, value, _ in plain])
             for tensor, version in moved:
                 torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
@@ -176,7 +181,7 @@ class State:
         self._keep(container)
         if len(container) <= _MANY:
             self._look_at(list(container.values() if isinstance(container, dict) else container), depth)
-        if hasattr(container, "__dict__"):
+        if type(container) not in _CONTAINERS:
             self._object(container, depth)
 
     def _object(self, value: Any, depth: int) -> None:
@@ -273,7 +278,9 @@ class State:
         elif isinstance(generator, (np.random.Generator, np.random.BitGenerator)):
             bits = getattr(generator, "bit_generator", generator)
             get, put = functools.partial(getattr, bits, "state"), functools.partial(setattr, bits, "state")
-        else:  # torch's, and numpy's RandomState
+        elif isinstance(generator, np.random.RandomState):
+            get, put = functools.partial(generator.get_state, legacy=False), generator.set_state
+        else:
             get, put = generator.get_state, generator.set_state
         self._generators.append((get, put, get()))
 
@@ -305,13 +312,15 @@ def _how(kind: type) -> Callable[[State, Any, int], None] | None:
     for kinds, look in _LOOKS:
         if issubclass(kind, kinds):
             return look
-    nothing_inside = not (kind.__dictoffset__ or _slots(kind))
-    return None if nothing_inside or _of_a_framework(kind.__module__) else State._object
+    holds = (kind.__dictoffset__ or _slots(kind)) and (
+        not _of_a_framework(kind.__module__) or kind.__module__.startswith(_HOLDERS)
+    )
+    return State._object if holds else None
 
 
 @functools.lru_cache(maxsize=4096)
 def _of_a_framework(module: str) -> bool:
-    return module.split(".")[0] in _FRAMEWORKS and not module.startswith(_HOLDERS)
+    return module.split(".")[0] in _FRAMEWORKS
 
 
 @functools.lru_cache(maxsize=4096)
@@ -347,9 +356,11 @@ def _version(tensor: Tensor) -> int:
 
 
 def _same_numbers(state: Any, other: Any) -> bool:
-    if isinstance(state, Tensor):
-        return torch.equal(state, other)
-    return pickle.dumps(state) == pickle.dumps(other)  # numpy's holds arrays
+    if isinstance(state, dict):
+        return all(_same_numbers(value, other[key]) for key, value in state.items())
+    if isinstance(state, (Tensor, np.ndarray)):
+        return bool((state == other).all())
+    return state == other
 
 
 def _content(cell: Any) -> Any:
