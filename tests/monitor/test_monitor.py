@@ -46,8 +46,10 @@ class Recorder(Writer):
 class Raising(nn.Module):
     """Raises half-way through the forward pass, but only in eval mode: in a probe, and not in training."""
 
+    broken = True
+
     def forward(self, x):
-        if not self.training:
+        if not self.training and self.broken:
             raise ValueError("a probe came by")
         return x
 
@@ -113,7 +115,9 @@ def run(how, *, raising=False):
         return everything(model, optimizer), None
     monitor = Monitor(model, x_probe, layers=["1", "3", "7"], every=4)
     if how == "follow":
+        model[5].broken = False  # until training begins: what fails at once is the set-up
         monitor.follow(optimizer)
+        model[5].broken = True
         train(model, optimizer, 20, size=size)
     else:
         monitor.probe_now()
@@ -137,7 +141,7 @@ def test_twenty_training_steps_are_bit_identical_when_every_probe_raises_half_wa
     without, _ = run("without", raising=True)
     with pytest.warns(RuntimeWarning, match="a probe came by"):
         probed, monitor = run("follow", raising=True)
-    assert (monitor.probes, monitor.failures, monitor.history) == (6, 6, [])
+    assert (monitor.probes, monitor.failures, len(monitor.history)) == (6, 5, 1)
     for key, value in without.items():
         assert torch.equal(value, probed[key]), key
 

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
-
 from torch.nn.utils import parametrize
 
 from torchgeom_probe.errors import ProbeError
@@ -68,7 +67,7 @@ def measuring(model: nn.Module, *, mode: Mode = "eval") -> Iterator[None]:
 @contextlib.contextmanager
 def _put_back(model: nn.Module) -> Iterator[None]:
     cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
-    generators = [torch.default_generator, *cuda, np.random.mtrand._rand, random._inst]  # type: ignore[attr-defined]
+    generators = [torch.default_generator, *cuda, np.random.mtrand._rand, random._inst]
     state = State(model, beside=[*generators, *FOUND.get(model, ())])
     _MEASURED.append(state)
     try:
@@ -129,7 +128,7 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
 
 
 def _refuse_uninitialised(model: nn.Module, modules: list[nn.Module]) -> None:
-    is_lazy = torch.nn.parameter.is_lazy
+    is_lazy: Any = nn.parameter.is_lazy
     if any(is_lazy(t) for module in modules for t in (*module._parameters.values(), *module._buffers.values())):
         name = next(n for n, t in [*model.named_parameters(), *model.named_buffers()] if is_lazy(t))
         raise ProbeError(

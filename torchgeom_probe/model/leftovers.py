@@ -18,11 +18,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.state import State
 from torchgeom_probe.shapes import Tensor
 
 #: Model → the containers that were found: kept with the rest of its state from then on.
 FOUND: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+_GRADIENT: Any = vars(torch._C.TensorBase)["grad"].__get__
 _CONTAINERS = (list, dict, set, collections.deque)
 
 
@@ -31,6 +33,9 @@ def taken_out(state: State | None, ours: Callable[[], Iterable[Tensor]]) -> Iter
     """Run the body, a plain pass of a model; what it leaves alive, but for ``ours``, is taken out of what holds it.
 
     A model of torch's own modules without hooks leaves nothing, and costs nothing here.
+
+    Raises:
+        ProbeError: it cannot be taken out.
     """
     if state is None or not state.functions:
         yield
@@ -55,7 +60,7 @@ class _Made(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is not torch.Tensor.grad.__get__:  # type: ignore[attr-defined]  # that was there before
+        if func is not _GRADIENT:  # that was there before
             given = {id(a) for a in (*args, *(kwargs or {}).values())}  # an op in place makes nothing
             self._made += [
                 weakref.ref(leaf)
@@ -71,22 +76,25 @@ class _Made(TorchFunctionMode):
 def _take_out(state: State, left: list[Any]) -> None:
     holders, inside = _holders(left)
     for holder in holders:
-        kept = [v for v in (holder.items() if isinstance(holder, dict) else holder)]
-        kept = [v for v in kept if id(v[1] if isinstance(holder, dict) else v) not in inside]
-        holder.clear()
-        (holder.extend if isinstance(holder, (list, collections.deque)) else holder.update)(kept)
+        if isinstance(holder, dict):
+            for key in [key for key, value in holder.items() if id(value) in inside]:
+                del holder[key]
+        else:
+            kept = [value for value in holder if id(value) not in inside]
+            holder.clear()
+            (holder.update if isinstance(holder, set) else holder.extend)(kept)
         state.keep(holder)
     FOUND.setdefault(state.model, []).extend(holders)
-    if holders:
-        where = ", ".join(sorted({_named(holder) for holder in holders}))
-        became = "It was taken out, and is from now on; an entry that it took the place of is gone"
-    else:
-        where, became = "a place of its own", "It could not be taken out, and a loss that reads it will fail"
-    warnings.warn(
-        f"{_writers(state.model)} leaves {len(left)} tensor{'s' if len(left) > 1 else ''} of the measurement in {where}, "
-        f"which nothing leads to from the model.  {became}.\n"
+    what = f"{_writers(state.model)} leaves tensors of the measurement in "
+    advice = (
         "Let it write to what a measurement finds and puts back exactly: an attribute of a module or of the hook's own "
-        "object, or a list or dict that it names.",
+        "object, or a list or dict that it names."
+    )
+    if not holders:
+        raise ProbeError(f"{what}a place from where they cannot be taken back.\n{advice}")
+    warnings.warn(
+        f"{what}{', '.join(sorted({_named(holder) for holder in holders}))}, which nothing leads to from the model.  "
+        f"They are taken out again, after this and every measurement; what they took the place of is gone.\n{advice}",
         stacklevel=2,
     )
 
@@ -99,19 +107,26 @@ def _holders(left: list[Any]) -> tuple[list[Any], set[int]]:
     for _ in range(3):
         inside |= {id(thing) for thing in wanted}
         referrers = [r for r in gc.get_referrers(*wanted) if r is not wanted and r is not left]
-        own = [r if isinstance(r, _CONTAINERS) else vars(r) for r in referrers if _may_hold(r)]
-        holders += [r for r in own if not any(r is other for other in holders)]
+        for referrer in referrers:
+            holder = referrer if isinstance(referrer, _CONTAINERS) else _attributes(referrer)
+            if holder is not None and not any(holder is other for other in holders):
+                holders.append(holder)
         wanted = [r for r in referrers if isinstance(r, tuple)]
-        del referrers, own  # they hold the tuples as well
+        del referrers, referrer  # a list that holds the tuples as well
         if not wanted:
             break
-    return holders, inside
+    # What belongs to a thing of C alone (the list inside of a queue) is not ours to shorten.
+    return [holder for holder in holders if all(map(_of_python, gc.get_referrers(holder)))], inside
 
 
-def _may_hold(referrer: Any) -> bool:
-    return isinstance(referrer, _CONTAINERS) or (
-        isinstance(getattr(referrer, "__dict__", None), dict) and not isinstance(referrer, (types.ModuleType, type))
-    )
+def _attributes(thing: Any) -> dict[str, Any] | None:
+    attributes = getattr(thing, "__dict__", None)
+    return attributes if isinstance(attributes, dict) and not isinstance(thing, types.ModuleType) else None
+
+
+def _of_python(owner: Any) -> bool:
+    plain = (*_CONTAINERS, tuple, types.CellType, types.FrameType, types.GeneratorType, types.MethodType)
+    return isinstance(owner, plain) or hasattr(owner, "__dict__")
 
 
 def _named(holder: Any) -> str:

@@ -16,7 +16,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from operator import is_
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ _FRAMEWORKS = {*sys.stdlib_module_names, "torch", "torchvision", "lightning", "p
 _FRAMEWORKS |= {"tensorboard", "torchgeom_probe"}
 _HOLDERS = ("types", "collections", "argparse", "weakref", "_weakrefset", "torch.distributions")
 _MISSING = object()
+Answer = TypeVar("Answer", bound=Callable[..., Any])
 
 
 class State:
@@ -189,12 +190,7 @@ class State:
             self._keep(vars(value))
             self._look_at(list(vars(value).values()), depth)
         for slot in _slots(type(value)):
-            inside = self._name(
-                functools.partial(getattr, value, slot, _MISSING),
-                functools.partial(object.__setattr__, value, slot),
-                functools.partial(object.__delattr__, value, slot),
-            )
-            self._look(inside, depth)
+            self._look(self._name(_get_attribute, _put_attribute, value, slot), depth)
         self._class(type(value), depth)
 
     def _class(self, kind: type, depth: int) -> None:
@@ -212,47 +208,27 @@ class State:
             return
         self.functions.append(function)
         for cell in function.__closure__ or ():
-            fill = functools.partial(setattr, cell, "cell_contents"), functools.partial(delattr, cell, "cell_contents")
-            self._look(self._name(functools.partial(_content, cell), *fill), depth)
+            self._look(self._name(_get_attribute, _put_attribute, cell, "cell_contents"), depth)
         self._look_at((function.__defaults__, function.__kwdefaults__, vars(function)), depth)
         read, written = _names(function.__code__)
         outside = function.__globals__
         for name in written:
-            self._item(outside, name)
+            self._name(_get_item, _put_item, outside, name)
         for name in read & outside.keys():
             value = outside[name]
             if isinstance(value, types.ModuleType) and not _of_a_framework(value.__name__):
-                self._look_at([self._item(vars(value), inner) for inner in read & vars(value).keys()], depth)
+                for inner in read & vars(value).keys():
+                    self._look(self._name(_get_item, _put_item, vars(value), inner), depth)
             else:
                 self._look(value, depth)
 
-    def _item(self, holder: dict[str, Any], name: str) -> Any:
-        return self._name(
-            functools.partial(holder.get, name, _MISSING),
-            functools.partial(holder.__setitem__, name),
-            functools.partial(holder.pop, name),
-        )
-
-    def _name(self, get: Callable[[], Any], put: Callable[[Any], None], drop: Callable[[], Any]) -> Any:
-        value = get()
-        self._others.append(functools.partial(_bind, get, put, drop, value))
+    def _name(self, get: Callable[..., Any], put: Callable[..., None], holder: Any, name: str) -> Any:
+        value = get(holder, name)
+        self._others.append(functools.partial(put, holder, name, value))
         return value
 
-    def _method(self, method: types.MethodType, depth: int) -> None:
-        self._look_at((method.__self__, method.__func__), depth + 1)
-
-    def _builtin(self, method: types.BuiltinMethodType, depth: int) -> None:
-        self._look(method.__self__, depth)  # the list of  seen.append
-
-    def _partial(self, partial: Any, depth: int) -> None:
-        self._look_at((partial.func, partial.args, partial.keywords, vars(partial)), depth)
-
-    def _descriptor(self, descriptor: Any, depth: int) -> None:
-        names = ("fget", "fset", "func", "__func__")
-        self._look_at((getattr(descriptor, name, None) for name in names), depth)
-
-    def _reference(self, reference: Any, depth: int) -> None:
-        self._look(reference(), depth)
+    def _within(self, value: Any, depth: int) -> None:
+        self._look_at([getattr(value, name, None) for name in _WITHIN], depth)
 
     def _tensor(self, tensor: Tensor, depth: int) -> None:
         if type(tensor) is not Tensor or tensor.is_meta or tensor.layout is not torch.strided or tensor.is_nested:
@@ -273,6 +249,7 @@ class State:
             self._look_at(array.flat, depth)
 
     def _generator(self, generator: Any, depth: int) -> None:
+        get: Callable[[], Any]
         if isinstance(generator, random.Random):
             get, put = generator.getstate, generator.setstate
         elif isinstance(generator, (np.random.Generator, np.random.BitGenerator)):
@@ -288,6 +265,17 @@ class State:
 _DICTS = (dict, collections.OrderedDict)
 _CONTAINERS: tuple[Any, ...] = (collections.OrderedDict, dict, list, set, collections.deque)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
+_CALLABLES: tuple[Any, ...] = (
+    types.MethodType,
+    types.BuiltinMethodType,
+    functools.partial,
+    property,
+    functools.cached_property,
+    staticmethod,
+    classmethod,
+)
+#: What these are made of.
+_WITHIN = ("__self__", "__func__", "func", "args", "keywords", "fget")
 _LOOKS: tuple[tuple[Any, Any], ...] = (
     ((nn.Parameter, types.ModuleType, random.SystemRandom), None),
     (nn.Module, State._module),
@@ -297,16 +285,18 @@ _LOOKS: tuple[tuple[Any, Any], ...] = (
     (_CONTAINERS, State._container),
     ((tuple, frozenset), lambda state, values, depth: state._look_at(values, depth)),
     (types.FunctionType, State._function),
-    (types.MethodType, State._method),
-    (types.BuiltinMethodType, State._builtin),
-    (functools.partial, State._partial),
-    ((property, staticmethod, classmethod, functools.cached_property), State._descriptor),
-    (weakref.ref, State._reference),
+    (_CALLABLES, State._within),
+    (weakref.ref, lambda state, reference, depth: state._look(reference(), depth)),
     (type, State._class),
 )
 
 
-@functools.lru_cache(maxsize=4096)
+def _remembered(function: Answer) -> Answer:
+    """Answer once for each type, name or code; not for ever, for types may be made without end."""
+    return functools.lru_cache(maxsize=4096)(function)  # type: ignore[return-value]
+
+
+@_remembered
 def _how(kind: type) -> Callable[[State, Any, int], None] | None:
     """How to look at a thing of this type; None where it holds nothing that a forward pass could change."""
     for kinds, look in _LOOKS:
@@ -318,28 +308,28 @@ def _how(kind: type) -> Callable[[State, Any, int], None] | None:
     return State._object if holds else None
 
 
-@functools.lru_cache(maxsize=4096)
+@_remembered
 def _of_a_framework(module: str) -> bool:
     return module.split(".")[0] in _FRAMEWORKS
 
 
-@functools.lru_cache(maxsize=4096)
+@_remembered
 def _own_classes(kind: type) -> list[type]:
     return [one for one in kind.__mro__ if not _of_a_framework(one.__module__)]
 
 
-@functools.lru_cache(maxsize=4096)
+@_remembered
 def _base(kind: type) -> Any:
     return next(base for base in _CONTAINERS if issubclass(kind, base))
 
 
-@functools.lru_cache(maxsize=4096)
+@_remembered
 def _slots(kind: type) -> list[str]:
     slotted = [vars(one) for one in kind.__mro__ if "__slots__" in vars(one)]
     return [key for members in slotted for key, v in members.items() if isinstance(v, types.MemberDescriptorType)]
 
 
-@functools.lru_cache(maxsize=4096)
+@_remembered
 def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
     """Every name that a function's code reads from outside, and the globals that it binds; inner functions' too."""
     written = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
@@ -363,17 +353,28 @@ def _same_numbers(state: Any, other: Any) -> bool:
     return state == other
 
 
-def _content(cell: Any) -> Any:
+def _get_attribute(holder: Any, name: str) -> Any:
     try:
-        return cell.cell_contents
-    except ValueError:  # a name that has no value yet
+        return getattr(holder, name)
+    except (AttributeError, ValueError):  # a slot, or a cell, that holds nothing yet
         return _MISSING
 
 
-def _bind(get: Callable[[], Any], put: Callable[[Any], None], drop: Callable[[], Any], value: Any) -> None:
-    """Give a name its value again, or none."""
-    if get() is not value:
-        drop() if value is _MISSING else put(value)
+def _put_attribute(holder: Any, name: str, value: Any) -> None:
+    if _get_attribute(holder, name) is not value:
+        object.__delattr__(holder, name) if value is _MISSING else object.__setattr__(holder, name, value)
+
+
+def _get_item(holder: dict[str, Any], name: str) -> Any:
+    return holder.get(name, _MISSING)
+
+
+def _put_item(holder: dict[str, Any], name: str, value: Any) -> None:
+    if holder.get(name, _MISSING) is not value:
+        if value is _MISSING:
+            del holder[name]
+        else:
+            holder[name] = value
 
 
 def _put_members(kind: type, members: Mapping[str, Any]) -> None:
