@@ -68,7 +68,7 @@ class State:
         self._watched: list[tuple[Tensor, int]] = []
         self._others: list[Callable[[], None]] = []
         self._generators: list[tuple[Callable[[], Any], Callable[[Any], Any], Any]] = []
-        self._draws = True
+        self._draws: bool | None = None
         self._seen: set[int] = set()
         self._classes: set[type] = set()
         self._look(model, _DEPTH)
@@ -79,7 +79,7 @@ class State:
     def start_again(self) -> None:
         """Make everything what it was, if a pass ran since."""
         if self.ran:
-            self.put_back(generators=self._draws)
+            self.put_back(generators=self.drew_random_numbers())
             self.ran = False
 
     def keep(self, container: Any) -> None:
@@ -87,8 +87,9 @@ class State:
         self._container(container, _DEPTH)
 
     def drew_random_numbers(self) -> bool:
-        """Whether any generator has moved; where a first pass moved none, the next ones need not put them back."""
-        self._draws = any(not _same_numbers(get(), state) for get, _, state in self._generators)
+        """Whether the first pass moved any generator; if it did not, the next ones need not put them back."""
+        if self._draws is None:
+            self._draws = any(not _same_numbers(get(), state) for get, _, state in self._generators)
         return self._draws
 
     def put_back(self, *, generators: bool = True) -> None:

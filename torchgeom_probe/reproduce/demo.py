@@ -7,6 +7,7 @@ and slices are those of ``reproduce fig2``; here the width, the grid and the dat
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Literal
 
@@ -33,7 +34,7 @@ def run(
     """Train, watch, scan and draw; everything goes under the settings' ``out``.
 
     ``events/`` (TensorBoard), ``geometry.csv``, ``report.csv``, ``report.json``, ``line.png``, ``plane.png``, scans,
-    and networks (``epoch_*.pt``).  A demo that was stopped goes on; one of other settings is replaced.
+    and networks (``epoch_*.pt``).  A demo that was stopped goes on; a quick one of other settings is replaced.
 
     Args:
         settings: the command line's; 200 epochs where they give none.
@@ -43,7 +44,8 @@ def run(
         say: prints a line.
 
     Raises:
-        ProbeError: a width below the number of pixels, data that cannot be had, a missing optional package.
+        ProbeError: a full demo of other settings in the folder, a width below the number of pixels, data that cannot
+            be had, a missing optional package.
     """
     began, out, epochs = time.perf_counter(), settings.out, settings.epochs or 200
     if width is None:
@@ -62,7 +64,9 @@ def run(
         f"one hidden layer of {width} sigmoid units; √det g of it at {len(watch['x_probe'])} test images, "
         f"all {num_inputs} directions."
     )
-    trained = train(of, settings, views=views, watch=watch, folder=out, replace=True, say=say)
+    made = out / "settings.json"
+    replace = made.exists() and json.loads(made.read_text())["quick"]
+    trained = train(of, settings, views=views, watch=watch, folder=out, replace=replace, say=say)
     for row in trained.history[1:]:
         say(f"epoch {row['epoch']}: test accuracy {row['test_accuracy']:.3f}")
 
