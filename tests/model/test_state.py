@@ -13,6 +13,7 @@ import pytest
 import torch
 from annotations import shapes_unchecked
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 import torchgeom_probe as tgp
 from torchgeom_probe.model.leftovers import FOUND
@@ -100,7 +101,10 @@ def hooks():
         "default argument": (to_default, drained(to_default.__defaults__[0])),
         "module of settings": (to_module_named, drained(CONFIG.features)),
         "namespace": (to_namespace, drained(space.out)),
-        "weak dictionary": (lambda module, args, out: weak.update({module: out}), drained(weak, lambda w: list(w.values()))),
+        "weak dictionary": (
+            lambda module, args, out: weak.update({module: out}),
+            drained(weak, lambda w: list(w.values())),
+        ),
         "attribute": (lambda module, args, out: setattr(attribute, "out", out), lambda: [attribute.out]),
         "module's attribute": (lambda module, args, out: setattr(module, "kept", out), None),
     }
@@ -146,7 +150,9 @@ def test_other_kinds_of_hook(kind):
         "with kwargs": lambda: model[1].register_forward_hook(
             lambda module, args, kwargs, out: kept.append(out), with_kwargs=True
         ),
-        "of all modules": lambda: nn.modules.module.register_module_forward_hook(lambda module, args, out: kept.append(out)),
+        "of all modules": lambda: nn.modules.module.register_module_forward_hook(
+            lambda module, args, out: kept.append(out)
+        ),
     }[kind]()
     kept.append("the user's")
     for engine in ("fused", "functorch", "vjp"):
@@ -195,11 +201,7 @@ def out_of_reach_in_pairs(module, args, out):
 
 @pytest.mark.parametrize(
     ("hook", "container"),
-    [
-        (out_of_reach, "OUT_OF_REACH"),
-        (out_of_reach_by_name, "OUT_OF_REACH_BY_NAME"),
-        (out_of_reach_in_pairs, "PAIRS"),
-    ],
+    [(out_of_reach, "OUT_OF_REACH"), (out_of_reach_by_name, "OUT_OF_REACH_BY_NAME"), (out_of_reach_in_pairs, "PAIRS")],
 )
 @shapes_unchecked()
 def test_what_cannot_be_reached_is_taken_out_and_named_with_its_hook(hook, container):
@@ -302,19 +304,18 @@ def test_a_large_tensor_written_in_place_is_refused_as_a_parameter_is(monkeypatc
 
 
 @pytest.mark.parametrize("parametrized", ["weight_norm", "orthogonal"])
-def test_inside_of_cached_parametrizations_every_parameter_still_gets_its_gradient(parametrized):
-    from torch.nn.utils import parametrizations, parametrize
-
+@pytest.mark.parametrize("filled", [False, True])
+def test_inside_of_cached_parametrizations_every_parameter_still_gets_its_gradient(parametrized, filled):
     gradients = []
     for probed in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(getattr(parametrizations, parametrized)(nn.Linear(3, 3)), nn.Tanh())
         x = torch.randn(4, 3)
         with parametrize.cached():
-            before = model(x)
+            loss = model(x).sum() if filled else 0.0
             for engine in ("fused", "functorch", "vjp") if probed else ():
                 tgp.measure(model, x, layers=["1"], engine=engine)
-            (before + model(x)).sum().backward()
+            (loss + model(x).sum()).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(map(torch.equal, *gradients))
 

@@ -858,6 +858,8 @@ def test_following_what_is_no_optimizer_is_refused():
     several = Handle(torch.optim.SGD(monitor.model.parameters(), lr=0.1))
     several.other = torch.optim.SGD(monitor.model.parameters(), lr=0.1)
     for odd in (nn.Linear(1, 1), several, None):
-        with pytest.raises(ProbeError, match=rf"takes a torch.optim.Optimizer, not a {type(odd).__name__}.\nCall  monitor.s"):
+        with pytest.raises(
+            ProbeError, match=rf"takes a torch.optim.Optimizer, not a {type(odd).__name__}.\nCall  monitor.s"
+        ):
             monitor.follow(odd)
     assert monitor.history == []
