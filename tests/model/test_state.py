@@ -33,7 +33,7 @@ class Extractor:
     """Takes a hook's output into slots, a list of its own, one of its class, and a dict in a dict."""
 
     __slots__ = ("deep", "last", "seen")
-    everybodys: list = []
+    everybodys: list = []  # noqa: RUF012
 
     def __init__(self):
         self.seen, self.deep = [], {"a": {}}

@@ -148,6 +148,7 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
         ProbeError: a source that does not run, or more than once.
     """
     with same_random_numbers(inputs.device):
+        before = _random_state()
         try:
             own, found, live = _first_run(hooked, inputs)
         except ProbeError:
@@ -158,7 +159,7 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
         space = _space(hooked, own, found)
         # Random outputs are never the same, and a fake tensor has no values to compare.
         fake = isinstance(space, FakeTensor)
-        draws = not fake and drew_random_numbers()
+        draws = not fake and (drew_random_numbers() or not all(map(torch.equal, before, _random_state())))
         per_sample, whole, coupled = _samples(hooked, own, found, compare=not (fake or draws))
     return Plan(
         features={entry: values.shape[1] for entry, values in found.features.items()},
@@ -293,6 +294,10 @@ def _same(values: Tensor, other: Tensor | None) -> bool:
     allowed = max(1e-3, 16 * eps) if eps > 1e-12 else 1e-6
     scale = values[:rows].abs().nan_to_num(posinf=0.0).amax().clamp_min(torch.finfo(values.dtype).tiny)
     return not bool(((values[:rows] - other[:rows]).abs() > allowed * scale).any())
+
+
+def _random_state() -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
 
 def _refuse_silent(hooked: HookedModel, found: Outputs) -> None:

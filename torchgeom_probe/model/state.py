@@ -89,7 +89,8 @@ class State:
     def drew_random_numbers(self) -> bool:
         """Whether the first pass moved any generator; if it did not, the next ones need not put them back."""
         if self._draws is None:
-            self._draws = any(not _same_numbers(get(), state) for get, _, state in self._generators)
+            with _disable_current_modes():
+                self._draws = any(not _same_numbers(get(), state) for get, _, state in self._generators)
         return self._draws
 
     def put_back(self, *, generators: bool = True) -> None:
