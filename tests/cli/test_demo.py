@@ -6,6 +6,7 @@ import sys
 import time
 
 import matplotlib.image
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import torchgeom_probe as tgp
@@ -29,6 +30,23 @@ def test_demo_from_end_to_end(tmp_path, capsys):
         assert matplotlib.image.imread(tmp_path / name)[..., :3].std() > 0.05
     scan = tgp.SliceScan.load(tmp_path / "plane_after.safetensors")
     assert scan.report["sigmoid"].num_directions == 64
+
+
+@pytest.mark.parametrize("options", [["--quick"], ["--epochs", "2", "--width", "70"]], ids=["quick", "other settings"])
+def test_a_full_demo_is_not_replaced_by_another(tmp_path, capsys, options):
+    full = ["demo", "--epochs", "1", "--width", "64", "--grid", "12", "--out", str(tmp_path)]
+    assert main(full) == 0
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(["demo", "--grid", "12", "--out", str(tmp_path), *options]) == 1
+    assert "holds another training" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_a_quick_demo_has_a_folder_of_its_own_and_makes_room_for_the_next(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for seed in ("0", "1"):
+        assert main(["demo", "--quick", "--epochs", "1", "--grid", "12", "--seed", seed]) == 0
+    assert [path.name for path in (tmp_path / "torchgeom_runs").iterdir()] == ["demo_quick"]
 
 
 def test_ctrl_c_says_where_things_are_and_loses_nothing(tmp_path):

@@ -372,7 +372,7 @@ def test_an_exception_in_training_closes_the_writers(tmp_path):
 def test_a_probe_that_fails_does_not_end_the_training(tmp_path):
     class Fussy(Classifier):
         def forward(self, x):
-            if not self.training:
+            if not self.training and self.global_step:  # what fails at once is the set-up, and is raised
                 raise ValueError("a probe came by")
             return super().forward(x)
 
@@ -380,7 +380,7 @@ def test_a_probe_that_fails_does_not_end_the_training(tmp_path):
     with pytest.warns(RuntimeWarning, match="a probe came by"):
         trainer, _ = fit(callback, tmp_path, module=Fussy())
     assert trainer.global_step == 6
-    assert (callback.monitor.failures, callback.history) == (3, [])
+    assert (callback.monitor.failures, len(callback.history)) == (2, 1)
 
 
 def test_what_makes_no_sense_is_refused(tmp_path):

@@ -46,8 +46,10 @@ class Recorder(Writer):
 class Raising(nn.Module):
     """Raises half-way through the forward pass, but only in eval mode: in a probe, and not in training."""
 
+    broken = True
+
     def forward(self, x):
-        if not self.training:
+        if not self.training and self.broken:
             raise ValueError("a probe came by")
         return x
 
@@ -113,7 +115,9 @@ def run(how, *, raising=False):
         return everything(model, optimizer), None
     monitor = Monitor(model, x_probe, layers=["1", "3", "7"], every=4)
     if how == "follow":
+        model[5].broken = False  # until training begins: what fails at once is the set-up
         monitor.follow(optimizer)
+        model[5].broken = True
         train(model, optimizer, 20, size=size)
     else:
         monitor.probe_now()
@@ -137,7 +141,7 @@ def test_twenty_training_steps_are_bit_identical_when_every_probe_raises_half_wa
     without, _ = run("without", raising=True)
     with pytest.warns(RuntimeWarning, match="a probe came by"):
         probed, monitor = run("follow", raising=True)
-    assert (monitor.probes, monitor.failures, monitor.history) == (6, 6, [])
+    assert (monitor.probes, monitor.failures, len(monitor.history)) == (6, 5, 1)
     for key, value in without.items():
         assert torch.equal(value, probed[key]), key
 
@@ -235,17 +239,161 @@ def test_gradient_accumulation_counts_updates():
     assert [step for step, _ in monitor.history] == [0, 2, 4]
 
 
-def test_an_update_that_the_gradient_scaler_skips_does_not_count():
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_reports_are_of_real_updates_whoever_skips_them(every, fused):
+    overflows = [False, True, False, False, True, True, False, True, False, False]
     model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
     scaler = torch.amp.GradScaler("cpu")
-    with Monitor(model, torch.randn(5, 4), layers=["1"], every=1).follow(optimizer) as monitor:
-        for factor in (1.0, math.inf, 1.0):
+    updates = 0
+    volumes = {0: measure(model, torch.ones(2, 4), layers=["1"])["1"].log_volume}
+    with Monitor(model, torch.ones(2, 4), layers=["1"], every=every).follow(optimizer) as monitor:
+        for overflow in overflows:
             optimizer.zero_grad()
-            scaler.scale(model(torch.randn(3, 4)).sum() * factor).backward()
+            scaler.scale(model(torch.ones(3, 4)).sum() * (math.inf if overflow else 1.0)).backward()
             scaler.step(optimizer)
             scaler.update()
-    assert monitor.steps == 2
+            if not overflow:
+                updates += 1
+                volumes[updates] = measure(model, torch.ones(2, 4), layers=["1"])["1"].log_volume
+        assert monitor.steps == updates == 6
+        assert monitor.state_dict()["step"] == 6
+    assert [step for step, _ in monitor.history] == [*range(0, 7, every)]
+    for step, report in monitor.history:
+        assert torch.equal(report["1"].log_volume, volumes[step])
+
+
+class Wrapped(torch.optim.Optimizer):
+    """An optimizer as accelerate wraps it: it is one, and never initialised as one."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+
+class Handle:
+    """A wrapper that is no optimizer at all, as those for several processes are."""
+
+    def __init__(self, optimizer):
+        self.inner, self.clip = optimizer, 1.0
+        self.zero_grad, self.step = optimizer.zero_grad, optimizer.step
+
+
+@pytest.mark.parametrize("wrap", [Wrapped, Handle, lambda o: Wrapped(Wrapped(o)), lambda o: Handle(Wrapped(o))])
+@shapes_unchecked()
+def test_of_a_wrapper_the_optimizer_inside_is_followed(wrap):
+    weights, x_probe = [], torch.randn(5, 4)
+    for probed in (False, True):
+        model = mlp()
+        optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.1))
+        if probed:
+            monitor = Monitor(model, x_probe, layers=["1"], every=1).follow(optimizer)
+        train(model, optimizer, 3)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert (monitor.steps, monitor.failures, len(monitor.history)) == (3, 0, 4)
+    assert torch.equal(*weights)
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """Steps twice by methods of its own; what updates the weights is its base optimizer."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, lr=0.1)
+
+    def step(self, closure=None):
+        raise NotImplementedError
+
+    def second_step(self):
+        self.base_optimizer.step()
+
+
+class Hand(torch.optim.SGD):
+    """Updates the weights in a method of its own name."""
+
+    @torch.no_grad()
+    def second_step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= 0.1 * p.grad
+
+
+@pytest.mark.parametrize("kind", [SharpnessAware, Hand])
+def test_an_optimizer_whose_step_never_runs_is_named_when_the_monitor_closes(kind):
+    model = mlp()
+    optimizer = kind(model.parameters())
+    monitor = Monitor(model, torch.randn(5, 4), layers=["1"], every=1).follow(optimizer)
+    for _ in range(2):
+        model(torch.randn(3, 4)).sum().backward()
+        optimizer.second_step()
+    with pytest.warns(RuntimeWarning, match=rf"followed {kind.__name__}, whose step\(\) never ran"):
+        monitor.close()
+    assert monitor.steps == 0
+
+
+def test_the_advice_for_it_works_and_an_untrained_model_is_no_reason_to_speak():
+    model = mlp()
+    optimizer = SharpnessAware(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Monitor(model, torch.randn(5, 4), layers=["1"]).follow(optimizer).close()
+        with Monitor(model, torch.randn(5, 4), layers=["1"], every=1).follow(optimizer.base_optimizer) as monitor:
+            model(torch.randn(3, 4)).sum().backward()
+            optimizer.second_step()
+    assert [step for step, _ in monitor.history] == [0, 1]
+
+
+class Offloaded(nn.Module):
+    """Its weights are on meta but while it runs, and are other parameters each time, as accelerate offloads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self._hf_hook = nn.Linear(4, 6), object()
+        self.stored = {name: p.detach().clone() for name, p in self.inner.named_parameters()}
+        self._place("meta")
+
+    def _place(self, device):
+        for name, value in self.stored.items():
+            setattr(self.inner, name, nn.Parameter(value.to(device), requires_grad=False))
+
+    def forward(self, x):
+        self._place("cpu")
+        out = self.inner(x)
+        self._place("meta")
+        return out
+
+
+class Spare(nn.Module):
+    """Has a module on meta that is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare, self.inner = nn.Linear(2, 2, device="meta"), nn.Linear(4, 6)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("kind", [Offloaded, Spare])
+def test_parameters_on_meta_are_no_failure(kind):
+    torch.manual_seed(0)
+    model = kind()
+    before = dict(model.named_parameters())
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with Monitor(model, torch.randn(5, 4), layers=["inner"], every=1, on_error="raise").follow(optimizer) as monitor:
+        optimizer.step()
+    assert len(monitor.history) == 2
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
 
 
 def test_closures_count_a_step_each_and_the_weights_are_the_same():
@@ -629,6 +777,70 @@ def test_arguments_that_make_no_sense_are_refused_at_once(options, message):
         Monitor(mlp(), torch.randn(5, 4), **options)
 
 
+def _unwritable(tmp_path):
+    (tmp_path / "file").write_text("")
+    return str(tmp_path / "file" / "log.csv")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x, y, _: ((x, y), {}), r"x stands for 2 positional arguments of Sequential(.|\n)*x\[0\]"),
+        (lambda x, y, _: ([x, x], {}), r"x stands for 2 positional arguments of Sequential"),
+        (lambda x, y, _: ({"image": x, "label": y}, {}), r"the keyword arguments image, label(.|\n)*x\['image'\]"),
+        (lambda x, y, _: (x[:, :3], {}), "the model's own forward pass fails on x of shape"),
+        (lambda x, y, _: (y, {}), "x is of integer type"),
+        (lambda x, y, _: (x, {"estimator": TopK(k=5)}), r"TopK\(k=5\): the Jacobian"),
+        (lambda x, y, path: (x, {"writer": path}), "(?i)not a directory|file exists"),
+    ],
+)
+@pytest.mark.parametrize("begun", [False, True], ids=["follow", "step"])
+def test_a_mistake_of_the_set_up_is_raised_by_the_first_probe(make, message, begun, tmp_path):
+    x_probe, options = make(torch.randn(5, 4), torch.zeros(5, dtype=torch.long), _unwritable(tmp_path))
+    model = mlp()
+    monitor = Monitor(model, x_probe, every=1, **{"layers": ["1"], **options})
+    with pytest.raises((ProbeError, OSError), match=message):
+        monitor.step() if begun else monitor.follow(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert monitor.failures == 1
+    with pytest.warns(RuntimeWarning, match="training goes on"):
+        monitor.step()
+
+
+def test_a_model_that_cannot_be_measured_ends_no_training_not_even_at_the_first_probe():
+    class Cut(nn.Module):
+        def forward(self, x):
+            return x.detach()
+
+    model = mlp().append(Cut())
+    optimizer = torch.optim.SGD(model[:3].parameters(), lr=0.1)
+    with pytest.warns(RuntimeWarning, match="the tangent was lost"):
+        monitor = Monitor(model, torch.randn(5, 4), layers=["3"], every=1).follow(optimizer)
+    monitor.close()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.Tensor.to_mkldnn])
+def test_a_batch_that_is_not_dense_is_refused_with_advice_that_works(make):
+    x = torch.randn(5, 4)
+    with pytest.raises(ProbeError, match=r"a tensor of layout(.|\n)*x.to_dense\(\)"):
+        Monitor(mlp(), make(x))
+    with pytest.raises(ProbeError, match=r"a tensor of layout(.|\n)*x.to_dense\(\)"):
+        measure(mlp(), make(x))
+    measure(mlp(), make(x).to_dense(), layers=["1"])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_batch_is_refused_with_advice_that_works(layout):
+    x = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=layout)
+    for act in (Monitor, measure):
+        with pytest.raises(ProbeError, match=r"a nested tensor(.|\n)*x.unbind\(\)"):
+            act(mlp(), x)
+    for sample in x.unbind():
+        measure(mlp(), sample[None], layers=["1"])
+    measure(mlp(), torch.nested.to_padded_tensor(x, 0.0), layers=["1"])
+
+
 @pytest.mark.parametrize(
     ("x_probe", "message"),
     [
@@ -660,6 +872,11 @@ def test_counting_twice_is_refused():
 @shapes_unchecked()
 def test_following_what_is_no_optimizer_is_refused():
     monitor = Monitor(mlp(), torch.randn(5, 4), layers=["1"])
-    with pytest.raises(ProbeError, match=r"follow\(\) takes a torch.optim.Optimizer, not a Linear"):
-        monitor.follow(nn.Linear(1, 1))
+    several = Handle(torch.optim.SGD(monitor.model.parameters(), lr=0.1))
+    several.other = torch.optim.SGD(monitor.model.parameters(), lr=0.1)
+    for odd in (nn.Linear(1, 1), several, None):
+        with pytest.raises(
+            ProbeError, match=rf"takes a torch.optim.Optimizer, not a {type(odd).__name__}.\nCall  monitor.s"
+        ):
+            monitor.follow(odd)
     assert monitor.history == []

@@ -28,11 +28,13 @@ def add(verbs: Any) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="a small version that takes seconds")
-    parser.add_argument("--out", type=Path, default=Path("torchgeom_runs/demo"), metavar="DIR")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default torchgeom_runs/demo, or demo_quick beside it")
     parser.set_defaults(run=run, resumes=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the demo."""
+    if arguments.out is None:
+        arguments.out = Path("torchgeom_runs", "demo_quick" if arguments.quick else "demo")
     settings = Settings(**{key: value for key, value in vars(arguments).items() if key in Settings.__annotations__})
     digits.demo(settings, data=arguments.data, width=arguments.width, grid=arguments.grid)

@@ -16,7 +16,7 @@ from torchgeom_probe.jacobian.layout import Layout
 from torchgeom_probe.jacobian.memory import LiveBytes, free_memory
 from torchgeom_probe.model.hooked import HookedModel, Outputs
 from torchgeom_probe.model.inputs import Inputs
-from torchgeom_probe.model.isolation import same_random_numbers
+from torchgeom_probe.model.isolation import drew_random_numbers, same_random_numbers
 from torchgeom_probe.model.layers import close_names
 from torchgeom_probe.shapes import Tensor
 
@@ -160,7 +160,7 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
         space = _space(hooked, own, found)
         # Random outputs are never the same, and a fake tensor has no values to compare.
         fake = isinstance(space, FakeTensor)
-        draws = not fake and not all(map(torch.equal, before, _random_state()))
+        draws = not fake and (drew_random_numbers() or not all(map(torch.equal, before, _random_state())))
         per_sample, whole, coupled = _samples(hooked, own, found, compare=not (fake or draws))
     return Plan(
         features={entry: values.shape[1] for entry, values in found.features.items()},

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torchgeom_probe.dual import DualTensor
 from torchgeom_probe.errors import LayerRefusal, ProbeError
 from torchgeom_probe.model.inputs import Inputs, Wrt
+from torchgeom_probe.model.isolation import plain_run
 from torchgeom_probe.shapes import Tensor
 
 Transform = Callable[[Any], Any]
@@ -133,7 +134,7 @@ class HookedModel:
             with aside():
                 sources.append(self.source_value(output).detach().clone())
 
-        with self.attached(on_output, on_source):
+        with plain_run(lambda: [*features.values(), *sources]), self.attached(on_output, on_source):
             inputs.run(self.model)
         return Outputs(features, sources)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Union
 
@@ -45,8 +45,8 @@ class Inputs:
         """Read what the user passes: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
         Raises:
-            ProbeError: no tensor, no sample, no floating tensor or several and no word which, another device than the
-                model's.
+            ProbeError: no tensor, no sample, no floating tensor or several and no word which, a sparse or nested one,
+                arguments that the model does not take, another device than the model's.
         """
         args, kwargs = _arguments(x)
         paths, spec = tree_flatten_with_path((args, kwargs))
@@ -58,6 +58,9 @@ class Inputs:
                 "x holds no tensor.\n"
                 "Pass a batch [B, ...] of inputs:  probe.measure(x); arrays become tensors by torch.as_tensor(x)"
             )
+        if not isinstance(x, Tensor):
+            _refuse_other_arguments(model, args, kwargs)
+        refuse_unless_dense(leaves[i] for i in tensors)
         _refuse_other_device(model, [leaves[i] for i in tensors])
         places = tensors[:1] if from_source else _places(leaves, names, tensors, wrt, model)
         first = leaves[places[0]]
@@ -158,6 +161,39 @@ class Inputs:
         return str(shapes[0] if len(shapes) == 1 else shapes)
 
 
+def refuse_unless_dense(tensors: Iterable[Tensor]) -> None:
+    """Refuse nested tensors and those that are not strided."""
+    for tensor in tensors:
+        if tensor.is_nested:
+            raise ProbeError(
+                "x holds a nested tensor: its samples have different shapes, so different spaces.\n"
+                "Measure one at a time:  [tgp.measure(model, sample[None]) for sample in x.unbind()]"
+                "  or pad them:  torch.nested.to_padded_tensor(x, 0.0)"
+            )
+        if tensor.layout != torch.strided:
+            raise ProbeError(
+                f"x holds a tensor of layout {tensor.layout}; a measurement takes dense ones.\n"
+                "Convert it:  x.to_dense()  (a graph's adjacency too: the product with a sparse one has no forward "
+                "derivative in torch)"
+            )
+
+
+def _refuse_other_arguments(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # a forward written in C, or one that hides its signature
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        what = f"the keyword arguments {', '.join(kwargs)}" if kwargs else f"{len(args)} positional arguments"
+        first = repr(next(iter(kwargs))) if kwargs else "0"
+        raise ProbeError(
+            f"x stands for {what} of {type(model).__name__}.forward{signature}, which does not take them: {error}.\n"
+            f"Of a batch of samples and labels pass the samples alone:  x[{first}]"
+        ) from error
+
+
 def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(x, Tensor):
         return (x,), {}
@@ -244,6 +280,8 @@ def _place(
 
 
 def _refuse_other_device(model: nn.Module, tensors: Sequence[Tensor]) -> None:
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return  # accelerate moves weights and inputs to where they meet
     devices = {p.device for p in model.parameters()}
     real = sorted({str(device) for device in devices if device.type != "meta"})
     if devices and not real:

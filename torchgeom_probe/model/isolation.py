@@ -2,38 +2,36 @@
 
 Two halves.  Process: gradient mode, autocast, the attention backends (no fused attention kernel has a forward
 derivative), compiled code, TF32 and the random generators are set for the measurement and put back.  Model: train/eval
-flags, buffers, and every attribute of every module are put back, whatever the forward pass does to them.
+flags, buffers, and all else that a forward pass may write to (``model/state.py``) are put back, before each pass of the
+measurement too, so that every pass is one of the same function.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import random
 import sys
 import threading
-import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.model.leftovers import FOUND, taken_out
+from torchgeom_probe.model.state import State
 from torchgeom_probe.shapes import Tensor
 
 Mode = Literal["eval", "as_is"]
 
-_CONTAINERS = (dict, list, set, collections.deque)
 #: What a measurement sets is global to the process: two of them in threads would put back each other's settings.
 _ONE_AT_A_TIME = threading.RLock()
-#: How far state is followed that hangs on a module's attributes, through containers and plain objects.
-_DEPTH = 3
-#: Packages whose objects are none of a model's own state, and may be at work in another thread.
-FRAMEWORKS = {*sys.stdlib_module_names, "torch", "torchvision", "lightning", "pytorch_lightning", "tqdm", "tensorboard"}
-_MANY = 1000
+#: The models that are being measured, the innermost last, as they were.
+_MEASURED: list[State] = []
 
 
 @contextlib.contextmanager
@@ -51,17 +49,56 @@ def measuring(model: nn.Module, *, mode: Mode = "eval") -> Iterator[None]:
     """
     if mode not in ("eval", "as_is"):
         raise ProbeError(f"mode={mode!r} is unknown. Write mode='eval' (the default) or mode='as_is'.")
-    _refuse_uninitialised(model)
     with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
-        stack.enter_context(_model_restored(model))
+        modules = list(model.modules())
+        _refuse_uninitialised(model, modules)
         if mode == "eval":
-            for module in model.modules():
+            training = [vars(module) for module in modules if module.training]
+            stack.callback(lambda: [attributes.update(training=True) for attributes in training])
+            for attributes in training:
                 # Not .eval(): an override of it may merge weights (LoRA), which does not come back bit for bit.
-                module.training = False
-        _refuse_batch_statistics(model)
-        stack.enter_context(_generators_restored())
+                attributes["training"] = False
+        _refuse_batch_statistics(model, modules)
         stack.enter_context(_process_set())
+        stack.enter_context(_put_back(model))
         yield
+
+
+@contextlib.contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    generators = [torch.default_generator, *cuda, np.random.mtrand._rand, random._inst]
+    state = State(model, beside=[*generators, *FOUND.get(model, ())])
+    _MEASURED.append(state)
+    try:
+        yield
+    finally:
+        _MEASURED.pop()
+        state.put_back()
+
+
+@contextlib.contextmanager
+def from_the_start() -> Iterator[None]:
+    """Run the body, a pass, with the model that is measured as it was when the measurement began."""
+    if _MEASURED:
+        _MEASURED[-1].start_again()
+    try:
+        yield
+    finally:
+        if _MEASURED:
+            _MEASURED[-1].ran = True
+
+
+@contextlib.contextmanager
+def plain_run(made: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
+    """Run the body, a plain pass from the start; but for what ``made()`` returns after it, it leaves no tensor."""
+    with taken_out(_MEASURED[-1] if _MEASURED else None, made), from_the_start():
+        yield
+
+
+def drew_random_numbers() -> bool:
+    """Whether the model that is being measured has drawn random numbers, from whatever generator, since its start."""
+    return bool(_MEASURED) and _MEASURED[-1].drew_random_numbers()
 
 
 @contextlib.contextmanager
@@ -77,129 +114,41 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def same_random_numbers(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Give the body the random numbers that every pass of a measurement gets: what it draws is put back after it."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" and torch.cuda.is_initialized() else [])
+@contextlib.contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Give the body what every pass of a measurement gets: the model as it was, and the same random numbers.
+
+    What it draws is put back after it.
+    """
+    with (
+        from_the_start(),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" and torch.cuda.is_initialized() else []),
+    ):
+        yield
 
 
-def _refuse_uninitialised(model: nn.Module) -> None:
-    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-        if torch.nn.parameter.is_lazy(parameter):
-            raise ProbeError(
-                f"{name!r} is a lazy parameter that has no shape yet, and a measurement must not be what gives it "
-                "one.\n"
-                "Run the model once before you probe it:  model(x)"
-            )
+def _refuse_uninitialised(model: nn.Module, modules: list[nn.Module]) -> None:
+    is_lazy: Any = nn.parameter.is_lazy
+    if any(is_lazy(t) for module in modules for t in (*module._parameters.values(), *module._buffers.values())):
+        name = next(n for n, t in [*model.named_parameters(), *model.named_buffers()] if is_lazy(t))
+        raise ProbeError(
+            f"{name!r} is a lazy parameter that has no shape yet, and a measurement must not be what gives it one.\n"
+            "Run the model once before you probe it:  model(x)"
+        )
 
 
-def _refuse_batch_statistics(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+def _refuse_batch_statistics(model: nn.Module, modules: list[nn.Module]) -> None:
+    for module in modules:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            name = next(name for name, m in model.named_modules() if m is module)
             if module.training and module.running_mean is not None:
                 way_out = "Measure in eval mode, the default:  GeometryProbe(model, ..., mode='eval')"
             else:
                 way_out = "Keep running statistics:  nn.BatchNorm2d(channels, track_running_stats=True)"
             raise ProbeError(
                 f"batch normalisation {name!r} normalises with the statistics of the batch (train mode): it couples "
-                "the "
-                f"samples, so no sample has a metric of its own.\n{way_out}"
+                f"the samples, so no sample has a metric of its own.\n{way_out}"
             )
-
-
-@contextlib.contextmanager
-def _model_restored(model: nn.Module) -> Iterator[None]:
-    state: list[tuple[Any, Any]] = []
-    seen: set[int] = set()
-    for module in model.modules():
-        _keep(vars(module), state, seen, _DEPTH)
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    versions = [(name, p, _version(p)) for name, p in model.named_parameters()]
-    try:
-        yield
-    finally:
-        for holder, content in state:
-            _put_back(holder, content)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                # Through .data: it bumps no version counter, so a backward pass that the user has still to make is
-                # untouched.
-                if buffer.is_inference():
-                    with torch.inference_mode():
-                        buffer.data.copy_(value)
-                else:
-                    buffer.data.copy_(value)
-        written = [name for name, p, version in versions if _version(p) != version]
-        if written:
-            raise ProbeError(
-                f"the model's forward pass writes to its own parameters in place ({', '.join(written[:3])}), also in "
-                "eval "
-                "mode, so it cannot be measured without being changed.\n"
-                "Do that in the training step instead, or behind  if self.training:"
-            )
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _keep(holder: Any, state: list[tuple[Any, Any]], seen: set[int], depth: int) -> None:
-    """Note what a container holds, and what the containers and plain objects in it hold."""
-    if id(holder) in seen:
-        return
-    seen.add(id(holder))
-    state.append((holder, holder.copy()))
-    if depth == 0 or len(holder) > _MANY:
-        return
-    for value in list(holder.values() if isinstance(holder, dict) else holder):
-        if isinstance(value, _CONTAINERS):
-            _keep(value, state, seen, depth - 1)
-        elif _is_plain_object(value):
-            _keep(vars(value), state, seen, depth - 1)
-
-
-def _is_plain_object(value: Any) -> bool:
-    # Modules are visited on their own; functions and types hold nothing of a forward pass; and what belongs to a
-    # framework (a trainer, a queue, a logger) may be at work in another thread.
-    return (
-        hasattr(value, "__dict__")
-        and not isinstance(value, (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType))
-        and type(value).__module__.split(".")[0] not in FRAMEWORKS
-    )
-
-
-def _put_back(holder: Any, content: Any) -> None:
-    if not (holder or content) or _same(holder, content):
-        return
-    holder.clear()
-    if isinstance(holder, (dict, set)):
-        holder.update(content)
-    else:
-        holder.extend(content)
-
-
-def _same(now: Any, before: Any) -> bool:
-    if len(now) != len(before):
-        return False
-    if isinstance(now, dict):
-        return all(a is b and now[a] is before[b] for a, b in zip(now, before, strict=True))
-    if isinstance(now, set):
-        return {id(v) for v in now} == {id(v) for v in before}
-    return all(a is b for a, b in zip(now, before, strict=True))
-
-
-@contextlib.contextmanager
-def _generators_restored() -> Iterator[None]:
-    torch_state = torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(torch_state)
-        if cuda_states:
-            torch.cuda.set_rng_state_all(cuda_states)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
 
 
 @contextlib.contextmanager
@@ -220,11 +169,11 @@ def _process_set() -> Iterator[None]:
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
-        if (
-            "torch._dynamo" in sys.modules
-        ):  # nothing can be compiled before it is imported, and its import takes seconds
+        # Nothing can be compiled before it is imported, and its import takes seconds.
+        if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_full_float32())
+        stack.enter_context(_own_parametrizations())
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             yield
@@ -233,14 +182,39 @@ def _process_set() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    # TF32 (the default of cuDNN's convolutions) leaves 3 digits of a tangent: less than a small singular value needs.
-    if not torch.cuda.is_initialized():
-        yield
-        return
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+def _own_parametrizations() -> Iterator[None]:
+    # Inside of parametrize.cached() a measurement would leave weights there that have no gradient.
+    module: Any = parametrize
+    kept = module._cache_enabled, module._cache
+    module._cache_enabled, module._cache = 0, {}
     try:
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
+        module._cache_enabled, module._cache = kept
+
+
+@contextlib.contextmanager
+def _full_float32() -> Iterator[None]:
+    # TF32 (the default of cuDNN's convolutions) leaves 3 digits of a tangent: less than a small singular value needs.
+    if not hasattr(torch._C, "_get_fp32_precision_getter"):  # before torch 2.9
+        convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        try:
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
+        return
+    # The old switches raise where both kinds were used; a precision that a user never set is "none", or its parent's.
+    precision, set_precision = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    backends = ("cuda", "mkldnn") if torch.cuda.is_initialized() else ("mkldnn",)
+    kept = {(b, op): precision(b, op) for b in backends for op in ("matmul", "conv", "rnn")}
+    lower = {key: value for key, value in kept.items() if value not in ("none", "ieee")}
+    try:
+        for key in lower:
+            set_precision(*key, "ieee")
+        yield
+    finally:
+        for key, value in lower.items():
+            set_precision(*key, "none")
+            if precision(*key) != value:
+                set_precision(*key, value)

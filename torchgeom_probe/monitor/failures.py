@@ -27,14 +27,14 @@ class Failures:
         self._shown: set[tuple[str, str]] = set()
 
     @contextlib.contextmanager
-    def counted(self, doing: str, step: int) -> Iterator[None]:
-        """Do something named ``doing`` that may fail."""
+    def counted(self, doing: str, step: int, *, raised: bool = False) -> Iterator[None]:
+        """Do something named ``doing`` that may fail; ``raised``: whatever ``on_error`` says."""
         try:
             yield
         except Exception as error:
             self.count += 1
             self.last = error
-            if self.on_error == "raise":
+            if self.on_error == "raise" or raised:
                 raise
             kind = (doing, type(error).__name__)
             if kind not in self._shown:

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchgeom_probe.distributed import Ranks
 from torchgeom_probe.errors import ProbeError, refuse_unknown
-from torchgeom_probe.files import digest
 from torchgeom_probe.monitor.failures import Failures
+from torchgeom_probe.monitor.optimizer import Followed
+from torchgeom_probe.monitor.samples import fingerprint, refuse_no_samples
 from torchgeom_probe.monitor.schedules import (
     Budget,
     Clock,
@@ -66,7 +67,9 @@ class Monitor:
             ``monitor.history``).  A writer also gets ``geometry/failures`` and, from the second probe on,
             ``geometry/overhead``, the share of the time.
         on_error: ``"warn"``: an exception inside a probe or a writer is counted (``failures``), kept (``last_error``)
-            and shown once per kind as a ``RuntimeWarning``, and the training goes on; ``"raise"``: it is raised.
+            and shown once per kind as a ``RuntimeWarning``, and the training goes on; ``"raise"``: it is raised.  What
+            is wrong with the set-up is raised by the first probe in any case: a batch that the model cannot take,
+            layers that never run, a file that cannot be written.
         indices: where ``x_probe`` stands in your data set; kept in ``state_dict()``, nothing else is done with it.
         keep: how many reports ``history`` holds, the latest ones; None for all.  Of all but the last, what only a warm
             start would need (``right_singular_vectors``) is let go.
@@ -129,7 +132,7 @@ class Monitor:
         **options: Unpack[ProbeOptions],
     ) -> None:
         refuse_unknown(options, Monitor, *ProbeOptions.__annotations__)
-        _refuse_no_samples(x_probe)
+        refuse_no_samples(x_probe)
         if keep is not None:
             refuse_unless_count("keep", keep, example="keep=1000")
         refuse_unless_count("maps_every", maps_every, example="maps_every=10")
@@ -149,14 +152,17 @@ class Monitor:
         self._probe = probe_of(model_or_probe, options)
         self._own_probe = self._probe is not model_or_probe
         self.model = self._probe.model if isinstance(model_or_probe, GeometryProbe) else model_or_probe
-        self._ranks = Ranks.of(self.model, distributed, samples=_fingerprint(self.x_probe))
+        self._ranks = Ranks.of(self.model, distributed, samples=fingerprint(self.x_probe))
         # A schedule that goes by the clock is due at other steps on other ranks.
         self._alone = type(self.schedule) not in (Every, LogSpaced)
         self._history: deque[tuple[int, GeometryReport]] = deque(maxlen=keep)
         self._step = 0
+        #: How many of these steps were none: on the device until a probe is due, for to ask is to wait for it.
+        self._skipped: Tensor | int = 0
+        self._set_up = False
         self._rests_until = 0.0  # a moment before which the schedule would say no
         self._stopwatch = Stopwatch()
-        self._handle: Any = None
+        self._followed: Followed | None = None
         self._closed = False
 
     @property
@@ -167,6 +173,7 @@ class Monitor:
     @property
     def steps(self) -> int:
         """How many training steps were counted."""
+        self._take_off_skipped()
         return self._step
 
     @property
@@ -193,7 +200,7 @@ class Monitor:
             at: how many training steps were made, where the loop keeps its own count.  A count that has not grown
                 (gradient accumulation) is no step; one that grew by several probes once if any of them was due.
         """
-        if self._handle is not None:
+        if self._followed is not None:
             raise ProbeError(
                 "this monitor follows an optimizer, which counts the steps; step() would count them twice.\n"
                 "Leave out monitor.step(), or monitor.follow(optimizer)."
@@ -201,19 +208,21 @@ class Monitor:
         return self._counted(at)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> Monitor:
-        """Probe now if training has not begun, then after each optimizer step that is due; return self."""
-        if self._handle is not None:
+        """Probe now if training has not begun, then after each optimizer step that is due; return self.
+
+        Of a wrapper such as accelerate's the optimizer inside is followed.
+        """
+        if self._followed is not None:
             raise ProbeError("this monitor follows an optimizer already; make a second tgp.Monitor for the second one.")
-        register = getattr(optimizer, "register_step_post_hook", None)
-        if register is None:
-            raise ProbeError(
-                f"follow() takes a torch.optim.Optimizer, not a {type(optimizer).__name__}.\n"
-                "Call  monitor.step()  in the loop instead, once per training step."
-            )
         self._refuse_if_closed()
-        if self._step == 0 and self.probes == 0:
-            self.probe_now()
-        self._handle = register(self._after_optimizer_step)
+        followed = Followed(optimizer, self.model, lambda overflow: self._counted(overflow=overflow))
+        try:
+            if self._step == 0 and self.probes == 0:
+                self.probe_now()
+        except BaseException:
+            followed.close()
+            raise
+        self._followed = followed
         return self
 
     def probe_now(self) -> GeometryReport | None:
@@ -228,11 +237,16 @@ class Monitor:
         self._begin()
         device = self._device()
         with self._stopwatch.probing(device):
+            self._take_off_skipped()
+            first, self._set_up = not self._set_up, True
             draw = bool(self.maps) and self.probes % self.maps_every == 0 and self._writes
             self.probes += 1
             self.last_probed = self._step
+            if first:  # a batch that the model cannot take, layers that never run, k > d
+                with self._failures.counted("the set-up", self._step, raised=True):
+                    self._probe.cost(self._samples_on(device))
             with self._failures.counted("measuring", self._step):
-                self.x_probe = tree_map_only(Tensor, lambda tensor: tensor.to(device), self.x_probe)
+                self.x_probe = self._samples_on(device)
                 report = self._measured()
                 if report is not None:
                     if self._history:
@@ -243,7 +257,7 @@ class Monitor:
             if report is not None:
                 for writer in self.writers:
                     before = self.failures
-                    with self._failures.counted(f"{type(writer).__name__}.write", self._step):
+                    with self._failures.counted(f"{type(writer).__name__}.write", self._step, raised=first):
                         writer.write(self._step, report)
                     if self.failures > before:
                         working.remove(writer)
@@ -252,18 +266,18 @@ class Monitor:
                     with self._failures.counted(f"the map {tag!r}", self._step):
                         self._write_map(tag, draw_map)
             if self._writes:
-                self._write_own_accounts(working)
+                self._write_own_accounts(working, first)
         return report
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, in plain Python values; of ``x_probe`` only a fingerprint."""
         return {
-            "step": self._step,
+            "step": self.steps,
             "probes": self.probes,
             "last_probed": self.last_probed,
             "failures": self.failures,
             "clock": asdict(self._stopwatch.read()),
-            "x_probe": _fingerprint(self.x_probe),
+            "x_probe": fingerprint(self.x_probe),
             "indices": self.indices,
         }
 
@@ -285,7 +299,7 @@ class Monitor:
         missing = [key for key in ("step", "probes", "failures", "clock", "x_probe", "indices") if key not in state]
         if missing:
             raise ProbeError(f"this is no state of a Monitor: it lacks {missing}.")
-        if strict and state["x_probe"] != _fingerprint(self.x_probe):
+        if strict and state["x_probe"] != fingerprint(self.x_probe):
             where = "" if state["indices"] is None else f" (it was saved with indices={state['indices']})"
             raise ProbeError(
                 "the state was saved with other probe samples: the curves would not compare.\n"
@@ -303,9 +317,9 @@ class Monitor:
         if self._closed:
             return
         self._closed = True
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        if self._followed is not None:
+            self._followed.close()
+            self._followed = None
         self._stopwatch.stop()
         if self._own_probe:
             self._probe.close()
@@ -321,12 +335,15 @@ class Monitor:
 
     def __repr__(self) -> str:
         return (
-            f"Monitor({self.schedule}, steps={self._step}, probes={self.probes}, failures={self.failures}, "
+            f"Monitor({self.schedule}, steps={self.steps}, probes={self.probes}, failures={self.failures}, "
             f"overhead={self.overhead:.2%})"
         )
 
-    def _after_optimizer_step(self, *_: object) -> None:
-        self._counted()
+    def _take_off_skipped(self) -> bool:
+        """Count the steps that were none no more; return whether there were any."""
+        skipped, self._skipped = int(self._skipped), 0
+        self._step -= skipped
+        return skipped > 0
 
     @property
     def _writes(self) -> bool:
@@ -341,15 +358,20 @@ class Monitor:
         parts = self._ranks.measured(self.model, self.x_probe, self._step, measured)
         return None if parts is None else GeometryReport.joined(parts)
 
-    def _counted(self, at: int | None = None) -> GeometryReport | None:
+    def _counted(self, at: int | None = None, *, overflow: Tensor | None = None) -> GeometryReport | None:
         self._refuse_if_closed()
         self._begin()
         before, self._step = self._step, max(self._step, self._step + 1 if at is None else at)
+        if overflow is not None:
+            self._skipped = self._skipped + (overflow > 0)
         if time.perf_counter() < self._rests_until:
             return None
         # Reading the clock is most of what a step costs here; these schedules do not look at it.
         clock = self._stopwatch.read() if self._alone else _UNREAD
         due = any(self.schedule.due(step, clock) for step in range(before + 1, self._step + 1))
+        # No step that is due can be passed over: those that were none are taken off as soon as the count gets there.
+        if due and self._take_off_skipped():
+            due = not overflow and self.schedule.due(self._step, clock)
         if due:
             return self.probe_now()
         if type(self.schedule) is Budget:
@@ -368,15 +390,19 @@ class Monitor:
     def _device(self) -> torch.device:
         # The model's, not the batch's: monitors are often made before the model moves.
         for tensor in (*self.model.parameters(), *self.model.buffers()):
-            return tensor.device
+            if not tensor.is_meta:  # a spare module, or weights that are moved in when they are needed
+                return tensor.device
         return next(leaf.device for leaf in tree_leaves(self.x_probe) if isinstance(leaf, Tensor))
 
-    def _write_own_accounts(self, writers: Sequence[Writer]) -> None:
+    def _samples_on(self, device: torch.device) -> Any:
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device), self.x_probe)
+
+    def _write_own_accounts(self, writers: Sequence[Writer], first: bool) -> None:
         accounts = {"geometry/failures": float(self.failures)}
         if self.probes > 1 and self._step:  # until then there is no training to take a share of
             accounts["geometry/overhead"] = self.overhead
         for writer in writers:
-            with self._failures.counted(f"{type(writer).__name__}.write_scalar", self._step):
+            with self._failures.counted(f"{type(writer).__name__}.write_scalar", self._step, raised=first):
                 for tag, value in accounts.items():
                     writer.write_scalar(tag, value, self._step)
 
@@ -391,21 +417,6 @@ class Monitor:
         pyplot = sys.modules.get("matplotlib.pyplot")
         if pyplot is not None and isinstance(result, pyplot.Figure):
             pyplot.close(result)
-
-
-def _refuse_no_samples(x_probe: Any) -> None:
-    tensors = [leaf for leaf in tree_leaves(x_probe) if isinstance(leaf, Tensor)]
-    write = "tgp.Monitor(model, torch.stack([dataset[i][0] for i in range(16)]), ...)"
-    if not tensors or any(tensor.dim() == 0 or tensor.shape[0] == 0 for tensor in tensors):
-        shapes = ", ".join(f"a tensor of shape {list(t.shape)}" for t in tensors)
-        raise ProbeError(
-            f"x_probe is the batch of samples to probe at, a tensor [B, ...] with B of 1 or more; "
-            f"got {shapes or f'a {type(x_probe).__name__}'}.\nWrite:  {write}"
-        )
-    if any(tensor.is_meta for tensor in tensors):
-        raise ProbeError(
-            f"x_probe is on the device 'meta': it has a shape and no numbers.\nPass samples of your data:  {write}"
-        )
 
 
 def _refuse_no_maps(maps: Mapping[str, MapOf], writers: Sequence[Writer]) -> None:
@@ -428,9 +439,3 @@ def _on_cpu(report: GeometryReport) -> GeometryReport:
 def _without_vectors(report: GeometryReport) -> GeometryReport:
     layers = {name: replace(layer, right_singular_vectors=None) for name, layer in report.items()}
     return GeometryReport(layers, left_out=report.left_out)
-
-
-def _fingerprint(x_probe: Any) -> str:
-    tensors = [leaf for leaf in tree_leaves(x_probe) if isinstance(leaf, Tensor)]
-    shapes = [f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in tensors]
-    return f"{'+'.join(shapes)}:{digest(*tensors)}"

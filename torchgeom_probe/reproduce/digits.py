@@ -131,8 +131,8 @@ def demo(
     """Learn digits while a Monitor follows the optimizer; draw the scans before and after.
 
     Under the settings' ``out`` go ``events/`` (TensorBoard), ``geometry.csv``, ``report.csv``, ``report.json``,
-    ``line.png``, ``plane.png``, scans, and networks (``epoch_*.pt``).  A demo that was stopped goes on; one of other
-    settings is replaced.
+    ``line.png``, ``plane.png``, scans, and networks (``epoch_*.pt``).  A demo that was stopped goes on; a
+    quick one of other settings is replaced.
 
     Args:
         settings: the command line's; 200 epochs where they give none.
@@ -142,7 +142,8 @@ def demo(
         say: prints a line.
 
     Raises:
-        ProbeError: a width below the number of pixels, data that cannot be had, a missing optional package.
+        ProbeError: a full demo of other settings in the folder, a width below the number of pixels, data that cannot be
+            had, a missing optional package.
     """
     began, out, epochs = time.perf_counter(), settings.out, settings.epochs or 200
     if width is None:

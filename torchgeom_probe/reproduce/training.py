@@ -197,8 +197,8 @@ def train(
         settings: seed, device and ``out``.
         views: slices that are scanned at every snapshot.
         watch: options of a Monitor beside it: curves in TensorBoard and rows in ``geometry.csv``; None: no Monitor.
-        folder: where; a training of other settings there is deleted.  None: ``<out>/trainings/<name>``, where it is
-            refused.
+        folder: where; a quick training of other settings there is deleted, any other refused.  None:
+            ``<out>/trainings/<name>``, where both are refused.
         say: prints a line.
 
     Raises:
@@ -247,14 +247,14 @@ class _Loop(Trained):
             self.monitor = self.parts["monitor"] = Monitor(self.network, **watch, writer=writers, on_error="raise")
 
     def claim(self, *, replace: bool) -> None:
-        """Write into the folder whose it is; refuse, or with ``replace`` empty, one of another training."""
+        """Write into the folder whose it is; refuse one of another training, or with ``replace`` empty a quick one."""
         wanted = {name: getattr(self.settings, name) for name in ("preset", "quick", "seed", "device")}
         wanted |= {"name": self.name, "untrained": digest(self.network.state_dict()), "snapshots": self.epochs}
         wanted = finite_or_null(wanted | self.training.described)
         file = self.folder / "settings.json"
         stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else wanted
         different = [key for key in wanted | stored if stored.get(key) != wanted.get(key)]
-        if different and not replace:
+        if different and not (replace and stored["quick"]):
             key = different[0]
             raise ProbeError(
                 f"{self.folder} holds another training: its {', '.join(different)} differ ({key}={stored.get(key)!r}, "
