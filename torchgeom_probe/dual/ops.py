@@ -17,6 +17,7 @@ NAMESPACES = {
     "special": torch.special,
     "linalg": torch.linalg,
     "fft": torch.fft,
+    "VF": torch._C._VariableFunctions,  # what torch's functions of Python call with a list of tensors
 }
 
 
