@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from torchgeom_probe.dual.registry import any_dual, from_end, register, row_by_row, rows_of, rule, traced
+from torchgeom_probe.dual.registry import any_dual, from_end, reduced, register, row_by_row, rows_of, rule, traced
 from torchgeom_probe.dual.tensor import DualTensor
 from torchgeom_probe.shapes import Tensor
 
@@ -77,7 +77,7 @@ def _logsumexp(input: DualTensor, dim: Any, keepdim: bool = False) -> Any:
     # y = log Σ e^p;  y' = Σ e^(p - y) t
     if input.buffer.ndim == 1:
         return NotImplemented
-    dims = [from_end(d, input.buffer.ndim - 1) for d in ((dim,) if isinstance(dim, int) else dim)]
+    dims = reduced(dim, input.buffer.ndim - 1)
     y = torch.logsumexp(input.primal, dims, keepdim=True)
     tangents = (input.tangents * (input.primal - y).exp()).sum(dims, keepdim=True)
     out = torch.cat([y[None], tangents])
@@ -97,9 +97,10 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Any:
     # o = y v, y = softmax(s), s = c q kᵀ + mask.  With a = y s':  y' = a - y Σ a,  so  o' = a v - (Σ a) o + y v'
-    if dropout_p or not any_dual(query, key, value) or min(query.ndim, key.ndim, value.ndim) < 3:
+    if dropout_p or (is_causal and attn_mask is not None):
         return NotImplemented
-    if any_dual(attn_mask) or not (query.shape[:-2] == key.shape[:-2] == value.shape[:-2]):
+    batched = min(query.ndim, key.ndim, value.ndim) > 2 and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    if not batched or any_dual(attn_mask) or not any_dual(query, key, value):
         return _attention_by_parts(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     q, k, v = _Heads(query), _Heads(key), _Heads(value)
     c = 1 / math.sqrt(q.width) if scale is None else scale
