@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import warnings
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dual.oracle import ALL, is_smooth
+from dual.judge import ALL, FIRST, OTHERS, Verdict, is_smooth
 from torch.utils._pytree import tree_leaves
 
 _scripted = torch._C.ScriptFunction.__call__, torch._C.ScriptMethod.__call__
@@ -24,8 +25,6 @@ torch._C.ScriptFunction.__call__, torch._C.ScriptMethod.__call__ = _scripted
 
 __all__ = ["module_db", "op_db"]
 
-FIRST, OTHERS = slice(0, 1), slice(1, None)
-
 
 def forms_of(op: Any) -> dict[str, Callable[..., Any]]:
     """Form → callable, for an op and its aliases: the function, the method, the operator, and those in place."""
@@ -38,23 +37,28 @@ def forms_of(op: Any) -> dict[str, Callable[..., Any]]:
     return {name: form for form, name in found.items()}
 
 
-def samples_of(op: Any, most: int) -> list[Any]:
-    """At most so many of its sample inputs in double precision, from all over the list."""
+def samples_of(op: Any, most: int, dtype: torch.dtype) -> list[Any]:
+    """At most so many of its sample inputs, from all over the list."""
     torch.manual_seed(0)
-    samples = list(op.sample_inputs("cpu", torch.float64, requires_grad=False))
+    samples = list(op.sample_inputs("cpu", dtype, requires_grad=False))
     return samples[:: max(1, -(-len(samples) // most))]
 
 
-def calls_of(op: Any, most: int, *, layouts: bool) -> Iterator[tuple[str, Any, Any, dict[str, Any], slice]]:
+def _determined(op: Any, form: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+    # An op on symmetric or triangular matrices is a function of those alone; of eigenvectors only some part is unique.
+    return sample.output_process_fn_grad(op.gradcheck_wrapper(form, *args, **kwargs))
+
+
+def calls_of(
+    op: Any, most: int, *, layouts: bool, dtype: torch.dtype = torch.float64
+) -> Iterator[tuple[str, Any, Any, dict[str, Any], slice]]:
     """(what it is, function, args, kwargs, which of its tensors are dual) for an op's every form.
 
     Without ``layouts`` the samples take turns in being contiguous or not; with it each is tried both ways.
     """
-    samples = samples_of(op, most)
+    samples = samples_of(op, most, dtype)
     for name, form in forms_of(op).items():
         in_place = "inplace" in name
-        # an op that takes symmetric or triangular matrices is a function of those alone
-        function = form if in_place else functools.partial(op.gradcheck_wrapper, form)
         for n, sample in enumerate(samples):
             takes = name.endswith(" op") or isinstance(sample.input, torch.Tensor)
             if not takes or (in_place and sample.broadcasts_input):
@@ -64,19 +68,41 @@ def calls_of(op: Any, most: int, *, layouts: bool) -> Iterator[tuple[str, Any, A
                     continue  # it reads the memory between
                 given = sample.noncontiguous() if strided else sample
                 args, kwargs = (given.input, *given.args), given.kwargs
+                function = form if in_place else functools.partial(_determined, op, form, sample)
                 several = sum(map(is_smooth, tree_leaves((args, kwargs)))) > 1
                 for which in (ALL,) if not several else (ALL, FIRST) if in_place else (ALL, FIRST, OTHERS):
                     yield f"{name}, sample {n}{', strided' * strided}", function, args, kwargs, which
 
 
+@contextlib.contextmanager
+def as_in_a_measurement() -> Iterator[None]:
+    """No gradients and no fused attention kernel, of which torch has no forward derivative."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
 def refused_file() -> Path:
-    """The list of what a dual pass refuses of the tables of this minor version of torch, or of the newest before."""
-    here = Path(__file__).parent
+    """What a dual pass refuses of the tables of this minor version of torch, or of the newest before."""
     installed = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    versions = {tuple(map(int, p.stem.split("_")[-2:])): p for p in here.glob("refused_by_torch_*.json")}
-    return versions[max((v for v in versions if v <= installed), default=min(versions))]
+    files = {tuple(map(int, p.stem.split("_")[-2:])): p for p in Path(__file__).parent.glob("refused_by_torch_*.json")}
+    return files[max((version for version in files if version <= installed), default=min(files))]
 
 
-def refused() -> dict[str, dict[str, str]]:
-    """``{"ops": {name: reason}, "modules": {name: reason}}``."""
-    return json.loads(refused_file().read_text())
+def reasons(verdicts: list[tuple[str, Verdict]]) -> list[str]:
+    """Why some of the calls are refused, each reason once, without what torch says of the shapes."""
+    return sorted({v.what.partition(" (")[0] for _, v in verdicts if v.kind == "refused"})
+
+
+def passes(kind: str, name: str, verdicts: list[tuple[str, Verdict]], *, all_of_it: bool) -> None:
+    """Assert that nothing is wrong or crashed, and that what is refused is on the list, with its reasons."""
+    faults = [f"{call}: {v.kind}: {v.what}" for call, v in verdicts if v.kind in ("wrong", "crashed")]
+    assert not faults, "\n".join(faults[:20])
+    seen, known = reasons(verdicts), json.loads(refused_file().read_text())[kind].get(name, [])
+    new = [reason for reason in seen if reason not in known]
+    assert not new, f"mend it, or run tests/dual/refused.py and say why in the commit: {new}"
+    assert not all_of_it or seen == known, f"no longer refused, run tests/dual/refused.py: {known}"

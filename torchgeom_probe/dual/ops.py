@@ -65,11 +65,12 @@ CONSTANT = {
         "eq ne lt le gt ge equal greater greater_equal less less_equal not_equal isnan isinf isfinite isposinf"
         " isneginf isclose allclose isin logical_and logical_or logical_not logical_xor any all argmax argmin argsort"
         " sign signbit floor ceil round trunc fix floor_divide heaviside nonzero count_nonzero searchsorted bucketize"
-        " bincount histc rand_like randn_like randint_like bernoulli multinomial one_hot is_nonzero"
+        " bincount histc rand_like randn_like randint_like bernoulli multinomial one_hot is_nonzero isreal argwhere"
+        " nonzero_static linalg.matrix_rank"
     ),
     *_of_tensor(
         "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __bool__ __contains__ __floordiv__ __rfloordiv__ __and__ __or__"
-        " __invert__ long int short char byte bool new_tensor nonzero_static"
+        " __invert__ long int short char byte bool new_tensor"
     ),
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from dual.oracle import Verdict, judged
+from dual.judge import Verdict, judged
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torchgeom_probe.dual import RULES, DualTensor, dual_pass, recording

@@ -34,7 +34,7 @@ DIFFERENCES = {
     "logical_not_": [call(D(5, 7))],
     "logical_and_ logical_or_ logical_xor_ heaviside_": [call(D(5, 7), D(7))],
     "floor_divide_ __ifloordiv__": [call(D(5, 7), 0.7)],
-    "torch.normal": [call(D(5, 7), D(7, low=0.5)), call(D(5, 7), 0.3), call(P(5, 7), D(5, 7, low=0.5)), call(D(5, 7))]
+    "torch.normal": [call(D(5, 7), D(7, low=0.5)), call(D(5, 7), 0.3), call(P(5, 7), D(5, 7, low=0.5)), call(D(5, 7))],
 }
 
 test_rule_agrees_with_jvp = agreement(CASES)

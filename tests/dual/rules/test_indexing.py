@@ -5,17 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from dual.rules.comparison import (
-    Call,
-    D,
-    P,
-    agreement,
-    agreement_with_differences,
-    call,
-    index,
-    mask,
-    writes_through,
-)
+from dual.rules.comparison import Call, D, P, agreement, agreement_with_differences, call, index, mask, writes_through
 
 from torchgeom_probe.dual import DualTensor
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from dual.rules.comparison import IMAGE, SIGNAL, D, P, agreement, agreement_with_differences, call
 
 CASES = {

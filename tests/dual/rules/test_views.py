@@ -15,7 +15,12 @@ CASES = {
     "ravel": [call(D(2, 3))],
     "unflatten": [call(D(2, 15, 7), 1, (3, 5)), call(D(2, 15), -1, (3, -1))],
     "permute": [call(D(2, 3, 5), (2, 0, 1)), call(D(2, 3, 5), dims=(-1, 0, 1))],
-    "transpose swapaxes swapdims": [call(D(2, 3, 5), 0, 2), call(D(2, 3, 5), -1, 1), call(D(5), 0, -1), call(D(), 0, -1)],
+    "transpose swapaxes swapdims": [
+        call(D(2, 3, 5), 0, 2),
+        call(D(2, 3, 5), -1, 1),
+        call(D(5), 0, -1),
+        call(D(), 0, -1),
+    ],
     "movedim moveaxis": [call(D(2, 3, 5), 0, -1), call(D(2, 3, 5), (0, 1), (-1, 0)), call(D(), 0, -1)],
     "t": [call(D(3, 5)), call(D(3))],
     "mT mH adjoint": [call(D(2, 3, 5))],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,11 +20,11 @@ _SCORE_BYTES = {"cpu": 1 << 20}
 _SCORE_BYTES_ELSEWHERE = 1 << 28
 
 
-def softmax_rows(buffer: Tensor, dim: int) -> Tensor:
-    """The softmax of a buffer along a negative axis."""
+def softmax_rows(buffer: Tensor, dim: int, softmax: Callable[..., Tensor] = torch.softmax) -> Tensor:
+    """The softmax of a buffer along a negative axis; torch's safe one is 0 where all is -∞."""
     # y = softmax(p);  y' = y (t - Σ y t), a symmetric Jacobian: torch's own backward kernel applies it in one sweep
     out = torch.empty_like(buffer)
-    y = torch.softmax(buffer[0], dim)
+    y = softmax(buffer[0], dim)
     out[0].copy_(y)
     if row_by_row(buffer) and buffer.is_contiguous():
         for row in range(1, buffer.shape[0]):
@@ -35,11 +35,13 @@ def softmax_rows(buffer: Tensor, dim: int) -> Tensor:
     return out
 
 
-def _softmax(input: DualTensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+def _softmax(
+    input: DualTensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None, softmax: Any = torch.softmax
+) -> Any:
     if dim is None or input.buffer.ndim == 1:
         return NotImplemented
     b = input.buffer if dtype is None else input.buffer.to(dtype)
-    return DualTensor(softmax_rows(b, from_end(dim, b.ndim - 1)))
+    return DualTensor(softmax_rows(b, from_end(dim, b.ndim - 1), softmax))
 
 
 def _log_softmax(input: DualTensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
@@ -59,6 +61,9 @@ def _log_softmax(input: DualTensor, dim: int | None = None, _stacklevel: int = 3
 register(_softmax, "F.softmax")
 register(
     lambda input, dim, dtype=None: _softmax(input, dim, dtype=dtype), "torch.softmax Tensor.softmax special.softmax"
+)
+register(
+    lambda input, dim, dtype=None: _softmax(input, dim, dtype=dtype, softmax=torch._safe_softmax), "torch._safe_softmax"
 )
 register(_log_softmax, "F.log_softmax")
 register(
@@ -225,4 +230,5 @@ def _attention_by_parts(
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, -1) @ value
+    weights = torch.softmax(scores, -1) if attn_mask is None else torch._safe_softmax(scores, -1)
+    return weights @ value

@@ -33,8 +33,10 @@ rule_of_each("trace trapezoid trapz")(on_rows)
 @rule("diff")
 def _diff(input: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
     # of what stands in a row, put together by the rule of cat
+    if not n:
+        return input.clone()
     parts = [part for part in (prepend, input, append) if part is not None]
-    whole = torch.cat(parts, dim) if len(parts) > 1 else input
+    whole: Any = torch.cat(parts, dim) if len(parts) > 1 else input
     return DualTensor(torch.diff(whole.buffer, n, at(dim))) if ndim_of(whole) else NotImplemented
 
 
@@ -80,7 +82,7 @@ def _with_mean(moment: Rule) -> Rule:
         if spread is NotImplemented:
             return NotImplemented
         dims, keepdim, _ = _moment_arguments(*args, **kwargs)
-        mean = input.mean(dims, keepdim)
+        mean: Any = input.mean(dims, keepdim)
         mean.primal.copy_(torch.var_mean(input.primal, *args, **kwargs)[1])  # it sums in an order of its own
         return spread, mean
 
@@ -116,7 +118,9 @@ def _norm(input: DualTensor, p: Any = "fro", dim: Any = None, keepdim: bool = Fa
 
 
 @rule("linalg.norm")
-def _linalg_norm(input: DualTensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+def _linalg_norm(
+    input: DualTensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
     if ord is not None and not (ord == 2 and (isinstance(dim, int) or input.ndim == 1)):
         return NotImplemented
     return _vector_norm(input, 2, dim, keepdim, dtype=dtype)

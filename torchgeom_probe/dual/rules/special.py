@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from torchgeom_probe.dual.ops import ops_named
-
 from torchgeom_probe.dual.rules.arithmetic import smooth_binary
 from torchgeom_probe.dual.rules.elementwise import register_slope
 from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule

@@ -20,7 +20,7 @@ from torchgeom_probe.dual.registry import (
     rule_of_each,
     with_rows,
 )
-from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
+from torchgeom_probe.dual.tensor import DualTensor, Rule
 from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.shapes import Tensor
 
@@ -55,7 +55,7 @@ def _flatten(input: DualTensor, start_dim: int = 0, end_dim: int = -1) -> Any:
 
 
 @rule("ravel")
-def _ravel(input: DualTensor) -> DualTensor:
+def _ravel(input: DualTensor) -> Any:
     return input.contiguous().reshape(-1)  # a copy of a strided tensor, even where a view could be had
 
 
@@ -188,20 +188,6 @@ def _as_strided(input: DualTensor, size: Any, stride: Any, storage_offset: int |
             " axes (x[..., ::2], x.unfold(...), x.diagonal()), or measure with engine='vjp'."
         )
     return DualTensor(b.as_strided((len(b), *size), (apart, *stride), offset))
-
-
-@rule_of_each("t_ Tensor.transpose_ Tensor.swapaxes_ Tensor.swapdims_ Tensor.squeeze_ Tensor.unsqueeze_ as_strided_")
-def _shape_in_place(op: Any) -> Rule:
-    def push(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
-        # other views of the memory keep their shape, and so must the tensor: its shape is fixed
-        seen = RULES[getattr(torch.Tensor, op.__name__[:-1])](input, *args, **kwargs)
-        if seen.shape == input.shape and seen.stride() == input.stride():
-            return input
-        raise EngineRefusal(
-            f"{op.__name__!r} changes the shape of a tensor in place. Use the form without the underscore."
-        )
-
-    return push
 
 
 @rule("conj_physical")
