@@ -216,7 +216,7 @@ def _difference(after: torch.Tensor, here: torch.Tensor, before: torch.Tensor) -
     after, here, before = _real(after), _real(here), _real(before)
     slope = (after - before) / (2 * STEP)
     curved = (after - 2 * here + before).abs() / STEP
-    trusted = slope.isfinite() & (curved <= 1e-3 * (1 + slope.abs())) & (here.dtype == torch.float64)
+    trusted = slope.isfinite() & (curved <= ROUGH * (1 + slope.abs())) & (here.dtype == torch.float64)
     slope = slope.masked_fill(~trusted, torch.nan)
     if trusted.any():
         noise = 1e-9 * here[trusted].abs().amax()

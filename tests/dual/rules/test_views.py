@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dual.rules.comparison import LABELS, D, P, agreement, call, cases_of, index, writes_through
+from dual.rules.comparison import (
+    LABELS,
+    D,
+    P,
+    agreement,
+    agreement_with_differences,
+    call,
+    cases_of,
+    index,
+    writes_through,
+)
 
 CASES = {
     "view": [call(D(2, 3, 5), 6, 5), call(D(2, 3, 5), (2, 15)), call(D(2, 3, 5), -1), call(D(), 1)],
@@ -76,7 +86,16 @@ CASES = {
     "meshgrid": [call(D(3), P(5), indexing="ij"), call(D(3), D(5), indexing="ij")],
 }
 
+DIFFERENCES = {
+    "as_strided_scatter": [
+        call(D(5, 7), D(2, 3), (2, 3), (7, 2)),
+        call(D(5, 7), P(3, 2), (3, 2), (1, 7), 4),
+        call(P(5, 7), D(3), (3,), (2,)),
+    ]
+}
+
 test_rule_agrees_with_jvp = agreement(CASES)
+test_rule_agrees_with_differences = agreement_with_differences(DIFFERENCES)
 
 
 VIEWS = (

@@ -84,7 +84,10 @@ def _elementwise(op: Any, formula: Callable[..., Tensor] | None, *, writes: bool
         if p.is_complex():
             return NotImplemented  # these are derivatives along the real axis
         if formula is None:
-            value, slope = torch.func.jvp(lambda q: op(q, *args, **kwargs), (p,), (torch.ones_like(p),))[:2]
+            try:
+                value, slope = torch.func.jvp(lambda q: op(q, *args, **kwargs), (p,), (torch.ones_like(p),))[:2]
+            except NotImplementedError:  # not in this type
+                return NotImplemented
             if value.shape != p.shape:  # clamp with a larger bound
                 return NotImplemented
         else:

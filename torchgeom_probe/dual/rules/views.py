@@ -190,6 +190,14 @@ def _as_strided(input: DualTensor, size: Any, stride: Any, storage_offset: int |
     return DualTensor(b.as_strided((len(b), *size), (apart, *stride), offset))
 
 
+@rule("as_strided_scatter")
+def _as_strided_scatter(input: Any, src: Any, size: Any, stride: Any, storage_offset: int | None = None) -> DualTensor:
+    # torch's own derivative adds what it should replace
+    out = DualTensor(with_rows(input, rows_of(input, src)).clone())
+    _as_strided(out, size, stride, storage_offset).copy_(src)
+    return out
+
+
 @rule("conj_physical")
 def _conj_physical(input: DualTensor) -> DualTensor:
     return DualTensor(input.buffer.conj_physical())
