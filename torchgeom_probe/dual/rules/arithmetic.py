@@ -227,6 +227,8 @@ PARTIALS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "logaddexp2": lambda a, b, y: ((a - y).exp2(), (b - y).exp2()),
     "remainder Tensor.__mod__": lambda a, b, y: (1, -(a / b).floor()),
     "fmod": lambda a, b, y: (1, -(a / b).trunc()),
+    "copysign": lambda a, b, y: ((y / a).masked_fill(a == 0, 0), 0),
+    "nextafter": lambda a, b, y: (1, 0),
 }
 
 
