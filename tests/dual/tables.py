@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import module_db
 # Their import forbids the whole process to set flags, and times every scripted function: other tests are not to see it.
-setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 torch._C.ScriptFunction.__call__, torch._C.ScriptMethod.__call__ = _scripted
 
 __all__ = ["module_db", "op_db"]

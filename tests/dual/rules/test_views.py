@@ -16,6 +16,9 @@ from dual.rules.comparison import (
     writes_through,
 )
 
+from torchgeom_probe.dual import DualTensor
+from torchgeom_probe.errors import EngineRefusal
+
 CASES = {
     "view": [call(D(2, 3, 5), 6, 5), call(D(2, 3, 5), (2, 15)), call(D(2, 3, 5), -1), call(D(), 1)],
     "reshape": [call(D(2, 3, 5), (6, 5)), call(D(2, 3, 5), shape=(5, -1))],
@@ -108,3 +111,33 @@ VIEWS = (
 def test_writing_to_a_view_writes_to_the_whole(name: str) -> None:
     op = next(o for o in LABELS if {name, f"Tensor.{name}"} & set(LABELS[o]))
     writes_through(op, cases_of(op, CASES)[0])
+
+
+def test_what_torch_copies_is_copied() -> None:
+    x = DualTensor(torch.randn(3, 4, 6))
+    before = x.buffer.clone()
+    x[:, ::2][0].ravel().mul_(2)  # a strided row could be had as a view
+    x[[0, 1]].mul_(2)
+    assert torch.equal(x.buffer, before)
+
+
+def test_what_torch_gives_as_a_view_is_one() -> None:
+    views = {
+        "a list of tensors": lambda z: torch.atleast_2d([z, z])[0],
+        "places in memory": lambda z: z.as_strided((2, 3), (6, 2), 1),
+        "a 0-dim index": lambda z: z[torch.tensor(1)],
+        "an axis of a row": lambda z: z[0].transpose(0, -1),
+    }
+    for name, view in views.items():
+        x = DualTensor(torch.randn(3, 4, 6))
+        rows = [row.clone() for row in x.buffer]
+        view(x).mul_(2)
+        for row in rows:
+            view(row).mul_(2)
+        assert torch.equal(x.buffer, torch.stack(rows)), name
+
+
+def test_memory_that_is_laid_out_otherwise_is_refused() -> None:
+    rows_inside = DualTensor(torch.randn(4, 3).t())
+    with pytest.raises(EngineRefusal, match=r"as_strided\(\) reaches into memory"):
+        rows_inside.as_strided((2,), (1,))
