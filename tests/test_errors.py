@@ -131,16 +131,31 @@ class Cut(nn.Module):
         return self.b(self.cut(self.a(x)))
 
 
-@pytest.mark.parametrize("engine", ["auto", "fused", "functorch", "vjp"])
-@pytest.mark.parametrize("cut", [lambda h: h.detach(), lambda h: h.data], ids=["detach", "data"])
-def test_a_cut_tangent(cut, engine):
-    _refused(r"the tangent was lost.*(detach|data)", Cut(cut), layers="b", engine=engine)
+@pytest.mark.parametrize("engine", ["functorch", "vjp"])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda h: h.detach(),
+        lambda h: h.data,
+        lambda h: h + torch.tensor(h),
+        lambda h: h + torch.autograd.Variable(h),
+        lambda h: h + nn.Parameter(h),
+    ],
+    ids=["detach", "data", "tensor", "Variable", "Parameter"],
+)
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+def test_what_autograd_would_take_for_a_constant(cut, engine):
+    _refused("the tangent was lost", Cut(cut), layers="b", engine=engine)
 
 
-def test_a_half_cut_tangent_is_no_constant():
-    """x + (f(x) - x).detach() has a value that moves with x: reading the cut as a constant would be silently wrong."""
-    for engine in ("auto", "fused", "functorch", "vjp"):
-        _refused("the tangent was lost", Cut(lambda h: h + (h.sin() - h).detach()), layers="b", engine=engine)
+def test_a_stopped_gradient_stops_no_derivative():
+    """x + (f(x) - x).detach() is f(x), and moves with x: reading the cut as a constant would be silently wrong."""
+    torch.manual_seed(0)
+    model, straight = Cut(torch.sin), Cut(lambda h: h + (h.sin() - h).detach())
+    straight.load_state_dict(model.state_dict())
+    for engine in ("auto", "fused"):
+        true, found = (tgp.measure(m, X, layers="b", engine=engine)["b"].singular_values for m in (model, straight))
+        assert torch.allclose(found, true, rtol=1e-5, atol=1e-7)
 
 
 def test_a_detached_statistic_on_the_side_is_no_cut():
@@ -230,11 +245,22 @@ def test_an_op_without_forward_derivative():
     assert torch.isfinite(model(X)).all()
 
 
-def test_an_op_with_no_forward_derivative_is_named():
+@torch.library.custom_op("tests::without_a_derivative", mutates_args=())
+def without_a_derivative(h: torch.Tensor) -> torch.Tensor:
+    return h**3
+
+
+@pytest.mark.parametrize("engine", ["auto", "fused", "functorch", "vjp"])
+def test_an_op_without_a_derivative_is_named(engine):
+    """torch reads it as zero, in both of its modes, so that x + f(x) would look right."""
+    _refused("without_a_derivative", Cut(lambda h: h + without_a_derivative(h)), layers="b", engine=engine)
+
+
+def test_a_fake_quantised_layer_is_constant_as_it_runs():
     def quantised(h):
         return torch.fake_quantize_per_tensor_affine(h, 0.1, 0, -9, 9).sin()
 
-    _refused("no forward derivative", Cut(quantised), layers="b", engine="fused")
+    _refused("constant between its jumps", Cut(quantised), layers="b")
 
 
 def test_auto_goes_on_to_the_next_engine():
@@ -300,6 +326,36 @@ def test_check_finds_coupled_samples_that_no_shape_gives_away():
     assert "samples depend on each other" in str(report)
 
 
+@pytest.mark.parametrize("engine", ["fused", "functorch", "vjp"])
+@pytest.mark.parametrize("estimator", ["exact", "subspace:2", "topk:2", "logdet:1e-3"])
+def test_a_value_that_is_not_finite_has_no_geometry(engine, estimator):
+    """Behind a ReLU the tangent of a nan is 0, and LAPACK's QR drops a nan at the head of a single column."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU())
+    x = X.clone()
+    x[1, 0] = torch.nan
+    report = tgp.measure(model, x, layers=["1", "3"], estimator=estimator, engine=engine)
+    clean = tgp.measure(model, X, layers=["1", "3"], estimator=estimator, engine=engine)
+    for name, g in report.items():
+        others = torch.tensor([True, False, True, True])
+        assert g.value[1].isnan()
+        assert g.singular_values[1].isnan().all()
+        assert g.rank is None or g.rank[1] == -1
+        assert torch.allclose(g.value[others], clean[name].value[others], atol=1e-5)
+    with torch.no_grad():  # an overflow in the weights, which a ReLU hides in half of the units
+        model[0].weight.mul_(1e38)
+        model[2].weight.mul_(1e10)
+    assert tgp.measure(model, X, layers="3", estimator=estimator, engine=engine)["3"].value.isnan().all()
+
+
+@pytest.mark.parametrize("estimator", [tgp.Exact(), tgp.Subspace(k=1)], ids=str)
+def test_a_weight_that_is_nan(estimator):
+    model = nn.Linear(5, 1, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nan
+    assert tgp.measure(model, torch.zeros(1, 5).double(), layers="", estimator=estimator)[""].value.isnan().all()
+
+
 def test_check_finds_a_wrong_derivative():
     from torchgeom_probe.dual import RULES, DualTensor
 
@@ -311,16 +367,89 @@ def test_check_finds_a_wrong_derivative():
         RULES[torch.tanh] = RULES[torch.Tensor.tanh] = right
     assert not report.ok
     assert report.adjoint_errors["0"] <= report.tolerance < report.adjoint_errors["1"]
+    assert report.difference_errors["0"] <= report.difference_tolerance < report.difference_errors["1"]
     assert "TOO LARGE" in str(report)
+
+
+class Surrogate(torch.autograd.Function):
+    """sin with the derivative of the identity, in both modes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent.clone()
+
+
+def test_check_finds_a_derivative_that_torch_itself_has_wrong():
+    """Where forward and reverse mode agree on a surrogate only differences know the function."""
+    for engine in ("functorch", "vjp"):
+        report = tgp.GeometryProbe(Cut(Surrogate.apply), layers="b", engine=engine).check(X)
+        assert not report.ok
+        assert report.difference_errors["b"] > 0.01 > report.adjoint_errors["b"]
+    report = tgp.GeometryProbe(Cut(Surrogate.apply), layers="b").check(X)
+    assert report.difference_errors["b"] < 1e-4 < report.tolerance < report.adjoint_errors["b"]
+
+
+def test_a_surrogate_gradient_is_no_adjoint():
+    class Wide(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.function = nn.Linear(40, 30), nn.Linear(30, 20), function
+
+        def forward(self, x):
+            return self.b(self.function(self.a(x)))
+
+    x = torch.randn(3, 40)
+    for estimator in ("topk:2", "logdet", "trace:probes=6"):
+        with pytest.raises(tgp.ProbeError, match="surrogate gradient"):
+            tgp.measure(Wide(Surrogate.apply), x, layers="b", estimator=estimator)
+    true, found = (tgp.measure(Wide(f), x, layers="b", estimator="exact")["b"] for f in (torch.sin, Surrogate.apply))
+    assert (true.engine, found.engine) == ("vjp", "fused")  # by rows, unless they are another function's
+    assert torch.allclose(found.singular_values, true.singular_values, rtol=1e-4)
+
+
+def test_check_cries_no_wolf():
+    class Narrow(nn.Module):
+        """float64, with a softmax in float32, as transformers have it."""
+
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(5, 3).double()
+
+        def forward(self, x):
+            return 3 * self.a(x).float().softmax(-1).double()
+
+    straight = Cut(lambda h: h + (h.sin() - h).detach())
+    half = nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 3)).bfloat16()
+    for model, x in ((Narrow(), X.double()), (straight, X), (half, X.bfloat16())):
+        report = tgp.GeometryProbe(model, layers="").check(x)
+        assert report.ok, report
+    report = tgp.GeometryProbe(straight, layers="").check(X)
+    assert not report.adjoint_errors
+    assert "reverse mode, which TopK, LogDet and Trace need, cannot run" in str(report)
 
 
 def test_check_names_what_it_would_use():
     report = tgp.GeometryProbe(nn.Sequential(nn.Linear(5, 3), nn.Softmin(1)), layers="*").check(X)
     assert report.ok
     assert "linear" in report.fused
-    refused = tgp.GeometryProbe(Cut(lambda h: h.detach()), layers="b").check(X)
+    refused = tgp.GeometryProbe(Cut(without_a_derivative), layers="b").check(X)
     assert not refused.ok
-    assert "detach" in str(refused)
+    assert refused.refused == ["without_a_derivative.default"]
 
 
 # -------------------------------------------------------------------------------------------------------- the options

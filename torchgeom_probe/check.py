@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from torchgeom_probe.dual import recording
-from torchgeom_probe.errors import EngineRefusal, LayerRefusal, ProbeError
+from torchgeom_probe.errors import LayerRefusal, ProbeError
+from torchgeom_probe.jacobian.differences import difference_errors
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.shapes import Tensor
 
@@ -19,25 +20,32 @@ class CheckReport:
 
     Attributes:
         engine: the engine that a measurement would use.
-        adjoint_errors: entry → |⟨u, Jv⟩ − ⟨Jᵀu, v⟩| relative to |u||Jv|, the largest over the samples.
-        tolerance: what rounding explains.
+        difference_errors: entry → |D − Jv| relative to the larger, D the central difference along v.
+        difference_tolerance: what kinks and rounding explain of it.
+        adjoint_errors: entry → |⟨u, Jv⟩ − ⟨Jᵀu, v⟩| relative to |u||Jv|, the largest over the samples; empty where
+            reverse mode cannot run.
+        tolerance: what rounding explains of it.
         coupled_layers: entries in which one sample's output depends on the other samples.
         fused, fallback, refused: names of the ops of one pass.
         refusal: the error that a measurement would raise, or None.
+        without_reverse: why reverse mode cannot run, or None; ``TopK``, ``LogDet`` and ``Trace`` need it.
     """
 
     engine: str
-    adjoint_errors: dict[str, float]
-    tolerance: float
-    coupled_layers: list[str]
-    fused: list[str]
-    fallback: list[str]
-    refused: list[str]
-    refusal: str | None
+    difference_errors: dict[str, float] = field(default_factory=dict)
+    difference_tolerance: float = 0.0
+    adjoint_errors: dict[str, float] = field(default_factory=dict)
+    tolerance: float = 0.0
+    coupled_layers: list[str] = field(default_factory=list)
+    fused: list[str] = field(default_factory=list)
+    fallback: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    refusal: str | None = None
+    without_reverse: str | None = None
 
     @staticmethod
     def of(jacobians: Jacobians, *, seed: int) -> CheckReport:
-        """Push one random direction, pull one random cotangent a layer, and note what every op did.
+        """Push one random direction, compare it with differences, pull a cotangent a layer, and note what every op did.
 
         Raises:
             LayerRefusal: layers that have nothing to measure.
@@ -46,43 +54,43 @@ class CheckReport:
         generator = torch.Generator("cpu").manual_seed(seed)
         v = _drawn((1, jacobians.inputs.size, *plan.space), generator, jacobians.device, plan.dtype)
         pushed: dict[str, Tensor] = {}
-        errors: dict[str, float] = {}
-        refusal = None
+        found = CheckReport(jacobians.engine, coupled_layers=list(plan.coupled))
         with recording() as ops:
             try:
                 jacobians.push(v, lambda entry, blocks: pushed.update({entry: torch.cat(blocks, dim=2)}))
             except LayerRefusal:
                 raise
             except ProbeError as error:
-                refusal = str(error)
-            if refusal is None:
-                try:
-                    errors = _adjoint_errors(jacobians, pushed, v, generator)
-                except (ProbeError, EngineRefusal) as error:
-                    refusal = f"the adjoint check needs reverse mode, which cannot run: {error}"
-        return CheckReport(
-            engine=jacobians.engine,
-            adjoint_errors=errors,
-            tolerance=100 * torch.finfo(plan.dtype).eps * max(1.0, len(plan.features)) ** 0.5,
-            coupled_layers=list(plan.coupled),
-            fused=sorted(ops["fused"]),
-            fallback=sorted(ops["fallback"]),
-            refused=sorted(ops["refused"]),
-            refusal=refusal,
-        )
+                found = replace(found, refusal=str(error))
+        fused, fallback, refused = (sorted(ops[kind]) for kind in ("fused", "fallback", "refused"))
+        found = replace(found, engine=jacobians.engine, fused=fused, fallback=fallback, refused=refused)
+        if found.refusal is not None:
+            return found
+        first = {entry: jv[0] for entry, jv in pushed.items()}
+        errors, tolerance = difference_errors(jacobians.hooked, jacobians.inputs, v[0], first)
+        found = replace(found, difference_errors=errors, difference_tolerance=tolerance)
+        try:
+            adjoint = _adjoint_errors(jacobians, pushed, v, generator)
+        except ProbeError as error:
+            return replace(found, without_reverse=str(error))
+        # A model may round by a narrower type inside than its own.
+        eps = max(torch.finfo(plan.dtype).eps, 1e-9)
+        return replace(found, adjoint_errors=adjoint, tolerance=min(1e4 * eps, 0.3))
 
     @property
     def ok(self) -> bool:
         """Whether a measurement can be trusted."""
-        exact = all(e <= self.tolerance for e in self.adjoint_errors.values())
-        return self.refusal is None and not self.coupled_layers and exact
+        right = all(e <= self.difference_tolerance for e in self.difference_errors.values())
+        adjoint = all(e <= self.tolerance for e in self.adjoint_errors.values())
+        return self.refusal is None and not self.coupled_layers and right and adjoint
 
     def __str__(self) -> str:
         lines = [f"{'OK' if self.ok else 'NOT OK'}: engine {self.engine}"]
-        for entry, error in self.adjoint_errors.items():
-            too_large = f"TOO LARGE (rounding explains {self.tolerance:.0e})"
-            verdict = "ok" if error <= self.tolerance else too_large
-            lines.append(f"  {entry or '(model)'}: adjoint error {error:.1e} {verdict}")
+        for entry, error in self.difference_errors.items():
+            said = [f"differences {_verdict(error, self.difference_tolerance)}"]
+            if entry in self.adjoint_errors:
+                said.append(f"adjoint {_verdict(self.adjoint_errors[entry], self.tolerance)}")
+            lines.append(f"  {entry or '(model)'}: {', '.join(said)}")
         if self.coupled_layers:
             coupled = ", ".join(map(repr, self.coupled_layers))
             lines.append(f"  samples depend on each other in {coupled}: no metric per sample there")
@@ -90,16 +98,22 @@ class CheckReport:
             names = getattr(self, kind)
             if names:
                 lines.append(f"  {kind}: {', '.join(names)}")
+        if self.without_reverse:
+            lines.append(f"  reverse mode, which TopK, LogDet and Trace need, cannot run: {self.without_reverse}")
         if self.refusal:
             lines.append(self.refusal)
         return "\n".join(lines)
+
+
+def _verdict(error: float, tolerance: float) -> str:
+    return f"{error:.0e} ok" if error <= tolerance else f"{error:.1e} TOO LARGE (rounding explains {tolerance:.0e})"
 
 
 def _adjoint_errors(
     jacobians: Jacobians, pushed: Mapping[str, Tensor], v: Tensor, generator: torch.Generator
 ) -> dict[str, float]:
     errors = {}
-    with jacobians.pullback() as back:
+    with jacobians.pullback(compared=False) as back:
         for entry, jv in pushed.items():
             u = _drawn(tuple(jv.shape), generator, jv.device, jv.dtype)
             forward = (u.double() * jv.double()).flatten(2).sum(-1)

@@ -35,6 +35,16 @@ class LayerRefusal(ProbeError):
         self.layers = layers
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error, with its type where it is not our own.
+
+    >>> first_line(KeyError("a"))
+    "KeyError: 'a'"
+    """
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] if isinstance(error, ProbeError) else f"{type(error).__name__}: {lines[0]}"
+
+
 def optional(module: str, *, extra: str) -> ModuleType:
     """Import an optional package, or raise a ProbeError with the pip line that brings it.
 

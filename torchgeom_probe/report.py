@@ -173,6 +173,19 @@ class LayerGeometry:
         cut = {name: tensor[start:stop] for name, tensor in self._tensors().items()}
         return replace(self, spectrum=None, **_as_fields(cut))
 
+    def defined_where(self, finite: Tensor | None) -> LayerGeometry:
+        """The same with every number nan, and the rank -1, at samples where ``finite`` [B] is false; None: nowhere."""
+        if finite is None:
+            return self
+
+        def kept(name: str, tensor: Tensor) -> Tensor:
+            undefined = -1 if name == "rank" else torch.nan
+            if not tensor.is_floating_point() and name != "rank":
+                return tensor
+            return torch.where(finite.reshape(-1, *[1] * (tensor.ndim - 1)), tensor, undefined)
+
+        return replace(self, **_as_fields({name: kept(name, tensor) for name, tensor in self._tensors().items()}))
+
     @staticmethod
     def joined(parts: Sequence[LayerGeometry]) -> LayerGeometry:
         """One layer's parts, measured at one batch of samples after the other, as one."""

@@ -17,7 +17,7 @@ def broken():
     return 3
 def cut():
     net = Net()
-    net.body.register_forward_hook(lambda m, a, out: out.detach())
+    net.body.register_forward_hook(lambda m, a, out: out * out.max().item())
     return net
 """
 

@@ -44,7 +44,7 @@ EVERY = [
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of ops that it deprecates and of shapes in its samples
 
 
-def verdicts(name: str, most: int = 12, *, layouts: bool = True) -> list[tuple[str, Verdict]]:
+def verdicts(name: str, most: int = 16, *, layouts: bool = True) -> list[tuple[str, Verdict]]:
     with as_in_a_measurement():
         return [(call, judged(*rest)) for call, *rest in calls_of(OPS[name], most, layouts=layouts)]
 

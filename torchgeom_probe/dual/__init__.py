@@ -2,6 +2,6 @@
 
 from torchgeom_probe.dual import rules as rules  # fills the table
 from torchgeom_probe.dual.passes import dual_pass, recording
-from torchgeom_probe.dual.tensor import RULES, DualTensor, LostTensor
+from torchgeom_probe.dual.tensor import RULES, DualTensor
 
-__all__ = ["RULES", "DualTensor", "LostTensor", "dual_pass", "recording"]
+__all__ = ["RULES", "DualTensor", "dual_pass", "recording"]

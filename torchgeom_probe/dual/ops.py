@@ -1,13 +1,18 @@
-"""Torch's ops by name, and what a dual pass must know of them: which ask, detach, leave torch or write in place."""
+"""Torch's ops by name, and what a pass must know of them: which ask, draw, leave torch, or write, and where."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.shapes import Tensor
 
 NAMESPACES = {
     "torch": torch,
@@ -65,24 +70,36 @@ CONSTANT = {
         "eq ne lt le gt ge equal greater greater_equal less less_equal not_equal isnan isinf isfinite isposinf"
         " isneginf isclose allclose isin logical_and logical_or logical_not logical_xor any all argmax argmin argsort"
         " sign signbit floor ceil round trunc fix floor_divide heaviside nonzero count_nonzero searchsorted bucketize"
-        " bincount histc rand_like randn_like randint_like bernoulli multinomial one_hot is_nonzero isreal argwhere"
-        " nonzero_static linalg.matrix_rank"
+        " bincount histc rand_like randn_like randint_like bernoulli multinomial one_hot is_nonzero poisson"
+        " isreal argwhere nonzero_static linalg.matrix_rank"
+        # piecewise constant as it runs; the gradient that torch gives it is a surrogate
+        " fake_quantize_per_tensor_affine fake_quantize_per_channel_affine fused_moving_avg_obs_fake_quant"
     ),
     *_of_tensor(
         "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __bool__ __contains__ __floordiv__ __rfloordiv__ __and__ __or__"
-        " __invert__ long int short char byte bool new_tensor"
+        " __invert__ long int short char byte bool"
     ),
 }
 
-#: Ops that detach a tensor from its derivative on purpose.
-DETACHES = {*ops_named("detach"), *_of_tensor("detach_ data")}
+#: Ops that stop a gradient.  What they put out is what they take in, so its derivative passes through them.
+DETACHES = {*ops_named("detach"), *_of_tensor("detach_ data"), torch.ops.aten.detach.default}
 
 #: Ops that take numbers out of torch: no derivative can follow them there.
 ESCAPES = {
     *_of_tensor(
         "item tolist numpy __array__ __float__ __int__ __index__ __complex__ __format__ __dlpack__ data_ptr storage"
         " untyped_storage"
-    )
+    ),
+    torch.ops.aten._local_scalar_dense.default,
+}
+
+#: Ops that take a second tensor for its shape, type or device alone.
+TAKES_A_SHAPE = {*ops_named("type_as expand_as view_as reshape_as resize_as resize_as_"), *_of_tensor("to")}
+
+#: Ops that put out one tensor for each that they take.
+ONE_FOR_EACH = {
+    *ops_named("broadcast_tensors meshgrid atleast_1d atleast_2d atleast_3d"),
+    *(getattr(torch.functional._VF, name) for name in ("broadcast_tensors", "meshgrid")),
 }
 
 #: Ops whose rules take a deferred tensor (:meth:`DualTensor.deferred`) as it is; every other op has it built first.
@@ -91,11 +108,35 @@ TAKES_DEFERRED = {*ops_named("F.batch_norm torch.batch_norm")}
 _NOT_IN_PLACE = {"__invert__", "__index__", "__int__", "__iter__"}
 
 
+@functools.cache
+def meaning_of(func: Any) -> Any:
+    """The op by which these sets know ``func``: of an aten op, which comes from C++, the one of its name in Python."""
+    if not isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) or func in DETACHES | ESCAPES:
+        return func
+    space, _, name = str(func).partition(".")
+    name = name.split(".")[0]
+    return getattr(torch.Tensor, name, getattr(torch, name, func)) if space == "aten" else func
+
+
+def only_a_shape(known: Any, args: Any, carries: Callable[[Any], bool]) -> bool:
+    """Whether the op takes no more than shape, type or device of those of its arguments that carry a derivative."""
+    if known is torch.Tensor.new_tensor:
+        return not any(map(carries, args[1:]))
+    return known in MADE_LIKE or (known in TAKES_A_SHAPE and not carries(args[0]))
+
+
+def reads_bits(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether the op shows a floating tensor's bits as whole numbers, as ``h.view(torch.int32)`` does."""
+    if meaning_of(func) is not torch.Tensor.view:
+        return False
+    dtypes = [a for a in (*args[1:], *(kwargs or {}).values()) if isinstance(a, torch.dtype)]
+    return any(not (dtype.is_floating_point or dtype.is_complex) for dtype in dtypes)
+
+
 def mutates(func: Any, args: Any = (), kwargs: Any = None) -> bool:
     """Whether the op writes to its first argument."""
-    schema = getattr(func, "_schema", None)
-    if schema is not None:
-        return bool(schema.is_mutable)
+    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return any(place == 0 for place, _ in _written(func))
     name = name_of(func)
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in _NOT_IN_PLACE)
@@ -103,6 +144,22 @@ def mutates(func: Any, args: Any = (), kwargs: Any = None) -> bool:
         return True
     place = inplace_at(func)
     return place is not None and len(args) > place and bool(args[place])
+
+
+def writes_beside(func: Any) -> str | None:
+    """The name of an argument other than the first that the op writes to, as its schema says, or None."""
+    if not isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return None
+    return next((name for place, name in _written(func) if place > 0), None)
+
+
+@functools.cache
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    """(place, name) of every argument that an op with a schema writes to."""
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        func = getattr(func, func.overloads()[0])
+    arguments = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 @functools.cache
@@ -123,3 +180,44 @@ def name_of(func: Any) -> str:
     if name == "__get__":  # a property, such as Tensor.data
         name = getattr(getattr(func, "__self__", None), "__name__", name)
     return name
+
+
+def smooth(value: Any) -> bool:
+    """Whether it is a tensor that can have a derivative."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+@functools.cache
+def body_of(func: Any) -> Callable[..., Any] | None:
+    """A Python function of torch without its check for overrides: its body then runs op by op; None for others."""
+    if not inspect.isfunction(func):
+        return None
+    checks = {name: _never for name in func.__code__.co_names if name.startswith("has_torch_function")}
+    if not checks:
+        return None
+    opened = FunctionType(
+        func.__code__, {**func.__globals__, **checks}, func.__name__, func.__defaults__, func.__closure__
+    )
+    opened.__kwdefaults__ = func.__kwdefaults__
+    return opened
+
+
+def _never(*_: Any) -> bool:
+    return False
+
+
+def escape(func: Any) -> ProbeError:
+    """The error for an op that no derivative can follow."""
+    return ProbeError(
+        f".{name_of(func)}() takes numbers that depend on the input out of torch, or reads their bits: what the model"
+        " computes from them has no derivative, in any engine.\n"
+        "Keep the value a floating tensor: write  x * y.max()  for  x * y.max().item()"
+    )
+
+
+def written_beside(func: Any) -> ProbeError:
+    """The error for an op that writes to an argument which is not its first."""
+    return ProbeError(
+        f"the op {name_of(func)!r} writes its result into its argument {writes_beside(func)!r}, where no derivative can"
+        " follow it, in any engine.\nLet it return the result:  custom_op(..., mutates_args=()) with register_autograd"
+    )

@@ -8,16 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
-from torchgeom_probe.jacobian.detached import refused_cuts
-from torchgeom_probe.jacobian.fused import Sink
+from torchgeom_probe.dual.followed import Followed, has_tangent
+from torchgeom_probe.jacobian.fused import Seer, Sink
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.shapes import Tensor
 
 
-def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink) -> None:
+def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink, *, see: Seer) -> None:
     """Push k directions [k, B, *space] through the model, then hand each layer's tangents to the sink."""
     point = starting_point(hooked, inputs)
 
@@ -27,23 +26,23 @@ def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink) ->
 
         def on_output(entry: str, layer: str, output: Any) -> None:
             flats = hooked.features(layer, hooked.leaves(layer, output), inputs.size, output)
-            if all(forward_ad.unpack_dual(flat).tangent is None for flat in flats):
-                raise hooked.no_tangent(entry, "it does not depend on it, or was cut off (detach, .data)")
+            if not any(map(has_tangent, flats)):
+                raise hooked.no_tangent(entry, "it does not depend on it")
             outputs[entry] = [flat.clone() for flat in flats]  # the next layer may write over it
 
         # Copies made inside the transform, or a forward pass that writes to a buffer could not be transformed.
         copies = {name: buffer.clone() for name, buffer in hooked.model.named_buffers()}
-        with hooked.attached(on_output, lambda output: z):
+        with hooked.attached(on_output, lambda output: z), Followed(reverse=False):
             args, kwargs = inputs.arguments(z if inputs.wrt else None)
             torch.func.functional_call(hooked.model, copies, args, kwargs)
         return outputs
 
-    def pushed(direction: Tensor) -> dict[str, list[Tensor]]:
-        return torch.func.jvp(captured, (point,), (direction,))[1]
+    def pushed(direction: Tensor) -> Any:
+        return torch.func.jvp(captured, (point,), (direction,))
 
-    with refused_cuts(lambda t: forward_ad.unpack_dual(t).tangent is not None):
-        tangents = torch.func.vmap(pushed, randomness="same")(directions.to(point.dtype))
+    values, tangents = torch.func.vmap(pushed, randomness="same")(directions.to(point.dtype))
     for entry, blocks in tangents.items():
+        see(entry, [value[0] for value in values[entry]])
         sink(entry, blocks)
 
 

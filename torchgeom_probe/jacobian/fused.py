@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torchgeom_probe.dual import DualTensor, LostTensor, dual_pass
+from torchgeom_probe.dual import DualTensor, dual_pass
 from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.jacobian.layout import Layout
 from torchgeom_probe.model.hooked import HookedModel
@@ -17,6 +17,8 @@ from torchgeom_probe.shapes import Tensor
 #: (entry, blocks [k, B, n_i] of the layer's tangents): called inside the forward pass; the blocks may be overwritten
 #: after it returns.
 Sink = Callable[[str, list[Tensor]], None]
+#: (entry, leaves [B, ...]): called with the layer's own values before its sink is.
+Seer = Callable[[str, list[Tensor]], None]
 
 
 def push(
@@ -25,6 +27,7 @@ def push(
     directions: Tensor,
     sink: Sink,
     *,
+    see: Seer = lambda entry, leaves: None,
     reference: Mapping[str, Tensor] | None = None,
     any_order: bool = False,
     layout: Layout | None = None,
@@ -39,14 +42,13 @@ def push(
 
     def on_output(entry: str, layer: str, output: Any) -> None:
         leaves = hooked.leaves(layer, output)
-        lost = next((leaf for leaf in leaves if isinstance(leaf, LostTensor)), None)
-        if lost is not None:
-            raise hooked.no_tangent(entry, f"it was cut off by {lost.reason}")
         if leaves and not any(isinstance(leaf, DualTensor) for leaf in leaves):
             raise hooked.independent(entry)
         flats = hooked.features(layer, leaves, inputs.size, output)
+        values = [leaf.primal if isinstance(leaf, DualTensor) else leaf for leaf in leaves]
+        see(entry, values)
         if reference and entry in reference:
-            _refuse_another_value(entry, leaves, reference[entry])
+            _refuse_another_value(entry, values, reference[entry])
         sink(
             entry, [_tangents(leaf, flat, len(directions), any_order) for leaf, flat in zip(leaves, flats, strict=True)]
         )
@@ -81,9 +83,8 @@ def _dual(value: Tensor, directions: Tensor, layout: Layout | None) -> DualTenso
     return DualTensor(buffer)
 
 
-def _refuse_another_value(entry: str, leaves: list[Tensor], reference: Tensor) -> None:
-    plain = [leaf.primal if isinstance(leaf, DualTensor) else leaf for leaf in leaves]
-    value = torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in plain], dim=1)[: len(reference)]
+def _refuse_another_value(entry: str, values: list[Tensor], reference: Tensor) -> None:
+    value = torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in values], dim=1)[: len(reference)]
     expected = reference[: len(value)]
     scale = expected.abs().amax().nan_to_num(posinf=0.0) if expected.numel() else expected.sum()
     # Rounding moves a deep network's output by a tiny share of its size, a write that was lost by a large one.

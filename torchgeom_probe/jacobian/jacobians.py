@@ -6,13 +6,14 @@ Engines, chunks of directions and groups of layers are settled here; an estimato
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
-from torchgeom_probe.errors import EngineRefusal, ProbeError
+from torchgeom_probe.dual.one_op import refuse_another_adjoint, waves
+from torchgeom_probe.errors import EngineRefusal, ProbeError, first_line
 from torchgeom_probe.jacobian import functorch, fused, vjp
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.gram import Factor, streamed_factor
@@ -33,6 +34,7 @@ class Jacobians:
         plan: the sizes: entries and their features, the space, the memory budget.
         engine: the engine asked for; after the first push, under ``"auto"``, the one that ran.
         normalize: whether every J is divided by √n, the paper's convention: here, once, and nowhere else.
+        finite: entry → [B], whether the layer's own values are finite there; of every layer that a pass has reached.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Jacobians:
         *,
         normalize: bool = False,
         memory: dict[Any, Tensor] | None = None,
+        finite: dict[str, Tensor] | None = None,
     ) -> None:
         self.hooked = hooked
         self.inputs = inputs
@@ -51,6 +54,7 @@ class Jacobians:
         self.engine: EngineName = engine
         self.normalize = normalize
         self._memory = {} if memory is None else memory
+        self.finite = {} if finite is None else finite
 
     @property
     def device(self) -> torch.device:
@@ -175,15 +179,31 @@ class Jacobians:
                 "samples.\nMeasure one sample at a time:  [probe.measure(x[i : i + 1]) for i in range(len(x))]"
             )
 
+    def defined(self, entry: str) -> Tensor | None:
+        """[B], at which samples J is defined: where the layer's own values and the input are finite; None: at all.
+
+        A tangent does not tell: behind a ReLU that of a nan is 0.  On a GPU always a tensor, which nobody waits for.
+        """
+        if self.inputs.point is not None:
+            self._see(_INPUT, [self.inputs.point])
+        defined = self.finite[entry] & self.finite.get(_INPUT, self.finite[entry])
+        return None if defined.device.type == "cpu" and bool(defined.all()) else defined
+
+    def _see(self, entry: str, leaves: Sequence[Tensor]) -> None:
+        """Note where a layer's own values [B, ...] are not finite; once, and without waiting for the device."""
+        if entry not in self.finite:
+            largest = [torch.linalg.vector_norm(leaf.flatten(1), torch.inf, dim=1) for leaf in leaves if leaf.numel()]
+            self.finite[entry] = torch.stack(largest).isfinite().all(0)
+
     def _push(self, directions: Tensor, sink: fused.Sink, any_order: bool) -> None:
         if self.engine != "auto":
-            _guarded(self.engine, self.hooked, self.inputs, directions, sink, self.plan, any_order)
+            self._guarded(self.engine, directions, sink, any_order)
             return
         refusals = []
         names: tuple[EngineName, ...] = ("fused", "functorch", "vjp")
         for engine in names:
             try:
-                _guarded(engine, self.hooked, self.inputs, directions, sink, self.plan, any_order)
+                self._guarded(engine, directions, sink, any_order)
             except EngineRefusal as refusal:
                 refusals.append(f"  {engine}: {first_line(refusal)}")
                 continue
@@ -198,15 +218,36 @@ class Jacobians:
             "vmap)."
         )
 
+    def _guarded(self, engine: str, directions: Tensor, sink: fused.Sink, any_order: bool) -> None:
+        """Run one engine; what breaks in it is a refusal of that engine: the plain pass is known to run."""
+        plan = self.plan
+        options: dict[str, Any] = {}
+        if engine == "fused":
+            options = {"reference": plan.reference, "any_order": any_order, "layout": plan.layout}
+        try:
+            # The same random numbers in every pass: directions that are pushed apart must be pushed through the same
+            # function.
+            with same_random_numbers(directions.device):
+                _PUSHES[engine](self.hooked, self.inputs, directions, sink, see=self._see, **options)
+        except (ProbeError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            others = " or ".join(repr(name) for name in ("auto", *_PUSHES) if name != engine)
+            raise EngineRefusal(
+                f"the engine {engine!r} failed on this model ({first_line(error)}).\nTry another:  engine={others}"
+            ) from error
+
     @contextlib.contextmanager
-    def pullback(self, at_once: int = 1) -> Iterator[vjp.Pullback]:
-        """Reverse mode at these samples: Jᵀu of every layer, not scaled.
+    def pullback(self, at_once: int = 1, *, compared: bool = True) -> Iterator[vjp.Pullback]:
+        """Reverse mode at these samples: Jᵀu of every layer, not scaled; ``compared`` with the dual pass.
 
         ``at_once`` cotangents go together where the saved pass fits so often.
         """
         copies = self.plan.copies(at_once, self.inputs.size, self.device)
         try:
-            with vjp.pullback(self.hooked, self.inputs, copies=copies, layout=self.plan.layout) as back:
+            with vjp.pullback(self.hooked, self.inputs, copies=copies, layout=self.plan.layout, see=self._see) as back:
+                if compared and self.engine in ("auto", "fused"):
+                    self._refuse_surrogates(back)
                 yield back
         except (ProbeError, torch.OutOfMemoryError):
             raise
@@ -216,19 +257,48 @@ class Jacobians:
                 "Measure with forward mode:  GeometryProbe(model, ..., engine='fused')"
             ) from error
 
+    def _refuse_surrogates(self, back: vjp.Pullback) -> None:
+        """Compare reverse mode with the dual pass, by one product each: a backward may be another function's.
+
+        A straight-through estimator or a gradient reversal gives what training wants, which is no Jᵀ.
+        """
+        shape = (1, self.inputs.size, *self.plan.space)
+        v = waves(torch.empty(shape, dtype=self.plan.dtype, device=self.device))
+        pushed: dict[str, Tensor] = {}
+        try:
+            self._guarded("fused", v, lambda entry, blocks: pushed.update({entry: torch.cat(blocks, dim=2)}), False)
+        except EngineRefusal:
+            return
+        for entry, jv in pushed.items():
+            try:
+                refuse_another_adjoint([jv], [v], lambda us, entry=entry: [back.pull(entry, us[0])])  # type: ignore[misc]
+            except EngineRefusal as error:
+                raise EngineRefusal(
+                    f"reverse mode gives layer {entry!r} another derivative than that of the function that runs: an op"
+                    " has a surrogate gradient (straight-through, gradient reversal, clipping).\n"
+                    "Measure with forward mode:  estimator=Subspace(k=8)"
+                ) from error
+
     def only(self, layers: list[str]) -> Jacobians:
         """The same with fewer entries, of those layers alone."""
         hooked = self.hooked.without(set(self.hooked.layers) - set(layers))
         features = {e: n for e, n in self.plan.features.items() if e.split("#")[0] in hooked.layers}
-        return self._with(hooked, self.inputs, replace(self.plan, features=features))
+        return self._with(hooked, self.inputs, replace(self.plan, features=features), self.finite)
 
     def at(self, samples: list[int]) -> Jacobians:
         """The same at some of the samples; not for a model that draws random numbers, which then are others."""
         # The reference is of the batch's own first samples.
         return self._with(self.hooked, self.inputs.at(samples), replace(self.plan, reference={}))
 
-    def _with(self, hooked: HookedModel, inputs: Inputs, plan: Plan) -> Jacobians:
-        return Jacobians(hooked, inputs, plan, self.engine, normalize=self.normalize, memory=self._memory)
+    def _with(
+        self, hooked: HookedModel, inputs: Inputs, plan: Plan, finite: dict[str, Tensor] | None = None
+    ) -> Jacobians:
+        options = {"normalize": self.normalize, "memory": self._memory, "finite": finite}
+        return Jacobians(hooked, inputs, plan, self.engine, **options)  # type: ignore[arg-type]
+
+
+#: Where `finite` says it of the input; no layer has such a name.
+_INPUT = "<input>"
 
 
 class _Reached(BaseException):
@@ -242,31 +312,3 @@ def _ending_at(entry: str, sink: fused.Sink) -> fused.Sink:
             raise _Reached
 
     return ending
-
-
-def _guarded(
-    engine: str, hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: fused.Sink, plan: Plan, any_order: bool
-) -> None:
-    """Run one engine; what breaks in it is a refusal of that engine: the plain pass is known to run."""
-    try:
-        # The same random numbers in every pass: directions that are pushed apart must be pushed through the same
-        # function.
-        with same_random_numbers(directions.device):
-            if engine == "fused":
-                options = {"reference": plan.reference, "any_order": any_order, "layout": plan.layout}
-                fused.push(hooked, inputs, directions, sink, **options)  # type: ignore[arg-type]
-            else:
-                _PUSHES[engine](hooked, inputs, directions, sink)
-    except (ProbeError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        others = " or ".join(repr(name) for name in ("auto", *_PUSHES) if name != engine)
-        raise EngineRefusal(
-            f"the engine {engine!r} failed on this model ({first_line(error)}).\nTry another:  engine={others}"
-        ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error, with its type where it is not our own."""
-    lines = str(error).strip().splitlines() or [""]
-    return lines[0] if isinstance(error, ProbeError) else f"{type(error).__name__}: {lines[0]}"

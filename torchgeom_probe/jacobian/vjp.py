@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
-from torchgeom_probe.errors import EngineRefusal
-from torchgeom_probe.jacobian.detached import GradientsOff, refused_cuts
+from torchgeom_probe.dual.followed import Followed
+from torchgeom_probe.dual.one_op import refuse_another_adjoint
+from torchgeom_probe.errors import EngineRefusal, first_line
 from torchgeom_probe.jacobian.functorch import starting_point
-from torchgeom_probe.jacobian.fused import Sink
+from torchgeom_probe.jacobian.fused import Seer, Sink
 from torchgeom_probe.jacobian.layout import Layout, weights_with_channels_last
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
@@ -57,7 +59,7 @@ class Pullback:
 
 @contextlib.contextmanager
 def pullback(
-    hooked: HookedModel, inputs: Inputs, *, copies: int = 1, layout: Layout | None = None
+    hooked: HookedModel, inputs: Inputs, *, see: Seer, copies: int = 1, layout: Layout | None = None
 ) -> Iterator[Pullback]:
     """Make the primal pass, parameters held constant, and yield every layer's pullback; the graph ends with the body.
 
@@ -76,6 +78,8 @@ def pullback(
                 saved = _saved(hooked, inputs, point, copies)
         else:
             saved = _saved(hooked, inputs, point, copies)
+        for entry, features in saved.features.items():
+            see(entry, [features.detach()[: len(point) // copies]])
         yield saved
 
 
@@ -97,8 +101,8 @@ def _saved(
     with (
         same_random_numbers(point.device),
         torch.enable_grad(),
-        GradientsOff(),
-        refused_cuts(lambda t: t.requires_grad),
+        _without_gradient_hooks(hooked.model),
+        Followed(reverse=True),
     ):
         # A fresh non-leaf: a model whose first op is in place must not write to a leaf that requires a gradient.
         z = point.view_as(point).clone()
@@ -111,25 +115,64 @@ def _saved(
     return Pullback(point, outputs, copies)
 
 
-def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink) -> None:
-    """Push k directions: Jv as the derivative of u ↦ Jᵀu, which is linear; by rows of J where they are fewer."""
-    with pullback(hooked, inputs) as back:
-        tangents_KBd = directions.to(back.point.dtype)
+@contextlib.contextmanager
+def _without_gradient_hooks(model: nn.Module) -> Iterator[None]:
+    """Forward passes in the body start none of the user's backward hooks: a measurement is no training.
+
+    They would run at every product, and what they make of a gradient (guided backpropagation) is no derivative.
+    """
+    hooks = [torch.nn.modules.module._global_backward_hooks, torch.nn.modules.module._global_backward_pre_hooks]
+    hooks += [held for m in model.modules() for held in (m._backward_hooks, m._backward_pre_hooks)]
+    kept = [(held, held.copy()) for held in hooks if held]
+    try:
+        for held, _ in kept:
+            held.clear()
+        yield
+    finally:
+        for held, content in kept:
+            held.update(content)
+
+
+def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink, *, see: Seer) -> None:
+    """Push k directions: by rows of J where they are fewer, else as the derivative of u ↦ Jᵀu, which is linear."""
+    with pullback(hooked, inputs, see=see) as back:
+        tangents = directions.to(back.point.dtype)
         for entry, y in back.features.items():
-            if y.shape[1] <= tangents_KBd.shape[0]:
-                rows_NBd = back.rows(entry, 0, y.shape[1]).flatten(2)
-                sink(entry, [torch.einsum("nbd,kbd->kbn", rows_NBd, tangents_KBd.flatten(2))])
-                continue
-            u = torch.zeros_like(y).requires_grad_()
-            with torch.enable_grad():
+            pushed = None
+            if y.shape[1] > len(directions):
                 try:
-                    (gradient,) = torch.autograd.grad(y, back.point, u, create_graph=True)
-                    (pushed,) = torch.autograd.grad(gradient, u, tangents_KBd, retain_graph=True, is_grads_batched=True)
-                except RuntimeError as error:
-                    raise EngineRefusal(
-                        f"layer {entry!r} has an op with no second derivative, which reverse mode needs for a "
-                        "directional one "
-                        f"({str(error).splitlines()[0]}).\n"
-                        "Measure with engine='fused' or 'functorch', or, for few features, Exact()."
-                    ) from error
-            sink(entry, [pushed.detach()])
+                    pushed = _by_second_derivative(back, entry, tangents)
+                except (EngineRefusal, RuntimeError) as error:
+                    if y.shape[1] > _MANY_ROWS:
+                        raise EngineRefusal(
+                            f"layer {entry!r} has an op whose backward cannot be differentiated ({first_line(error)}), "
+                            f"and {y.shape[1]} features, too many to pull back one by one.\n"
+                            "Pool them:  transform=lambda h: h.mean((2, 3)), or measure a layer before that op."
+                        ) from error
+            sink(entry, [_by_rows(back, entry, tangents) if pushed is None else pushed])
+
+
+def _by_second_derivative(back: Pullback, entry: str, tangents: Tensor) -> Tensor:
+    y = back.features[entry]
+    u = torch.zeros_like(y).requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(y, back.point, u, create_graph=True)
+        (pushed,) = torch.autograd.grad(gradient, u, tangents, retain_graph=True, is_grads_batched=True)
+    total = pushed.detach().sum(0)
+    refuse_another_adjoint([total], [tangents.sum(0)], lambda us: [back.pull(entry, us[0][None])[0]])
+    return pushed.detach()
+
+
+def _by_rows(back: Pullback, entry: str, tangents: Tensor) -> Tensor:
+    count = back.features[entry].shape[1]
+    tangents = tangents.flatten(2)
+    parts = [
+        torch.einsum("nbd,kbd->kbn", back.rows(entry, i, min(i + _ROWS_AT_ONCE, count)).flatten(2), tangents)
+        for i in range(0, count, _ROWS_AT_ONCE)
+    ]
+    return torch.cat(parts, dim=2)
+
+
+#: Features that are pulled back one by one, where there is no other way; and how many rows of J are held at once.
+_MANY_ROWS = 4096
+_ROWS_AT_ONCE = 64

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from torchgeom_probe.dual import DualTensor
 from torchgeom_probe.errors import LayerRefusal, ProbeError
 from torchgeom_probe.model.inputs import Inputs, Wrt
 from torchgeom_probe.shapes import Tensor
@@ -66,7 +67,7 @@ class HookedModel:
             output = transform(output)
         elif isinstance(module, nn.RNNBase) and isinstance(output, tuple) and isinstance(output[0], Tensor):
             output = output[0] if module.batch_first or output[0].ndim < 3 else output[0].transpose(0, 1)
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        tensors = [_plain(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
         return [leaf for leaf in real if leaf.is_floating_point()]
 
@@ -184,7 +185,8 @@ class HookedModel:
     def independent(self, entry: str) -> LayerRefusal:
         """Return the error for a layer whose output does not depend on where the metric lives."""
         return LayerRefusal(
-            self._lost(entry, "it does not depend on it"), {entry.split("#")[0]: "does not depend on the input"}
+            self._lost(entry, "it does not depend on it, or is constant between its jumps (rounded, quantised)"),
+            {entry.split("#")[0]: "does not depend on the input"},
         )
 
     def _lost(self, entry: str, why: str) -> str:
@@ -195,3 +197,9 @@ class HookedModel:
             "Measure a layer before that point, or take the cut out of the forward pass; a missing tangent is never "
             "read as zero."
         )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A tensor of a class of the user's own as a tensor."""
+    own = type(tensor) is not Tensor and not isinstance(tensor, (nn.Parameter, DualTensor))
+    return tensor.as_subclass(Tensor) if own else tensor

@@ -107,6 +107,14 @@ def _cast(op: Any) -> Rule:
     )
 
 
+@rule("Tensor.new_tensor")
+def _new_tensor(input: Any, data: Any, **kwargs: Any) -> Any:
+    if not isinstance(data, DualTensor):
+        return NotImplemented
+    place = {"dtype": kwargs.get("dtype") or data.dtype, "device": kwargs.get("device") or input.device}
+    return _to(data, **place, copy=True)
+
+
 @rule("Tensor.type_as")
 def _type_as(input: Any, other: Tensor) -> Any:
     return _to(input, dtype=other.dtype, device=other.device)

@@ -1,0 +1,165 @@
+"""What torch's autograd would drop without a word is refused: op by op, for every derivative that it makes."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from torchgeom_probe.dual.ops import (
+    CONSTANT,
+    DETACHES,
+    ESCAPES,
+    METADATA,
+    ONE_FOR_EACH,
+    body_of,
+    escape,
+    meaning_of,
+    mutates,
+    name_of,
+    only_a_shape,
+    reads_bits,
+    smooth,
+    writes_beside,
+    written_beside,
+)
+from torchgeom_probe.errors import EngineRefusal, ProbeError
+from torchgeom_probe.shapes import Tensor
+
+_BATCH_NORMS = {torch.nn.functional.batch_norm, torch.batch_norm}
+_COPIES = {torch.tensor, torch.Tensor.new_tensor, torch.normal}
+_FORWARD_AD = {torch._VF._unpack_dual, torch._VF._make_dual}
+_GRADIENT_HOOKS = {torch.Tensor.register_hook, torch.Tensor.retain_grad}
+
+
+class Followed(TorchFunctionMode):
+    """Sees every op of the body, and refuses one whose result should carry a derivative and does not.
+
+    Args:
+        reverse: whether it is reverse mode that follows, or forward mode.
+    """
+
+    def __init__(self, *, reverse: bool) -> None:
+        super().__init__()
+        self.reverse = reverse
+        self._open: list[Any] = []
+        # Where the tensors are that carry one: a constant in their memory was cut off in C++, where no mode sees it.
+        self._memory: dict[int, StorageWeakRef] = {}
+
+    def carries(self, tensor: Any) -> bool:
+        """Whether a tensor carries a derivative: a graph, or a tangent."""
+        if not isinstance(tensor, Tensor):
+            return False
+        return tensor.grad_fn is not None if self.reverse else has_tangent(tensor)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, known = kwargs or {}, meaning_of(func)
+        tensors = [a for a in tree_leaves((args, kwargs)) if smooth(a)]
+        carried = [a for a in tensors if self.carries(a)]
+        if known in METADATA or func in _FORWARD_AD:
+            return func(*args, **kwargs)
+        self._refuse_alias(func, [a for a in tensors if not self.carries(a)])
+        if not carried:
+            return func(*args, **kwargs)
+        if known in ESCAPES or reads_bits(func, args, kwargs):
+            raise escape(func)
+        if func is torch.normal:  # torch gives its mean a derivative of zero
+            raise EngineRefusal(self._why_lost(func))
+        if writes_beside(func):
+            raise written_beside(func)
+        if func in _BATCH_NORMS and (kwargs.get("training") or (len(args) > 5 and args[5])):
+            raise ProbeError(
+                "batch normalisation by the statistics of the batch couples the samples: no sample has a metric of its"
+                " own.\nMeasure in eval mode (mode='eval') with running statistics (track_running_stats=True)."
+            )
+        if func in _GRADIENT_HOOKS:
+            return _NoHook()  # the user's own: a measurement is no training
+        body = body_of(func)
+        if body is not None and func not in self._open:  # Tensor.unflatten asks for itself
+            self._open.append(func)
+            try:
+                with self:
+                    return body(*args, **kwargs)
+            finally:
+                self._open.pop()
+        writes = mutates(func, args, kwargs)
+        if writes:  # torch's forward derivative of v.mul_(v) takes the new v for the old one
+            args = (args[0], *(a.clone() if a is args[0] else a for a in args[1:]))
+        out = func(*args, **kwargs)
+        if known in CONSTANT or known in ONE_FOR_EACH or only_a_shape(known, args, self.carries):
+            return out
+        found = [args[0]] if writes else [o for o in tree_leaves(out) if smooth(o)]
+        self._remember(found)
+        unseen = self.reverse and writes and not torch.is_grad_enabled()
+        if (unseen or not all(map(self.carries, found))) and not _inside_a_custom_function():
+            raise EngineRefusal(self._why_lost(func))
+        return out
+
+    def _remember(self, carried: list[Tensor]) -> None:
+        for tensor in carried:
+            storage = _innermost(tensor).untyped_storage()
+            self._memory[storage.data_ptr()] = StorageWeakRef(storage)
+
+    def _refuse_alias(self, func: Any, constants: list[Tensor]) -> None:
+        for tensor in constants if self._memory else ():
+            held = self._memory.get(_innermost(tensor).untyped_storage().data_ptr())
+            if held is not None and not held.expired() and not _inside_a_custom_function():
+                raise EngineRefusal(
+                    f"the tangent was lost: {name_of(func)!r} takes a constant in the memory of a tensor that depends"
+                    " on the input (made by nn.Parameter(h), from_dlpack, _make_subclass).\n"
+                    "Compute with the tensor itself in the forward pass."
+                )
+
+    def _why_lost(self, func: Any) -> str:
+        name = name_of(func)
+        if meaning_of(func) in DETACHES or func in _COPIES:
+            why = f"autograd takes what {name!r} makes of a tensor that depends on the input for a constant"
+        elif self.reverse and not torch.is_grad_enabled():
+            why = f"the forward pass runs {name!r} under torch.no_grad() or torch.inference_mode()"
+        else:
+            return (
+                f"the tangent was lost: the op {name!r} has no derivative in torch's {self._mode} mode.\n"
+                "Measure a layer before it, or give it one:  torch.autograd.Function with a jvp"
+            )
+        return f"the tangent was lost: {why}.\nMeasure with engine='fused', which follows the function that runs."
+
+    @property
+    def _mode(self) -> str:
+        return "reverse" if self.reverse else "forward"
+
+
+class _NoHook:
+    """What a refused ``register_hook`` returns: it can be removed."""
+
+    def remove(self) -> None:
+        pass
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether a tensor carries a tangent of torch's forward mode."""
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _innermost(tensor: Tensor) -> Tensor:
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def _inside_a_custom_function() -> bool:
+    """Whether the op runs in the forward of an autograd.Function: without gradients, but its backward has them."""
+    running: FrameType | None = sys._getframe()
+    codes = set()
+    while running is not None:
+        codes.add(running.f_code)
+        running = running.f_back
+    kinds = [torch.autograd.Function]
+    for kind in kinds:  # grows as it is walked: their subclasses, too
+        kinds.extend(kind.__subclasses__())
+    return any(getattr(kind.forward, "__code__", None) in codes for kind in kinds)
