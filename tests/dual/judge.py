@@ -63,76 +63,80 @@ def judged(function: Callable[..., Any], args: Any, kwargs: Any, which: slice | 
     Where the plain call writes to its first tensor, what another view of that memory sees is compared as well.
     """
     leaves, spec = tree_flatten((args, kwargs))
-    strided = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    smooth = [i for i in strided if is_smooth(leaves[i])]
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    smooth = [i for i in tensors if is_smooth(leaves[i])]
     where = smooth[which] if isinstance(which, slice) else list(which)
-    if not where or any(leaves[i].layout != torch.strided for i in strided):
+    if not where or any(leaves[i].layout != torch.strided for i in tensors):
         return Verdict("skipped", "no strided floating input here")
 
-    def call(filled: list[Any]) -> tuple[Any, Any]:
+    def call(filled: list[Any]) -> tuple[list[Any], Any]:
         torch.manual_seed(1)
         op_args, op_kwargs = tree_unflatten(filled, spec)
         return tree_flatten(function(*op_args, **op_kwargs))
 
-    plain = [copied(leaf) for leaf in leaves]
-    untouched = plain[strided[0]]._version
-    seen = {i: plain[i].view_as(plain[i]) for i in strided}  # in-place ops may change what a tensor is a view of
+    plain, first = [copied(leaf) for leaf in leaves], tensors[0]
+    seen = {i: plain[i].view_as(plain[i]) for i in tensors}  # in-place ops may change what a tensor is a view of
+    untouched = plain[first]._version
     try:
-        values, value_spec = call(plain)
+        values, shape_of_values = call(plain)
     except Exception as error:
         return Verdict("skipped", f"the plain call fails: {type(error).__name__}")
     if any(isinstance(v, torch.Tensor) and v.layout != torch.strided for v in values):
         return Verdict("skipped", "a sparse result")
+    target = first if plain[first]._version > untouched else None
 
-    generator, duals, buffers = torch.Generator().manual_seed(7), [copied(leaf) for leaf in leaves], {}
-    for i in where:
-        memory = torch.randn(1 + K, memory_of(leaves[i]), dtype=leaves[i].dtype, generator=generator)
-        memory[0] = stretch(leaves[i])
-        buffers[i] = laid_like(leaves[i], memory)
-        duals[i] = DualTensor(buffers[i])
+    buffers = _buffers({i: leaves[i] for i in where})
     starts = {i: buffer.clone() for i, buffer in buffers.items()}
+    duals = [DualTensor(buffers[i]) if i in buffers else copied(leaf) for i, leaf in enumerate(leaves)]
     try:
-        outs, out_spec = call(duals)
+        outs, shape_of_outs = call(duals)
     except ProbeError as error:
         return Verdict("refused", str(error).splitlines()[0])
     except Exception as error:
         return Verdict("crashed", f"{type(error).__name__}: {error}".splitlines()[0])
-    if out_spec != value_spec:
-        return Verdict("wrong", f"it returns {out_spec}, not {value_spec}")
-    for n, (out, value) in enumerate(zip(outs, values, strict=True)):
-        fault = _primal_fault(out, value)
-        if fault:
-            return Verdict("wrong", f"output {n}: {fault}")
-    target = strided[0] if plain[strided[0]]._version > untouched else None
+
+    if shape_of_outs != shape_of_values:
+        return Verdict("wrong", f"it returns {shape_of_outs}, not {shape_of_values}")
+    pairs = list(zip(outs, values, strict=True))
+    faults = [f"output {n}: {fault}" for n, pair in enumerate(pairs) if (fault := _primal_fault(*pair))]
     for i in where:
         if _differs(buffers[i][0], seen[i]):
-            return Verdict("wrong", f"input {i} holds another value afterwards")
+            faults.append(f"input {i} holds another value afterwards")
         if i != target and _differs(buffers[i][1:], starts[i][1:], exact=True):
-            return Verdict("wrong", f"the tangents of input {i} were written to")
+            faults.append(f"the tangents of input {i} were written to")
+    if faults:
+        return Verdict("wrong", faults[0])
 
     def smooth_outputs(*primals: torch.Tensor) -> list[torch.Tensor]:
         filled = [copied(leaf) for leaf in leaves]
         for i, primal in zip(where, primals, strict=True):
             filled[i] = primal
-        if target is not None:
-            filled[target] = filled[target].clone()  # no copied(): torch.func's tensors have no memory to lay out
-        view = None if target is None else filled[target].view_as(filled[target])
-        found = [o for o in call(filled)[0] if is_smooth(o)]
-        return found if view is None else [*found, view]
+        if target is None:
+            return [o for o in call(filled)[0] if is_smooth(o)]
+        filled[target] = filled[target].clone()  # not copied(): torch.func's tensors have no memory to lay out
+        view = filled[target].view_as(filled[target])
+        return [*(o for o in call(filled)[0] if is_smooth(o)), view]
 
-    dual_outs: list[Any] = [o for o, v in zip(outs, values, strict=True) if is_smooth(v)]
-    tangents = [o.buffer[1:] if isinstance(o, DualTensor) else None for o in dual_outs]
-    if target in buffers:
-        tangents.append(buffers[target][1:])
-    elif target is not None:
-        tangents.append(None)
-    points = [starts[i][0] for i in where]
+    tangents = [o.buffer[1:] if isinstance(o, DualTensor) else None for o, v in pairs if is_smooth(v)]
+    if target is not None:
+        tangents.append(buffers[target][1:] if target in buffers else None)
     for k in range(K):
         got = [None if t is None else t[k] for t in tangents]
-        fault = _tangent_fault(smooth_outputs, points, [starts[i][1 + k] for i in where], got)
+        points, direction = ([starts[i][row] for i in where] for row in (0, 1 + k))
+        fault = _tangent_fault(smooth_outputs, points, direction, got)
         if fault:
             return Verdict("wrong", fault)
     return Verdict("equal")
+
+
+def _buffers(primals: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """The primals and K random tangents of each, every row laid out as the primal is, what lies between included."""
+    generator, found = torch.Generator().manual_seed(7), {}
+    for i, primal in primals.items():
+        memory = torch.randn(1 + K, memory_of(primal), dtype=primal.dtype, generator=generator)
+        memory[0] = stretch(primal)
+        found[i] = laid_like(primal, memory)
+    return found
 
 
 def _primal_fault(out: Any, value: Any) -> str:

@@ -92,6 +92,26 @@ def test_the_deviation_of_one_number_is_not_one() -> None:
     assert x.var(1).buffer.isnan().all()
 
 
+SPELLINGS = {
+    "max": lambda z: z.max(axis=1).values,
+    "topk": lambda z: torch.topk(z, 2, axis=0).values,
+    "sort": lambda z: z.sort(axis=0).values,
+    "std": lambda z: z.std(axis=1),
+    "var_mean": lambda z: torch.var_mean(z, 1, keepdims=True)[0],
+    "sum": lambda z: z.sum(axis=0, keepdims=True),
+    "chunk": lambda z: torch.chunk(z, 2, axis=1)[1],
+    "tensor_split": lambda z: torch.tensor_split(z, 2, axis=1)[0],
+    "cat": lambda z: torch.cat([z, z], axis=1),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_an_axis_by_the_name_that_numpy_gives_it(name: str) -> None:
+    x, t = torch.randn(5, 7, dtype=torch.float64), torch.randn(3, 5, 7, dtype=torch.float64)
+    values, pushes = reference(lambda z: [SPELLINGS[name](z)], [x], [t])
+    compare([SPELLINGS[name](dual(x, t))], values, pushes)
+
+
 def test_extremes_share_a_tie() -> None:
     x, t = torch.tensor([2.0, 1.0, 2.0], dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
     for function in (lambda z: z.amax(0), lambda z: z.max(), lambda z: torch.maximum(z, z.flip(0)), lambda z: z.min()):

@@ -45,9 +45,9 @@ def _diff(input: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: An
 
 def _var(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
     # var = Σ c²/m, c = p - mean p;  var' = 2 Σ c t / m
-    dims, keepdim, correction = _moment_arguments(*args, **kwargs)
-    if ndim_of(input) == 0 or input.buffer.is_complex():
+    if ndim_of(input) == 0 or input.buffer.is_complex() or set(kwargs) - _MOMENT_ARGUMENTS:
         return NotImplemented
+    dims, keepdim, correction = _moment_arguments(*args, **kwargs)
     p = input.primal
     variance = torch.var(p, *args, **kwargs)
     dims = reduced(dims, p.ndim)
@@ -55,6 +55,9 @@ def _var(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
     count = math.prod(p.shape[d] for d in set(dims)) - correction
     tangents = (input.tangents * centred).sum(dims, keepdim=keepdim) * (2 / count if count else math.inf)
     return DualTensor(torch.cat([variance[None], tangents]))
+
+
+_MOMENT_ARGUMENTS = {"dim", "unbiased", "keepdim", "correction"}
 
 
 def _moment_arguments(*args: Any, **kwargs: Any) -> tuple[Any, bool, float]:
@@ -181,7 +184,7 @@ def _chosen(op: Any, binary: Any = None, full: Any = None) -> Rule:
             return RULES[binary](input, args[0])
         if not isinstance(input, DualTensor) or any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
             return NotImplemented
-        if ndim_of(input) == 0:
+        if ndim_of(input) == 0 or set(kwargs) - _CHOICE_ARGUMENTS:
             return NotImplemented
         if full is not None and not args and not kwargs:
             return RULES[full](input)
@@ -197,6 +200,9 @@ def _chosen(op: Any, binary: Any = None, full: Any = None) -> Rule:
         return type(found)((DualTensor(out), indices))
 
     return push
+
+
+_CHOICE_ARGUMENTS = {"k", "dim", "keepdim", "largest", "sorted", "descending", "stable"}
 
 
 def _dim_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

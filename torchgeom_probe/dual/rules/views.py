@@ -218,8 +218,10 @@ def _select(input: DualTensor, dim: int, index: int) -> DualTensor:
 
 @rule_of_each("chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split")
 def _pieces(op: Any) -> Rule:
-    def push(input: DualTensor, *args: Any, dim: int = 0, **kwargs: Any) -> tuple[DualTensor, ...]:
+    def push(input: DualTensor, *args: Any, dim: int = 0, **kwargs: Any) -> Any:
         how, dim = args[:1], args[1] if len(args) > 1 else dim
+        if len(how) + len(kwargs) != 1:  # how many or how large, by whatever name
+            return NotImplemented
         return tuple(DualTensor(piece) for piece in op(input.buffer, *how, dim=at(dim), **kwargs))
 
     return push
