@@ -96,11 +96,8 @@ ESCAPES = {
 #: Ops that take a second tensor for its shape, type or device alone.
 TAKES_A_SHAPE = {*ops_named("type_as expand_as view_as reshape_as resize_as resize_as_"), *_of_tensor("to")}
 
-#: Ops that put out one tensor for each that they take.
-ONE_FOR_EACH = {
-    *ops_named("broadcast_tensors meshgrid atleast_1d atleast_2d atleast_3d"),
-    *(getattr(torch.functional._VF, name) for name in ("broadcast_tensors", "meshgrid")),
-}
+#: Ops that put out one tensor for each that they take, or a permutation beside what has a derivative.
+ONE_FOR_EACH = {*ops_named("broadcast_tensors meshgrid atleast_1d atleast_2d atleast_3d linalg.lu lu_unpack")}
 
 #: Ops whose rules take a deferred tensor (:meth:`DualTensor.deferred`) as it is; every other op has it built first.
 TAKES_DEFERRED = {*ops_named("F.batch_norm torch.batch_norm")}
