@@ -1,7 +1,8 @@
 """How a rule gets into the table, and the few moves that the rules share.
 
 A rule is called with the op's own arguments, at least one of them a DualTensor.  It returns NotImplemented for what it
-does not cover: then the op falls back to ``vmap(jvp(op))``, which is right for everything.  So a rule only buys speed.
+does not cover: then the op falls back to its derivative in torch (``one_op.py``).  So a rule buys speed, and what torch
+has no derivative of, or a wrong one.
 
 Legend, for all rules: R = 1 + k rows; p is the primal (row 0), t the tangents (rows 1 … k), f' the derivative at p.
 """
