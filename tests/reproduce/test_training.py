@@ -1,6 +1,7 @@
 """Killed and started again, a training ends with the same bytes."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -212,7 +213,12 @@ def test_another_training_in_the_folder_is_refused_or_replaced(tmp_path):
         train(task(), settings(tmp_path, seed=1), say=lambda line: None)
     assert files(tmp_path) == before
     (tmp_path / "trainings" / "noisy" / "mine.txt").write_text("kept")
-    train(task(), settings(tmp_path, seed=1), folder=tmp_path / "trainings" / "noisy", say=lambda line: None)
+    there = tmp_path / "trainings" / "noisy"
+    with pytest.raises(tgp.ProbeError, match="holds another training"):  # a full one, also where its folder is named
+        train(task(), settings(tmp_path, seed=1), folder=there, say=lambda line: None)
+    written = json.loads((there / "settings.json").read_text())
+    (there / "settings.json").write_text(json.dumps(written | {"quick": True}))
+    train(task(), settings(tmp_path, seed=1), folder=there, say=lambda line: None)
     left = {path.name for path in (tmp_path / "trainings" / "noisy").rglob("*") if path.is_file()}
     assert "mine.txt" in left
     assert "epoch_00004.safetensors" not in left

@@ -216,7 +216,7 @@ def _refuse_nested(hooked: HookedModel, own: Inputs, found: Outputs) -> None:
         return
     try:
         torch.backends.mha.set_fastpath_enabled(True)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch._C.DisableTorchFunction():  # a mode would keep torch from it
             warnings.simplefilter("ignore")  # torch calls nested tensors a prototype
             as_run: dict[str, Tensor] = hooked.outputs(own, keep=_COMPARED).features
     except Exception:  # a nested tensor has no features to flatten

@@ -13,7 +13,7 @@ from torchgeom_probe.dual.followed import Followed
 from torchgeom_probe.dual.one_op import refuse_another_adjoint
 from torchgeom_probe.errors import EngineRefusal, first_line
 from torchgeom_probe.jacobian.functorch import starting_point
-from torchgeom_probe.jacobian.fused import Seer, Sink
+from torchgeom_probe.jacobian.fused import Seer, Sink, unseen
 from torchgeom_probe.jacobian.layout import Layout, weights_with_channels_last
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
@@ -59,7 +59,7 @@ class Pullback:
 
 @contextlib.contextmanager
 def pullback(
-    hooked: HookedModel, inputs: Inputs, *, see: Seer, copies: int = 1, layout: Layout | None = None
+    hooked: HookedModel, inputs: Inputs, *, see: Seer = unseen, copies: int = 1, layout: Layout | None = None
 ) -> Iterator[Pullback]:
     """Make the primal pass, parameters held constant, and yield every layer's pullback; the graph ends with the body.
 
