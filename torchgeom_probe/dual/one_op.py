@@ -103,7 +103,7 @@ class OneOp:
         values, pushes, constants = torch.func.vmap(pushed, randomness="same")(*tangents)
         spec, dual, outputs, complete = layout
         # vmap repeats what does not depend on the tangents (a view, no copy): row 0 is it.
-        carried = iter([torch.cat([v[:1], t]) for v, t in zip(values, pushes, strict=True)])
+        carried = iter([torch.cat([v[:1], t.to(v.dtype)]) for v, t in zip(values, pushes, strict=True)])
         plain = iter([c[0] for c in constants])
         flat = [
             next(carried) if d else value if value is not None else next(plain, None)

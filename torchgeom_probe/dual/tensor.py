@@ -189,7 +189,9 @@ def _ruled(rule: Rule, func: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(error, TypeError) and not _binds(rule, args, kwargs):
             return NotImplemented  # an argument that the rule does not know
         _raise_if_the_models_own(func, args, kwargs)
-        raise
+        if mutates(func, args, kwargs):
+            raise  # half of it may be written
+        return NotImplemented
 
 
 @functools.cache
