@@ -21,6 +21,11 @@ def test_a_plain_stack_answers_with_its_activations():
     assert stage_layers(convolutions) == ["1", "4"]
 
 
+def test_normalisation_belongs_to_the_layer_before_it():
+    parts = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.GroupNorm(2, 4), nn.GELU()]
+    assert stage_layers(nn.Sequential(*parts, nn.Flatten(), nn.Linear(16, 2))) == ["2", "5", "7"]
+
+
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()

@@ -159,7 +159,7 @@ def _activations(children: list[tuple[str, nn.Module]], weighted: list[str]) -> 
     found = []
     last: str | None = None
     for name, module in children:
-        if name in weighted:
+        if name in weighted and "Norm" not in type(module).__name__:  # it belongs to the layer before it
             found += [last] if last is not None else []
             last = name
         elif last is not None and not isinstance(module, (nn.Dropout, nn.Flatten, nn.Unflatten, nn.Identity)):
