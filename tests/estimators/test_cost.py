@@ -4,6 +4,7 @@ import models
 import pytest
 import torch
 from torch import nn
+from unseen import Notes
 
 import torchgeom_probe as tgp
 from torchgeom_probe.dual import DualTensor
@@ -47,7 +48,7 @@ def test_the_products_are_those_of_the_measurement(estimator, layers):
 @pytest.mark.parametrize("chunks", [1, 2, 5])
 def test_the_rows_are_those_that_pass_through_the_model(k, chunks):
     model, x = _mlp(), torch.randn(10, 41)
-    rows = []
+    rows = Notes()
 
     def counted(module, args, output):
         if isinstance(output, DualTensor):
@@ -59,10 +60,10 @@ def test_the_rows_are_those_that_pass_through_the_model(k, chunks):
     budget = -(-10 // chunks) * (1 + k) * 2 * plan.row_bytes
     probe = tgp.GeometryProbe(model, **options, memory_budget=budget)
     forecast = probe.cost(x)
-    assert not rows  # nothing is measured
+    assert not rows.read()  # nothing is measured
     probe.measure(x)
-    assert sum(rows) == forecast.rows == 10 * (1 + k)
-    assert len(rows) == -(-forecast.samples // forecast.samples_at_once) == chunks
+    assert sum(rows.read()) == forecast.rows == 10 * (1 + k)
+    assert len(rows.read()) == -(-forecast.samples // forecast.samples_at_once) == chunks
     assert forecast.bytes <= forecast.budget
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from annotations import shapes_unchecked
 from torch import nn
+from unseen import Notes
 
 import torchgeom_probe as tgp
 from torchgeom_probe.errors import EngineRefusal, ProbeError
@@ -398,13 +399,13 @@ class _OfItsSample(nn.Module):
 
 
 def test_a_sample_that_is_done_costs_no_more_pushes():
-    model, sizes = _OfItsSample(), []
+    model, sizes = _OfItsSample(), Notes()
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     x = torch.tensor([[1.0], [-1.0], [1.0]], dtype=torch.float64).expand(3, 80).contiguous()
     together = _measured(model, x, k=3, method="krylov", seed=2)
     first, flat, third = together.num_products.tolist()
     assert first == third < flat
-    assert sizes[-3:] == [1, 1, 1]  # the flat one alone
+    assert sizes.read()[-3:] == [1, 1, 1]  # the flat one alone
     assert flat % 8 == 4  # judged after a push, too
     for i in range(3):
         alone = _measured(model, x[i : i + 1], k=3, method="krylov", seed=2)
@@ -415,7 +416,7 @@ def test_a_sample_that_is_done_costs_no_more_pushes():
 
 def test_where_random_numbers_are_drawn_every_sample_stays():
     """Fewer samples would draw other numbers: it would be another function."""
-    model, sizes = _OfItsSample(noise=0.5).train(), []
+    model, sizes = _OfItsSample(noise=0.5).train(), Notes()
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     x = torch.tensor([[1.0], [-1.0]], dtype=torch.float64).expand(2, 80).contiguous()
     probe = tgp.GeometryProbe(
@@ -423,4 +424,4 @@ def test_where_random_numbers_are_drawn_every_sample_stays():
     )
     found = probe.measure(x)[""]
     assert len(set(found.num_products.tolist())) == 2
-    assert set(sizes[2:]) == {2}
+    assert set(sizes.read()[2:]) == {2}

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from torch import nn
+from unseen import Notes
 
 import torchgeom_probe as tgp
 
@@ -133,15 +134,15 @@ def test_results_do_not_depend_on_the_chunking(case, estimator):
 def test_directions_are_really_split():
     """The smallest budget of the chunking test takes several passes per sample, or that test would prove nothing."""
     model, x = models.cifar_resnet(), torch.randn(1, 3, 8, 8)
-    passes = []
+    passes = Notes()
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     probe = tgp.GeometryProbe(model, layers=["layer4.1"], estimator=tgp.Subspace(k=6))
     probe.measure(x)
-    once = len(passes)
+    once = len(passes.read())
     (plan,) = probe._plans.values()
     tgp.measure(model, x, layers=["layer4.1"], estimator=tgp.Subspace(k=6), memory_budget=2 * plan.row_bytes * 3)
     assert once == 2 + 1  # the plan's two and the dual pass
-    assert len(passes) - once == 2 + 3  # 6 directions, two at a time beside the primal
+    assert len(passes.read()) - once == 2 + 3  # 6 directions, two at a time beside the primal
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -47,12 +47,13 @@ class State:
         model: the model; its parameters are watched for writes, and have no copy.
         beside: containers that the model writes to and that cannot be found from it.
 
-    >>> model, seen = nn.Linear(2, 3), [1]
-    >>> _ = model.register_forward_hook(lambda module, args, out: seen.append(out))
+    >>> model = nn.Linear(2, 3)
+    >>> model.seen = [1]
+    >>> _ = model.register_forward_hook(lambda module, args, out: module.seen.append(out))
     >>> state = State(model)
     >>> _ = model(torch.zeros(4, 2))
     >>> state.put_back()
-    >>> seen
+    >>> model.seen
     [1]
     """
 

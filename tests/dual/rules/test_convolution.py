@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from dual.rules.comparison import IMAGE, SIGNAL, VOLUME, D, P, agreement, call
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from unseen import Notes
 
 import torchgeom_probe as tgp
 from torchgeom_probe.dual import DualTensor, dual_pass
@@ -207,12 +208,12 @@ def test_channels_last_inside_changes_no_number():
 
 
 def test_channels_do_lie_last():
-    seen = []
+    seen = Notes()
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU())
     model[2].register_forward_hook(lambda module, args, out: seen.append(out.stride()))
     probe = tgp.GeometryProbe(model, layers="2", estimator=tgp.Subspace(k=3))
     probe.measure(torch.randn(2, 3, 7, 9))
-    assert seen[-1] == torch.empty(2, 5, 5, 7).contiguous(memory_format=torch.channels_last).stride()
+    assert seen.read()[-1] == torch.empty(2, 5, 5, 7).contiguous(memory_format=torch.channels_last).stride()
 
 
 class WritesThroughAView(nn.Module):
