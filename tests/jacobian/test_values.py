@@ -113,7 +113,7 @@ def test_golden_shallow_networks():
 def test_results_do_not_depend_on_the_chunking(case, estimator):
     factory, shape, layers = models.CASES[case]
     if case == "vit" and isinstance(estimator, tgp.Exact):
-        layers = layers[:2]
+        layers = layers[:1]
     model, x = factory().double(), torch.randn(3, *shape, dtype=torch.float64)
     probe = tgp.GeometryProbe(model, layers=layers, estimator=estimator)
     whole = probe.measure(x)
@@ -225,25 +225,15 @@ def test_random_frames_are_shared_by_batches_layers_and_calls():
 
 
 def test_random_frame_is_haar_in_its_moments():
-    """E det VᵀgV = e_k(λ)/C(d, k) for λ = 1..5 (golden: 3.0, 8.5, 22.5, 54.8, 120): 4 standard errors of 400
-    frames."""
+    """E det VᵀgV = e_k(λ)/C(d, k) for λ = 1..5 (golden: 3.0, 8.5, 22.5, 54.8, 120): 4 standard errors of 100 frames."""
     golden = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text())["random_subspace"]
     layer = nn.Linear(5, 5, bias=False).double()
     layer.weight.data.copy_(torch.diag(torch.tensor(golden["lambda"], dtype=torch.float64).sqrt()))
+    x, options = torch.zeros(1, 5).double(), {"layers": "", "normalize": False}
     for k in (1, 2, 3, 5):
-        dets = (
-            torch.stack(
-                [
-                    tgp.measure(
-                        layer, torch.zeros(1, 5).double(), layers="", estimator=tgp.Subspace(k, seed), normalize=False
-                    )[""].log_volume
-                    for seed in range(400)
-                ]
-            )
-            .mul(2)
-            .exp()
-        )
-        error = max(4 * dets.std().item() / 20, 1e-9)
+        frames = [tgp.measure(layer, x, estimator=tgp.Subspace(k, seed), **options)[""] for seed in range(100)]
+        dets = torch.cat([g.log_volume for g in frames]).mul(2).exp()
+        error = max(4 * dets.std().item() / 10, 1e-9)
         assert abs(dets.mean().item() - golden["E_det_k1..5"][k - 1]) <= error
 
 
