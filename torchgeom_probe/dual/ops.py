@@ -22,6 +22,7 @@ NAMESPACES = {
     "special": torch.special,
     "linalg": torch.linalg,
     "fft": torch.fft,
+    "VF": torch._C._VariableFunctions,  # what torch's functions of Python call with a list of tensors
 }
 
 
@@ -66,16 +67,17 @@ MADE_LIKE = {
 #: Ops whose result is piecewise constant in the input (comparisons, argmax, random fills): its derivative IS zero.
 CONSTANT = {
     *ops_named(
-        "eq ne lt le gt ge equal greater greater_equal less less_equal not_equal isnan isinf isfinite isposinf "
-        "isneginf isclose allclose isin logical_and logical_or logical_not logical_xor any all argmax argmin argsort "
-        "sign signbit floor ceil round trunc fix floor_divide heaviside nonzero count_nonzero searchsorted bucketize "
-        "bincount histc rand_like randn_like randint_like bernoulli multinomial one_hot is_nonzero poisson"
+        "eq ne lt le gt ge equal greater greater_equal less less_equal not_equal isnan isinf isfinite isposinf"
+        " isneginf isclose allclose isin logical_and logical_or logical_not logical_xor any all argmax argmin argsort"
+        " sign signbit floor ceil round trunc fix floor_divide heaviside nonzero count_nonzero searchsorted bucketize"
+        " bincount histc rand_like randn_like randint_like bernoulli multinomial one_hot is_nonzero poisson"
+        " isreal argwhere nonzero_static linalg.matrix_rank"
         # piecewise constant as it runs; the gradient that torch gives it is a surrogate
         " fake_quantize_per_tensor_affine fake_quantize_per_channel_affine fused_moving_avg_obs_fake_quant"
     ),
     *_of_tensor(
-        "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __bool__ __contains__ __floordiv__ __rfloordiv__ __and__ __or__ "
-        "__invert__ long int short char byte bool nonzero_static"
+        "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __bool__ __contains__ __floordiv__ __rfloordiv__ __and__ __or__"
+        " __invert__ long int short char byte bool"
     ),
 }
 
@@ -94,11 +96,8 @@ ESCAPES = {
 #: Ops that take a second tensor for its shape, type or device alone.
 TAKES_A_SHAPE = {*ops_named("type_as expand_as view_as reshape_as resize_as resize_as_"), *_of_tensor("to")}
 
-#: Ops that put out one tensor for each that they take.
-ONE_FOR_EACH = {
-    *ops_named("broadcast_tensors meshgrid atleast_1d atleast_2d atleast_3d"),
-    *(getattr(torch.functional._VF, name) for name in ("broadcast_tensors", "meshgrid")),
-}
+#: Ops that put out one tensor for each that they take, or a permutation beside what has a derivative.
+ONE_FOR_EACH = {*ops_named("broadcast_tensors meshgrid atleast_1d atleast_2d atleast_3d linalg.lu lu_unpack")}
 
 #: Ops whose rules take a deferred tensor (:meth:`DualTensor.deferred`) as it is; every other op has it built first.
 TAKES_DEFERRED = {*ops_named("F.batch_norm torch.batch_norm")}

@@ -54,7 +54,9 @@ def in_place_of(function: Rule) -> Rule:
         if not isinstance(input, DualTensor):
             return NotImplemented
         out = function(input, *args, **kwargs)
-        if out is NotImplemented or not isinstance(out, DualTensor) or out.buffer.shape != input.buffer.shape:
+        if not isinstance(out, DualTensor) or out.buffer.shape != input.buffer.shape:
+            return NotImplemented
+        if out.buffer.is_complex() and not input.buffer.is_complex():
             return NotImplemented
         input.buffer.copy_(out.buffer)
         return input
@@ -76,7 +78,7 @@ def on_rows(op: Any) -> Rule:
 
 def folded(x: DualTensor, op: Callable[[Tensor], Tensor]) -> DualTensor:
     """Run an op that is linear in a batch once, over R·B rows."""
-    return DualTensor(op(x.buffer.flatten(0, 1)).unflatten(0, (x.buffer.shape[0], -1)))
+    return DualTensor(op(x.buffer.flatten(0, 1)).unflatten(0, x.buffer.shape[:2]))
 
 
 def on_batch(op: Any, ndim: int) -> Rule:
@@ -170,6 +172,12 @@ def from_end(dim: int, ndim: int) -> int:
 def all_at(dim: int | Sequence[int]) -> list[int]:
     """The places of primal axes in the buffer."""
     return [at(d) for d in ((dim,) if isinstance(dim, int) else dim)]
+
+
+def reduced(dim: Any, ndim: int) -> list[int]:
+    """The axes that a reduction runs over, counted from the end: all of them for None, ``()`` and ``[]``."""
+    given = (dim,) if isinstance(dim, int) else dim
+    return [from_end(d, ndim) for d in given or range(ndim)]
 
 
 def listed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from dual.judge import Verdict, judged
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torchgeom_probe.dual import RULES, DualTensor, dual_pass, recording
@@ -111,6 +112,22 @@ def agreement(cases: dict[str, list[Call]]) -> Callable[[Any, Call], None]:
         _agrees(op, case, k=1, strided=name not in CONTIGUOUS_ONLY, seed=1)
 
     return test_rule_agrees_with_jvp
+
+
+def agreement_with_differences(cases: dict[str, list[Call]]) -> Callable[[Any, Call], None]:
+    """The same for ops that torch has no forward derivative of, or none that can be trusted."""
+    table = [
+        pytest.param(op, case, id=f"{LABELS[op][0]}-{i}") for op in LABELS for i, case in enumerate(cases_of(op, cases))
+    ]
+
+    @pytest.mark.parametrize(("op", "case"), table)
+    def test_rule_agrees_with_differences(op: Any, case: Call) -> None:
+        leaves, spec, where, *_ = drawn(case, 0, 1, strided=False)
+        with recording() as used:
+            assert judged(op, *tree_unflatten(leaves, spec), where) == Verdict("equal")
+        assert not used["fallback"], used
+
+    return test_rule_agrees_with_differences
 
 
 # ----------------------------------------------------------------------------------------------------- the comparison

@@ -8,6 +8,8 @@ import pytest
 import torch
 from dual.rules.comparison import D, P, agreement, call, dual, mask
 
+from torchgeom_probe.dual import DualTensor
+
 _binary = [
     call(D(5, 7), D(5, 7)),
     call(D(5, 7), D(7)),
@@ -97,6 +99,8 @@ CASES = {
         call(D(7, low=-5), P(3, 5, 7, low=0.5)),
         call(P(3, 5, 7, low=-5), D(7, low=0.5)),
     ],
+    "copysign nextafter": [call(D(5, 7), D(7)), call(D(5, 7), P(3, 5, 7)), call(P(5, 7), D(7))],
+    "copysign_ nextafter_": [call(D(5, 7), D(7))],
     "atan2_ arctan2_ hypot_ remainder_ fmod_": [call(D(5, 7), D(7, low=0.5)), call(D(5, 7), P(5, 1, low=0.5))],
 }
 
@@ -132,3 +136,14 @@ def test_types_promote_as_the_primals_do(op: Any, own: torch.dtype, other: torch
     if other.is_floating_point:
         both = op(dual(x, t), dual(y, torch.randn(3, *shapes[1]).to(other)))
         assert both.dtype == op(x, y).dtype
+
+
+def test_slopes_do_not_overflow_where_their_squares_do() -> None:
+    def slope(function: Any, a: float, b: float) -> float:
+        return function(*(DualTensor(torch.tensor([p, t])) for p, t in ((a, 1.0), (b, 0.0)))).tangents.item()
+
+    assert slope(torch.atan2, 1e-25, 1e-25) == pytest.approx(0.5e25)
+    assert slope(torch.atan2, 1e25, 1e25) == pytest.approx(0.5e-25)
+    assert slope(torch.hypot, 1e20, 1e20) == pytest.approx(0.5**0.5)
+    one = DualTensor(torch.tensor([1e-40, 1.0]))
+    assert (one / one).tangents.item() == 0  # a'/b and its counterpart are infinite

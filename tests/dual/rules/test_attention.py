@@ -20,6 +20,7 @@ CASES = {
         call(D(7), dim=0),
         call(D(101, 103), -1),
     ],
+    "_safe_softmax": [call(D(3, 5, 7), -1), call(D(101, 103), 0)],
     "softmin": [call(D(3, 5, 7), -1), call(D(3, 5, 7), dim=1)],
     "logsumexp": [call(D(3, 5, 7), -1), call(D(3, 5, 7), (0, 2)), call(D(3, 5, 7), 1, True)],
     "scaled_dot_product_attention": [
@@ -39,6 +40,8 @@ CASES = {
         call(D(2, 6, 5, 7), D(2, 3, 11, 7), D(2, 3, 11, 13), enable_gqa=True),
         call(D(2, 6, 5, 7), D(2, 3, 11, 7), P(2, 3, 11, 13), is_causal=True, enable_gqa=True),
         call(D(1, 2, 257, 3), D(1, 2, 263, 3), D(1, 2, 263, 5)),
+        call(D(5, 7), D(11, 7), D(11, 13), mask(5, 11)),
+        call(q, k, v, D(5, 11)),
     ],
 }
 
@@ -58,6 +61,6 @@ def test_attention_in_pieces_equals_attention_at_once(monkeypatch: pytest.Monkey
 def test_a_row_masked_out_entirely_is_zero() -> None:
     q, k, v = (dual(torch.randn(1, 1, 3, 5), torch.randn(2, 1, 1, 3, 5)) for _ in range(3))
     seen = torch.tensor([[True, True, False], [False, False, False], [True, False, True]])
-    out = F.scaled_dot_product_attention(q, k, v, seen)
-    assert not out.buffer[..., 1, :].any()
-    assert out.buffer.isfinite().all()
+    for out in (F.scaled_dot_product_attention(q, k, v, seen), F.scaled_dot_product_attention(q[0], k, v, seen)):
+        assert not out.buffer[..., 1, :].any()
+        assert out.buffer.isfinite().all()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dual.rules.comparison import D, P, agreement, call, dual
+from dual.rules.comparison import D, P, agreement, agreement_with_differences, call, dual
 
 CASES = {
     "copy_": [call(D(5, 7), D(5, 7)), call(D(5, 7), P(7)), call(D(5, 7), D(7))],
-    "zero_ double cpu cdouble zeros_like ones_like": [call(D(5, 7))],
+    "zero_ double cpu cdouble": [call(D(5, 7))],
+    "zeros_like ones_like": [call(D(5, 7)), call(D(5, 7, dtype=torch.complex128))],
     "fill_": [call(D(5, 7), 2.5), call(D(5, 7), D()), call(D(5, 7), P())],
     "clone contiguous": [call(D(5, 7)), call(D(2, 3, 5, 7), memory_format=torch.channels_last)],
     "to": [
@@ -18,7 +19,10 @@ CASES = {
         call(D(2, 3, 5, 7), memory_format=torch.channels_last),
         call(P(5, 7), D(3)),
         call(D(5, 7), torch.complex128),
+        call(D(2, 3, 5, 7), torch.float64, memory_format=torch.channels_last),
     ],
+    "sign_ floor_ ceil_ round_ trunc_ fix_": [call(D(5, 7))],
+    "eq_ ne_ not_equal_ lt_ less_ le_ less_equal_ gt_ greater_ ge_ greater_equal_": [call(D(5, 7), D(7))],
     "type_as": [call(D(5, 7), P(3)), call(P(5, 7), D(3))],
     "type": [call(D(5, 7)), call(D(5, 7), torch.float64)],
     "full_like": [call(D(5, 7), 2.5)],
@@ -26,7 +30,23 @@ CASES = {
     "new_full": [call(D(5, 7), (3, 5), 2.5)],
 }
 
+DIFFERENCES = {
+    "logical_not_": [call(D(5, 7))],
+    "logical_and_ logical_or_ logical_xor_ heaviside_": [call(D(5, 7), D(7))],
+    "floor_divide_ __ifloordiv__": [call(D(5, 7), 0.7)],
+    "torch.normal": [call(D(5, 7), D(7, low=0.5)), call(D(5, 7), 0.3), call(P(5, 7), D(5, 7, low=0.5)), call(D(5, 7))],
+}
+
 test_rule_agrees_with_jvp = agreement(CASES)
+test_rule_agrees_with_differences = agreement_with_differences(DIFFERENCES)
+
+
+def test_written_like_the_input_a_complex_tensor_keeps_its_tangents() -> None:
+    spectrum = dual(torch.randn(5, dtype=torch.complex128), torch.randn(3, 5, dtype=torch.complex128))
+    out = torch.zeros_like(spectrum)
+    out[1:3] = spectrum[1:3] * 2j
+    assert torch.equal(out.buffer[:, 1:3], spectrum.buffer[:, 1:3] * 2j)
+    assert not out.buffer[:, 3:].any()
 
 
 @pytest.mark.parametrize("name", ["float", "half", "bfloat16", "cfloat"])

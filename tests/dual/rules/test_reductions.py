@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dual.rules.comparison import D, P, agreement, call, compare, dual, reference
+from dual.rules.comparison import D, P, agreement, agreement_with_differences, call, compare, dual, reference
 
 CASES = {
     "sum mean": [
         call(D(3, 5, 7)),
+        call(D(3, 5, 7), dim=[]),
         call(D(3, 5, 7), 1),
         call(D(3, 5, 7), (0, -1), True),
         call(D(3, 5, 7), dim=-1, keepdim=True),
     ],
     "cumsum": [call(D(3, 5, 7), 1), call(D(3, 5, 7), -1)],
-    "diff": [call(D(5, 7)), call(D(5, 7), 2, 0)],
+    "diff": [
+        call(D(5, 7)),
+        call(D(5, 7), 2, 0),
+        call(D(5, 7), prepend=P(5, 1)),
+        call(P(5, 7), dim=0, prepend=D(2, 7), append=P(1, 7)),
+    ],
     "trace": [call(D(5, 5))],
     "trapezoid": [call(D(5, 7)), call(D(5, 7), dim=0)],
     "trapz": [call(D(5, 7))],
@@ -25,6 +31,7 @@ CASES = {
         call(D(3, 5, 7), (0, -1), False, True),
         call(D(3, 5, 7), dim=(1, 2), correction=0, keepdim=True),
         call(D(3, 5, 7), dim=1, correction=2),
+        call(D(3, 5, 7), correction=0, keepdim=True),
     ],
     "linalg.vector_norm": [
         call(D(3, 5, 7)),
@@ -33,6 +40,7 @@ CASES = {
         call(D(3, 5, 7), 1, -1),
         call(D(3, 5, 7), 3, (0, 2)),
         call(D(3, 5, 7), 1.5),
+        call(D(3, 5, 7), dim=()),
     ],
     "cosine_similarity": [
         call(D(3, 5, 7), D(3, 5, 7)),
@@ -58,20 +66,50 @@ CASES = {
     "kthvalue": [call(D(3, 5, 7), 2), call(D(3, 5, 7), 3, 1, True)],
 }
 
+#: torch has no forward derivative of these, or a wrong one (of no axes)
+DIFFERENCES = {
+    "var std": [call(D(3, 5, 7), [], True, True)],
+    "cdist": [call(D(2, 5, 7), D(2, 3, 7), p) for p in (1.0, 2.0, 3.0)],
+    "pdist": [call(D(5, 7), p) for p in (1.0, 2.0, 3.0)],
+}
+
 test_rule_agrees_with_jvp = agreement(CASES)
+test_rule_agrees_with_differences = agreement_with_differences(DIFFERENCES)
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
-def test_distances_of_all_pairs(p: float) -> None:
-    # torch has no forward derivative of cdist: its reverse one is the oracle
-    x, y = torch.randn(2, 5, 7, dtype=torch.float64), torch.randn(2, 3, 7, dtype=torch.float64)
-    t, s = torch.randn(4, *x.shape, dtype=torch.float64), torch.randn(4, *y.shape, dtype=torch.float64)
-    by_x, by_y = torch.autograd.functional.jacobian(lambda a, b: torch.cdist(a, b, p), (x, y))
-    out = torch.cdist(dual(x, t), dual(y, s), p)
-    torch.testing.assert_close(out.primal, torch.cdist(x, y, p))
-    torch.testing.assert_close(
-        out.tangents, torch.einsum("bijcnd,kcnd->kbij", by_x, t) + torch.einsum("bijcnd,kcnd->kbij", by_y, s)
-    )
+def test_the_deviation_of_what_does_not_vary_has_derivative_zero() -> None:
+    x, t = torch.ones(5, 7, dtype=torch.float64), torch.randn(3, 5, 7, dtype=torch.float64)
+    values, pushes = reference(lambda z: [z.std(1), torch.std_mean(z)[0]], [x], [t])
+    z = dual(x, t)
+    compare([z.std(1), torch.std_mean(z)[0]], values, pushes)
+    assert not z.std(1).tangents.any()
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+def test_the_deviation_of_one_number_is_not_one() -> None:
+    x = dual(torch.randn(5, 1), torch.randn(3, 5, 1))
+    assert x.std(1).buffer.isnan().all()
+    assert x.var(1).buffer.isnan().all()
+
+
+SPELLINGS = {
+    "max": lambda z: z.max(axis=1).values,
+    "topk": lambda z: torch.topk(z, 2, axis=0).values,
+    "sort": lambda z: z.sort(axis=0).values,
+    "std": lambda z: z.std(axis=1),
+    "var_mean": lambda z: torch.var_mean(z, 1, keepdims=True)[0],
+    "sum": lambda z: z.sum(axis=0, keepdims=True),
+    "chunk": lambda z: torch.chunk(z, 2, axis=1)[1],
+    "tensor_split": lambda z: torch.tensor_split(z, 2, axis=1)[0],
+    "cat": lambda z: torch.cat([z, z], axis=1),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_an_axis_by_the_name_that_numpy_gives_it(name: str) -> None:
+    x, t = torch.randn(5, 7, dtype=torch.float64), torch.randn(3, 5, 7, dtype=torch.float64)
+    values, pushes = reference(lambda z: [SPELLINGS[name](z)], [x], [t])
+    compare([SPELLINGS[name](dual(x, t))], values, pushes)
 
 
 def test_extremes_share_a_tie() -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from dual.rules.comparison import IMAGE, SIGNAL, D, agreement, call, dual
+from dual.rules.comparison import IMAGE, SIGNAL, D, P, agreement, agreement_with_differences, call
 
 CASES = {
     "F.unfold": [call(IMAGE, 3, padding=1), call(D(3, 7, 11), (2, 3))],
     "im2col": [call(IMAGE, (3, 3), (1, 1), (1, 1), (2, 2))],
     "F.fold": [call(D(2, 12, 60), (7, 11), 2), call(D(12, 60), (7, 11), 2)],
     "col2im": [call(D(2, 12, 60), (7, 11), (2, 2), (1, 1), (0, 0), (1, 1))],
-    "pixel_shuffle": [call(D(2, 12, 3, 5), 2), call(D(12, 3, 5), 2)],
-    "pixel_unshuffle": [call(D(2, 3, 4, 6), 2)],
+    "pixel_shuffle": [call(D(2, 12, 3, 5), 2), call(D(12, 3, 5), 2), call(D(12, 3, 5), upscale_factor=2)],
+    "pixel_unshuffle": [call(D(2, 3, 4, 6), 2), call(D(2, 3, 4, 6), downscale_factor=2)],
     "channel_shuffle": [call(D(2, 6, 3, 5), 3)],
     "interpolate": [
         call(IMAGE, scale_factor=2),
@@ -31,12 +29,17 @@ CASES = {
 
 test_rule_agrees_with_jvp = agreement(CASES)
 
+PLACES, VOLUME_PLACES = D(2, 4, 5, 2, low=-1.2, high=1.2), D(2, 2, 4, 5, 3, low=-1.2, high=1.2)
+DIFFERENCES = {
+    "F.grid_sample": [
+        call(IMAGE, PLACES, align_corners=False),
+        call(P(2, 3, 7, 11), PLACES, "bicubic", "border", True),
+        call(IMAGE, P(2, 4, 5, 2, low=-1.2, high=1.2), padding_mode="reflection", align_corners=False),
+        call(D(2, 3, 5, 7, 3), VOLUME_PLACES, mode="nearest", align_corners=True),
+    ],
+    "grid_sampler": [call(IMAGE, PLACES, 0, 0, False), call(D(2, 3, 5, 7, 3), VOLUME_PLACES, 0, 1, True)],
+    "grid_sampler_2d": [call(IMAGE, PLACES, 2, 1, False)],
+    "grid_sampler_3d": [call(D(2, 3, 5, 7, 3), VOLUME_PLACES, 0, 2, False)],
+}
 
-def test_grid_sampling_is_linear_in_the_image() -> None:
-    # torch has no forward derivative of it to compare with
-    x, t = torch.randn(2, 3, 5, 7), torch.randn(3, 2, 3, 5, 7)
-    grid = torch.rand(2, 3, 2, 2) * 2 - 1
-    for op, arguments in ((F.grid_sample, ("bilinear", "zeros", False)), (torch.grid_sampler, (0, 0, False))):
-        out = op(dual(x, t), grid, *arguments)
-        for row, of in zip(out.buffer, [x, *t], strict=True):
-            torch.testing.assert_close(row, op(of, grid, *arguments))
+test_grid_sampling = agreement_with_differences(DIFFERENCES)

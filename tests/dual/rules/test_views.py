@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dual.rules.comparison import LABELS, D, P, agreement, call, cases_of, index, writes_through
+from dual.rules.comparison import (
+    LABELS,
+    D,
+    P,
+    agreement,
+    agreement_with_differences,
+    call,
+    cases_of,
+    index,
+    writes_through,
+)
+
+from torchgeom_probe.dual import DualTensor
+from torchgeom_probe.errors import EngineRefusal
 
 CASES = {
     "view": [call(D(2, 3, 5), 6, 5), call(D(2, 3, 5), (2, 15)), call(D(2, 3, 5), -1), call(D(), 1)],
@@ -15,8 +28,13 @@ CASES = {
     "ravel": [call(D(2, 3))],
     "unflatten": [call(D(2, 15, 7), 1, (3, 5)), call(D(2, 15), -1, (3, -1))],
     "permute": [call(D(2, 3, 5), (2, 0, 1)), call(D(2, 3, 5), dims=(-1, 0, 1))],
-    "transpose swapaxes swapdims": [call(D(2, 3, 5), 0, 2), call(D(2, 3, 5), -1, 1)],
-    "movedim moveaxis": [call(D(2, 3, 5), 0, -1), call(D(2, 3, 5), (0, 1), (-1, 0))],
+    "transpose swapaxes swapdims": [
+        call(D(2, 3, 5), 0, 2),
+        call(D(2, 3, 5), -1, 1),
+        call(D(5), 0, -1),
+        call(D(), 0, -1),
+    ],
+    "movedim moveaxis": [call(D(2, 3, 5), 0, -1), call(D(2, 3, 5), (0, 1), (-1, 0)), call(D(), 0, -1)],
     "t": [call(D(3, 5)), call(D(3))],
     "mT mH adjoint": [call(D(2, 3, 5))],
     "T H flipud fliplr __iter__": [call(D(3, 5))],
@@ -24,11 +42,11 @@ CASES = {
     "squeeze": [call(D(1, 3, 1, 5)), call(D(1, 3, 1, 5), 2), call(D(1, 3, 1, 5), (0, -2)), call(D(3, 5), 1), call(D())],
     "expand": [call(D(3, 1), 3, 5), call(D(5), (2, 3, 5)), call(D(3, 1), -1, 5)],
     "broadcast_to": [call(D(3, 1), (2, 3, 5))],
-    "expand_as": [call(D(3, 1), P(2, 3, 5)), call(P(3, 1), D(2, 3, 5))],
+    "expand_as": [call(D(3, 1), P(2, 3, 5)), call(P(3, 1), D(2, 3, 5)), call(D(), P())],
     "repeat": [call(D(3, 5), 2, 1, 3), call(D(3, 5), (2, 2))],
     "tile": [call(D(3, 5), (2,)), call(D(3, 5), (2, 1, 3))],
     "repeat_interleave": [call(D(3, 5), 2, 1), call(D(3, 5), torch.tensor([1, 0, 2]), dim=0), call(D(3, 5), 2)],
-    "roll": [call(D(3, 5, 7), 2, 1), call(D(3, 5, 7), (1, -2), (-1, 0))],
+    "roll": [call(D(3, 5, 7), 2, 1), call(D(3, 5, 7), (1, -2), (-1, 0)), call(D(3, 5, 7), 2), call(D(5, 7), 1, [])],
     "flip": [call(D(3, 5, 7), (0, -1)), call(D(3, 5, 7), dims=[1])],
     "Tensor.flip": [call(D(3, 5, 7), 0, 2)],
     "tril triu": [call(D(2, 5, 7)), call(D(5, 7), -1), call(D(5, 7), diagonal=2)],
@@ -45,7 +63,8 @@ CASES = {
     "torch.real": [call(D(3, 5, dtype=torch.complex128)), call(D(3, 5))],
     "view_as_complex": [call(D(3, 5, 2))],
     "take_along_dim": [call(D(3, 5), index(5, 3, 2), 1)],
-    "atleast_1d atleast_2d atleast_3d": [call(D(5)), call(D(2, 3))],
+    "torch.atleast_1d torch.atleast_2d torch.atleast_3d": [call(D(5)), call(D(2, 3)), call(D(5), P(2, 3), D())],
+    "VF.atleast_1d VF.atleast_2d VF.atleast_3d": [call([D(5), P()])],
     "fft ifft rfft fftshift ifftshift fftn ifftn rfftn ihfft fft2 ifft2 rfft2": [call(D(3, 5, 7))],
     "irfft irfftn irfft2 hfft": [call(D(3, 5, 7, dtype=torch.complex128))],
     "sum_to_size": [call(D(3, 5, 7), 5, 1)],
@@ -60,14 +79,26 @@ CASES = {
         call([D(3, 5), D(2, 5)]),
         call([D(3, 5), P(3, 2), D(3, 7)], 1),
         call((P(3, 5), D(3, 5)), dim=-1),
+        call([P(0), D(3, 5)], 1),
+        call([P(0), D(3)]),
     ],
+    "as_strided": [call(D(5, 7), (2, 3), (7, 2)), call(D(5, 7), (3, 2), (1, 7), 4)],
     "stack": [call([D(3, 5), P(3, 5)]), call([D(3, 5), D(3, 5)], 1), call([D(3, 5), D(3, 5)], dim=-1)],
-    "hstack vstack dstack column_stack row_stack": [call([D(3, 5), P(3, 5)]), call([D(5), D(5)])],
+    "hstack vstack dstack column_stack row_stack": [call([D(3, 5), P(3, 5)]), call([D(5), D(5)]), call([D(), P()])],
     "broadcast_tensors": [call(D(3, 1), P(5), D(2, 1, 1))],
     "meshgrid": [call(D(3), P(5), indexing="ij"), call(D(3), D(5), indexing="ij")],
 }
 
+DIFFERENCES = {
+    "as_strided_scatter": [
+        call(D(5, 7), D(2, 3), (2, 3), (7, 2)),
+        call(D(5, 7), P(3, 2), (3, 2), (1, 7), 4),
+        call(P(5, 7), D(3), (3,), (2,)),
+    ]
+}
+
 test_rule_agrees_with_jvp = agreement(CASES)
+test_rule_agrees_with_differences = agreement_with_differences(DIFFERENCES)
 
 
 VIEWS = (
@@ -80,3 +111,33 @@ VIEWS = (
 def test_writing_to_a_view_writes_to_the_whole(name: str) -> None:
     op = next(o for o in LABELS if {name, f"Tensor.{name}"} & set(LABELS[o]))
     writes_through(op, cases_of(op, CASES)[0])
+
+
+def test_what_torch_copies_is_copied() -> None:
+    x = DualTensor(torch.randn(3, 4, 6))
+    before = x.buffer.clone()
+    x[:, ::2][0].ravel().mul_(2)  # a strided row could be had as a view
+    x[[0, 1]].mul_(2)
+    assert torch.equal(x.buffer, before)
+
+
+def test_what_torch_gives_as_a_view_is_one() -> None:
+    views = {
+        "a list of tensors": lambda z: torch.atleast_2d([z, z])[0],
+        "places in memory": lambda z: z.as_strided((2, 3), (6, 2), 1),
+        "a 0-dim index": lambda z: z[torch.tensor(1)],
+        "an axis of a row": lambda z: z[0].transpose(0, -1),
+    }
+    for name, view in views.items():
+        x = DualTensor(torch.randn(3, 4, 6))
+        rows = [row.clone() for row in x.buffer]
+        view(x).mul_(2)
+        for row in rows:
+            view(row).mul_(2)
+        assert torch.equal(x.buffer, torch.stack(rows)), name
+
+
+def test_memory_that_is_laid_out_otherwise_is_refused() -> None:
+    rows_inside = DualTensor(torch.randn(4, 3).t())
+    with pytest.raises(EngineRefusal, match=r"as_strided\(\) reaches into memory"):
+        rows_inside.as_strided((2,), (1,))

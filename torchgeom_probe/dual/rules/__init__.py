@@ -13,5 +13,7 @@ from torchgeom_probe.dual.rules import normalisation as normalisation
 from torchgeom_probe.dual.rules import pooling as pooling
 from torchgeom_probe.dual.rules import products as products
 from torchgeom_probe.dual.rules import reductions as reductions
+from torchgeom_probe.dual.rules import refusals as refusals
 from torchgeom_probe.dual.rules import resampling as resampling
+from torchgeom_probe.dual.rules import special as special
 from torchgeom_probe.dual.rules import views as views

@@ -46,11 +46,9 @@ def _add(input: Any, other: Any, *, alpha: Any = 1) -> Any:
 
 @rule("Tensor.add_ Tensor.__iadd__")
 def _add_in_place(input: Any, other: Any, *, alpha: Any = 1) -> Any:
-    if not isinstance(input, DualTensor) or any_dual(alpha):
+    if not isinstance(input, DualTensor) or any_dual(alpha) or ndim_of(other) > ndim_of(input):
         return NotImplemented
     if isinstance(other, DualTensor):
-        if ndim_of(other) > ndim_of(input):
-            return NotImplemented
         input.buffer.add_(operands(input, other)[1], alpha=alpha)
     else:
         input.buffer[0].add_(other, alpha=alpha)
@@ -85,13 +83,12 @@ def _mul(input: Any, other: Any) -> Any:
 
 @rule("Tensor.mul_ Tensor.multiply_ Tensor.__imul__")
 def _mul_in_place(input: Any, other: Any) -> Any:
-    if not isinstance(input, DualTensor):
+    if not isinstance(input, DualTensor) or ndim_of(other) > ndim_of(input):
         return NotImplemented
     if not isinstance(other, DualTensor):
         input.buffer.mul_(other)
         return input
-    aliased = torch._C._is_alias_of(input.buffer, other.buffer)  # type: ignore[attr-defined]
-    if aliased or ndim_of(other) > ndim_of(input):
+    if torch._C._is_alias_of(input.buffer, other.buffer):  # type: ignore[attr-defined]
         return in_place_of(_mul)(input, other)
     right = operands(input, other)[1]
     input.tangents.mul_(right[0]).addcmul_(right[1:], input.primal)
@@ -104,7 +101,7 @@ def _mul_in_place(input: Any, other: Any) -> Any:
     in_place="Tensor.div_ Tensor.divide_ Tensor.true_divide_ Tensor.__itruediv__ Tensor.__idiv__",
 )
 def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
-    # (a/b)' = (a' - (a/b) b') / b
+    # (a/b)' = (a' - (a/b) b') / b, in this order: a'/b and its counterpart overflow where b is small
     if rounding_mode is not None:
         return NotImplemented
     left, right = operands(input, other)
@@ -113,9 +110,9 @@ def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
     if not isinstance(input, DualTensor):
         value = left / right[0]
         return DualTensor(torch.cat([value[None], right[1:] * (-value / right[0])]))
-    out = left / right[0]
-    out[1:].addcmul_(right[1:], out[0] / right[0], value=-1)
-    return DualTensor(out)
+    value = left[0] / right[0]
+    tangents = torch.addcmul(left[1:], right[1:], value, value=-1).div_(right[0])
+    return DualTensor(torch.cat([value[None], tangents]))
 
 
 register(lambda input, other: _div(other, input), "Tensor.__rtruediv__ Tensor.__rdiv__")
@@ -223,16 +220,21 @@ def _masked_fill(op: Any) -> Rule:
 
 #: names → (∂f/∂a, ∂f/∂b) at a, b with y = f(a, b)
 PARTIALS: dict[str, Callable[..., tuple[Any, Any]]] = {
-    "atan2 arctan2": lambda a, b, y: (b / (a * a + b * b), -a / (a * a + b * b)),
+    # through hypot: a² + b² overflows where the slope does not
+    "atan2 arctan2": lambda a, b, y: (b / (r := torch.hypot(a, b)) / r, -a / r / r),
     "hypot": lambda a, b, y: (a / y, b / y),
     "logaddexp": lambda a, b, y: ((a - y).exp(), (b - y).exp()),
     "logaddexp2": lambda a, b, y: ((a - y).exp2(), (b - y).exp2()),
     "remainder Tensor.__mod__": lambda a, b, y: (1, -(a / b).floor()),
     "fmod": lambda a, b, y: (1, -(a / b).trunc()),
+    "copysign": lambda a, b, y: ((y / a).masked_fill(a == 0, 0), 0),
+    "nextafter": lambda a, b, y: (1, 0),
 }
 
 
-def _smooth_binary(op: Any, partials: Callable[..., tuple[Any, Any]]) -> Rule:
+def smooth_binary(op: Any, partials: Callable[..., tuple[Any, Any]]) -> Rule:
+    """The rule of a function of two numbers, from both partial derivatives at a, b with y = f(a, b)."""
+
     def push(input: Any, other: Any) -> Any:
         # y' = ∂f/∂a a' + ∂f/∂b b'
         value = op(primal_of(input), primal_of(other))
@@ -247,6 +249,6 @@ def _smooth_binary(op: Any, partials: Callable[..., tuple[Any, Any]]) -> Rule:
 
 
 for _names, _partials in PARTIALS.items():
-    rule_of_each(_names)(functools.partial(_smooth_binary, partials=_partials))
+    rule_of_each(_names)(functools.partial(smooth_binary, partials=_partials))
     for _op in ops_named(_names):
         register(in_place_of(RULES[_op]), f"Tensor.{_op.__name__}_")

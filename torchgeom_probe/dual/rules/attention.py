@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from torchgeom_probe.dual.registry import any_dual, from_end, register, row_by_row, rows_of, rule, traced
+from torchgeom_probe.dual.registry import any_dual, from_end, reduced, register, row_by_row, rows_of, rule, traced
 from torchgeom_probe.dual.tensor import DualTensor
 from torchgeom_probe.shapes import Tensor
 
@@ -20,11 +20,11 @@ _SCORE_BYTES = {"cpu": 1 << 20}
 _SCORE_BYTES_ELSEWHERE = 1 << 28
 
 
-def softmax_rows(buffer: Tensor, dim: int) -> Tensor:
-    """The softmax of a buffer along a negative axis."""
+def softmax_rows(buffer: Tensor, dim: int, softmax: Callable[..., Tensor] = torch.softmax) -> Tensor:
+    """The softmax of a buffer along a negative axis; torch's safe one is 0 where all is -∞."""
     # y = softmax(p);  y' = y (t - Σ y t), a symmetric Jacobian: torch's own backward kernel applies it in one sweep
     out = torch.empty_like(buffer)
-    y = torch.softmax(buffer[0], dim)
+    y = softmax(buffer[0], dim)
     out[0].copy_(y)
     if row_by_row(buffer) and buffer.is_contiguous():
         for row in range(1, buffer.shape[0]):
@@ -35,11 +35,13 @@ def softmax_rows(buffer: Tensor, dim: int) -> Tensor:
     return out
 
 
-def _softmax(input: DualTensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+def _softmax(
+    input: DualTensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None, softmax: Any = torch.softmax
+) -> Any:
     if dim is None or input.buffer.ndim == 1:
         return NotImplemented
     b = input.buffer if dtype is None else input.buffer.to(dtype)
-    return DualTensor(softmax_rows(b, from_end(dim, b.ndim - 1)))
+    return DualTensor(softmax_rows(b, from_end(dim, b.ndim - 1), softmax))
 
 
 def _log_softmax(input: DualTensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
@@ -60,6 +62,9 @@ register(_softmax, "F.softmax")
 register(
     lambda input, dim, dtype=None: _softmax(input, dim, dtype=dtype), "torch.softmax Tensor.softmax special.softmax"
 )
+register(
+    lambda input, dim, dtype=None: _softmax(input, dim, dtype=dtype, softmax=torch._safe_softmax), "torch._safe_softmax"
+)
 register(_log_softmax, "F.log_softmax")
 register(
     lambda input, dim, dtype=None: _log_softmax(input, dim, dtype=dtype),
@@ -77,7 +82,7 @@ def _logsumexp(input: DualTensor, dim: Any, keepdim: bool = False) -> Any:
     # y = log Σ e^p;  y' = Σ e^(p - y) t
     if input.buffer.ndim == 1:
         return NotImplemented
-    dims = [from_end(d, input.buffer.ndim - 1) for d in ((dim,) if isinstance(dim, int) else dim)]
+    dims = reduced(dim, input.buffer.ndim - 1)
     y = torch.logsumexp(input.primal, dims, keepdim=True)
     tangents = (input.tangents * (input.primal - y).exp()).sum(dims, keepdim=True)
     out = torch.cat([y[None], tangents])
@@ -97,9 +102,10 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Any:
     # o = y v, y = softmax(s), s = c q kᵀ + mask.  With a = y s':  y' = a - y Σ a,  so  o' = a v - (Σ a) o + y v'
-    if dropout_p or not any_dual(query, key, value) or min(query.ndim, key.ndim, value.ndim) < 3:
+    if dropout_p or (is_causal and attn_mask is not None):
         return NotImplemented
-    if any_dual(attn_mask) or not (query.shape[:-2] == key.shape[:-2] == value.shape[:-2]):
+    batched = min(query.ndim, key.ndim, value.ndim) > 2 and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    if not batched or any_dual(attn_mask) or not any_dual(query, key, value):
         return _attention_by_parts(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     q, k, v = _Heads(query), _Heads(key), _Heads(value)
     c = 1 / math.sqrt(q.width) if scale is None else scale
@@ -224,4 +230,5 @@ def _attention_by_parts(
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, -1) @ value
+    weights = torch.softmax(scores, -1) if attn_mask is None else torch._safe_softmax(scores, -1)
+    return weights @ value

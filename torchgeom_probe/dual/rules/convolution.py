@@ -53,7 +53,7 @@ class KnownPrimals:
         pushed = convolve(x.buffer[1:].flatten(0, 1))
         out = rows_like(pushed[:samples], x.buffer.shape[0])
         out[0].copy_(primal)
-        out[1:].copy_(pushed.unflatten(0, (-1, samples)))
+        out[1:].copy_(pushed.unflatten(0, (x.buffer.shape[0] - 1, samples)))
         return DualTensor(out)
 
 
@@ -151,7 +151,7 @@ def _result_shape(
         (size + 2 * p - d * (kernel - 1) - 1) // s + 1
         for size, kernel, s, p, d in zip(shape[2:], weight.shape[2:], *per_axis, strict=True)
     ]
-    if min(places, default=1) < 1 or shape[1] % weight.shape[1] or weight.shape[0] < 1:
+    if min(places) < 1 or not weight.numel() or shape[1] % weight.shape[1]:
         return None
     return (shape[0], weight.shape[0], *places)
 

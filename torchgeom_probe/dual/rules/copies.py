@@ -13,19 +13,21 @@ from torchgeom_probe.shapes import Tensor
 
 
 @rule("Tensor.copy_")
-def _copy(input: Any, source: Any, non_blocking: bool = False) -> Any:
+def _copy(input: Any, other: Any, non_blocking: bool = False) -> Any:
     if not isinstance(input, DualTensor):
         return NotImplemented
-    if isinstance(source, DualTensor):
-        input.buffer.copy_(aligned(source, ndim_of(input)))
+    if isinstance(other, DualTensor):
+        input.buffer.copy_(aligned(other, ndim_of(input)))
     else:
         input.buffer[1:].zero_()
-        input.buffer[0].copy_(source)
+        input.buffer[0].copy_(other)
     return input
 
 
 @rule("zero_ fill_")
-def _fill(input: DualTensor, value: Any = 0) -> Any:
+def _fill(input: Any, value: Any = 0) -> Any:
+    if not isinstance(input, DualTensor):
+        return NotImplemented
     if isinstance(value, DualTensor):
         return _copy(input, value)
     input.buffer[1:].zero_()
@@ -35,23 +37,35 @@ def _fill(input: DualTensor, value: Any = 0) -> Any:
 
 @rule_of_each(
     "Tensor.normal_ Tensor.uniform_ Tensor.bernoulli_ Tensor.random_ Tensor.exponential_ Tensor.cauchy_"
-    " Tensor.log_normal_ Tensor.geometric_"
+    " Tensor.log_normal_ Tensor.geometric_ logical_not_ logical_and_ logical_or_ logical_xor_ Tensor.eq_ Tensor.ne_"
+    " Tensor.lt_ Tensor.le_ Tensor.gt_ Tensor.ge_ Tensor.not_equal_ Tensor.less_ Tensor.less_equal_ Tensor.greater_"
+    " Tensor.greater_equal_ Tensor.floor_divide_ Tensor.__ifloordiv__ Tensor.heaviside_ Tensor.sign_ floor_ ceil_"
+    " round_ trunc_ fix_"
 )
-def _drawn(op: Any) -> Rule:
+def _constant_in_place(op: Any) -> Rule:
     def push(input: Any, *args: Any, **kwargs: Any) -> Any:
-        # filled with numbers that do not depend on the input
-        if not isinstance(input, DualTensor) or any_dual(*args, *kwargs.values()):
+        # filled with numbers that do not depend on the input, or only in steps
+        if not isinstance(input, DualTensor):
             return NotImplemented
-        op(input.buffer[0], *args, **kwargs)
+        op(input.buffer[0], *map(primal_of, args), **{key: primal_of(value) for key, value in kwargs.items()})
         input.buffer[1:].zero_()
         return input
 
     return push
 
 
+@rule("torch.normal")
+def _normal(mean: Any, std: Any = 1.0, size: Any = None, *, generator: Any = None) -> Any:
+    # y = μ + σ ε, for the ε that was drawn:  y' = μ' + σ' ε
+    if size is not None:
+        return NotImplemented
+    deviation = torch.normal(primal_of(mean), primal_of(std), generator=generator) - primal_of(mean)
+    return mean + deviation + (0 if not any_dual(std) else deviation / primal_of(std) * (std - primal_of(std)))
+
+
 @rule("clone")
-def _clone(input: DualTensor, *, memory_format: torch.memory_format = torch.preserve_format) -> DualTensor:
-    return DualTensor(_in_format(input.buffer, memory_format, copy=True))
+def _clone(input: DualTensor, *, memory_format: torch.memory_format | None = None) -> DualTensor:
+    return DualTensor(_in_format(input.buffer, memory_format or torch.preserve_format, copy=True))
 
 
 @rule("Tensor.contiguous")
@@ -66,7 +80,15 @@ def _in_format(buffer: Tensor, memory_format: torch.memory_format, *, copy: bool
         return buffer.clone(memory_format=memory_format) if copy else buffer.contiguous()
     rows = buffer.flatten(0, 1)  # channels_last is a format of 4 axes: of the rows folded into the batch
     rows = rows.clone(memory_format=memory_format) if copy else rows.contiguous(memory_format=memory_format)
-    return rows.unflatten(0, (buffer.shape[0], -1))
+    return rows.unflatten(0, buffer.shape[:2])
+
+
+def _cast_to(input: DualTensor, buffer: Tensor, memory_format: torch.memory_format | None) -> Any:
+    if not (buffer.is_floating_point() or buffer.is_complex()):
+        return buffer[0]
+    if memory_format not in (None, torch.preserve_format) and not input.is_contiguous(memory_format=memory_format):
+        buffer = _in_format(buffer, memory_format, copy=False)
+    return input if buffer is input.buffer else DualTensor(buffer)
 
 
 @rule("Tensor.to")
@@ -74,22 +96,15 @@ def _to(input: Any, *args: Any, memory_format: Any = None, **kwargs: Any) -> Any
     args = tuple(primal_of(a) for a in args)
     kwargs = {key: primal_of(value) for key, value in kwargs.items()}
     if not isinstance(input, DualTensor):
-        return input.to(*args, **kwargs)
-    buffer = input.buffer.to(*args, **kwargs)
-    if not (buffer.is_floating_point() or buffer.is_complex()):
-        return buffer[0]
-    if memory_format is not None and memory_format is not torch.preserve_format:
-        buffer = _in_format(buffer, memory_format, copy=False)
-    return input if buffer is input.buffer else DualTensor(buffer)
+        return input.to(*args, memory_format=memory_format, **kwargs)
+    return _cast_to(input, input.buffer.to(*args, **kwargs), memory_format)
 
 
-@rule_of_each(*(f"Tensor.{name}" for name in "float double half bfloat16 cfloat cdouble cpu cuda".split()))
+@rule_of_each(*(f"Tensor.{name}" for name in "float double half bfloat16 chalf cfloat cdouble cpu cuda".split()))
 def _cast(op: Any) -> Rule:
-    def push(input: DualTensor, *args: Any, **kwargs: Any) -> DualTensor:
-        buffer = op(input.buffer, *args, **kwargs)
-        return input if buffer is input.buffer else DualTensor(buffer)
-
-    return push
+    return lambda input, *args, memory_format=None, **kwargs: _cast_to(
+        input, op(input.buffer, *args, **kwargs), memory_format
+    )
 
 
 @rule("Tensor.new_tensor")
@@ -117,7 +132,8 @@ def _made_like(op: Any) -> Rule:
         if not isinstance(input, DualTensor) or any_dual(*args, *kwargs.values()):
             return NotImplemented
         value = op(input.primal, *args, **kwargs)
-        return DualTensor(with_rows(value, input.buffer.shape[0])) if value.is_floating_point() else value
+        smooth = value.is_floating_point() or value.is_complex()
+        return DualTensor(with_rows(value, input.buffer.shape[0])) if smooth else value
 
     return push
 

@@ -70,8 +70,8 @@ BY_ONE_JVP = (
 ).split()
 
 
-def _elementwise(op: Any, name: str, *, writes: bool) -> Rule:
-    place, formula, random = inplace_at(op), SLOPES.get(name), name == "rrelu"
+def _elementwise(op: Any, formula: Callable[..., Tensor] | None, *, writes: bool) -> Rule:
+    place, random = inplace_at(op), "rrelu" in op.__name__
 
     def push(input: Any, *args: Any, inplace: bool = False, **kwargs: Any) -> Any:
         if not isinstance(input, DualTensor) or any_dual(*args, *kwargs.values()):
@@ -84,7 +84,10 @@ def _elementwise(op: Any, name: str, *, writes: bool) -> Rule:
         if p.is_complex():
             return NotImplemented  # these are derivatives along the real axis
         if formula is None:
-            value, slope = torch.func.jvp(lambda q: op(q, *args, **kwargs), (p,), (torch.ones_like(p),))[:2]
+            try:
+                value, slope = torch.func.jvp(lambda q: op(q, *args, **kwargs), (p,), (torch.ones_like(p),))[:2]
+            except NotImplementedError:  # not in this type
+                return NotImplemented
             if value.shape != p.shape:  # clamp with a larger bound
                 return NotImplemented
         else:
@@ -95,10 +98,15 @@ def _elementwise(op: Any, name: str, *, writes: bool) -> Rule:
     return push
 
 
+def register_slope(name: str, formula: Callable[..., Tensor] | None) -> None:
+    """Register an elementwise function, in place too, by its f'(p, y, *args); without one f' comes from a jvp."""
+    for op in ops_named(name):
+        RULES[op] = _elementwise(op, formula, writes=False)
+        register(_elementwise(op, formula, writes=True), f"{name}_")
+
+
 for _name in [*SLOPES, *BY_ONE_JVP]:
-    for _op in ops_named(_name):
-        RULES[_op] = _elementwise(_op, _name, writes=False)
-        register(_elementwise(_op, _name, writes=True), f"{_name}_")
+    register_slope(_name, SLOPES.get(_name))
 
 
 @rule("relu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,22 +19,24 @@ def _index_select(input: Any, dim: int, index: Tensor) -> Any:
 
 @rule("take")
 def _take(input: Any, index: Tensor) -> Any:
-    return DualTensor(input.buffer.flatten(1)[:, index]) if isinstance(input, DualTensor) else NotImplemented
+    return DualTensor(input.buffer.reshape(rows_of(input), -1)[:, index])
 
 
 @rule("gather")
 def _gather(input: Any, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
-    if ndim_of(input) == 0:
+    if ndim_of(input) == 0 or index.ndim != ndim_of(input):
         return NotImplemented
     return DualTensor(input.buffer.gather(at(dim), index.expand(rows_of(input), *index.shape)))
 
 
 def _index(index: Any) -> tuple[Any, int] | None:
     """The same index behind a full slice of the rows, and where the rows end up; None where that is not plain."""
-    items = index if isinstance(index, tuple) else (index,)
-    # Torch applies ints before it tells tensors apart, takes 0-dim tensors for ints, and lets "..." cover nothing.
+    items = tuple(_plain_int(i) for i in index) if isinstance(index, tuple) else (_plain_int(index),)
+    # Torch applies ints before it tells tensors apart, lets "..." cover nothing, and may take a list for a tuple.
     # Where that could matter, each row is indexed by itself.
-    if any(isinstance(i, (DualTensor, bool)) or (isinstance(i, Tensor) and i.ndim == 0) for i in items):
+    if any(isinstance(i, bool) or (isinstance(i, Tensor) and i.ndim == 0) for i in items):
+        return None
+    if isinstance(index, list) and any(isinstance(i, (list, tuple, slice, Tensor)) for i in index):
         return None
     arrays = [isinstance(i, (Tensor, list, range)) or hasattr(i, "__array__") for i in items]
     advanced = [n for n, is_array in enumerate(arrays) if is_array]
@@ -46,6 +49,14 @@ def _index(index: Any) -> tuple[Any, int] | None:
     if any(i.dtype == torch.bool for i in joint):
         return None
     return (slice(None), *items), len(torch.broadcast_shapes(*(i.shape for i in joint)))
+
+
+def _plain_int(item: Any) -> Any:
+    """Torch takes a whole number in a 0-dim tensor, or of numpy, for an int: such an index gives a view."""
+    whole = isinstance(item, Integral) and not isinstance(item, bool)
+    if isinstance(item, Tensor) and item.ndim == 0 and not isinstance(item, DualTensor):
+        whole = item.dtype not in (torch.bool, torch.uint8)
+    return int(item) if whole else item
 
 
 @rule("Tensor.__getitem__")
@@ -88,8 +99,11 @@ def _index_op(op: Any) -> Rule:
         known = not any_dual(*kwargs.values()) and not set(kwargs) - {"alpha"}
         if not isinstance(source, Tensor) or not known or ndim_of(input) == 0:
             return NotImplemented
+        scatters = op.__name__.startswith("scatter")
+        if ndim_of(source) != ndim_of(input) or (scatters and index.ndim != ndim_of(input)):
+            return NotImplemented
         rows = rows_of(input, source)
-        where = index.expand(rows, *index.shape) if op.__name__.startswith("scatter") else index
+        where = index.expand(rows, *index.shape) if scatters else index
         return DualTensor(op(with_rows(input, rows), at(dim), where, with_rows(source, rows), **kwargs))
 
     return push
@@ -101,6 +115,12 @@ for _name in ("scatter", "scatter_add", "index_add", "index_copy"):
 
 @rule("masked_select")
 def _masked_select(input: Any, mask: Tensor) -> Any:
-    if not isinstance(input, DualTensor) or mask.shape != input.shape:
-        return NotImplemented
-    return DualTensor(input.buffer[:, mask])
+    shape = torch.broadcast_shapes(mask.shape, input.shape)
+    return DualTensor(aligned(input, len(shape)).expand(rows_of(input), *shape)[:, mask.expand(shape)])
+
+
+@rule("index_fill", in_place="Tensor.index_fill_")
+def _index_fill(input: Any, dim: int, index: Tensor, value: Any) -> Any:
+    # by the rule of where: y' is 0 in the places filled with a number, the value's own tangent in those of a dual
+    chosen = torch.zeros(input.shape, dtype=torch.bool, device=input.device).index_fill_(dim, index, True)
+    return torch.where(chosen, value, input)

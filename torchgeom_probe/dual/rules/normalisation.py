@@ -101,10 +101,10 @@ def _layer_norm(
 def _group_norm(
     input: DualTensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> Any:
-    if any_dual(weight, bias) or ndim_of(input) < 2:
+    if any_dual(weight, bias) or ndim_of(input) < 2 or not input.numel():
         return NotImplemented
     b = input.buffer
-    out = _standardised(b.reshape(*b.shape[:2], num_groups, -1), 1, eps).reshape(b.shape)
+    out = _standardised(b.unflatten(2, (num_groups, -1)).flatten(3), 1, eps).reshape(b.shape)
     spread = (-1, *[1] * (b.ndim - 3))
     if weight is not None:
         out.mul_(weight.reshape(spread))

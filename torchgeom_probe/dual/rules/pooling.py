@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -16,11 +17,16 @@ for _spatial in (1, 2, 3):
 
 
 def _max_pooling(pool: Any, spatial: int, *, with_indices: bool) -> Rule:
-    def push(input: DualTensor, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
+    # behind the input, as the with_indices form has them
+    names = list(inspect.signature(getattr(F, f"{pool.__name__}_with_indices")).parameters)[1:]
+
+    def push(input: Any, *args: Any, **kwargs: Any) -> Any:
         # y = p[argmax]; y' = t[argmax]: the primal's winners, gathered from the tangents
-        if ndim_of(input) != spatial + 2:
+        if not isinstance(input, DualTensor) or ndim_of(input) != spatial + 2:
             return NotImplemented
-        value, index = pool(input.primal, *args, return_indices=True, **kwargs)
+        kwargs |= dict(zip(names, args, strict=False))
+        return_indices = kwargs.pop("return_indices", False)
+        value, index = pool(input.primal, return_indices=True, **kwargs)
         rows, start = input.buffer.shape[0], -spatial
         out = rows_like(value, rows)
         out[0].copy_(value)

@@ -24,9 +24,10 @@ from torchgeom_probe.shapes import Tensor
 
 @rule("linear")
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    # (Wx + b)' = Wx'
+    # (Wx + b)' = Wx';  of a dual weight by the rules of the parts
     if any_dual(weight, bias):
-        return NotImplemented
+        out = torch.matmul(input, weight.mT) if ndim_of(weight) == 2 else torch.matmul(input, weight)
+        return out if bias is None else out + bias
     out = F.linear(input.buffer, weight)
     if bias is not None:
         out[0].add_(bias)
@@ -85,7 +86,7 @@ def multilinear(op: Callable[..., Tensor], *factors: Any) -> Any:
     return DualTensor(out)
 
 
-@rule_of_each("mv dot vdot inner outer ger kron tensordot cross vecdot")
+@rule_of_each("mv dot vdot inner outer ger kron torch.tensordot cross vecdot")
 def _bilinear_op(op: Any) -> Rule:
     def push(a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
         if any_dual(*args, *kwargs.values()):
@@ -95,7 +96,7 @@ def _bilinear_op(op: Any) -> Rule:
     return push
 
 
-@rule("einsum")
+@rule("torch.einsum")
 def _einsum(equation: Any, *factors: Any) -> Any:
     if len(factors) == 1 and isinstance(factors[0], (list, tuple)):
         factors = tuple(factors[0])
@@ -109,7 +110,8 @@ def _einsum(equation: Any, *factors: Any) -> Any:
 
 def _plus_product(product: Callable[[Any, Any], Any]) -> Rule:
     def push(input: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-        return product(a, b) * alpha + input * beta if beta != 0 else product(a, b) * alpha
+        out = product(a, b) if alpha == 1 else product(a, b) * alpha
+        return out if beta == 0 else out + (input if beta == 1 else input * beta)
 
     return push
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from torchgeom_probe.dual.registry import all_at, at, from_end, ndim_of, on_rows, register, rule, rule_of_each
+from torchgeom_probe.dual.registry import at, ndim_of, on_rows, reduced, register, rule, rule_of_each
 from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
 from torchgeom_probe.shapes import Tensor
 
 
 @rule_of_each("sum mean")
 def _sum_like(op: Any) -> Rule:
-    def push(input: DualTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Any:
-        dim = axis if dim is None else dim
+    def push(input: DualTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
         if ndim_of(input) == 0 or isinstance(dim, torch.dtype):
             return NotImplemented
-        dims = list(range(1, input.buffer.ndim)) if dim is None or dim == () else all_at(dim)
-        return DualTensor(op(input.buffer, dims, keepdim=keepdim, dtype=dtype))
+        return DualTensor(op(input.buffer, reduced(dim, ndim_of(input)), keepdim=keepdim, dtype=dtype))
 
     return push
 
@@ -28,7 +27,17 @@ def _cumsum(input: DualTensor, dim: int, *, dtype: Any = None) -> Any:
     return NotImplemented if ndim_of(input) == 0 else DualTensor(input.buffer.cumsum(at(dim), dtype=dtype))
 
 
-rule_of_each("diff trace trapezoid trapz")(on_rows)
+rule_of_each("trace trapezoid trapz")(on_rows)
+
+
+@rule("diff")
+def _diff(input: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
+    # of what stands in a row, put together by the rule of cat
+    if not n:
+        return input.clone()
+    parts = [part for part in (prepend, input, append) if part is not None]
+    whole: Any = torch.cat(parts, dim) if len(parts) > 1 else input
+    return DualTensor(torch.diff(whole.buffer, n, at(dim))) if ndim_of(whole) else NotImplemented
 
 
 # ------------------------------------------------------------------------------------------------- moments and norms
@@ -36,16 +45,19 @@ rule_of_each("diff trace trapezoid trapz")(on_rows)
 
 def _var(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
     # var = Σ c²/m, c = p - mean p;  var' = 2 Σ c t / m
-    dims, keepdim, correction = _moment_arguments(*args, **kwargs)
-    if ndim_of(input) == 0 or input.buffer.is_complex():
+    if ndim_of(input) == 0 or input.buffer.is_complex() or set(kwargs) - _MOMENT_ARGUMENTS:
         return NotImplemented
+    dims, keepdim, correction = _moment_arguments(*args, **kwargs)
     p = input.primal
     variance = torch.var(p, *args, **kwargs)
-    dims = [from_end(d, p.ndim) for d in dims or range(-p.ndim, 0)]
+    dims = reduced(dims, p.ndim)
     centred = p - p.mean(dims, keepdim=True)
-    count = p.numel() // max(1, centred.sum(dims).numel()) - correction
-    tangents = (input.tangents * centred).sum(dims, keepdim=keepdim) * (2 / count)
+    count = math.prod(p.shape[d] for d in set(dims)) - correction
+    tangents = (input.tangents * centred).sum(dims, keepdim=keepdim) * (2 / count if count else math.inf)
     return DualTensor(torch.cat([variance[None], tangents]))
+
+
+_MOMENT_ARGUMENTS = {"dim", "unbiased", "keepdim", "correction"}
 
 
 def _moment_arguments(*args: Any, **kwargs: Any) -> tuple[Any, bool, float]:
@@ -55,12 +67,16 @@ def _moment_arguments(*args: Any, **kwargs: Any) -> tuple[Any, bool, float]:
     dim, correction = given.get("dim"), given.get("correction")
     if correction is None:
         correction = int(given.get("unbiased", True))
-    return (dim,) if isinstance(dim, int) else dim, given.get("keepdim", False), correction
+    return dim, given.get("keepdim", False), correction
 
 
 def _std(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
+    # σ' = var'/(2 σ), and 0 at σ = 0 as torch has it: there the root has no derivative
     variance = _var(input, *args, **kwargs)
-    return variance if variance is NotImplemented else torch.sqrt(variance)
+    if variance is NotImplemented:
+        return NotImplemented
+    value, pushes = variance.primal.sqrt(), variance.tangents
+    return DualTensor(torch.cat([value[None], (pushes / (2 * value)).masked_fill_(value == 0, 0)]))
 
 
 def _with_mean(moment: Rule) -> Rule:
@@ -69,7 +85,9 @@ def _with_mean(moment: Rule) -> Rule:
         if spread is NotImplemented:
             return NotImplemented
         dims, keepdim, _ = _moment_arguments(*args, **kwargs)
-        return spread, input.mean() if dims is None else input.mean(dims, keepdim)
+        mean: Any = input.mean(dims, keepdim)
+        mean.primal.copy_(torch.var_mean(input.primal, *args, **kwargs)[1])  # it sums in an order of its own
+        return spread, mean
 
     return push
 
@@ -81,16 +99,16 @@ register(_with_mean(_std), "std_mean")
 
 
 @rule("linalg.vector_norm")
-def _vector_norm(x: DualTensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+def _vector_norm(input: DualTensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     # y = (Σ|p|^q)^(1/q);  y' = Σ sign(p) (|p|/y)^(q-1) t, and 0 at p = 0; for q = 2 Σ p t / y
     regular = isinstance(ord, (int, float)) and 1 <= ord < float("inf")
-    if not regular or dtype is not None or ndim_of(x) == 0 or x.buffer.is_complex():
+    if not regular or dtype is not None or ndim_of(input) == 0 or input.buffer.is_complex():
         return NotImplemented
-    dims = list(range(-ndim_of(x), 0)) if dim is None else [from_end(d, ndim_of(x)) for d in _tuple(dim)]
-    y = torch.linalg.vector_norm(x.primal, ord, dim=dims, keepdim=True)
-    share = (x.primal / y).masked_fill(y == 0, 0)
+    dims = reduced(dim, ndim_of(input))
+    y = torch.linalg.vector_norm(input.primal, ord, dim=dims, keepdim=True)
+    share = (input.primal / y).masked_fill(y == 0, 0)
     slope = share if ord == 2 else share.sign() * share.abs() ** (ord - 1)
-    tangents = (x.tangents * slope).sum(dims, keepdim=True)
+    tangents = (input.tangents * slope).sum(dims, keepdim=True)
     out = torch.cat([y[None], tangents])
     return DualTensor(out if keepdim else out.squeeze(dims))
 
@@ -103,16 +121,18 @@ def _norm(input: DualTensor, p: Any = "fro", dim: Any = None, keepdim: bool = Fa
 
 
 @rule("linalg.norm")
-def _linalg_norm(A: DualTensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    if ord is not None and not (ord == 2 and (isinstance(dim, int) or A.ndim == 1)):
+def _linalg_norm(
+    input: DualTensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    if ord is not None and not (ord == 2 and (isinstance(dim, int) or input.ndim == 1)):
         return NotImplemented
-    return _vector_norm(A, 2, dim, keepdim, dtype=dtype)
+    return _vector_norm(input, 2, dim, keepdim, dtype=dtype)
 
 
 @rule("cosine_similarity")
 def _cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
     # ⟨x/|x|, y/|y|⟩, by the rules of its parts
-    if ndim_of(x1) != ndim_of(x2) or x1.shape[dim] != x2.shape[dim]:
+    if not ndim_of(x1) or ndim_of(x1) != ndim_of(x2) or x1.shape[dim] != x2.shape[dim]:
         return NotImplemented
     unit_1, unit_2 = (x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(eps) for x in (x1, x2))
     return (unit_1 * unit_2).sum(dim)
@@ -130,8 +150,10 @@ def _cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: Any = None) -> Any:
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
 
 
-def _tuple(dim: Any) -> tuple[int, ...]:
-    return (dim,) if isinstance(dim, int) else tuple(dim)
+@rule("pdist")
+def _pdist(input: DualTensor, p: float = 2.0) -> Any:
+    i, j = torch.triu_indices(len(input), len(input), 1, device=input.device)
+    return torch.linalg.vector_norm(input[i] - input[j], p, dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------- selections
@@ -144,7 +166,7 @@ def _extreme_along(op: Any) -> Rule:
         if ndim_of(input) == 0:
             return NotImplemented
         p = input.primal
-        dims = [from_end(d, p.ndim) for d in _tuple(dim)] or list(range(-p.ndim, 0))
+        dims = reduced(dim, p.ndim)
         y = op(p, dims, keepdim=True)
         chosen = (p == y).to(p.dtype)
         tangents = (input.tangents * (chosen / chosen.sum(dims, keepdim=True))).sum(dims, keepdim=True)
@@ -162,7 +184,7 @@ def _chosen(op: Any, binary: Any = None, full: Any = None) -> Rule:
             return RULES[binary](input, args[0])
         if not isinstance(input, DualTensor) or any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
             return NotImplemented
-        if ndim_of(input) == 0:
+        if ndim_of(input) == 0 or set(kwargs) - _CHOICE_ARGUMENTS:
             return NotImplemented
         if full is not None and not args and not kwargs:
             return RULES[full](input)
@@ -178,6 +200,9 @@ def _chosen(op: Any, binary: Any = None, full: Any = None) -> Rule:
         return type(found)((DualTensor(out), indices))
 
     return push
+
+
+_CHOICE_ARGUMENTS = {"k", "dim", "keepdim", "largest", "sorted", "descending", "stable"}
 
 
 def _dim_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torchgeom_probe.dual.registry import (
     with_rows,
 )
 from torchgeom_probe.dual.tensor import DualTensor, Rule
+from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.shapes import Tensor
 
 # --------------------------------------------------------------------------------------------------------------- shapes
@@ -27,7 +29,7 @@ from torchgeom_probe.shapes import Tensor
 
 def _shape_of(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     found = arguments or tuple(keywords.values())
-    return NotImplemented if isinstance(found[0], torch.dtype) else listed(found)
+    return NotImplemented if found and isinstance(found[0], torch.dtype) else listed(found)
 
 
 @rule("Tensor.view reshape")
@@ -48,13 +50,13 @@ def _view_as(input: Any, other: Tensor) -> Any:
 @rule("flatten")
 def _flatten(input: DualTensor, start_dim: int = 0, end_dim: int = -1) -> Any:
     if ndim_of(input) == 0:
-        return _ravel(input)
+        return input.reshape(1)
     return DualTensor(input.buffer.flatten(at(start_dim), at(end_dim)))
 
 
 @rule("ravel")
-def _ravel(input: DualTensor) -> DualTensor:
-    return DualTensor(input.buffer.reshape(input.buffer.shape[0], -1))
+def _ravel(input: DualTensor) -> Any:
+    return input.contiguous().reshape(-1)  # a copy of a strided tensor, even where a view could be had
 
 
 @rule("unflatten")
@@ -64,18 +66,23 @@ def _unflatten(input: DualTensor, dim: int, sizes: Any) -> DualTensor:
 
 @rule("permute")
 def _permute(input: DualTensor, *dims: Any, **kwargs: Any) -> DualTensor:
-    order = listed(dims) if dims else tuple(kwargs["dims"])
+    order = _shape_of(dims, kwargs)
     return DualTensor(input.buffer.permute(0, *(d % ndim_of(input) + 1 for d in order)))
 
 
-@rule("transpose swapaxes swapdims")
-def _transpose(input: DualTensor, dim0: Any, dim1: Any) -> Any:
-    return NotImplemented if ndim_of(input) < 2 else DualTensor(input.buffer.transpose(at(dim0), at(dim1)))
+@rule("transpose swapdims")
+def _transpose(input: DualTensor, dim0: Any, dim1: Any) -> DualTensor:
+    return DualTensor(input.buffer.transpose(at(dim0), at(dim1)) if ndim_of(input) else input.buffer)
+
+
+@rule("swapaxes")
+def _swapaxes(input: DualTensor, axis0: Any, axis1: Any) -> DualTensor:
+    return _transpose(input, axis0, axis1)
 
 
 @rule("movedim moveaxis")
 def _movedim(input: DualTensor, source: Any, destination: Any) -> DualTensor:
-    return DualTensor(input.buffer.movedim(all_at(source), all_at(destination)))
+    return DualTensor(input.buffer.movedim(all_at(source), all_at(destination)) if ndim_of(input) else input.buffer)
 
 
 @rule("t")
@@ -84,8 +91,8 @@ def _t(input: DualTensor) -> Any:
 
 
 @rule("Tensor.mT")
-def _matrix_transpose(input: DualTensor) -> DualTensor:
-    return DualTensor(input.buffer.mT)
+def _matrix_transpose(input: DualTensor) -> Any:
+    return DualTensor(input.buffer.mT) if ndim_of(input) > 1 else NotImplemented
 
 
 @rule("Tensor.T")
@@ -133,14 +140,15 @@ def _repeat_interleave(input: Any, repeats: Any = None, dim: int | None = None, 
 
 @rule("roll")
 def _roll(input: DualTensor, shifts: Any, dims: Any = None) -> Any:
-    if dims is None or dims == ():
-        return NotImplemented
-    return DualTensor(input.buffer.roll(shifts, all_at(dims)))
+    b = input.buffer
+    if dims is None or dims in ((), []):
+        return DualTensor(b.reshape(len(b), -1).roll(shifts, 1).reshape(b.shape))
+    return DualTensor(b.roll(shifts, all_at(dims))) if ndim_of(input) else NotImplemented
 
 
 @rule("flip")
-def _flip(input: DualTensor, *dims: Any, **kwargs: Any) -> DualTensor:
-    return DualTensor(input.buffer.flip(all_at(_shape_of(dims, kwargs))))
+def _flip(input: DualTensor, *dims: Any, **kwargs: Any) -> Any:
+    return DualTensor(input.buffer.flip(all_at(_shape_of(dims, kwargs)))) if ndim_of(input) else NotImplemented
 
 
 @rule_of_each("tril triu")
@@ -151,10 +159,43 @@ def _on_last_axes(op: Any) -> Rule:
 # Linear in the first argument, each row by itself: no rule of their own pays.
 rule_of_each(
     "Tensor.unfold diagonal linalg.diagonal diag diag_embed rot90 flipud fliplr hsplit vsplit dsplit adjoint Tensor.mH"
-    " Tensor.H real imag conj resolve_conj resolve_neg view_as_real view_as_complex take_along_dim atleast_1d"
-    " atleast_2d atleast_3d Tensor.sum_to_size fft.fft fft.ifft fft.fft2 fft.ifft2 fft.fftn fft.ifftn fft.rfft"
+    " Tensor.H real imag conj resolve_conj resolve_neg view_as_real view_as_complex take_along_dim Tensor.sum_to_size"
+    " fft.fft fft.ifft fft.fft2 fft.ifft2 fft.fftn fft.ifftn fft.rfft"
     " fft.irfft fft.rfft2 fft.irfft2 fft.rfftn fft.irfftn fft.hfft fft.ihfft fft.fftshift fft.ifftshift"
 )(on_rows)
+
+
+@rule_of_each("atleast_1d atleast_2d atleast_3d")
+def _at_least(op: Any) -> Rule:
+    def push(*tensors: Any) -> Any:
+        if len(tensors) == 1 and isinstance(tensors[0], DualTensor):
+            return on_rows(op)(tensors[0])
+        return tuple(op(t) for t in listed(tensors))
+
+    return push
+
+
+@rule("as_strided")
+def _as_strided(input: DualTensor, size: Any, stride: Any, storage_offset: int | None = None) -> Any:
+    # Places in memory: each row must be laid out in a stretch of its own, as the plain tensor is in its memory.
+    b = input.buffer
+    apart, start = b.stride(0), b.storage_offset()
+    offset = start if storage_offset is None else storage_offset
+    reach = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if start >= apart or reach >= apart or b.untyped_storage().nbytes() != len(b) * apart * b.itemsize:
+        raise EngineRefusal(
+            "as_strided() reaches into memory that is laid out otherwise in a dual pass.\nUse a view that names its"
+            " axes (x[..., ::2], x.unfold(...), x.diagonal()), or measure with engine='vjp'."
+        )
+    return DualTensor(b.as_strided((len(b), *size), (apart, *stride), offset))
+
+
+@rule("as_strided_scatter")
+def _as_strided_scatter(input: Any, src: Any, size: Any, stride: Any, storage_offset: int | None = None) -> DualTensor:
+    # torch's own derivative adds what it should replace
+    out = DualTensor(with_rows(input, rows_of(input, src)).clone())
+    _as_strided(out, size, stride, storage_offset).copy_(src)
+    return out
 
 
 @rule("conj_physical")
@@ -177,8 +218,10 @@ def _select(input: DualTensor, dim: int, index: int) -> DualTensor:
 
 @rule_of_each("chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split")
 def _pieces(op: Any) -> Rule:
-    def push(input: DualTensor, *args: Any, dim: int = 0, **kwargs: Any) -> tuple[DualTensor, ...]:
+    def push(input: DualTensor, *args: Any, dim: int = 0, **kwargs: Any) -> Any:
         how, dim = args[:1], args[1] if len(args) > 1 else dim
+        if len(how) + len(kwargs) != 1:  # how many or how large, by whatever name
+            return NotImplemented
         return tuple(DualTensor(piece) for piece in op(input.buffer, *how, dim=at(dim), **kwargs))
 
     return push
@@ -192,14 +235,20 @@ def _unbind(input: DualTensor, dim: int = 0) -> tuple[DualTensor, ...]:
 register(lambda input: iter(_unbind(input)), "Tensor.__iter__")
 
 
-@rule_of_each("cat concat concatenate stack")
-def _joined(op: Any) -> Rule:
-    def push(tensors: Any, dim: int = 0, *, axis: int | None = None) -> Any:
-        rows = rows_of(*tensors)
-        dim = dim if axis is None else axis
-        return DualTensor(op([with_rows(t, rows) for t in tensors], at(dim)))
+@rule("cat concat concatenate")
+def _cat(tensors: Any, dim: int = 0) -> Any:
+    rows, empty = rows_of(*tensors), [t.shape == (0,) for t in tensors]
+    parts = [with_rows(t, rows) for t in tensors]
+    if any(empty) and any(t.ndim > 1 for t in tensors):  # torch leaves these out, but for their type
+        dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+        parts = [part.to(dtype) for part, is_empty in zip(parts, empty, strict=True) if not is_empty]
+    return DualTensor(torch.cat(parts, at(dim)))
 
-    return push
+
+@rule("stack")
+def _stack(tensors: Any, dim: int = 0) -> DualTensor:
+    rows = rows_of(*tensors)
+    return DualTensor(torch.stack([with_rows(t, rows) for t in tensors], at(dim)))
 
 
 @rule_of_each("hstack vstack dstack row_stack")
@@ -213,17 +262,17 @@ def _stacked(op: Any) -> Rule:
 
 @rule("column_stack")
 def _column_stack(tensors: Any) -> Any:
-    return torch.cat([t.reshape(t.shape[0], -1) if t.ndim < 2 else t for t in tensors], dim=1)
+    return torch.cat([t.reshape(-1, 1) if t.ndim < 2 else t for t in tensors], dim=1)
 
 
-@rule("broadcast_tensors")
+@rule("torch.broadcast_tensors")
 def _broadcast_tensors(*tensors: Any) -> Any:
     operands = listed(tensors)
     shape = torch.broadcast_shapes(*(t.shape for t in operands))
     return tuple(t.expand(shape) for t in operands)
 
 
-@rule("meshgrid")
+@rule("torch.meshgrid")
 def _meshgrid(*tensors: Any, indexing: str = "ij") -> Any:
     axes = listed(tensors)
     if any(t.ndim != 1 for t in axes) or indexing not in ("ij", None):
