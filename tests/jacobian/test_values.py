@@ -408,3 +408,27 @@ def test_algebra_of_the_volume():
     )
     inner = nn.Sequential(first, nn.Tanh())
     assert torch.allclose(log_volume(*inner) + log_volume(second, at=inner(x).detach()), base, atol=1e-11)
+
+
+def test_an_initialisation_by_the_first_batch_is_refused_and_undone():
+    class ActNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+            self.register_buffer("done", torch.tensor(False))
+
+        def forward(self, x):
+            if not self.done:
+                self.scale.data = 1 / x.std(0)
+                self.done = torch.tensor(True)
+            return x * self.scale
+
+    model, x = ActNorm(), torch.randn(5, 3)
+    probe = tgp.GeometryProbe(model, layers="", estimator=tgp.Subspace(k=3), normalize=False)
+    for _ in range(2):  # a plan that was kept would let the dual pass assign
+        with pytest.raises(tgp.ProbeError, match=r"assigns to \.data .*scale.*\n.*model\(x\)"):
+            probe.measure(x)
+        assert torch.equal(model.scale, torch.ones(3))
+    model(x)
+    expected = model.scale.detach().abs().log().sum().double()
+    assert torch.allclose(probe.measure(x)[""].log_volume, expected.expand(5), atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -150,7 +151,8 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
     with same_random_numbers(inputs.device):
         before = _random_state()
         try:
-            own, found, live = _first_run(hooked, inputs)
+            with _data_kept(hooked.model):
+                own, found, live = _first_run(hooked, inputs)
         except ProbeError:
             raise
         except Exception as error:
@@ -230,6 +232,29 @@ def _refuse_nested(hooked: HookedModel, own: Inputs, found: Outputs) -> None:
             "mask leaves into a nested tensor and puts out 0 elsewhere, with gradients it does not; layer "
             f"{different!r} sees the difference.\n"
             f"Say which one you mean:  model.get_submodule({nested[0]!r}).use_nested_tensor = False  is the second."
+        )
+
+
+@contextlib.contextmanager
+def _data_kept(model: nn.Module) -> Iterator[None]:
+    """Refuse a forward pass that assigns to ``.data`` of the model's own tensors, and give them back what they had.
+
+    No version counter tells of it, and of a DualTensor assigned in C++ only a dead pointer would be left.
+    """
+    own = [(name, t, t.data) for name, t in (*model.named_parameters(), *model.named_buffers())]
+    moved: list[str] = []
+    try:
+        yield
+    finally:
+        for name, tensor, data in own:
+            if tensor.untyped_storage()._cdata != data.untyped_storage()._cdata:
+                tensor.data = data
+                moved.append(name)
+    if moved:
+        raise ProbeError(
+            f"the model's forward pass assigns to .data of its own tensors ({', '.join(moved[:3])}), also in eval mode: "
+            "an initialisation by the first batch, as of ActNorm?\n"
+            "Run the model once before you probe it:  model(x)"
         )
 
 
