@@ -25,7 +25,7 @@ from torchgeom_probe.jacobian.plan import Plan, coupled_samples, make_plan
 from torchgeom_probe.model.hooked import HookedModel, Transform
 from torchgeom_probe.model.inputs import Inputs, Wrt
 from torchgeom_probe.model.isolation import Mode, measuring
-from torchgeom_probe.model.layers import LayerSpec, resolve, resolved_source, resolved_transforms
+from torchgeom_probe.model.layers import LayerSpec, named, resolve, resolved_source, resolved_transforms
 from torchgeom_probe.model.wrappers import refuse_unhookable, unwrapped
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Tensor
@@ -129,7 +129,7 @@ class GeometryProbe:
             )
         chosen = resolve(model, layers)
         self.left_out: dict[str, str] = {}
-        self._may_leave_out = isinstance(layers, str) and layers == "auto"
+        self._named = named(model, layers)
         self.estimator = estimator_of(estimator)
         self.normalize = normalize
         self.engine: EngineName = engine
@@ -282,7 +282,7 @@ class GeometryProbe:
         return inputs.cut_at(plan.per_sample), plan
 
     def _may_go_without(self, refusal: LayerRefusal) -> bool:
-        return self._may_leave_out and bool(set(self._hooked.layers) - set(refusal.layers))
+        return not self._named & refusal.layers.keys() and bool(set(self._hooked.layers) - set(refusal.layers))
 
     def _leave_out(self, refusal: LayerRefusal) -> None:
         """Go on without the layers that have nothing to measure, if nobody named them."""
