@@ -6,6 +6,7 @@ A process a library, which a watchdog ends where a model takes too long; what is
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import faulthandler
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.timing import Settings, circumstances, smallest
@@ -42,8 +44,10 @@ directions, `layers="auto"` and the output; token models from their embedding (`
 - "time": `measure(x)` over a plain float32 forward pass without gradients of the same (1 + k)·B rows."""
 SAMPLES = DIRECTIONS = 2
 #: Of the size of the input: too long a step crosses kinks, too short a one rounds.
-STEPS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
-WRONG = 1e-5
+STEPS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+#: From here on an error is called wrong; and where differences had to be made in float32.
+WRONG, WRONG_NARROW = 1e-5, 1e-2
+WIDE = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64)
 #: Seconds that a model may take in all.
 LIMIT = 240
 
@@ -108,9 +112,8 @@ def judged(animal: Animal) -> dict[str, Any]:
         model = animal.make().float().eval()
         x = animal.x()
         enliven(model, x)
-        plain = copy.deepcopy(model)
         with torch.no_grad():
-            _call(plain, x)
+            _call(model, x)  # some take their first batch for an initialisation
     except Exception as error:
         return {"own": first_line(error)}
     try:
@@ -124,34 +127,54 @@ def judged(animal: Animal) -> dict[str, Any]:
 
 def _measured(animal: Animal, model: nn.Module, x: Any) -> dict[str, Any]:
     options: dict[str, Any] = {"layers": ["auto", ""], "estimator": Subspace(DIRECTIONS), "normalize": False}
-    options |= {"source": animal.source, "transform": animal.transform and {"": animal.transform}}
-    wide, wide_x = copy.deepcopy(model).double(), _to(torch.float64, x)
-    with GeometryProbe(wide, **options, wrt=animal.wrt) as probe:
-        # torch's own generator: what a model draws is the same in every pass.
+    options |= {"source": animal.source, "wrt": animal.wrt}
+    options["transform"] = animal.transform and {"": animal.transform}
+    row: dict[str, Any] = {}
+    row["error"], row["worst"], row["narrow"] = _error(animal, model, x, options)
+    with GeometryProbe(model, **options) as probe:
         torch.manual_seed(1)
-        point = _features(wide, [], wide_x, animal)[1]
-        v = torch.randn(DIRECTIONS, *point.shape, dtype=point.dtype)
-        torch.manual_seed(1)
-        report = probe.measure(wide_x, directions=v)
-        values = {layer: report[layer].singular_values for layer in report}
-        row: dict[str, Any] = {"engine": next(iter(report.values())).engine, "left_out": dict(report.left_out)}
-        row["error"], row["worst"] = difference_error(wide, wide_x, v, values, animal)
-        if row["engine"] != "fused":
-            row["lost"] = _why_not_fused(wide, wide_x, options, animal)
-    with GeometryProbe(model, **options, wrt=animal.wrt) as probe:
+        report = probe.measure(x)
+        row |= {"engine": next(iter(report.values())).engine, "left_out": dict(report.left_out)}
         torch.manual_seed(1)
         found = probe.check(x)
         row |= {"check": found.ok, "fallback": found.fallback, "said": "" if found.ok else str(found)}
         row["time"] = _over_plain(probe, model, x)
+    if row["engine"] != "fused":
+        try:
+            GeometryProbe(model, **options, engine="fused").measure(x)
+        except ProbeError as error:
+            row["lost"] = first_line(error)
     return row
 
 
-def _why_not_fused(model: nn.Module, x: Any, options: Mapping[str, Any], animal: Animal) -> str:
-    try:
-        GeometryProbe(model, **options, wrt=animal.wrt, engine="fused").measure(x)
-    except ProbeError as error:
-        return first_line(error)
-    return "in float64 alone it runs"
+class _Wide(TorchFunctionMode):
+    """Keeps in float64 what a model takes to a narrower type inside, or differences would see its rounding alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = {torch.Tensor.float: torch.Tensor.double, torch.Tensor.half: torch.Tensor.double}.get(func, func)
+        args, kwargs = tree_map_only(torch.dtype, lambda d: WIDE.get(d, d), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _error(animal: Animal, model: nn.Module, x: Any, options: Mapping[str, Any]) -> tuple[float, str, bool]:
+    """The error of ``measure`` in float64, its layer, and whether the model could not be run in float64."""
+    wide, wide_x = copy.deepcopy(model).double(), _to(torch.float64, x)
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
+        stack.enter_context(_Wide())
+        try:
+            point = _features(wide, [], wide_x, animal)[1]
+        except Exception:  # a kernel of float32 alone
+            stack.close()
+            wide, wide_x = model, x
+            point = _features(wide, [], wide_x, animal)[1]
+        torch.manual_seed(1)
+        v = torch.randn(DIRECTIONS, *point.shape, dtype=point.dtype)
+        torch.manual_seed(1)  # torch's own generator: what a model draws is the same in every pass
+        report = GeometryProbe(wide, **options).measure(wide_x, directions=v)
+        values = {layer: report[layer].singular_values for layer in report}
+        return *difference_error(wide, wide_x, v, values, animal), wide is model
 
 
 def enliven(model: nn.Module, x: Any, seed: int = 0) -> None:
@@ -189,11 +212,11 @@ def difference_error(
                 columns[entry].append((ahead[entry] - behind[entry]) / (2 * h))
         for entry, found in values.items():
             expected = torch.linalg.svdvals(torch.stack(columns[entry], dim=2))
-            rounding = 1e-15 * base[entry].norm(dim=1, keepdim=True) / h
-            largest = expected[:, :1].clamp_min(1e-300)
-            apart = ((found - expected).abs() - rounding.clamp_max(1e-3 * largest)).clamp_min(0) / largest
-            best[entry] = min(best[entry], float(apart.max()))
-    worst = max(best, key=lambda entry: (best[entry] != best[entry], best[entry]))
+            # What is smaller than this beside the features themselves is zero, as far as float64 can tell.
+            least = 1e-12 * base[entry].norm(dim=1, keepdim=True) * step / h
+            apart = (found - expected).abs() / torch.maximum(expected[:, :1], least)
+            best[entry] = min(best[entry], float(apart.nan_to_num(nan=0.0 if not found.any() else torch.inf).max()))
+    worst = max(best, key=best.__getitem__)
     return best[worst], worst
 
 
@@ -271,7 +294,7 @@ def verdict(row: Mapping[str, Any]) -> str:
     for word in ("own", "died", "raised", "refusal"):
         if word in row:
             return {"own": "cannot run", "refusal": "refused"}.get(word, word)
-    if not row["error"] <= WRONG:
+    if not row["error"] <= (WRONG_NARROW if row["narrow"] else WRONG):
         return "wrong"
     return "fused" if row["engine"] == "fused" else "right"
 

@@ -51,6 +51,104 @@ def _first(output: Any) -> Tensor:
 
 #: One for each file of timm.models.
 TIMM = """\
+beit beit_base_patch16_224 64
+byoanet halonet_h1 64
+byobnet gernet_s 64
+cait cait_xxs24_224 64
+coat coat_tiny 64
+convit convit_tiny 64
+convmixer convmixer_768_32 64
+convnext convnext_atto 64
+cpubone cpubone_nano 64
+crossvit crossvit_tiny_240 64
+csatv2 csatv2 64
+cspnet cs3darknet_focus_s 64
+cspnext cspnext_tiny 64
+davit davit_tiny 64
+deepseek_vit deepseek_vit_412m 64
+deit deit_tiny_patch16_224 64
+densenet densenet121 64
+dla dla34 64
+dpn dpn68 64
+edgenext edgenext_xx_small 64
+efficientformer efficientformer_l1 224
+efficientformer_v2 efficientformerv2_s0 224
+efficientnet tinynet_d 64
+efficientvim efficientvim_m1 64
+efficientvit_mit efficientvit_b0 64
+efficientvit_msra efficientvit_m0 64
+eva eva02_tiny_patch14_224 64
+fasternet fasternet_t0 64
+fastvit fastvit_t8 64
+focalnet focalnet_tiny_srf 64
+gcvit gcvit_xxtiny 224
+gemma4_vit gemma4_vit_167m_enc 64
+ghostnet ghostnet_050 64
+hardcorenas hardcorenas_b 64
+hgnet hgnetv2_b0 64
+hiera hiera_tiny_224 64
+hieradet_sam2 sam2_hiera_tiny 64
+hrnet hrnet_w18_small 64
+iformer iformer_t 64
+inception_next inception_next_atto 64
+inception_resnet_v2 inception_resnet_v2 96
+inception_v3 inception_v3 96
+inception_v4 inception_v4 96
+lcnetv2 lcnetv2_small 64
+levit levit_128 224
+lowformer lowformer_b0 64
+mambaout mambaout_tiny 64
+maxxvit maxvit_pico_rw_256 64
+metaformer caformer_s18 64
+mlp_mixer gmixer_12_224 64
+mobilenetv3 mobilenetv3_small_050 64
+mobilenetv5 mobilenetv5_base 64
+mobilevit mobilevit_xxs 64
+mvitv2 mvitv2_tiny 64
+naflexvit naflexvit_base_patch16_gap 64
+nasnet nasnetalarge 64
+nest nest_tiny 64
+nextvit nextvit_small 64
+nfnet nfnet_l0 64
+pit pit_ti_224 64
+pnasnet pnasnet5large 64
+pvt_v2 pvt_v2_b0 64
+qwen3_vit qwen3_vit_88m 64
+rdnet rdnet_tiny 64
+regnet regnetx_002 64
+repghost repghostnet_050 64
+repvit repvit_m0_9 64
+res2net res2net50_14w_8s 64
+resnest resnest14d 64
+resnet resnet18 64
+resnetv2 resnetv2_18 64
+rexnet rexnetr_100 64
+selecsls selecsls42 64
+senet legacy_seresnet18 64
+sequencer sequencer2d_s 64
+shvit shvit_s1 64
+sknet skresnet18 64
+starnet starnet_s050 64
+swiftformer swiftformer_xs 64
+swin_transformer swin_tiny_patch4_window7_224 64
+swin_transformer_v2 swinv2_tiny_window8_256 64
+swin_transformer_v2_cr swinv2_cr_tiny_ns_224 64
+tiny_vit tiny_vit_5m_224 64
+tnt tnt_s_legacy_patch16_224 64
+tresnet tresnet_m 64
+twins twins_svt_small 64
+vgg vgg11 64
+visformer visformer_tiny 64
+vision_transformer vit_tiny_patch16_224 64
+vision_transformer_hybrid vit_tiny_r_s16_p8_224 64
+vision_transformer_relpos vit_relpos_small_patch16_224 64
+vision_transformer_sam samvit_base_patch16_224 64
+vitamin vitamin_small_224 64
+volo volo_d1_224 64
+vovnet ese_vovnet19b_slim_dw 64
+xception legacy_xception 64
+xception_aligned xception41 64
+xcit xcit_nano_12_p8_224 64
 """
 
 
@@ -173,7 +271,7 @@ def transformers() -> Iterator[Animal]:
         ("BigBirdModel", "BigBirdConfig", {**small, "attention_type": "original_full"}, word),
         ("LongformerModel", "LongformerConfig", {**small, "attention_window": [4, 4]}, word),
         ("XLNetModel", "XLNetConfig", {"vocab_size": 60, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}, "word_embedding"),
-        ("T5EncoderModel", "T5Config", t5, "shared"),
+        ("T5EncoderModel", "T5Config", t5, "encoder.embed_tokens"),
         ("GPT2LMHeadModel", "GPT2Config", gpt, wte),
         ("GPTNeoForCausalLM", "GPTNeoConfig", {"vocab_size": 60, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4}, wte),
         ("GPTNeoXForCausalLM", "GPTNeoXConfig", small, "gpt_neox.embed_in"),
@@ -203,7 +301,7 @@ def transformers() -> Iterator[Animal]:
     for kind, config, options, source in texts:
         yield animal(kind, config, options, tokens, source=source)
     both = lambda: {"input_ids": tokens(), "decoder_input_ids": tokens(5)}  # noqa: E731
-    yield animal("T5ForConditionalGeneration", "T5Config", t5, both, source="encoder.block.0.layer.0.layer_norm")
+    yield animal("T5ForConditionalGeneration", "T5Config", t5, both, source="encoder.embed_tokens")
     yield animal("BartForConditionalGeneration", "BartConfig", bart, both, source="model.encoder.layernorm_embedding")
     yield animal("MBartModel", "MBartConfig", bart, both, source="encoder.layernorm_embedding")
     mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
@@ -354,7 +452,8 @@ class Nodes(nn.Module):
         self.layer, self.graph = layer, graph
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([self.layer(sample, *self.graph) for sample in x])
+        graph = [g.to(x.dtype) if g.is_floating_point() else g for g in self.graph]
+        return torch.stack([self.layer(sample, *graph) for sample in x])
 
 
 def torch_geometric() -> Iterator[Animal]:
@@ -369,7 +468,9 @@ def torch_geometric() -> Iterator[Animal]:
         *((k, functools.partial(getattr(library, k), 4, 5), (edges,)) for k in (
             "GCNConv", "SAGEConv", "GATConv", "GATv2Conv", "GraphConv", "TransformerConv", "TAGConv", "SGConv",
             "ARMAConv", "LEConv", "MFConv", "FeaStConv", "SuperGATConv", "FiLMConv", "GeneralConv", "ClusterGCNConv",
-            "ResGatedGraphConv", "SSGConv", "MixHopConv", "EGConv")),
+            "ResGatedGraphConv", "MixHopConv")),
+        ("SSGConv", lambda: library.SSGConv(4, 5, 0.1), (edges,)),
+        ("EGConv", lambda: library.EGConv(4, 6, num_heads=2), (edges,)),
         ("ChebConv", lambda: library.ChebConv(4, 5, K=3), (edges,)),
         ("GINConv", lambda: library.GINConv(mlp()), (edges,)),
         ("GINEConv", lambda: library.GINEConv(mlp(), edge_dim=3), (edges, weights)),
