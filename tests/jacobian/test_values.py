@@ -432,3 +432,16 @@ def test_an_initialisation_by_the_first_batch_is_refused_and_undone():
     model(x)
     expected = model.scale.detach().abs().log().sum().double()
     assert torch.allclose(probe.measure(x)[""].log_volume, expected.expand(5), atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_layer_of_one_number_a_sample(engine):
+    """[B] and not [B, 1], as a critic's score or a flow's log-determinant: log|Jv| of its gradient."""
+
+    class Score(nn.Module):
+        def forward(self, x):
+            return x.square().sum(1)
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    g = tgp.measure(Score(), x, layers="", estimator=tgp.Exact(), normalize=False, engine=engine)[""]
+    assert torch.allclose(g.singular_values[:, 0], 2 * x.norm(dim=1))

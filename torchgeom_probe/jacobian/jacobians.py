@@ -194,7 +194,8 @@ class Jacobians:
     def _see(self, entry: str, leaves: Sequence[Tensor]) -> None:
         """Note where a layer's own values [B, ...] are not finite; once, and without waiting for the device."""
         if entry not in self.finite:
-            largest = [torch.linalg.vector_norm(leaf.flatten(1), torch.inf, dim=1) for leaf in leaves if leaf.numel()]
+            flat = [leaf.reshape(len(leaf), -1) for leaf in leaves if leaf.numel()]  # a number a sample has no axis
+            largest = [torch.linalg.vector_norm(values, torch.inf, dim=1) for values in flat]
             self.finite[entry] = torch.stack(largest).isfinite().all(0)
 
     def _push(self, directions: Tensor, sink: fused.Sink, any_order: bool) -> None:
