@@ -52,7 +52,7 @@ def _first(output: Any) -> Tensor:
 #: One for each file of timm.models.
 TIMM = """\
 beit beit_base_patch16_224 64
-byoanet halonet_h1 64
+byoanet halonet_h1 256
 byobnet gernet_s 64
 cait cait_xxs24_224 64
 coat coat_tiny 64
@@ -65,7 +65,7 @@ csatv2 csatv2 64
 cspnet cs3darknet_focus_s 64
 cspnext cspnext_tiny 64
 davit davit_tiny 64
-deepseek_vit deepseek_vit_412m 64
+deepseek_vit deepseek_vit_412m 56
 deit deit_tiny_patch16_224 64
 densenet densenet121 64
 dla dla34 64
@@ -428,7 +428,7 @@ def diffusers() -> Iterator[Animal]:
         ("UNet2DModel", {"sample_size": 16, "down_block_types": down, "up_block_types": up, **blocks, **attention}, timed, {}),
         ("UNet2DModel, one timestep", {"sample_size": 16, "down_block_types": down, "up_block_types": up, **blocks, **attention}, one, {}),
         ("UNet2DConditionModel", {"sample_size": 16, "in_channels": 3, "out_channels": 3, "down_block_types": cross_down, "up_block_types": cross_up, "cross_attention_dim": 8, **blocks, **attention}, conditioned, {"wrt": "sample"}),
-        ("UNet1DModel", {"block_out_channels": (8, 8), "in_channels": 2, "out_channels": 2, "extra_in_channels": 16, "layers_per_block": 1, "down_block_types": ("DownBlock1DNoSkip", "AttnDownBlock1D"), "up_block_types": ("AttnUpBlock1D", "UpBlock1DNoSkip")}, lambda: (torch.randn(2, 2, 16), torch.tensor([3, 7])), {}),
+        ("UNet1DModel", {"block_out_channels": (32, 32), "in_channels": 2, "out_channels": 2, "extra_in_channels": 16, "layers_per_block": 1, "down_block_types": ("DownBlock1DNoSkip", "AttnDownBlock1D"), "up_block_types": ("AttnUpBlock1D", "UpBlock1DNoSkip")}, lambda: (torch.randn(2, 2, 16), torch.tensor([3, 7])), {}),
         ("AutoencoderKL", {**ends, **blocks, "latent_channels": 4}, latent(16), {}),
         ("AutoencoderTiny", {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}, latent(16), {}),
         ("VQModel", {**ends, **blocks, "num_vq_embeddings": 16}, latent(16), {}),
@@ -496,7 +496,6 @@ def vit_pytorch() -> Iterator[Animal]:
     import importlib
 
     vit = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
-    no_mlp = {k: v for k, v in vit.items() if k != "mlp_dim"}
     for file, kind, options in (
         ("vit", "ViT", vit),
         ("simple_vit", "SimpleViT", vit),
@@ -510,9 +509,9 @@ def vit_pytorch() -> Iterator[Animal]:
         ("simple_vit_with_qk_norm", "SimpleViT", vit),
         ("simple_vit_with_fft", "SimpleViT", {**vit, "freq_patch_size": 8}),
         ("normalized_vit", "nViT", vit),
-        ("vit_nd", "ViTND", {**vit, "ndim": 2, "input_shape": 32}),
+        ("vit_nd", "ViTND", {"ndim": 2, "input_shape": 32, **{k: v for k, v in vit.items() if k != "image_size"}}),
         ("cct", "CCT", {"img_size": 32, "embedding_dim": 16, "num_layers": 2, "num_heads": 2, "mlp_ratio": 2, "num_classes": 5}),
-        ("levit", "LeViT", {**no_mlp, "image_size": 64, "dim": (16, 24), "heads": (2, 2), "stages": 2, "mlp_mult": 2} | {"depth": 1}),
+        ("levit", "LeViT", {"image_size": 64, "num_classes": 5, "dim": (16, 24), "heads": (2, 2), "stages": 2, "mlp_mult": 2, "depth": 1}),
         ("pit", "PiT", {**vit, "depth": (1, 1)}),
         ("xcit", "XCiT", {**vit, "cls_depth": 1}),
         ("max_vit", "MaxViT", {"num_classes": 5, "dim": 16, "depth": (1, 1), "dim_head": 8, "window_size": 4}),
@@ -520,8 +519,7 @@ def vit_pytorch() -> Iterator[Animal]:
         ("twins_svt", "TwinsSVT", {"num_classes": 5, "s1_emb_dim": 8, "s2_emb_dim": 8, "s3_emb_dim": 8, "s4_emb_dim": 8, "s3_depth": 1, "s4_depth": 1, "s1_local_patch_size": 2, "s2_local_patch_size": 2, "s3_local_patch_size": 2, "s4_local_patch_size": 2, "s1_global_k": 2, "s2_global_k": 2, "s3_global_k": 2, "s4_global_k": 2}),
         ("mobile_vit", "MobileViT", {"image_size": (64, 64), "dims": [16, 20, 24], "channels": [8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 32], "num_classes": 5}),
         ("nest", "NesT", {"image_size": 32, "patch_size": 4, "dim": 8, "heads": 2, "num_hierarchies": 2, "block_repeats": (1, 1), "num_classes": 5}),
-        ("local_vit", "LocalViT", vit),
-        ("sep_vit", "SepViT", {"num_classes": 5, "dim": 8, "dim_head": 4, "heads": (1, 2), "depth": (1, 1), "window_size": 4}),
+        ("sep_vit", "SepViT", {"num_classes": 5, "dim": 8, "dim_head": 4, "heads": (1, 2), "depth": (1, 1), "window_size": 4, "conv_channels": None}),
     ):  # fmt: skip
         size = 64 if file in ("levit", "mobile_vit", "twins_svt") else 32
 

@@ -63,7 +63,7 @@ class GeometryProbe:
         layers: names, globs (``*`` within a level, ``**`` across), modules, module types, a callable ``(name, module)
             -> bool``, a sequence of these, ``""`` (the model itself) or ``"auto"``: its stages, without those that have
             nothing to measure (they never run, do not depend on x, have no axis of samples), which one warning and the
-            report name.
+            report name; the model's output where none is left.
         estimator: what to estimate: ``Exact()``, ``TopK(k=10)``, …, or a name: ``"exact"``, ``"topk:10"``.  By default
             ``Subspace()``: the volume on a random frame of min(8, d) directions.
         normalize: divide J by √n, the paper's convention.
@@ -282,17 +282,19 @@ class GeometryProbe:
         return inputs.cut_at(plan.per_sample), plan
 
     def _may_go_without(self, refusal: LayerRefusal) -> bool:
-        return not self._named & refusal.layers.keys() and bool(set(self._hooked.layers) - set(refusal.layers))
+        return not self._named & refusal.layers.keys() and "" not in refusal.layers
 
     def _leave_out(self, refusal: LayerRefusal) -> None:
         """Go on without the layers that have nothing to measure, if nobody named them."""
         if not self._may_go_without(refusal):
             raise refusal
-        self._hooked = self._hooked.without(set(refusal.layers))
+        left = self._hooked.without(set(refusal.layers))
+        self._hooked = left if left.layers else replace(left, layers={"": left.model})
         self.left_out.update(refusal.layers)
         self._plans.clear()
         listed = "; ".join(f"{name!r} ({why})" for name, why in refusal.layers.items())
-        warnings.warn(f"layers='auto' leaves out {listed}", stacklevel=4)
+        instead = "" if left.layers else "; the model's own output takes their place"
+        warnings.warn(f"layers='auto' leaves out {listed}{instead}", stacklevel=4)
 
     def _refuse_closed(self) -> None:
         if self._closed:
