@@ -44,12 +44,12 @@ directions, `layers="auto"` and the output; token models from their embedding (`
 - "time": `measure(x)` over a plain float32 forward pass without gradients of the same (1 + k)·B rows."""
 SAMPLES = DIRECTIONS = TURNS = 2
 #: Of the size of the input: too long a step crosses kinks, too short a one rounds.
-STEPS = (1e-4, 1e-5, 1e-6)
+STEPS = (1e-5, 1e-7, 1e-8)
 #: From here on an error is called wrong; and where differences had to be made in float32.
 WRONG, WRONG_NARROW = 1e-5, 1e-2
 WIDE = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64)
 #: Seconds that a model may take in all.
-LIMIT = 240
+LIMIT = 180
 
 
 def run(folder: Path, *, only: str, resume: bool, quick: bool = False) -> str:

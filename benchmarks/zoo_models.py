@@ -60,7 +60,7 @@ convit convit_tiny 64
 convmixer convmixer_768_32 64
 convnext convnext_atto 64
 cpubone cpubone_nano 64
-crossvit crossvit_tiny_240 64
+crossvit crossvit_tiny_240 240
 csatv2 csatv2 64
 cspnet cs3darknet_focus_s 64
 cspnext cspnext_tiny 64

@@ -445,3 +445,34 @@ def test_a_layer_of_one_number_a_sample(engine):
     x = torch.randn(5, 3, dtype=torch.float64)
     g = tgp.measure(Score(), x, layers="", estimator=tgp.Exact(), normalize=False, engine=engine)[""]
     assert torch.allclose(g.singular_values[:, 0], 2 * x.norm(dim=1))
+
+
+def test_numbers_drawn_in_the_order_of_memory_are_the_plain_models():
+    """Behind attention images lie with their channels last, which randn_like then fills first."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Conv2d(8, 2, 1)
+
+        def mean(self, x):
+            tokens = torch.tanh(self.a(x.flatten(2).transpose(1, 2)))
+            return self.b(tokens.transpose(1, 2).reshape(-1, 8, 5, 5))
+
+        def forward(self, x):
+            h = self.mean(x)
+            return h * torch.randn_like(h)
+
+    model, x = Noisy().double(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    probe = tgp.GeometryProbe(model, layers="", estimator=tgp.Exact(), normalize=False)
+    torch.manual_seed(1)
+    h = model.mean(x)
+    assert not h.is_contiguous()
+    torch.manual_seed(1)
+    noise = torch.randn_like(h)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda s: model.mean(s[None])[0]))(x) * noise[..., None, None, None]
+    torch.manual_seed(1)
+    g = probe.measure(x)[""]
+    expected = torch.linalg.svdvals(jacobian.flatten(1, 3).flatten(2))
+    assert torch.allclose(g.singular_values[:, :50], expected[:, :50], rtol=1e-8)
+    assert probe.check(x).ok

@@ -51,9 +51,9 @@ class Plan:
         budget: bytes that a measurement may use.
         reference: entry → plain outputs [≤ 3, n] of the first samples, for a pass to be compared with.
         random: whether the forward pass draws random numbers.
-        layout: what suits the convolutions; None where the model writes in place to memory that it has viewed in
-            another shape: what such a write reaches depends on how the tensors lie in memory, so a pass must lay them
-            as the model does.
+        layout: what suits the convolutions; None where a pass must lay the tensors as the model does: because it
+            writes in place to memory that it has viewed in another shape, or draws numbers (``randn_like`` fills them
+            in the order of memory).
         per_sample: the arguments (places among the inputs' leaves) that are cut with the samples.
         whole: whether the model takes its own number of samples alone, so that no chunks can be made.
         coupled: entries in which one sample's output depends on the others.
@@ -170,9 +170,9 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
         dtype=space.dtype,
         row_bytes=live.peak // own.size,
         graph_bytes=live.total // own.size,
-        reference={} if fake or draws else {e: values[: inputs.size] for e, values in found.features.items()},
+        reference={} if fake or (draws and own.size < inputs.size) else found.features,
         random=draws,
-        layout=None if live.wrote_through_views else Layout.of(hooked.model),
+        layout=None if live.wrote_through_views or draws else Layout.of(hooked.model),
         per_sample=per_sample,
         whole=whole,
         coupled=coupled,

@@ -59,7 +59,12 @@ class Pullback:
 
 @contextlib.contextmanager
 def pullback(
-    hooked: HookedModel, inputs: Inputs, *, see: Seer, copies: int = 1, layout: Layout | None = None
+    hooked: HookedModel,
+    inputs: Inputs,
+    *,
+    see: Seer = lambda entry, leaves: None,
+    copies: int = 1,
+    layout: Layout | None = None,
 ) -> Iterator[Pullback]:
     """Make the primal pass, parameters held constant, and yield every layer's pullback; the graph ends with the body.
 
