@@ -52,7 +52,7 @@ def _first(output: Any) -> Tensor:
 #: One for each file of timm.models.
 TIMM = """\
 beit beit_base_patch16_224 64
-byoanet halonet_h1 256
+byoanet halonet_h1 128
 byobnet gernet_s 64
 cait cait_xxs24_224 64
 coat coat_tiny 64
@@ -333,7 +333,6 @@ def transformers() -> Iterator[Animal]:
         ("LevitModel", "LevitConfig", {"image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}, 64),
         ("PoolFormerModel", "PoolFormerConfig", {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}, 64),
         ("RegNetModel", "RegNetConfig", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4}, 32),
-        ("HieraModel", "HieraConfig", {"image_size": [32, 32], "patch_stride": [4, 4], "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2], "query_stride": [2, 2], "num_query_pool": 1, "masked_unit_size": [4, 4]}, 32),
     ):  # fmt: skip
         yield animal(kind, config, options, _image(size))
     for kind in ("Wav2Vec2", "Hubert", "WavLM"):
@@ -367,8 +366,8 @@ def monai() -> Iterator[Animal]:
         ("BasicUNet", {**unet, "features": (8, 8, 16, 16, 16, 8)}, image),
         ("BasicUNetPlusPlus", {**unet, "features": (8, 8, 16, 16, 16, 8)}, image),
         ("AttentionUnet", {**unet, **steps}, image),
-        ("AutoEncoder", {**unet, **steps}, image),
-        ("VarAutoEncoder", {**unet, **steps, "in_shape": (1, 32, 32), "latent_size": 4}, image),
+        ("AutoEncoder", {**unet, "channels": (8, 16), "strides": (2, 2)}, image),
+        ("VarAutoEncoder", {"spatial_dims": 2, "out_channels": 1, "channels": (8, 16), "strides": (2, 2), "in_shape": (1, 32, 32), "latent_size": 4}, image),
         ("DynUNet", {**unet, "kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2]}, image),
         ("SegResNet", {**unet, "init_filters": 8}, image),
         ("SegResNetDS", {**unet, "init_filters": 8, "blocks_down": (1, 1)}, image),
@@ -378,7 +377,7 @@ def monai() -> Iterator[Animal]:
         ("HighResNet", {**unet}, image),
         ("DenseNet121", {**unet}, image),
         ("SEResNet50", {"spatial_dims": 2, "in_channels": 1, "num_classes": 3}, _image(64, 1)),
-        ("EfficientNetBN", {"model_name": "efficientnet-b0", "spatial_dims": 2, "in_channels": 1}, image),
+        ("EfficientNetBN", {"model_name": "efficientnet-b0", "spatial_dims": 2, "in_channels": 1, "pretrained": False}, image),
         ("ResNet", {"block": "basic", "layers": (1, 1, 1, 1), "block_inplanes": (8, 8, 16, 16), "spatial_dims": 2, "n_input_channels": 1}, image),
         ("ViT", {"in_channels": 1, "img_size": (32, 32), "patch_size": 8, "spatial_dims": 2, "hidden_size": 24, "mlp_dim": 48, "num_layers": 2, "num_heads": 2, "classification": True}, image),
         ("ViTAutoEnc", {"in_channels": 1, "img_size": (32, 32), "patch_size": 16, "spatial_dims": 2, "hidden_size": 24, "mlp_dim": 48, "num_layers": 2, "num_heads": 2}, image),
@@ -398,7 +397,8 @@ def segmentation_models_pytorch() -> Iterator[Animal]:
 
     for kind in ("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "PAN", "DeepLabV3", "DeepLabV3Plus",
                  "UPerNet", "Segformer"):  # fmt: skip
-        yield Animal(kind, functools.partial(getattr(library, kind), "resnet18", encoder_weights=None), _image(64))
+        made = functools.partial(getattr(library, kind), "resnet18", encoder_weights=None)
+        yield Animal(kind, made, _image(128 if kind == "PAN" else 64))
     for encoder in ("mobilenet_v2", "efficientnet-b0", "mit_b0", "timm-regnetx_002", "densenet121", "vgg11_bn", "se_resnet50"):
         yield Animal(f"Unet {encoder}", functools.partial(library.Unet, encoder, encoder_weights=None), _image(64))
 
@@ -519,9 +519,9 @@ def vit_pytorch() -> Iterator[Animal]:
         ("twins_svt", "TwinsSVT", {"num_classes": 5, "s1_emb_dim": 8, "s2_emb_dim": 8, "s3_emb_dim": 8, "s4_emb_dim": 8, "s3_depth": 1, "s4_depth": 1, "s1_local_patch_size": 2, "s2_local_patch_size": 2, "s3_local_patch_size": 2, "s4_local_patch_size": 2, "s1_global_k": 2, "s2_global_k": 2, "s3_global_k": 2, "s4_global_k": 2}),
         ("mobile_vit", "MobileViT", {"image_size": (64, 64), "dims": [16, 20, 24], "channels": [8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 32], "num_classes": 5}),
         ("nest", "NesT", {"image_size": 32, "patch_size": 4, "dim": 8, "heads": 2, "num_hierarchies": 2, "block_repeats": (1, 1), "num_classes": 5}),
-        ("sep_vit", "SepViT", {"num_classes": 5, "dim": 8, "dim_head": 4, "heads": (1, 2), "depth": (1, 1), "window_size": 4, "conv_channels": None}),
+        ("sep_vit", "SepViT", {"num_classes": 5, "dim": 8, "dim_head": 4, "heads": (1, 2), "depth": (1, 1), "window_size": 4}),
     ):  # fmt: skip
-        size = 64 if file in ("levit", "mobile_vit", "twins_svt") else 32
+        size = {"levit": 64, "mobile_vit": 64, "twins_svt": 64, "sep_vit": 64}.get(file, 32)
 
         def make(file: str = file, kind: str = kind, options: dict[str, Any] = options) -> nn.Module:
             return getattr(importlib.import_module(f"vit_pytorch.{file}"), kind)(**options)

@@ -344,7 +344,7 @@ class GeometryProbe:
                 try:
                     inputs, plan = self._planned(x)
                     few = inputs if plan.whole else inputs.chunk(0, 4)
-                    jacobians = Jacobians(self._hooked, few, plan, self.engine, memory=self._memory)
+                    jacobians = Jacobians(self._hooked, few, plan, self._engine_that_runs, memory=self._memory)
                     return CheckReport.of(jacobians, seed=seed)
                 except LayerRefusal as refusal:
                     if not self._may_go_without(refusal):

@@ -453,11 +453,11 @@ def test_numbers_drawn_in_the_order_of_memory_are_the_plain_models():
     class Noisy(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Linear(3, 8), nn.Conv2d(8, 2, 1)
+            self.a, self.norm = nn.Linear(3, 8), nn.GroupNorm(2, 8)
 
         def mean(self, x):
             tokens = torch.tanh(self.a(x.flatten(2).transpose(1, 2)))
-            return self.b(tokens.transpose(1, 2).reshape(-1, 8, 5, 5))
+            return self.norm(tokens.transpose(1, 2).reshape(-1, 8, 5, 5))
 
         def forward(self, x):
             h = self.mean(x)
@@ -475,4 +475,5 @@ def test_numbers_drawn_in_the_order_of_memory_are_the_plain_models():
     g = probe.measure(x)[""]
     expected = torch.linalg.svdvals(jacobian.flatten(1, 3).flatten(2))
     assert torch.allclose(g.singular_values[:, :50], expected[:, :50], rtol=1e-8)
-    assert probe.check(x).ok
+    checked = probe.check(x)
+    assert checked.ok, str(checked)
