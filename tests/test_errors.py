@@ -264,7 +264,7 @@ def test_a_fake_quantised_layer_is_constant_as_it_runs():
 
 
 def test_auto_goes_on_to_the_next_engine():
-    """Writing a dual into a plain tensor: refused by the dual pass, fine elsewhere."""
+    """Writing through a view of a plain tensor: refused by the dual pass, fine elsewhere."""
 
     class Recurrent(nn.Module):
         def __init__(self):
@@ -274,7 +274,7 @@ def test_auto_goes_on_to_the_next_engine():
         def forward(self, x):
             out = torch.zeros(x.shape[0], 2, 3)
             for step in range(2):
-                out[:, step] = torch.tanh(self.a(x)) * (step + 1)
+                out[:, step].copy_(torch.tanh(self.a(x)) * (step + 1))
             return out
 
     model = Recurrent()

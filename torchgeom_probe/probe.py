@@ -25,7 +25,7 @@ from torchgeom_probe.jacobian.plan import Plan, coupled_samples, make_plan
 from torchgeom_probe.model.hooked import HookedModel, Transform
 from torchgeom_probe.model.inputs import Inputs, Wrt
 from torchgeom_probe.model.isolation import Mode, measuring
-from torchgeom_probe.model.layers import LayerSpec, resolve, resolved_source, resolved_transforms
+from torchgeom_probe.model.layers import LayerSpec, named, resolve, resolved_source, resolved_transforms
 from torchgeom_probe.model.wrappers import refuse_unhookable, unwrapped
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Tensor
@@ -63,7 +63,7 @@ class GeometryProbe:
         layers: names, globs (``*`` within a level, ``**`` across), modules, module types, a callable ``(name, module)
             -> bool``, a sequence of these, ``""`` (the model itself) or ``"auto"``: its stages, without those that have
             nothing to measure (they never run, do not depend on x, have no axis of samples), which one warning and the
-            report name.
+            report name; the model's output where none is left.
         estimator: what to estimate: ``Exact()``, ``TopK(k=10)``, …, or a name: ``"exact"``, ``"topk:10"``.  By default
             ``Subspace()``: the volume on a random frame of min(8, d) directions.
         normalize: divide J by √n, the paper's convention.
@@ -129,7 +129,7 @@ class GeometryProbe:
             )
         chosen = resolve(model, layers)
         self.left_out: dict[str, str] = {}
-        self._may_leave_out = isinstance(layers, str) and layers == "auto"
+        self._named = named(model, layers)
         self.estimator = estimator_of(estimator)
         self.normalize = normalize
         self.engine: EngineName = engine
@@ -282,17 +282,19 @@ class GeometryProbe:
         return inputs.cut_at(plan.per_sample), plan
 
     def _may_go_without(self, refusal: LayerRefusal) -> bool:
-        return self._may_leave_out and bool(set(self._hooked.layers) - set(refusal.layers))
+        return not self._named & refusal.layers.keys() and "" not in refusal.layers
 
     def _leave_out(self, refusal: LayerRefusal) -> None:
         """Go on without the layers that have nothing to measure, if nobody named them."""
         if not self._may_go_without(refusal):
             raise refusal
-        self._hooked = self._hooked.without(set(refusal.layers))
+        left = self._hooked.without(set(refusal.layers))
+        self._hooked = left if left.layers else replace(left, layers={"": left.model})
         self.left_out.update(refusal.layers)
         self._plans.clear()
         listed = "; ".join(f"{name!r} ({why})" for name, why in refusal.layers.items())
-        warnings.warn(f"layers='auto' leaves out {listed}", stacklevel=4)
+        instead = "" if left.layers else "; the model's own output takes their place"
+        warnings.warn(f"layers='auto' leaves out {listed}{instead}", stacklevel=4)
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -342,7 +344,7 @@ class GeometryProbe:
                 try:
                     inputs, plan = self._planned(x)
                     few = inputs if plan.whole else inputs.chunk(0, 4)
-                    jacobians = Jacobians(self._hooked, few, plan, self.engine, memory=self._memory)
+                    jacobians = Jacobians(self._hooked, few, plan, self._engine_that_runs, memory=self._memory)
                     return CheckReport.of(jacobians, seed=seed)
                 except LayerRefusal as refusal:
                     if not self._may_go_without(refusal):

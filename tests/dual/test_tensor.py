@@ -228,10 +228,41 @@ WRITES = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_a_plain_tensor_cannot_take_tangents(write: Callable[..., Any]) -> None:
-    x = dual(5)
-    with pytest.raises(EngineRefusal, match="into a plain one, which cannot carry tangents"):
-        write(torch.zeros(5, dtype=torch.float64), x)
+def test_a_plain_tensor_that_is_written_to_is_dual_until_the_pass_ends(write: Callable[..., Any]) -> None:
+    buffer, before = torch.randn(4, 5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+
+    def written(x: torch.Tensor) -> torch.Tensor:
+        plain = before.clone()
+        write(plain, x)
+        return plain
+
+    with dual_pass():
+        x, plain = DualTensor(buffer.clone()), before.clone()
+        write(plain, x)
+        pushed = (plain + 0 * x).buffer
+        assert isinstance(plain, DualTensor)
+    assert type(plain) is torch.Tensor
+    assert torch.equal(plain, before)
+    h = 1e-6
+    for tangent, found in zip(buffer[1:], pushed[1:], strict=True):
+        slope = (written(buffer[0] + h * tangent) - written(buffer[0] - h * tangent)) / (2 * h)
+        torch.testing.assert_close(found, slope, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(pushed[0], written(buffer[0]))
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_plain_tensor_whose_memory_others_see_cannot_take_tangents(write: Callable[..., Any]) -> None:
+    with dual_pass():
+        x, plain = dual(5), torch.zeros(2, 5, dtype=torch.float64)
+        for target in (plain[1], plain.view(10)[:5]):  # a view, and one whose base is a view's
+            with pytest.raises(EngineRefusal, match="into a plain one, which cannot carry tangents"):
+                write(target, x)
+        seen = torch.zeros(5, dtype=torch.float64)
+        view = seen[1:]
+        with pytest.raises(EngineRefusal, match="into a plain one, which cannot carry tangents"):
+            write(seen, x)
+        del view
+        write(seen, x)
 
 
 def test_assigning_to_data_is_refused() -> None:

@@ -399,3 +399,72 @@ def test_algebra_of_the_volume():
     )
     inner = nn.Sequential(first, nn.Tanh())
     assert torch.allclose(log_volume(*inner) + log_volume(second, at=inner(x).detach()), base, atol=1e-11)
+
+
+def test_an_initialisation_by_the_first_batch_is_refused_and_undone():
+    class ActNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+            self.register_buffer("done", torch.tensor(False))
+
+        def forward(self, x):
+            if not self.done:
+                self.scale.data = 1 / x.std(0)
+                self.done = torch.tensor(True)
+            return x * self.scale
+
+    model, x = ActNorm(), torch.randn(5, 3)
+    probe = tgp.GeometryProbe(model, layers="", estimator=tgp.Subspace(k=3), normalize=False)
+    for _ in range(2):  # a plan that was kept would let the dual pass assign
+        with pytest.raises(tgp.ProbeError, match=r"assigns to \.data .*scale.*\n.*model\(x\)"):
+            probe.measure(x)
+        assert torch.equal(model.scale, torch.ones(3))
+    model(x)
+    expected = model.scale.detach().abs().log().sum().double()
+    assert torch.allclose(probe.measure(x)[""].log_volume, expected.expand(5), atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_layer_of_one_number_a_sample(engine):
+    """[B] and not [B, 1], as a critic's score or a flow's log-determinant: log|Jv| of its gradient."""
+
+    class Score(nn.Module):
+        def forward(self, x):
+            return x.square().sum(1)
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    g = tgp.measure(Score(), x, layers="", estimator=tgp.Exact(), normalize=False, engine=engine)[""]
+    assert torch.allclose(g.singular_values[:, 0], 2 * x.norm(dim=1))
+
+
+def test_numbers_drawn_in_the_order_of_memory_are_the_plain_models():
+    """Behind attention images lie with their channels last, which randn_like then fills first."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm = nn.Linear(3, 8), nn.GroupNorm(2, 8)
+
+        def mean(self, x):
+            tokens = torch.tanh(self.a(x.flatten(2).transpose(1, 2)))
+            return self.norm(tokens.transpose(1, 2).reshape(-1, 8, 5, 5))
+
+        def forward(self, x):
+            h = self.mean(x)
+            return h * torch.randn_like(h)
+
+    model, x = Noisy().double(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    probe = tgp.GeometryProbe(model, layers="", estimator=tgp.Exact(), normalize=False)
+    torch.manual_seed(1)
+    h = model.mean(x)
+    assert not h.is_contiguous()
+    torch.manual_seed(1)
+    noise = torch.randn_like(h)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda s: model.mean(s[None])[0]))(x) * noise[..., None, None, None]
+    torch.manual_seed(1)
+    g = probe.measure(x)[""]
+    expected = torch.linalg.svdvals(jacobian.flatten(1, 3).flatten(2))
+    assert torch.allclose(g.singular_values[:, :50], expected[:, :50], rtol=1e-8)
+    checked = probe.check(x)
+    assert checked.ok, str(checked)

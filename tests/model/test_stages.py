@@ -119,8 +119,47 @@ def test_what_has_nothing_to_measure_is_left_out_with_a_word():
     [("never", "never fired"), ("time", "does not depend on it"), ("table", "first axis is not the batch")],
 )
 def test_what_is_asked_for_by_name_is_refused_by_name(name, message):
-    with pytest.raises(tgp.ProbeError, match=message):
-        tgp.measure(Odd(), torch.randn(5, 4), layers=["first", name])
+    for layers in (["first", name], ["auto", name]):
+        with warnings.catch_warnings(), pytest.raises(tgp.ProbeError, match=message):
+            warnings.simplefilter("ignore")  # of what "auto" leaves out beside it
+            tgp.measure(Odd(), torch.randn(5, 4), layers=layers)
+
+
+def test_auto_leaves_out_beside_what_is_named_and_falls_back_on_the_output():
+    model, x = Odd(), torch.randn(5, 4)
+    with pytest.warns(UserWarning, match="leaves out"):
+        assert list(tgp.measure(model, x, layers=["auto", ""])) == ["first", "last", ""]
+
+    class Windows(nn.Module):
+        """All stages put out the windows of all samples beside the samples."""
+
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Pairs(), Pairs()])
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            both = x.repeat(3, 1), x
+            for block in self.blocks:
+                both = block(*both)
+            return self.head(both[1])
+
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, windows, x):
+            return windows + 1, self.inner(x)
+
+    model = Windows()
+    assert stage_layers(model) == ["blocks.0", "blocks.1"]
+    with pytest.warns(UserWarning, match="the model's own output takes their place"):
+        report = tgp.measure(model, x)
+    assert list(report) == [""]
+    with pytest.raises(tgp.ProbeError, match=r"take one:  transform=\{'blocks.0': lambda out: out\[1\]\}"):
+        tgp.measure(model, x, layers="blocks.0")
+    assert list(tgp.measure(model, x, layers="blocks.0", transform={"blocks.0": lambda out: out[1]})) == ["blocks.0"]
 
 
 def test_cost_and_check_leave_out_the_same():

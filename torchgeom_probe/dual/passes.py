@@ -19,12 +19,14 @@ class Pass:
             pass, where nothing is deferred.
         known: primals that passes at the same samples share (``KnownPrimals`` of ``rules/convolution.py``).
         used: the names of the ops that ran, by what became of them (:func:`recording`).
+        at_end: what to do when the pass ends, the last first; None outside of a pass.
     """
 
     key: object = field(default_factory=object)
     deferred: list[Any] | None = None
     known: Any = None
     used: dict[str, set[str]] | None = None
+    at_end: contextlib.ExitStack | None = None
 
 
 _OUTSIDE = Pass()
@@ -44,9 +46,11 @@ def within(**changes: Any) -> Iterator[Pass]:
         _CURRENT.reset(token)
 
 
-def dual_pass() -> contextlib.AbstractContextManager[Pass]:
+@contextlib.contextmanager
+def dual_pass() -> Iterator[Pass]:
     """Run the body as a pass of its own, whose tensors nothing outside of it can read."""
-    return within(key=object(), deferred=[])
+    with contextlib.ExitStack() as at_end, within(key=object(), deferred=[], at_end=at_end) as running:
+        yield running
 
 
 @contextlib.contextmanager

@@ -15,13 +15,14 @@ derivative goes through.  What takes numbers out of torch (``.item()``) is refus
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from torchgeom_probe.dual.one_op import OneOp
 from torchgeom_probe.dual.ops import (
@@ -39,6 +40,7 @@ from torchgeom_probe.dual.ops import (
     name_of,
     only_a_shape,
     reads_bits,
+    smooth,
     writes_beside,
     written_beside,
 )  # fmt: skip
@@ -220,6 +222,8 @@ def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
     if reads_bits(func, args, kwargs):
         raise escape(func)
     writes = mutates(func, args, kwargs)
+    if writes and kwargs.get("out") is None and _became_dual(args[0], tree_leaves((args, kwargs))):
+        return DualTensor.__torch_function__(func, (DualTensor,), args, kwargs)
     _refuse_unfollowable_writes(func, args, kwargs, writes)
     body = None if writes else body_of(func)
     if body is not None:
@@ -259,6 +263,37 @@ def _by_torch(func: Any, args: Any, kwargs: Any, writes: bool) -> Any:
     return target
 
 
+def _became_dual(target: Any, leaves: list[Any]) -> bool:
+    """Make a plain tensor that is about to be written to a DualTensor, if nobody else sees its memory.
+
+    The two exchange what they are until the pass ends: a tensor of the user's own (a cache) is then as it was before.
+    """
+    running = current_pass()
+    if type(target) is not Tensor or running.at_end is None or not (smooth(target) and target.is_contiguous()):
+        return False
+    if target._is_view() or torch._C._storage_Use_Count(target.untyped_storage()._cdata) > _ALONE:
+        return False
+    rows = next(leaf for leaf in leaves if isinstance(leaf, DualTensor)).buffer.shape[0]
+    buffer = target.new_zeros((rows, *target.shape))
+    buffer[0].copy_(target)
+    dual = DualTensor(buffer)
+    try:
+        torch.utils.swap_tensors(target, dual)
+    except RuntimeError:  # something in C++ holds it
+        return False
+    running.at_end.callback(_exchanged_back, target, dual)
+    return True
+
+
+#: The uses of a storage that one tensor has: the tensor's own, and that of the handle which was asked.
+_ALONE = 2
+
+
+def _exchanged_back(target: Tensor, dual: Tensor) -> None:
+    with contextlib.suppress(RuntimeError):  # something holds it: it is refused where it is used again
+        torch.utils.swap_tensors(target, dual)
+
+
 def _refuse_unfollowable_writes(func: Any, args: Any, kwargs: Any, writes: bool) -> None:
     if writes_beside(func):
         raise written_beside(func)
@@ -270,7 +305,7 @@ def _refuse_unfollowable_writes(func: Any, args: Any, kwargs: Any, writes: bool)
     if writes and not isinstance(args[0], DualTensor):
         raise EngineRefusal(
             f"{name_of(func)!r} writes a tensor that depends on the input into a plain one, which cannot carry"
-            " tangents.\nMake the plain one from the input:  torch.zeros_like(x) or x.new_zeros(...); or measure with"
+            " tangents (it is a view, or has one).\nMake the plain one from the input:  torch.zeros_like(x) or x.new_zeros(...); or measure with"
             " engine='vjp'."
         )
     if getattr(func, "__name__", "") in ("__set__", "__delete__"):

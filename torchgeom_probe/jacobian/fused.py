@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from torchgeom_probe.dual import DualTensor, dual_pass
-from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.jacobian.layout import Layout
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
@@ -32,16 +31,13 @@ def push(
     sink: Sink,
     *,
     see: Seer = unseen,
-    reference: Mapping[str, Tensor] | None = None,
     any_order: bool = False,
     layout: Layout | None = None,
 ) -> None:
     """Push k directions [k, B, *space] through the model, and hand each layer's tangents to the sink as it fires.
 
-    With ``reference``, plain outputs [m, n] of the first m samples, the primal of every layer is compared with them: a
-    rule that gave another value than torch itself must not be believed for its tangents.  ``any_order``: the sink does
-    not mind in which order the features come, so channels that lie last in memory need not be copied.  ``layout``:
-    images may lie in memory as it says.
+    ``any_order``: the sink does not mind in which order the features come, so channels that lie last in memory need not
+    be copied.  ``layout``: images may lie in memory as it says.
     """
 
     def on_output(entry: str, layer: str, output: Any) -> None:
@@ -51,8 +47,6 @@ def push(
         flats = hooked.features(layer, leaves, inputs.size, output)
         values = [leaf.primal if isinstance(leaf, DualTensor) else leaf for leaf in leaves]
         see(entry, values)
-        if reference and entry in reference:
-            _refuse_another_value(entry, values, reference[entry])
         sink(
             entry, [_tangents(leaf, flat, len(directions), any_order) for leaf, flat in zip(leaves, flats, strict=True)]
         )
@@ -85,18 +79,3 @@ def _dual(value: Tensor, directions: Tensor, layout: Layout | None) -> DualTenso
         rows = buffer.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         buffer = rows.unflatten(0, (-1, value.shape[0]))
     return DualTensor(buffer)
-
-
-def _refuse_another_value(entry: str, values: list[Tensor], reference: Tensor) -> None:
-    value = torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in values], dim=1)[: len(reference)]
-    expected = reference[: len(value)]
-    scale = expected.abs().amax().nan_to_num(posinf=0.0) if expected.numel() else expected.sum()
-    # Rounding moves a deep network's output by a tiny share of its size, a write that was lost by a large one.
-    eps = torch.finfo(value.dtype).eps
-    allowed = (1e-6 if eps < 1e-12 else max(1e-2, 8 * eps)) * scale
-    if ((value - expected).abs() > allowed).any():
-        raise EngineRefusal(
-            f"the dual pass gives layer {entry!r} another value than the model's plain forward pass: an op writes in "
-            "place through a view that the dual pass had to copy.\n"
-            "Measure with engine='functorch', or write that op out of place."
-        )

@@ -194,7 +194,8 @@ class Jacobians:
     def _see(self, entry: str, leaves: Sequence[Tensor]) -> None:
         """Note where a layer's own values [B, ...] are not finite; once, and without waiting for the device."""
         if entry not in self.finite:
-            largest = [torch.linalg.vector_norm(leaf.flatten(1), torch.inf, dim=1) for leaf in leaves if leaf.numel()]
+            flat = [leaf.reshape(len(leaf), -1) for leaf in leaves if leaf.numel()]  # a number a sample has no axis
+            largest = [torch.linalg.vector_norm(values, torch.inf, dim=1) for values in flat]
             self.finite[entry] = torch.stack(largest).isfinite().all(0)
 
     def _push(self, directions: Tensor, sink: fused.Sink, any_order: bool) -> None:
@@ -225,12 +226,20 @@ class Jacobians:
         plan = self.plan
         options: dict[str, Any] = {}
         if engine == "fused":
-            options = {"reference": plan.reference, "any_order": any_order, "layout": plan.layout}
+            options = {"any_order": any_order, "layout": plan.layout}
+        # Fewer samples draw other numbers.
+        known = plan.reference if not plan.random or self.inputs.size == self.inputs.total else {}
+
+        def see(entry: str, leaves: list[Tensor]) -> None:
+            self._see(entry, leaves)
+            if entry in known:
+                _refuse_another_value(engine, entry, leaves, known[entry])
+
         try:
             # The same random numbers in every pass: directions that are pushed apart must be pushed through the same
             # function.
             with same_random_numbers(directions.device):
-                _PUSHES[engine](self.hooked, self.inputs, directions, sink, see=self._see, **options)
+                _PUSHES[engine](self.hooked, self.inputs, directions, sink, see=see, **options)
         except (ProbeError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -318,3 +327,23 @@ def _ending_at(entry: str, sink: fused.Sink) -> fused.Sink:
             raise _Reached
 
     return ending
+
+
+def _refuse_another_value(engine: str, entry: str, values: list[Tensor], reference: Tensor) -> None:
+    """Refuse an engine whose layer has another value than the plain model's [m, n]: it differentiates another function.
+
+    That is the case where an op writes in place through a view that the pass had to copy, and where numbers are drawn
+    in the order of memory for a tensor that lies there in another order.
+    """
+    value = torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in values], dim=1)[: len(reference)]
+    expected = reference[: len(value)]
+    scale = expected.abs().amax().nan_to_num(posinf=0.0) if expected.numel() else expected.sum()
+    # Rounding moves a deep network's output by a tiny share of its size, a write that was lost by a large one.
+    eps = torch.finfo(value.dtype).eps
+    allowed = (1e-6 if eps < 1e-12 else max(1e-2, 8 * eps)) * scale
+    if ((value - expected).abs() > allowed).any():
+        raise EngineRefusal(
+            f"the engine {engine!r} gives layer {entry!r} another value than the model's plain forward pass: an op "
+            "writes in place through a view, or draws random numbers in the order of memory.\n"
+            "Write or draw out of place (torch.randn(x.shape) for torch.randn_like(x)), or measure with engine='vjp'."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -50,9 +51,9 @@ class Plan:
         budget: bytes that a measurement may use.
         reference: entry → plain outputs [≤ 3, n] of the first samples, for a pass to be compared with.
         random: whether the forward pass draws random numbers.
-        layout: what suits the convolutions; None where the model writes in place to memory that it has viewed in
-            another shape: what such a write reaches depends on how the tensors lie in memory, so a pass must lay them
-            as the model does.
+        layout: what suits the convolutions; None where a pass must lay the tensors as the model does: because it
+            writes in place to memory that it has viewed in another shape, or draws numbers (``randn_like`` fills them
+            in the order of memory).
         per_sample: the arguments (places among the inputs' leaves) that are cut with the samples.
         whole: whether the model takes its own number of samples alone, so that no chunks can be made.
         coupled: entries in which one sample's output depends on the others.
@@ -150,7 +151,8 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
     with same_random_numbers(inputs.device):
         before = _random_state()
         try:
-            own, found, live = _first_run(hooked, inputs)
+            with _data_kept(hooked.model):
+                own, found, live = _first_run(hooked, inputs)
         except ProbeError:
             raise
         except Exception as error:
@@ -168,9 +170,9 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
         dtype=space.dtype,
         row_bytes=live.peak // own.size,
         graph_bytes=live.total // own.size,
-        reference={} if fake or draws else {e: values[: inputs.size] for e, values in found.features.items()},
+        reference={} if fake or (draws and own.size < inputs.size) else found.features,
         random=draws,
-        layout=None if live.wrote_through_views else Layout.of(hooked.model),
+        layout=None if live.wrote_through_views or draws else Layout.of(hooked.model),
         per_sample=per_sample,
         whole=whole,
         coupled=coupled,
@@ -230,6 +232,29 @@ def _refuse_nested(hooked: HookedModel, own: Inputs, found: Outputs) -> None:
             "mask leaves into a nested tensor and puts out 0 elsewhere, with gradients it does not; layer "
             f"{different!r} sees the difference.\n"
             f"Say which one you mean:  model.get_submodule({nested[0]!r}).use_nested_tensor = False  is the second."
+        )
+
+
+@contextlib.contextmanager
+def _data_kept(model: nn.Module) -> Iterator[None]:
+    """Refuse a forward pass that assigns to ``.data`` of the model's own tensors, and give them back what they had.
+
+    No version counter tells of it, and of a DualTensor assigned in C++ only a dead pointer would be left.
+    """
+    own = [(name, t, t.data) for name, t in (*model.named_parameters(), *model.named_buffers())]
+    moved: list[str] = []
+    try:
+        yield
+    finally:
+        for name, tensor, data in own:
+            if tensor.untyped_storage()._cdata != data.untyped_storage()._cdata:
+                tensor.data = data
+                moved.append(name)
+    if moved:
+        raise ProbeError(
+            f"the model's forward pass assigns to .data of its own tensors ({', '.join(moved[:3])}), also in eval mode: "
+            "an initialisation by the first batch, as of ActNorm?\n"
+            "Run the model once before you probe it:  model(x)"
         )
 
 

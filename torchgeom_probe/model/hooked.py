@@ -91,7 +91,7 @@ class HookedModel:
             shape = tuple(odd[0].shape)
             if not isinstance(output, Tensor):
                 shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
-                key = next(iter(output)) if isinstance(output, Mapping) and output else 0
+                key = _key_of_samples(output, batch)
                 taken = f"transform={{{layer!r}: lambda out: out[{key!r}]}}"
                 way_out = f"Its floating tensors have shapes {shapes}; take one:  {taken}"
             else:
@@ -119,14 +119,19 @@ class HookedModel:
             own bytes.
 
         Raises:
-            LayerRefusal: as :meth:`features`.
+            LayerRefusal: as :meth:`features`, of all layers at once.
             ProbeError: the source's output is no space.
         """
         features: dict[str, Tensor] = {}
         sources: list[Tensor] = []
+        refusals: list[LayerRefusal] = []
 
         def on_output(entry: str, layer: str, output: Any) -> None:
-            flats = self.features(layer, self.leaves(layer, output), inputs.size, output)
+            try:
+                flats = self.features(layer, self.leaves(layer, output), inputs.size, output)
+            except LayerRefusal as refusal:
+                refusals.append(refusal)
+                return
             with aside():  # a copy: the next layer may write over it
                 features[entry] = torch.cat([flat.detach()[:keep] for flat in flats], dim=1)
 
@@ -136,6 +141,8 @@ class HookedModel:
 
         with plain_run(lambda: [*features.values(), *sources]), self.attached(on_output, on_source):
             inputs.run(self.model)
+        if refusals:
+            raise LayerRefusal(str(refusals[0]), {n: why for r in refusals for n, why in r.layers.items()})
         return Outputs(features, sources)
 
     @contextlib.contextmanager
@@ -198,6 +205,19 @@ class HookedModel:
             "Measure a layer before that point, or take the cut out of the forward pass; a missing tangent is never "
             "read as zero."
         )
+
+
+def _key_of_samples(output: Any, batch: int) -> Any:
+    """Under which key or place an output has a tensor whose first axis is the samples; the first where none has."""
+    items = list(
+        output.items()
+        if isinstance(output, Mapping)
+        else enumerate(output)
+        if isinstance(output, (tuple, list))
+        else ()
+    )
+    fitting = [k for k, v in items if isinstance(v, Tensor) and v.is_floating_point() and v.shape[:1] == (batch,)]
+    return next(iter(fitting or [k for k, _ in items]), 0)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -47,6 +47,17 @@ def resolve(model: nn.Module, layers: LayerSpec) -> dict[str, nn.Module]:
     return found
 
 
+def named(model: nn.Module, layers: LayerSpec) -> frozenset[str]:
+    """Those of ``resolve(model, layers)`` that somebody asked for, and not ``"auto"`` alone.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
+    >>> named(model, "auto"), named(model, ["auto", ""])
+    (frozenset(), frozenset({''}))
+    """
+    specs = [spec for spec in _flat(layers) if not (isinstance(spec, str) and spec == "auto")]
+    return frozenset(resolve(model, specs)) if specs else frozenset()
+
+
 def close_names(name: str, names: Sequence[str]) -> list[str]:
     """Return up to five names that look like the one given, or share its last component."""
     tail = name.rsplit(".", 1)[-1]
