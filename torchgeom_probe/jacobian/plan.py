@@ -252,8 +252,8 @@ def _data_kept(model: nn.Module) -> Iterator[None]:
                 moved.append(name)
     if moved:
         raise ProbeError(
-            f"the model's forward pass assigns to .data of its own tensors ({', '.join(moved[:3])}), also in eval mode: "
-            "an initialisation by the first batch, as of ActNorm?\n"
+            f"the model's forward pass assigns to .data of its own tensors ({', '.join(moved[:3])}), also in eval "
+            "mode: an initialisation by the first batch, as of ActNorm?\n"
             "Run the model once before you probe it:  model(x)"
         )
 

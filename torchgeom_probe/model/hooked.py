@@ -124,13 +124,13 @@ class HookedModel:
         """
         features: dict[str, Tensor] = {}
         sources: list[Tensor] = []
-        refusals: list[LayerRefusal] = []
+        refusals: list[tuple[str, dict[str, str]]] = []
 
         def on_output(entry: str, layer: str, output: Any) -> None:
             try:
                 flats = self.features(layer, self.leaves(layer, output), inputs.size, output)
             except LayerRefusal as refusal:
-                refusals.append(refusal)
+                refusals.append((str(refusal), refusal.layers))  # not itself: its traceback holds the layer's output
                 return
             with aside():  # a copy: the next layer may write over it
                 features[entry] = torch.cat([flat.detach()[:keep] for flat in flats], dim=1)
@@ -142,7 +142,7 @@ class HookedModel:
         with plain_run(lambda: [*features.values(), *sources]), self.attached(on_output, on_source):
             inputs.run(self.model)
         if refusals:
-            raise LayerRefusal(str(refusals[0]), {n: why for r in refusals for n, why in r.layers.items()})
+            raise LayerRefusal(refusals[0][0], {name: why for _, layers in refusals for name, why in layers.items()})
         return Outputs(features, sources)
 
     @contextlib.contextmanager
