@@ -48,7 +48,7 @@ class Factor:
             blocks_KBN = [torch.cat(list(blocks_KBN), dim=2)]
         if exact:
             tall = blocks_KBN[0].permute(1, 0, 2) if by_features else blocks_KBN[0].permute(1, 2, 0)
-            finite = tall.isfinite().all(2).all(1)  # LAPACK drops a nan at the head of a single column
+            finite = tall.sum((1, 2)).isfinite()  # LAPACK drops a nan at the head of a single column
             triangle = torch.linalg.qr(tall, mode="r").R
             return Factor(triangle=torch.where(finite[:, None, None], triangle, torch.nan), dtype=dtype)
         sides = [block.permute(2, 1, 0) for block in blocks_KBN] if by_features else blocks_KBN
