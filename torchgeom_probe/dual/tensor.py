@@ -303,8 +303,8 @@ def _refuse_unfollowable_writes(func: Any, args: Any, kwargs: Any, writes: bool)
     if writes and not isinstance(args[0], DualTensor):
         raise EngineRefusal(
             f"{name_of(func)!r} writes a tensor that depends on the input into a plain one, which cannot carry"
-            " tangents (it is a view, or has one).\nMake the plain one from the input:  torch.zeros_like(x) or x.new_zeros(...); or measure with"
-            " engine='vjp'."
+            " tangents (it is a view, or has one).\nMake the plain one from the input:  torch.zeros_like(x) or"
+            " x.new_zeros(...); or measure with engine='vjp'."
         )
     if getattr(func, "__name__", "") in ("__set__", "__delete__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "an attribute")

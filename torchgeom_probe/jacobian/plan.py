@@ -252,8 +252,8 @@ def _data_kept(model: nn.Module) -> Iterator[None]:
                 moved.append(name)
     if moved:
         raise ProbeError(
-            f"the model's forward pass assigns to .data of its own tensors ({', '.join(moved[:3])}), also in eval mode: "
-            "an initialisation by the first batch, as of ActNorm?\n"
+            f"the model's forward pass assigns to .data of its own tensors ({', '.join(moved[:3])}), also in eval "
+            "mode: an initialisation by the first batch, as of ActNorm?\n"
             "Run the model once before you probe it:  model(x)"
         )
 
@@ -293,7 +293,8 @@ def _space(hooked: HookedModel, own: Inputs, found: Outputs) -> Tensor:
         raise ProbeError(
             f"source={hooked.source_name!r} puts out shape {tuple(found.sources[0].shape)}, whose first axis is not "
             f"the batch of {own.size}.\n"
-            "Name a module whose output has the samples first."
+            "Name a module whose output has the samples first, or pass what it puts out as the model's input "
+            "(transformers: inputs_embeds=)."
         )
     return found.sources[0]
 

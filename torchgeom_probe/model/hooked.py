@@ -208,7 +208,13 @@ class HookedModel:
 
 def _key_of_samples(output: Any, batch: int) -> Any:
     """Under which key or place an output has a tensor whose first axis is the samples; the first where none has."""
-    items = list(output.items() if isinstance(output, Mapping) else enumerate(output) if isinstance(output, (tuple, list)) else ())
+    items = list(
+        output.items()
+        if isinstance(output, Mapping)
+        else enumerate(output)
+        if isinstance(output, (tuple, list))
+        else ()
+    )
     fitting = [k for k, v in items if isinstance(v, Tensor) and v.is_floating_point() and v.shape[:1] == (batch,)]
     return next(iter(fitting or [k for k, _ in items]), 0)
 
