@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, zoo
 from benchmarks.timing import Settings, circumstances
 
 #: The tables, in the order of the page.  Each is a module with TITLE, NOTE and ``table(settings)``, which yields
@@ -87,6 +87,14 @@ def main() -> None:
         type=Path,
         help="what only a GPU can tell, in nine minutes: a file a step into FOLDER, and the section of the page",
     )
+    parser.add_argument(
+        "--zoo",
+        metavar="FOLDER",
+        type=Path,
+        help="models of other libraries against differences: a line a model into FOLDER, and the section of the page; "
+        "--resume goes on",
+    )
+    parser.add_argument("--models", default="*", metavar="GLOB", help="of the zoo: 'timm *', '* Bert*' (default: all)")
     arguments = parser.parse_args()
     if importlib.util.find_spec("timm") is None:
         parser.exit(1, "the benchmarks need timm's models:  python -m pip install 'torchgeom_probe[timm]'\n")
@@ -98,6 +106,12 @@ def main() -> None:
             written(PAGE, "gpu", section)
         return
     torch.set_num_threads(arguments.threads)
+    if arguments.zoo is not None:
+        section = zoo.run(arguments.zoo, only=arguments.models, resume=arguments.resume, quick=arguments.quick)
+        print(section)
+        if not arguments.quick:
+            written(PAGE, "zoo", section)
+        return
     settings = Settings(
         quick=arguments.quick,
         device=arguments.device,

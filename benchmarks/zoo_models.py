@@ -82,7 +82,7 @@ fasternet fasternet_t0 64
 fastvit fastvit_t8 64
 focalnet focalnet_tiny_srf 64
 gcvit gcvit_xxtiny 224
-gemma4_vit gemma4_vit_167m_enc 64
+gemma4_vit gemma4_vit_167m_enc 96
 ghostnet ghostnet_050 64
 hardcorenas hardcorenas_b 64
 hgnet hgnetv2_b0 64
@@ -172,7 +172,7 @@ def torchvision() -> Iterator[Animal]:
     sizes = {"alexnet": 64, "squeezenet1_0": 64, "googlenet": 64, "inception_v3": 96, "swin_t": 64, "swin_v2_t": 64}
     options: dict[str, dict[str, Any]] = {
         "vit_b_32": {"image_size": 64},
-        "maxvit_t": {"input_size": (64, 64)},
+        "maxvit_t": {"input_size": (64, 64), "partition_size": 2},
         "googlenet": {"aux_logits": False, "init_weights": False},
         "inception_v3": {"aux_logits": False, "init_weights": False},
         "mvit_v2_s": {"spatial_size": (32, 32), "temporal_size": 8},
@@ -328,8 +328,8 @@ def transformers() -> Iterator[Animal]:
         ("ResNetModel", "ResNetConfig", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}, 32),
         ("SegformerModel", "SegformerConfig", {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2]}, 64),
         ("PvtV2Model", "PvtV2Config", {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2]}, 64),
-        ("MobileViTModel", "MobileViTConfig", {"image_size": 64, "hidden_sizes": [16, 20, 24], "neck_hidden_sizes": [8, 8, 12, 16, 16, 20, 24], "num_attention_heads": 2}, 64),
-        ("MobileViTV2Model", "MobileViTV2Config", {"image_size": 64, "width_multiplier": 0.25}, 64),
+        ("MobileViTModel", "MobileViTConfig", {"image_size": 64, "initializer_range": 0.2, "hidden_sizes": [16, 20, 24], "neck_hidden_sizes": [8, 8, 12, 16, 16, 20, 24], "num_attention_heads": 2}, 64),
+        ("MobileViTV2Model", "MobileViTV2Config", {"image_size": 64, "initializer_range": 0.2, "width_multiplier": 0.25}, 64),
         ("LevitModel", "LevitConfig", {"image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}, 64),
         ("PoolFormerModel", "PoolFormerConfig", {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}, 64),
         ("RegNetModel", "RegNetConfig", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4}, 32),
@@ -436,7 +436,7 @@ def diffusers() -> Iterator[Animal]:
         ("UNet2DModel", {"sample_size": 16, "down_block_types": down, "up_block_types": up, **blocks, **attention}, timed, {}),
         ("UNet2DModel, one timestep", {"sample_size": 16, "down_block_types": down, "up_block_types": up, **blocks, **attention}, one, {}),
         ("UNet2DConditionModel", {"sample_size": 16, "in_channels": 3, "out_channels": 3, "down_block_types": cross_down, "up_block_types": cross_up, "cross_attention_dim": 8, **blocks, **attention}, conditioned, {"wrt": "sample"}),
-        ("UNet1DModel", {"block_out_channels": (32, 32), "in_channels": 2, "out_channels": 2, "extra_in_channels": 16, "layers_per_block": 1, "down_block_types": ("DownBlock1DNoSkip", "AttnDownBlock1D"), "up_block_types": ("AttnUpBlock1D", "UpBlock1DNoSkip")}, lambda: (torch.randn(2, 2, 16), torch.tensor([3, 7])), {}),
+        ("UNet1DModel", {"block_out_channels": (32, 32), "in_channels": 2, "out_channels": 2, "extra_in_channels": 64, "layers_per_block": 1, "down_block_types": ("DownBlock1DNoSkip", "AttnDownBlock1D"), "up_block_types": ("AttnUpBlock1D", "UpBlock1DNoSkip")}, lambda: (torch.randn(2, 2, 16), torch.tensor([3, 7])), {}),
         ("AutoencoderKL", {**ends, **blocks, "latent_channels": 4}, latent(16), {}),
         ("AutoencoderTiny", {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}, latent(16), {}),
         ("VQModel", {**ends, **blocks, "num_vq_embeddings": 16}, latent(16), {}),
@@ -527,9 +527,8 @@ def vit_pytorch() -> Iterator[Animal]:
         ("twins_svt", "TwinsSVT", {"num_classes": 5, "s1_emb_dim": 8, "s2_emb_dim": 8, "s3_emb_dim": 8, "s4_emb_dim": 8, "s3_depth": 1, "s4_depth": 1, "s1_local_patch_size": 2, "s2_local_patch_size": 2, "s3_local_patch_size": 2, "s4_local_patch_size": 2, "s1_global_k": 2, "s2_global_k": 2, "s3_global_k": 2, "s4_global_k": 2}),
         ("mobile_vit", "MobileViT", {"image_size": (64, 64), "dims": [16, 20, 24], "channels": [8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 32], "num_classes": 5}),
         ("nest", "NesT", {"image_size": 32, "patch_size": 4, "dim": 8, "heads": 2, "num_hierarchies": 2, "block_repeats": (1, 1), "num_classes": 5}),
-        ("sep_vit", "SepViT", {"num_classes": 5, "dim": 8, "dim_head": 4, "heads": (1, 2), "depth": (1, 1), "window_size": 4}),
     ):  # fmt: skip
-        size = {"levit": 64, "mobile_vit": 64, "twins_svt": 64, "sep_vit": 64}.get(file, 32)
+        size = {"levit": 64, "mobile_vit": 64, "twins_svt": 64}.get(file, 32)
 
         def make(file: str = file, kind: str = kind, options: dict[str, Any] = options) -> nn.Module:
             return getattr(importlib.import_module(f"vit_pytorch.{file}"), kind)(**options)

@@ -570,3 +570,17 @@ def test_unknown_report_key():
     report = tgp.measure(models.mlp(), X, layers="1", estimator=tgp.Exact())
     with pytest.raises(KeyError, match=r"'2' was not measured; the report has \['1'\]"):
         report["2"]
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention.*")
+def test_an_op_of_higher_order_is_refused_by_name():
+    """What counts the bytes of the plain pass lets it through: the model's own pass does not fail."""
+    attention = pytest.importorskip("torch.nn.attention.flex_attention")
+
+    class Attention(nn.Module):
+        def forward(self, x):
+            heads = x.view(-1, 1, 5, 16)
+            return attention.flex_attention(heads, heads, heads)
+
+    with pytest.raises(tgp.ProbeError, match="'flex_attention' has no derivative that could be used"):
+        tgp.measure(Attention(), torch.randn(2, 80), layers="", engine="fused")

@@ -22,6 +22,8 @@ _HALF_VIEWS = {torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alia
 class LiveBytes(TorchDispatchMode):
     """Follows the bytes of the storages that ops make, until the tensors die: now, at the peak, and in all."""
 
+    supports_higher_order_operators = True  # flex_attention and the like have no schema, and write to nothing
+
     def __init__(self, known: Sequence[Any]) -> None:
         super().__init__()
         self.live = self.peak = self.total = 0
@@ -41,6 +43,8 @@ class LiveBytes(TorchDispatchMode):
             self._paused = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return func(*args, **(kwargs or {}))
         if func._schema.is_mutable and args and isinstance(args[0], Tensor) and args[0].layout == torch.strided:
             self.wrote_through_views |= args[0].untyped_storage()._cdata in self._viewed
         out = func(*args, **(kwargs or {}))

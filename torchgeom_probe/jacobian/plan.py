@@ -293,7 +293,8 @@ def _space(hooked: HookedModel, own: Inputs, found: Outputs) -> Tensor:
         raise ProbeError(
             f"source={hooked.source_name!r} puts out shape {tuple(found.sources[0].shape)}, whose first axis is not "
             f"the batch of {own.size}.\n"
-            "Name a module whose output has the samples first."
+            "Name a module whose output has the samples first, or pass what it puts out as the model's input "
+            "(transformers: inputs_embeds=)."
         )
     return found.sources[0]
 
