@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import torchgeom_probe as tgp
 from benchmarks.timing import Settings
-from torchgeom_probe.boundary.population import _designed, _effect
+from torchgeom_probe.boundary.design import Design, designed
+from torchgeom_probe.boundary.inference import LayerFields, effect_of
 from torchgeom_probe.reproduce.data import load_digits
 
 TITLE = "The population test: true nulls that it rejects, planted effects that it finds"
@@ -31,6 +32,7 @@ pairs of held-out digits each (50 for the planted effect).
 - "bare peak": l(t*) minus the mean of its neighbours at t* ± 0.2, which the package does not offer: the reason why."""
 METHOD = "shares of draws"
 
+Field = Callable[[Tensor], Tensor]
 _CONTRASTS = ("mirror", "peak")
 #: Digits to train on; the other 800 are held out.
 _TRAINING = 997
@@ -43,7 +45,7 @@ class Beside(nn.Module):
         super().__init__()
         self.decides, self.measured = decides, measured
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         self.measured(x)
         return self.decides(x)
 
@@ -64,7 +66,7 @@ def trained(seed: int, x: Tensor, labels: Tensor, epochs: int) -> nn.Sequential:
     return model.eval()
 
 
-def random_field(length: float, seed: int, *, features: int = 1000) -> Callable[[Tensor], Tensor]:
+def random_field(length: float, seed: int, *, features: int = 1000) -> Field:
     """A stationary Gaussian field of unit variance over R⁶⁴, by random Fourier features."""
     generator = torch.Generator().manual_seed(seed)
     frequencies = torch.randn(64, features, generator=generator, dtype=torch.float64) / length
@@ -85,7 +87,7 @@ class Draws:
         shuffled = labels[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
         self.trained = [trained(seed, x, labels, epochs) for seed in range(networks)]
         self.memorised = [trained(100 + seed, x, shuffled, epochs) for seed in range(networks)]
-        self._designs: dict[tuple[int, str, int], object] = {}
+        self._designs: dict[tuple[int, str, int], Design] = {}
 
     def fields(self, number: int, contrast: str, length: float) -> float:
         """Two independent random fields at a trained network's boundaries."""
@@ -137,24 +139,24 @@ class Draws:
         )
         return study["measured.1"].p_value
 
-    def _design(self, number: int, contrast: str, pairs: int):
+    def _design(self, number: int, contrast: str, pairs: int) -> Design:
         key = number % len(self.trained), contrast, pairs
         if key not in self._designs:
             settings = {"contrast": contrast, "seed": key[0], "pairs": pairs, "share": False, "offsets": []}
             model = self.trained[key[0]]
             with torch.no_grad():
-                self._designs[key] = _designed(model, self.x, torch.arange(len(self.x)), None, settings)
+                self._designs[key] = designed(model, self.x, torch.arange(len(self.x)), None, settings)
         return self._designs[key]
 
-    def _of_fields(self, number: int, contrast: str, fields: list, *, pairs: int = 100, design=None) -> float:
+    def _of_fields(
+        self, number: int, contrast: str, fields: list[Field], *, pairs: int = 100, design: Design | None = None
+    ) -> float:
         design = design or self._design(number, contrast, pairs)
         shape = design.points.shape[:2]
         with torch.no_grad():
             values = [field(design.points.flatten(0, 1).double()).reshape(shape) for field in fields]
-        found = {}
-        for network, value in zip(("trained", "initial"), values, strict=False):
-            found |= {f"{network} speed": value, f"{network} trace": value}
-        return _effect("a field", found, design, contrast, ()).p_value
+        found = LayerFields(*({"speed": value} for value in values))
+        return effect_of("a field", found, design, contrast, ()).p_value
 
 
 def share(p_values: list[float]) -> float:
@@ -165,6 +167,7 @@ def table(settings: Settings) -> Iterator[str]:
     count = 4 if settings.quick else 400
     draws = Draws(networks=2 if settings.quick else 8, epochs=3 if settings.quick else 120)
     error = 2 * math.sqrt(0.05 * 0.95 / count)
+    expected = f"{max(0.05 - error, 0):.3f} … {0.05 + error:.3f}"
     rows: list[tuple[str, Callable[[int, str], float]]] = [
         (f"random field, ℓ = {length:g}", lambda i, c, length=length: draws.fields(i, c, length))
         for length in (0.1, 0.35, 0.5, 1.0, 2.0)
@@ -175,7 +178,7 @@ def table(settings: Settings) -> Iterator[str]:
     yield "|---|---|---|---|"
     for name, draw in rows:
         found = [share([draw(i, contrast) for i in range(count)]) for contrast in _CONTRASTS]
-        expected = "–" if name.startswith("planted") else f"{max(0.05 - error, 0):.3f} … {0.05 + error:.3f}"
-        yield f"| {name} ({count}) | {' | '.join(f'{value:.3f}' for value in found)} | {expected} |"
+        range_ = "–" if name.startswith("planted") else expected
+        yield f"| {name} ({count}) | {' | '.join(f'{value:.3f}' for value in found)} | {range_} |"
     bare = share([draws.bare_peak(i, 0.5) for i in range(count)])
-    yield f"| bare peak, random field, ℓ = 0.5 ({count}) | – | {bare:.3f} | {max(0.05 - error, 0):.3f} … {0.05 + error:.3f} |"
+    yield f"| bare peak, random field, ℓ = 0.5 ({count}) | – | {bare:.3f} | {expected} |"

@@ -1,7 +1,7 @@
 """The mean of a difference over pairs that share samples: an interval and a p-value that know it.
 
-Two pairs with a sample, a photograph or a class in common are not independent, and a t-test over pairs takes them to be:
-with 50 samples in 400 pairs it rejects a true null in more than half of the cases.
+Two pairs with a sample, a photograph or a class in common are not independent, and a t-test over pairs takes them to
+be: with 50 samples in 400 pairs it rejects a true null in more than half of the cases.
 
 Legend of axes: N pairs.
 """
@@ -76,7 +76,9 @@ def student(mean: float, error: float, freedom: float) -> Tested:
     margin = float(scipy.stats.t.ppf(0.975, freedom)) * error
     if error == 0:
         return Tested(Estimate(mean, (mean, mean)), float(mean == 0))
-    return Tested(Estimate(mean, (mean - margin, mean + margin)), 2 * float(scipy.stats.t.sf(abs(mean) / error, freedom)))
+    return Tested(
+        Estimate(mean, (mean - margin, mean + margin)), 2 * float(scipy.stats.t.sf(abs(mean) / error, freedom))
+    )
 
 
 def _variance(residuals: np.ndarray, index_N2: np.ndarray) -> float:

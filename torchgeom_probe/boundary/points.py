@@ -19,7 +19,6 @@ from torchgeom_probe.model.predictions import Readout, logits_of
 from torchgeom_probe.model.wrappers import unwrapped
 from torchgeom_probe.shapes import Float, Int, Tensor
 
-
 #: Where ``near="middle"`` looks for class changes before it bisects.
 _GRID = tuple(i / 10 for i in range(11))
 
@@ -31,7 +30,7 @@ class BoundaryPoints:
     Attributes:
         points: [B, *input], the middles of the last brackets.
         t: [B], where on the segment: 0 at a, 1 at b.
-        class_before: [B], predicted just before the crossing, on a's side; the class at ``a`` but for ``near="middle"``.
+        class_before: [B], predicted just before the crossing, on a's side; with ``near="any"`` the class at ``a``.
         class_after: [B], predicted just after it; the class at ``b`` unless a third class lies between.
         tolerance: half of the last bracket, in units of t.
     """

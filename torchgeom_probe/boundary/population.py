@@ -1,4 +1,4 @@
-"""The population test: do decision boundaries lie where a layer magnifies, over many lines between held-out samples?
+"""The population test: does a layer magnify near decision boundaries, over many lines between held-out samples.
 
 x → pairs and their crossings → points of every line → per chunk of pairs: the fields of the network, trained and
 untrained → per layer a BoundaryEffect.
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,11 +19,9 @@ from torch import nn
 from tqdm import tqdm
 
 from torchgeom_probe.boundary.contrasts import CONTRASTS
-from torchgeom_probe.boundary.effect import BoundaryEffect
-from torchgeom_probe.boundary.paired import Tested, paired_effect
-from torchgeom_probe.boundary.pairs import Pairs, crossing_pairs, predicted, same_class_points
+from torchgeom_probe.boundary.design import LEAST_PAIRS, Design, designed
+from torchgeom_probe.boundary.inference import LayerFields, effect_of
 from torchgeom_probe.boundary.speed import Speed, with_random
-from torchgeom_probe.boundary.statistics import Estimate
 from torchgeom_probe.boundary.study import BoundaryStudy
 from torchgeom_probe.errors import ProbeError, first_line, refuse_unknown
 from torchgeom_probe.estimators import Estimator, Exact, Subspace
@@ -43,9 +40,7 @@ _CHUNK = 32
 _RANDOM = 4
 #: Input sizes at which the whole volume is measured unasked.
 _SMALL = 64
-_LEAST_PAIRS, _LEAST_UNITS = 10, 5
 _PART = "part of a BoundaryStudy"
-_PATH = "the path's speed |Jv| along the line (no volume)"
 
 
 def boundary_study(
@@ -146,10 +141,10 @@ def boundary_study(
         refuse_other(finished.settings, settings, where=target, what="boundary_study")
         return finished
     device = next((t.device for t in (*probe.model.parameters(), *probe.model.buffers())), x.device)
-    design = _designed(probe.model, x.detach().to(device), groups_B, readout, settings)
+    design = designed(probe.model, x.detach().to(device), groups_B, readout, settings)
     parts = None if target is None else Parts(target, settings, what="boundary_study")
-    names, fields = _measured(probe, untrained, design, volume, parts, progress, seed)
-    effects = {name: _effect(name, fields[name], design, contrast, offsets) for name in names}
+    fields = _measured(probe, untrained, design, volume, parts, progress=progress, seed=seed)
+    effects = {name: effect_of(name, found, design, contrast, offsets) for name, found in fields.items()}
     study = BoundaryStudy(effects, settings=settings)
     if target is not None and parts is not None:
         study.save(target)
@@ -157,104 +152,59 @@ def boundary_study(
     return study
 
 
-@dataclass(frozen=True, eq=False)
-class _Design:
-    """What is measured where.
-
-    Attributes:
-        pairs: the lines.
-        points: [N, P, *input]: the C of the contrast, the two ends, those of the profile.
-        along: [N, *input], the lines' unit directions.
-        weights: [C], of the contrast.
-        within: [N, P], which points lie on their line.
-        margins: [N, 2], of the two ends.
-    """
-
-    pairs: Pairs
-    points: Tensor
-    along: Tensor
-    weights: Tensor
-    within: Tensor
-    margins: Tensor
-
-
-def _designed(
-    model: nn.Module, x: Tensor, groups: Tensor, readout: Readout | None, settings: Mapping[str, Any]
-) -> _Design:
-    contrast, seed = CONTRASTS[settings["contrast"]], settings["seed"]
-    decided = predicted(model, x, readout)
-    classes = decided["predictions"]
-    if len(classes[classes >= 0].unique()) < 2:
-        raise ProbeError(
-            f"all {len(x)} samples are predicted as one class ({int(classes[0])}), so no boundary lies between them.\n"
-            "Give held-out samples of several classes, and a trained model:  boundary_study(model, x)"
-        )
-    draw = {"count": settings["pairs"], "share": settings["share"], "seed": seed, "readout": readout}
-    found = crossing_pairs(model, x, classes, groups, reach=contrast.reach, apart=contrast.apart, **draw)
-    _refuse_few(len(found.t), len(found.units.unique()), found.dropped)
-    places, weights = contrast.places(found.t)
-    offsets = found.t[:, None] + torch.tensor(settings["offsets"], dtype=torch.float64)
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64).expand(len(found.t), 2)
-    t_NP = torch.cat([places, ends, offsets], 1)
-    points = found.points(x, t_NP.clamp(0, 1))
-    within = (t_NP >= 0) & (t_NP <= 1)
-    if settings["contrast"] == "same_class":
-        points[:, 1], within[:, 1] = same_class_points(model, x, classes, found, readout=readout, seed=seed)
-    along = found.lines(x)[1]
-    along = along / along.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.dim() - 1))
-    return _Design(found, points, along, weights, within, decided["margin"][found.ends])
-
-
 def _measured(
     probe: GeometryProbe,
     initial: nn.Module | None,
-    design: _Design,
+    design: Design,
     volume: Estimator | None,
     parts: Parts | None,
+    *,
     progress: bool | None,
     seed: int,
-) -> tuple[list[str], dict[str, dict[str, Tensor]]]:
-    """Layer → field → [N, P], of both networks: what is stored of it, or what is measured now."""
+) -> dict[str, LayerFields]:
+    """Measure every layer at all points, chunk by chunk, or read what is stored of it."""
     directions = with_random(design.along, _RANDOM, seed=seed)
     chunks: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
     untrained: GeometryProbe | None = None
-    with tqdm(total=len(design.points), desc="study", unit="pair", disable=None if progress is None else not progress) as bar:
+    hidden = None if progress is None else not progress  # None: tqdm shows its bar on a terminal alone
+    with tqdm(total=len(design.points), desc="boundary study", unit="pair", disable=hidden) as bar:
         for index, some in enumerate(torch.arange(len(design.points)).split(_CHUNK)):
             data = None if parts is None else parts.get(index)
             if data is None:
                 lines = design.points[some], directions[:, some], len(design.weights), volume
-                found = dict(_fields(probe, "trained", *lines))
+                found = [("trained", *entry) for entry in _fields(probe, *lines)]
                 if initial is not None:
                     untrained = untrained or _like(probe, initial)  # after a pass: "auto" has left out what it will
-                    found |= _fields(untrained, "initial", *lines)
-                tensors = {str(i): field for i, field in enumerate(found.values())}
-                data = encoded(tensors, {"fields": [list(key) for key in found]}, kind=_PART)
+                    found += [("initial", *entry) for entry in _fields(untrained, *lines)]
+                tensors = {str(i): field for i, (*_, field) in enumerate(found)}
+                data = encoded(tensors, {"fields": [entry[:-1] for entry in found]}, kind=_PART)
                 if parts is not None:
                     parts.put(index, data)
             chunks.append(decoded(data, kind=_PART, origin=f"chunk {index}"))
             bar.update(len(some))
-    keys = [tuple(key) for key in chunks[0][1]["fields"]]
-    layers: dict[str, dict[str, Tensor]] = {}
-    for i, (network, layer, quantity) in enumerate(keys):
-        joined = torch.cat([tensors[str(i)] for tensors, _ in chunks])
-        layers.setdefault(layer, {})[f"{network} {quantity}"] = joined
-    return list(layers), layers
+    layers: dict[str, LayerFields] = {}
+    for i, (network, layer, quantity, words, dimensions) in enumerate(chunks[0][1]["fields"]):
+        fields = layers.setdefault(layer, LayerFields())
+        getattr(fields, network)[quantity] = torch.cat([tensors[str(i)] for tensors, _ in chunks])
+        if quantity == "volume":
+            fields.volume, fields.dimensions = words, dimensions
+    return layers
 
 
 def _fields(
-    probe: GeometryProbe, network: str, points: Tensor, directions: Tensor, count: int, volume: Estimator | None
-) -> Iterator[tuple[tuple[str, str, str], Tensor]]:
-    """(network, layer, quantity) → [N, P]; of the volume [N, C], at the points of the contrast alone."""
+    probe: GeometryProbe, points: Tensor, directions: Tensor, count: int, volume: Estimator | None
+) -> Iterator[tuple[str, str, str, int, Tensor]]:
+    """Layer, quantity, its words, its dimensions, [N, P]; the volume at the C points of the contrast alone."""
     shape = points.shape[:2]
     probe.estimator = Speed(directions[:, :, None].expand(-1, -1, shape[1], *points.shape[2:]).flatten(1, 2))
     for layer, found in probe.measure(points.flatten(0, 1), progress=False).items():
-        yield (network, layer, "speed"), found.log_volume.reshape(shape)
-        yield (network, layer, "trace"), found.extras["log_trace"].reshape(shape)
+        yield layer, "speed", found.estimand, 1, found.log_volume.reshape(shape)
+        yield layer, "trace", "½ log tr g", 1, found.extras["log_trace"].reshape(shape)
     if volume is not None:
         probe.estimator = volume
         for layer, found in probe.measure(points[:, :count].flatten(0, 1), progress=False).items():
             dimensions = min(found.num_directions, found.num_features)
-            yield (network, layer, f"volume {dimensions} {found.estimand}"), found.log_volume.reshape(-1, count)
+            yield layer, "volume", found.estimand, dimensions, found.log_volume.reshape(-1, count)
 
 
 def _like(probe: GeometryProbe, initial: nn.Module) -> GeometryProbe:
@@ -268,109 +218,6 @@ def _like(probe: GeometryProbe, initial: nn.Module) -> GeometryProbe:
             f"initial= has other layers than the model, of which {probe.layers} are studied: {first_line(error)}\n"
             "Give the same network as it was before training:  initial = copy.deepcopy(model)"
         ) from error
-
-
-def _effect(
-    name: str, fields: Mapping[str, Tensor], design: _Design, contrast: str, offsets: Sequence[float]
-) -> BoundaryEffect:
-    pairs, count = design.pairs, len(design.weights)
-    inside = design.within[:, :count].all(1)
-    by_name = {key.split(" ")[1]: key.split(" ", 1)[1] for key in fields}
-    has_initial = any(key.startswith("initial") for key in fields)
-
-    def contrasts(network: str, quantity: str) -> Tensor:
-        return fields[f"{network} {by_name[quantity]}"][:, :count].double() @ design.weights
-
-    def difference(quantity: str) -> Tensor:
-        own = contrasts("trained", quantity)
-        return own - contrasts("initial", quantity) if has_initial else own
-
-    def tested(values: Tensor, where: Tensor) -> Tested:
-        return _tested(values, pairs, where)[0]
-
-    main = "volume" if contrast == "same_class" else "speed"
-    effect = difference(main)
-    kept = effect.isfinite() & inside
-    dropped = pairs.dropped | {"no such point of one class": int((~inside).sum())}
-    dropped |= {"log-volume not finite": int((inside & ~effect.isfinite()).sum())}
-    dropped = {why: n for why, n in dropped.items() if n}
-    _refuse_few(int(kept.sum()), len(pairs.units[kept].unique()), dropped, layer=name)
-    (estimate, p_value), num_units, units = _tested(effect, pairs, kept)
-
-    def of(quantity: str) -> Tested | None:
-        if quantity not in by_name or contrast == "same_class":  # there the line's own quantities compare two lines
-            return None
-        values = difference(quantity)
-        finite = values.isfinite() & kept
-        return tested(values, finite) if finite.sum() >= _LEAST_PAIRS else None
-
-    def profile(network: str) -> dict[float, Estimate]:
-        speed = fields[f"{network} speed"].double()
-        found = {0.0: Estimate(0.0, (0.0, 0.0))}
-        for i, offset in enumerate(offsets, start=count + 2):
-            values = speed[:, i] - speed[:, 0]
-            there = values.isfinite() & design.within[:, i]
-            if offset and there.sum() >= _LEAST_PAIRS:
-                found[float(offset)] = tested(values, there).estimate
-        return dict(sorted(found.items()))
-
-    speed = fields["trained speed"].double() - (fields["initial speed"].double() if has_initial else 0.0)
-    _, directions, estimand = by_name["volume"].split(" ", 2) if "volume" in by_name else (None, None, None)
-    return BoundaryEffect(
-        name=name,
-        estimand=f"{_PATH if main == 'speed' else estimand}, {CONTRASTS[contrast].words}",
-        contrast=contrast,
-        estimate=estimate,
-        p_value=p_value,
-        own=tested(contrasts("trained", main), kept),
-        initial=tested(contrasts("initial", main), kept) if has_initial else None,
-        trace=of("trace"),
-        volume=of("volume"),
-        volume_estimand=estimand,
-        dimensions=None if directions is None else int(directions),
-        profile=profile("trained"),
-        initial_profile=profile("initial") if has_initial else None,
-        margin_slope=_slope(speed[:, count + 1] - speed[:, count], design, kept),
-        num_pairs=int(kept.sum()),
-        num_units=num_units,
-        units=units,
-        dropped=dropped,
-    )
-
-
-def _tested(values: Tensor, pairs: Pairs, where: Tensor) -> tuple[Tested, int, str]:
-    """The mean by the units that give the wider interval, how many these are, and what."""
-    kinds = {"samples or groups": pairs.units[where]}
-    if len(pairs.classes[where].unique()) >= _LEAST_UNITS:
-        kinds["predicted classes"] = pairs.classes[where]
-    found = {kind: paired_effect(values[where], units) for kind, units in kinds.items()}
-
-    def width(kind: str) -> float:
-        low, high = found[kind].estimate.interval or (0.0, 0.0)
-        return high - low
-
-    widest = max(found, key=width)
-    return found[widest], len(kinds[widest].unique()), widest
-
-
-def _slope(rise: Tensor, design: _Design, kept: Tensor) -> Tested:
-    """Regress the difference of a field between the two ends of a line on that of the margins, through the origin."""
-    run = (design.margins[:, 1] - design.margins[:, 0]).double()
-    kept = kept & rise.isfinite() & run.isfinite()
-    mean = run[kept].square().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    slope = (run * rise)[kept].mean() / mean
-    return _tested(slope + run * (rise - slope * run) / mean, design.pairs, kept)[0]  # each pair's part in the slope
-
-
-def _refuse_few(pairs: int, units: int, dropped: Mapping[str, int], *, layer: str | None = None) -> None:
-    if pairs >= _LEAST_PAIRS and units >= _LEAST_UNITS:
-        return
-    where = "" if layer is None else f"layer {layer!r}: "
-    why = "; ".join(f"{reason}: {count}" for reason, count in dropped.items() if count) or "none was left out"
-    raise ProbeError(
-        f"{where}{pairs} usable pairs of {units} samples or groups; the test needs {_LEAST_PAIRS} of {_LEAST_UNITS} ({why}).\n"
-        "Give more held-out samples, or let each be in several pairs:  boundary_study(model, x, share=True)"
-    )
 
 
 def _refuse_unusable(
@@ -388,8 +235,8 @@ def _refuse_unusable(
         )
     if contrast not in CONTRASTS:
         raise ProbeError(f"contrast={contrast!r} is unknown.\nWrite one of {', '.join(map(repr, CONTRASTS))}.")
-    if pairs < _LEAST_PAIRS:
-        raise ProbeError(f"pairs={pairs}: the test needs at least {_LEAST_PAIRS}.\nWrite pairs=200")
+    if pairs < LEAST_PAIRS:
+        raise ProbeError(f"pairs={pairs}: the test needs at least {LEAST_PAIRS}.\nWrite pairs=200")
     if not all(-1 < offset < 1 for offset in offsets):
         raise ProbeError(f"offsets={list(offsets)} are in units of the line, between -1 and 1.\nLeave them out.")
     if probe.source is not None:
@@ -402,7 +249,8 @@ def _refuse_unusable(
     names = groups.tolist() if isinstance(groups, Tensor) else list(groups)
     if len(names) != len(x):
         raise ProbeError(
-            f"groups has {len(names)} entries for {len(x)} samples.\nGive one for each sample:  groups=photo_of_each_crop"
+            f"groups has {len(names)} entries for {len(x)} samples.\n"
+            "Give one for each sample:  groups=photo_of_each_crop"
         )
     known = {name: index for index, name in enumerate(dict.fromkeys(names))}
     return torch.tensor([known[name] for name in names])

@@ -50,7 +50,7 @@ class Speed(Estimator):
         return found
 
 
-def with_random(line: Float[Tensor, "lines *space"], count: int, *, seed: int) -> Float[Tensor, "k lines *space"]:
+def with_random(line: Float[Tensor, " N *space"], count: int, *, seed: int) -> Float[Tensor, "k N *space"]:
     """Each line's own direction, then so many random ones: other ones for every line, the same along it."""
     drawn = torch.randn(count, *line.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.cat([line[None], drawn.to(line)])

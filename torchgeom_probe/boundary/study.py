@@ -94,7 +94,7 @@ class BoundaryStudy(Mapping[str, BoundaryEffect]):
 
 
 def compare_networks(studies: Sequence[BoundaryStudy]) -> BoundaryStudy:
-    """Take networks, in place of one network's pairs, as the units: does the effect show in training after training?
+    """Test over networks, the units in place of one network's pairs: does the effect show in training after training.
 
     Each network gives one number a layer, its study's estimate; mean, interval and p-value are Student's with S − 1
     degrees of freedom.  This is the strongest claim: that of one network is about the pairs of that network.
@@ -132,37 +132,36 @@ def compare_networks(studies: Sequence[BoundaryStudy]) -> BoundaryStudy:
 
 
 def _over_networks(effects: Sequence[BoundaryEffect]) -> BoundaryEffect:
-    def of(get: Callable[[BoundaryEffect], Tested | Estimate | None]) -> Tested | None:
-        values = [get(effect) for effect in effects]
-        some = [v.estimate if isinstance(v, Tested) else v for v in values if v is not None]
-        if len(some) < len(effects) or not np.isfinite(some).all():
-            return None
-        return student(float(np.mean(some)), float(np.std(some, ddof=1)) / math.sqrt(len(some)), len(some) - 1)
+    def of(get: Callable[[BoundaryEffect], Tested | None]) -> Tested | None:
+        found = [tested.estimate for tested in map(get, effects) if tested is not None]
+        return _mean(found) if len(found) == len(effects) else None
 
-    def profile(get: Callable[[BoundaryEffect], Mapping[float, Estimate]]) -> dict[float, Estimate]:
-        shared = [offset for offset in get(effects[0]) if all(offset in get(effect) for effect in effects)]
-        found = {offset: of(lambda effect, offset=offset: get(effect)[offset]) for offset in shared}  # type: ignore[misc]
-        return {offset: tested.estimate for offset, tested in found.items() if tested is not None}
+    def profile(get: Callable[[BoundaryEffect], Mapping[float, Estimate] | None]) -> dict[float, Estimate]:
+        profiles = [get(effect) or {} for effect in effects]
+        shared = [offset for offset in profiles[0] if all(offset in other for other in profiles)]
+        return {offset: _mean([other[offset] for other in profiles]).estimate for offset in shared}
 
     first = effects[0]
-    estimate, own, slope = of(lambda e: e.estimate), of(lambda e: e.own), of(lambda e: e.margin_slope)
-    assert estimate is not None
-    assert own is not None
-    assert slope is not None
+    estimate, p_value = _mean([effect.estimate for effect in effects])
     reasons = dict.fromkeys(why for effect in effects for why in effect.dropped)
     return replace(
         first,
-        estimate=estimate.estimate,
-        p_value=estimate.p_value,
-        own=own,
+        estimate=estimate,
+        p_value=p_value,
+        own=_mean([effect.own.estimate for effect in effects]),
         initial=of(lambda e: e.initial),
         trace=of(lambda e: e.trace),
         volume=of(lambda e: e.volume),
         profile=profile(lambda e: e.profile),
-        initial_profile=None if first.initial_profile is None else profile(lambda e: e.initial_profile or {}),
-        margin_slope=slope,
+        initial_profile=None if first.initial_profile is None else profile(lambda e: e.initial_profile),
+        margin_slope=_mean([effect.margin_slope.estimate for effect in effects]),
         num_pairs=sum(effect.num_pairs for effect in effects),
         num_units=len(effects),
         units="networks",
         dropped={why: sum(effect.dropped.get(why, 0) for effect in effects) for why in reasons},
     )
+
+
+def _mean(values: Sequence[float]) -> Tested:
+    """The mean over networks."""
+    return student(float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1)
