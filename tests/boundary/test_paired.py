@@ -57,7 +57,7 @@ def test_it_holds_its_level_where_a_t_test_does_not():
     rejected = np.zeros(2)
     for draw in range(200):
         rng = np.random.default_rng(draw)
-        units = np.array([rng.choice(50, 2, replace=False) for _ in range(200)])
+        units = rng.integers(50, size=(200, 2))
         d = rng.standard_normal(50)[units].sum(1) + rng.standard_normal(200)
         rejected += paired_effect(d, units).p_value < 0.05, scipy.stats.ttest_1samp(d, 0).pvalue < 0.05
     assert rejected[0] / 200 < 0.05 + 3 * (0.05 * 0.95 / 200) ** 0.5

@@ -34,7 +34,7 @@ def net(classes=7, dtype=torch.float64):
 
 
 def study(model, x, **options):
-    return tgp.boundary_study(model, x, **{"pairs": 40, "layers": ["1", "3"], "progress": False} | options)
+    return tgp.boundary_study(model, x, **{"pairs": 24, "layers": ["1", "3"], "progress": False} | options)
 
 
 def numbers(effect):
@@ -167,7 +167,7 @@ def test_the_units_are_those_that_give_the_wider_interval(x):
 
 def test_it_goes_on_after_a_kill_and_loads_what_is_done(x, tmp_path, monkeypatch):
     model, path = net(), tmp_path / "study.json"
-    options = {"pairs": 70, "path": path, "initial": net(), "estimator": "subspace:2"}
+    options = {"pairs": 40, "path": path, "initial": net(), "estimator": "subspace:2"}
     expected = study(model, x, **options | {"path": None})
     put, chunks = Parts.put, []
 
@@ -210,7 +210,7 @@ def test_a_study_is_saved_whole_and_says_it_in_a_table(x, tmp_path):
 
 
 def test_networks_as_units_are_a_t_test_over_their_estimates(x):
-    studies = [study(net(), x, initial=net()) for _ in range(4)]
+    studies = [study(net(), x, initial=net(), estimator="subspace:1") for _ in range(4)]
     found = tgp.compare_networks(studies)
     for layer, effect in found.items():
         values = [float(s[layer].estimate) for s in studies]

@@ -97,7 +97,8 @@ def compare_networks(studies: Sequence[BoundaryStudy]) -> BoundaryStudy:
     """Test over networks, the units in place of one network's pairs: does the effect show in training after training.
 
     Each network gives one number a layer, its study's estimate; mean, interval and p-value are Student's with S − 1
-    degrees of freedom.  This is the strongest claim: that of one network is about the pairs of that network.
+    degrees of freedom.  This is the strongest claim: that of one network is about the pairs of that network.  Study
+    each with another ``seed``: of the same pairs they would have the pairs' accidents in common, which no spread shows.
 
     Args:
         studies: S ≥ 3, of the same layers and contrast: several seeds of one architecture, each with ``initial``.
@@ -111,7 +112,9 @@ def compare_networks(studies: Sequence[BoundaryStudy]) -> BoundaryStudy:
     >>> def network():
     ...     return torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
     >>> x = torch.randn(200, 2)
-    >>> found = compare_networks([tgp.boundary_study(network(), x, layers=["1"], initial=network()) for _ in range(3)])
+    >>> options = {"layers": ["1"], "estimator": "subspace:1", "pairs": 20, "offsets": ()}
+    >>> studies = [tgp.boundary_study(network(), x, initial=network(), seed=i, **options) for i in range(3)]
+    >>> found = compare_networks(studies)
     >>> assert found["1"].units == "networks" and found["1"].num_units == 3
     """
     studies = list(studies)
@@ -119,7 +122,7 @@ def compare_networks(studies: Sequence[BoundaryStudy]) -> BoundaryStudy:
         raise ProbeError(
             f"networks as units need at least {_LEAST_NETWORKS} studies; got {len(studies)}.\n"
             "Train the network with other seeds:  "
-            "compare_networks([boundary_study(net, x, initial=net0) for net, net0 in trained])"
+            "compare_networks([boundary_study(net, x, initial=net0, seed=i) for i, (net, net0) in enumerate(trained)])"
         )
     kinds = {(tuple(s), *((e.contrast, e.estimand, e.initial is None) for e in s.values())) for s in studies}
     if len(kinds) > 1:

@@ -53,7 +53,7 @@ def plot_study(
         axes.set_ylabel(f"log |Jv| − that at\nthe boundary [{unit}]", fontsize=NORMAL)
     for axes in panels.flat[max(0, len(names) - columns) : len(names)]:
         axes.tick_params(labelbottom=True)
-    panels.flat[0].legend(fontsize=SMALL, loc="lower center", frameon=False)
+    panels.flat[0].legend(fontsize=SMALL, loc="lower center", framealpha=0.9, edgecolor="none")
     note = "signed distance from the boundary along the line between two samples, in units of its length"
     style.finish(figure, title, f"{note}\nband: 95 % interval; above each panel: what was tested, at the crossing")
     return figure
