@@ -25,6 +25,7 @@ pairs of held-out digits each (50 for the planted effect).
 - "random field": in place of a layer's log-volume a Gaussian field over R⁶⁴ whose covariance is exp(−r²/2ℓ²), ℓ in
   units of the median distance of two digits (the nearest one is at 0.36 of it), and another one in place of
   the untrained network's.
+- "two classes": the same field, of networks that tell only odd digits from even ones.
 - "untrained": the layer is of an untrained network, `initial` of another one; the boundaries are a trained network's.
 - "foreign": a trained network and its own initial state, at the boundaries of another that memorised random labels.
 - "planted": 0.1 nats at the boundary, exp(−(m/w)²) of it at margin m, w half of the median margin; added to a random
@@ -78,6 +79,11 @@ def random_field(length: float, seed: int, *, features: int = 1000) -> Field:
     return lambda x: torch.cos(x.double() @ frequencies + phases) @ weights
 
 
+def odd_or_even(logits: Tensor) -> Tensor:
+    """The logits of two classes."""
+    return torch.stack([logits[:, parity::2].logsumexp(1) for parity in (0, 1)], 1)
+
+
 class Draws:
     """Networks, held-out digits, and the p-values of one draw after the other."""
 
@@ -90,11 +96,12 @@ class Draws:
         shuffled = labels[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
         self.trained = [trained(seed, x, labels, epochs) for seed in range(networks)]
         self.memorised = [trained(100 + seed, x, shuffled, epochs) for seed in range(networks)]
-        self._designs: dict[tuple[int, str, int], Design] = {}
+        self._designs: dict[tuple[int, str, int, Field | None], Design] = {}
 
-    def fields(self, number: int, contrast: str, length: float) -> float:
+    def fields(self, number: int, contrast: str, length: float, readout: Field | None = None) -> float:
         """Two independent random fields at a trained network's boundaries."""
-        return self._of_fields(number, contrast, [random_field(length * self.scale, 2 * number + i) for i in (0, 1)])
+        fields = [random_field(length * self.scale, 2 * number + i) for i in (0, 1)]
+        return self._of_fields(number, contrast, fields, design=self._design(number, contrast, 100, readout))
 
     def planted(self, number: int, contrast: str, nats: float) -> float:
         """A bump along the boundary on a random field, without an untrained network."""
@@ -142,13 +149,13 @@ class Draws:
         )
         return study["measured.1"].p_value
 
-    def _design(self, number: int, contrast: str, pairs: int) -> Design:
-        key = number % len(self.trained), contrast, pairs
+    def _design(self, number: int, contrast: str, pairs: int, readout: Field | None = None) -> Design:
+        key = number % len(self.trained), contrast, pairs, readout
         if key not in self._designs:
             settings = {"contrast": contrast, "seed": key[0], "pairs": pairs, "share": False, "offsets": []}
             model = self.trained[key[0]]
             with torch.no_grad():
-                self._designs[key] = designed(model, self.x, torch.arange(len(self.x)), None, settings)
+                self._designs[key] = designed(model, self.x, torch.arange(len(self.x)), readout, settings)
         return self._designs[key]
 
     def _of_fields(
@@ -188,6 +195,10 @@ def table(settings: Settings) -> Iterator[str]:
     rows: list[tuple[str, Callable[[int, str], float]]] = [
         (f"random field, ℓ = {length:g}", lambda i, c, length=length: draws.fields(i, c, length))
         for length in (0.1, 0.35, 0.5, 1.0, 2.0)
+    ]
+    rows += [
+        (f"two classes, ℓ = {length:g}", lambda i, c, length=length: draws.fields(i, c, length, odd_or_even))
+        for length in (0.35, 2.0)
     ]
     rows += [("untrained", draws.untrained), ("foreign", draws.foreign)]
     rows += [("planted 0.1 nats, 50 pairs", lambda i, c: draws.planted(i, c, 0.1))]

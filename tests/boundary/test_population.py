@@ -97,7 +97,7 @@ def test_turning_the_lines_changes_nothing(x, monkeypatch):
 
     def turned(*args, **options):
         pairs = drawn(*args, **options)
-        ends = {name: getattr(pairs, name).flip(1) for name in ("ends", "classes", "units")}
+        ends = {name: getattr(pairs, name).flip(1) for name in ("ends", "classes", "units", "regions")}
         return dataclasses.replace(pairs, **ends, t=1 - pairs.t)
 
     monkeypatch.setattr(design, "crossing_pairs", turned)
@@ -158,11 +158,26 @@ def test_pairs_are_disjoint_unless_they_share_and_keep_out_of_groups(x):
 
 def test_the_units_are_those_that_give_the_wider_interval(x):
     model = net()
-    by_groups = study(model, x, groups=[f"photo {i // 30}" for i in range(300)])["1"]
-    by_samples = study(net(classes=2), x)["1"]
-    assert by_groups.num_units == 10 or by_groups.units == "predicted classes"
-    assert by_samples.units == "samples or groups"
-    assert by_samples.num_units == 2 * by_samples.num_pairs
+    by_groups = study(model, x, groups=[f"photo {i // 50}" for i in range(300)])["1"]
+    assert (by_groups.units, by_groups.num_units) in [("samples or groups", 6), ("predicted classes", 7)]
+    two = study(net(classes=2), x)["1"]
+    assert (two.units, two.num_units) in [("regions of the input", 6), ("samples or groups", 2 * two.num_pairs)]
+
+
+def test_samples_are_clustered_where_few_classes_are_predicted():
+    x = torch.randn(60, 4) + 20 * torch.arange(6).repeat(10)[:, None]  # six heaps
+    classes = (torch.arange(60) % 6 >= 3).long()
+
+    class Halves(nn.Module):
+        def forward(self, rows):
+            middle = rows.mean(1, keepdim=True) - 50
+            return torch.cat([-middle, middle], 1)
+
+    options = {"count": 25, "share": False, "reach": 0.0, "apart": 0.0, "readout": None, "seed": 0}
+    pairs = design.crossing_pairs(Halves(), x, classes, torch.arange(60), **options)
+    assert pairs.regions_are == "regions of the input"
+    heaps = pairs.ends % 6
+    assert all(len(pairs.regions[heaps == heap].unique()) == 1 for heap in range(6))  # no heap is cut
 
 
 def test_it_goes_on_after_a_kill_and_loads_what_is_done(x, tmp_path, monkeypatch):

@@ -101,8 +101,8 @@ def _tested(values: Tensor, pairs: Pairs, where: Tensor) -> tuple[Tested, int, s
     if values[where].abs().max() < _ROUNDING:
         values = torch.zeros_like(values)
     kinds = {"samples or groups": pairs.units[where]}
-    if len(pairs.classes[where].unique()) >= LEAST_UNITS:
-        kinds["predicted classes"] = pairs.classes[where]
+    if len(pairs.regions[where].unique()) >= LEAST_UNITS:
+        kinds[pairs.regions_are] = pairs.regions[where]
     found = {kind: paired_effect(values[where], units) for kind, units in kinds.items()}
 
     def width(kind: str) -> float:

@@ -19,6 +19,8 @@ from torchgeom_probe.shapes import Float, Int, Tensor
 
 #: Samples that go through the model at once, without tangents.
 _AT_ONCE = 64
+#: Of fewer predicted classes the samples are clustered instead: of two, each line would share both with every other.
+_FEW_CLASSES, _REGIONS = 5, 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,8 @@ class Pairs:
         classes: [N, 2], as what they are predicted.
         units: [N, 2], what they belong to: themselves, or their groups.
         t: [N], where the line crosses a boundary: 0 at its first end, 1 at its second.
+        regions: [N, 2], where in input space the two ends lie: lines between the same regions are not independent.
+        regions_are: ``"predicted classes"``, or, of fewer than five, ``"regions of the input"``.
         dropped: reason → how many more were looked at and left out.
     """
 
@@ -37,6 +41,8 @@ class Pairs:
     classes: Int[Tensor, "pairs 2"]
     units: Int[Tensor, "pairs 2"]
     t: Float[Tensor, " pairs"]
+    regions: Int[Tensor, "pairs 2"]
+    regions_are: str
     dropped: dict[str, int]
 
     def lines(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +114,22 @@ def crossing_pairs(
         t.append(found[good])
         missing -= len(good)
     kept = torch.cat(ends)
-    return Pairs(kept, classes[kept], groups[kept], torch.cat(t), {why: n for why, n in dropped.items() if n})
+    regions, are = classes, "predicted classes"
+    if len(classes[kept].unique()) < _FEW_CLASSES:
+        regions, are = _clustered(x, _REGIONS, generator), "regions of the input"
+    dropped = {why: n for why, n in dropped.items() if n}
+    return Pairs(kept, classes[kept], groups[kept], torch.cat(t), regions[kept], are, dropped)
+
+
+def _clustered(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """[B], the samples in so many clusters, by k-means."""
+    flat = x.flatten(1).double().cpu()
+    centres = flat[torch.randperm(len(flat), generator=generator)[:count]]
+    for _ in range(20):
+        nearest = torch.cdist(flat, centres).argmin(1)
+        parts = [flat[nearest == i] for i in range(len(centres))]
+        centres = torch.stack([part.mean(0) if len(part) else c for part, c in zip(parts, centres, strict=True)])
+    return nearest
 
 
 def _disjoint(classes: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:

@@ -76,9 +76,9 @@ def boundary_study(
     With ``initial`` the effect is the difference of differences, trained minus untrained at the same points.  Without
     it nothing is claimed (``supported`` is None): untrained networks often have a contrast at trained boundaries.
 
-    The interval and the p-value are those of :func:`paired_effect` with the samples (or ``groups``) as units, or, where
-    five or more classes are predicted, with the classes, whichever interval is the wider: lines between the same two
-    classes cross the same region.
+    The interval and the p-value are those of :func:`paired_effect`, with the samples (or ``groups``) as units or the
+    regions that the lines connect, whichever interval is the wider: lines between the same two regions see the same
+    field.  Regions are the predicted classes, or of fewer than five classes six clusters of the samples (k-means).
 
     Args:
         model_or_probe: any classifier, run in eval mode and left as it was; or a probe, whose layers, estimator and
