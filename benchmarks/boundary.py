@@ -25,7 +25,8 @@ pairs of held-out digits each (50 for the planted effect).
 - "random field": in place of a layer's log-volume a Gaussian field over R⁶⁴ whose covariance is exp(−r²/2ℓ²), ℓ in
   units of the median distance of two digits (the nearest one is at 0.36 of it), and another one in place of
   the untrained network's.
-- "two classes": the same field, of networks that tell only odd digits from even ones.
+- "two classes": the same fields, of networks that tell only odd digits from even ones; their units are clusters of the
+  samples. `mirror` is then too eager on fields that are as smooth as the data are wide: prefer `peak`.
 - "untrained": the layer is of an untrained network, `initial` of another one; the boundaries are a trained network's.
 - "foreign": a trained network and its own initial state, at the boundaries of another that memorised random labels.
 - "planted": 0.1 nats at the boundary, exp(−(m/w)²) of it at margin m, w half of the median margin; added to a random

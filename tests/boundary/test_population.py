@@ -11,7 +11,8 @@ from annotations import shapes_unchecked
 from torch import nn
 
 import torchgeom_probe as tgp
-from torchgeom_probe.boundary import design, population
+from torchgeom_probe.boundary import design, inference, population
+from torchgeom_probe.boundary.pairs import Pairs
 from torchgeom_probe.slices.resume import Parts
 
 
@@ -308,6 +309,25 @@ def test_a_dead_layer_is_refused_by_name_and_partly_dead_lines_are_counted(x):
     assert some.dropped["log-volume not finite"] > 0
     assert math.isfinite(some.estimate)
     assert "pairs (log-volume not finite)" in str(some)
+
+
+def test_the_margin_slope_is_a_regression_through_the_origin():
+    count = 30
+    ends, one = torch.arange(2 * count).reshape(count, 2), torch.zeros(count, 2, dtype=torch.long)
+    pairs = Pairs(ends, ends, ends, torch.full((count,), 0.3), one, "predicted classes", {})
+    margins, noise = torch.rand(count, 2).double(), 0.1 * torch.randn(count).double()
+    run = margins[:, 1] - margins[:, 0]
+    speed = torch.stack([torch.zeros(count), torch.zeros(count), margins[:, 0], margins[:, 1]], 1).double()
+    speed[:, 3] = speed[:, 2] - 0.4 * run + noise
+    points, weights = torch.zeros(count, 4, 1), torch.tensor([1.0, -1.0], dtype=torch.float64)
+    laid_out = design.Design(pairs, points, points[:, 0], weights, torch.ones(count, 4, dtype=torch.bool), margins)
+    found = inference.effect_of("layer", inference.LayerFields({"speed": speed}), laid_out, "mirror", ()).margin_slope
+    slope = (run * (noise - 0.4 * run)).sum() / run.square().sum()
+    residual = noise - 0.4 * run - slope * run
+    error = (run * residual).norm() / run.square().sum() * (count / (count - 1)) ** 0.5
+    margin = float(error) * scipy.stats.t.ppf(0.975, count - 1)
+    assert float(found.estimate) == pytest.approx(float(slope))
+    assert found.estimate.interval == pytest.approx((float(slope) - margin, float(slope) + margin))
 
 
 def test_the_verdict_knows_too_few_from_none(x):

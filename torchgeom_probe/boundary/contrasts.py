@@ -7,7 +7,7 @@ mirror: l(t*) − l(1 − t*).  Both are equally far from the nearer end of the 
 
 peak: what l(t*) has above its neighbours at t* ± 0.2, minus the same at 1 − t*.  A slope along the line cancels, too.
 The bare peak l(t*) − ½ l(t* − s) − ½ l(t* + s) is no test: in the middle of a line between samples any smooth field
-bends, so that of random fields it is "significant" in more than half of the cases (benchmarks/README.md).
+bends, so that of random fields it is "significant" in 4 of 10 cases (benchmarks/README.md).
 
 same_class: l at the crossing minus l at a point of one class that is as far from its sample.  These lie on different
 lines, so it takes a volume that knows no line.

@@ -78,7 +78,8 @@ def boundary_study(
 
     The interval and the p-value are those of :func:`paired_effect`, with the samples (or ``groups``) as units or the
     regions that the lines connect, whichever interval is the wider: lines between the same two regions see the same
-    field.  Regions are the predicted classes, or of fewer than five classes six clusters of the samples (k-means).
+    field.  Regions are the predicted classes, or of fewer than five classes six clusters of the samples (k-means);
+    of two classes prefer ``"peak"``.
 
     Args:
         model_or_probe: any classifier, run in eval mode and left as it was; or a probe, whose layers, estimator and
