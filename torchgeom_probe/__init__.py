@@ -5,8 +5,12 @@ g = JᵀJ, per layer and sample.
 """
 
 from torchgeom_probe import analytic
+from torchgeom_probe.boundary.effect import BoundaryEffect
 from torchgeom_probe.boundary.magnification import Magnification, magnification
+from torchgeom_probe.boundary.paired import paired_effect
 from torchgeom_probe.boundary.points import BoundaryPoints, boundary_points
+from torchgeom_probe.boundary.population import boundary_study
+from torchgeom_probe.boundary.study import BoundaryStudy, compare_networks
 from torchgeom_probe.check import CheckReport
 from torchgeom_probe.curvature.scalar import scalar_curvature
 from torchgeom_probe.errors import ProbeError
@@ -25,7 +29,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Along",
+    "BoundaryEffect",
     "BoundaryPoints",
+    "BoundaryStudy",
     "Budget",
     "CSVWriter",
     "CheckReport",
@@ -51,8 +57,11 @@ __all__ = [
     "Writer",
     "analytic",
     "boundary_points",
+    "boundary_study",
+    "compare_networks",
     "magnification",
     "measure",
+    "paired_effect",
     "plot",
     "scalar_curvature",
     "scan",

@@ -67,3 +67,16 @@ def test_boundary_points_leave_the_model_as_it_was():
 def test_boundary_points_refuse(a, b, options, message):
     with shapes_unchecked(), pytest.raises(ProbeError, match=message):
         boundary_points(nn.Linear(3, 2), a, b, **options)
+
+
+def test_the_class_change_nearest_to_the_middle():
+    bands = nn.Module()
+    bands.forward = lambda x: -(x - torch.arange(8.0)).abs()  # the class is the nearest whole number
+    a, b = torch.zeros(2, 1), torch.tensor([[7.0], [4.0]])
+    middle = boundary_points(bands, a, b, near="middle", tol=1e-5)
+    assert torch.allclose(middle.points, torch.tensor([[3.5], [1.5]]), atol=1e-3)  # or 2.5: at 0.375 as at 0.625
+    assert middle.class_before.tolist() == [3, 1]
+    assert middle.class_after.tolist() == [4, 2]
+    assert middle.tolerance <= 1e-5
+    with shapes_unchecked(), pytest.raises(ProbeError, match="near='end' is unknown"):
+        boundary_points(bands, a, b, near="end")

@@ -70,3 +70,17 @@ def test_an_estimate_survives_copies():
     estimate = Estimate(3.1, (2.2, 4.0))
     for twin in (copy.deepcopy(estimate), pickle.loads(pickle.dumps(estimate))):
         assert (float(twin), twin.interval, repr(twin)) == (3.1, (2.2, 4.0), "Estimate(3.1, (2.2, 4.0))")
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "text"),
+    [
+        (0.0891, (0.0489, 0.1293), "+0.089 [0.049, 0.129]"),
+        (2.861, (1.95, 3.77), "+2.86 [1.95, 3.77]"),
+        (-123.4, (-160.0, -87.0), "-123 [-160, -87]"),
+        (0.1, None, "+0.1"),
+        (0.0, (0.0, 0.0), "+0"),
+    ],
+)
+def test_an_estimate_has_the_digits_that_its_interval_allows(value, interval, text):
+    assert str(Estimate(value, interval)) == f"{Estimate(value, interval)!s}" == text

@@ -18,9 +18,13 @@ _RESAMPLES = 999
 class Estimate(float):
     """A number with its 95 % interval: a float with ``.interval``, (low, high) or None where none can be had.
 
+    As text it has the digits that its interval lets it have: two of half the interval's width.
+
     >>> gap = Estimate(3.1, (2.2, 4.0))
     >>> gap > 3, gap.interval
     (True, (2.2, 4.0))
+    >>> print(gap, "and", Estimate(0.0891, (0.0487, 0.1294)))
+    +3.10 [2.20, 4.00] and +0.089 [0.049, 0.129]
     """
 
     interval: tuple[float, float] | None
@@ -36,6 +40,13 @@ class Estimate(float):
 
     def __repr__(self) -> str:
         return f"Estimate({float(self)!r}, {self.interval!r})"
+
+    def __str__(self) -> str:
+        low, high = self.interval or (math.nan, math.nan)
+        if not 0 < high - low < math.inf:
+            return f"{float(self):+.2g}"
+        digits = max(0, 1 - math.floor(math.log10((high - low) / 2)))
+        return f"{float(self):+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def shift_p_value(a: np.ndarray, b: np.ndarray, kept: np.ndarray, observed: float) -> float:

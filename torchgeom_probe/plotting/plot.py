@@ -6,10 +6,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from torchgeom_probe.boundary.study import BoundaryStudy
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.plotting.layers import plot_report
 from torchgeom_probe.plotting.lines import plot_lines
 from torchgeom_probe.plotting.planes import plot_maps
+from torchgeom_probe.plotting.profiles import plot_study
 from torchgeom_probe.plotting.style import Figure, Scans
 from torchgeom_probe.report import GeometryReport
 from torchgeom_probe.slices.result import SliceScan
@@ -22,7 +24,8 @@ def plot(result: Any, **options: Any) -> Figure:
 
     A :class:`~torchgeom_probe.SliceScan`, or a list of them over one slice (networks, epochs): on a line the log-volume
     of each layer against t, with entropy and classes; on a plane maps of predictions, entropy and the log-volume of
-    each layer.  A :class:`~torchgeom_probe.GeometryReport`: per layer all samples, their median and 10 to 90 %.
+    each layer.  A :class:`~torchgeom_probe.GeometryReport`: per layer all samples, their median and 10 to 90 %.  A
+    :class:`~torchgeom_probe.BoundaryStudy`: per layer log-volume against signed distance from the boundary.
 
     Args:
         result: what to draw.
@@ -63,3 +66,4 @@ def _plot_scans(result: Sequence[SliceScan], **options: Any) -> Figure:
 
 
 plot.register(GeometryReport, plot_report)
+plot.register(BoundaryStudy, plot_study)

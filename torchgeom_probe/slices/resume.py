@@ -20,18 +20,19 @@ class Parts:
     Args:
         target: where the whole result will be.
         settings: what is measured and how, as JSON can hold it.
+        what: the measurement's name, for errors.
 
     Raises:
         ProbeError: the folder holds chunks of another measurement.
     """
 
-    def __init__(self, target: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, target: Path, settings: Mapping[str, Any], *, what: str = "scan") -> None:
         self.folder = target.with_name(f"{target.name}.parts")
         stored = self.stored_settings(target)
         if stored is None:
             write_json(self.folder / "settings.json", settings)
         else:
-            refuse_other(stored, settings, where=self.folder)
+            refuse_other(stored, settings, where=self.folder, what=what)
 
     @staticmethod
     def stored_settings(target: Path) -> dict[str, Any] | None:
@@ -56,7 +57,7 @@ class Parts:
         return self.folder / f"{index:06d}.safetensors"
 
 
-def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, where: Path) -> None:
+def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, where: Path, what: str = "scan") -> None:
     """Refuse to go on with, or to take for this one, a measurement of other settings.
 
     Raises:
@@ -65,11 +66,12 @@ def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, where:
     different = [key for key in {**wanted, **stored} if stored.get(key) != wanted.get(key)]
     if different:
         key = different[0]
-        digests = key in ("model", "slice")
+        digests = key in ("model", "slice", "initial", "samples")
         how = "" if digests else f" ({key}={stored.get(key)!r}, now {wanted.get(key)!r})"
+        ending = Path(where.name.removesuffix(".parts")).suffix
         raise ProbeError(
-            f"{where} holds another scan: its {', '.join(different)} differ{how}.\n"
-            "Scan to another path, or delete what is there:  scan(..., path='another.safetensors')"
+            f"{where} holds another {what}: its {', '.join(different)} differ{how}.\n"
+            f"Save to another path, or delete what is there:  {what}(..., path='another{ending}')"
         )
 
 

@@ -1,0 +1,343 @@
+"""The population test: closed forms, what must change nothing, what is refused, and digits."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import scipy
+import torch
+from annotations import shapes_unchecked
+from torch import nn
+
+import torchgeom_probe as tgp
+from torchgeom_probe.boundary import design, inference, population
+from torchgeom_probe.boundary.pairs import Pairs
+from torchgeom_probe.slices.resume import Parts
+
+
+class Graph(nn.Module):
+    """Φ(x) = (x, tanh(w·x)), whose speed along v is √(|v|² + tanh'(w·x)² (w·v)²); class 1 where w·x > 0."""
+
+    def __init__(self, w, affine=False):
+        super().__init__()
+        self.w, self.layer = w, nn.Identity()
+        self.phi = (lambda z: 3 * z) if affine else torch.tanh
+
+    def forward(self, x):
+        z = x @ self.w[:, None]
+        self.layer(torch.cat([x, self.phi(z)], 1))
+        return torch.cat([-z, z], 1)
+
+
+def net(classes=7, dtype=torch.float64):
+    return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 11), nn.Tanh(), nn.Linear(11, classes)).to(dtype)
+
+
+def study(model, x, **options):
+    return tgp.boundary_study(model, x, **{"pairs": 24, "layers": ["1", "3"], "progress": False} | options)
+
+
+def numbers(effect):
+    """Everything of an effect that random directions have no part in."""
+    return [
+        value
+        for tested in (effect.own, effect.volume, effect.margin_slope)
+        for value in (tested.estimate, *tested.estimate.interval, tested.p_value)
+    ]
+
+
+@pytest.fixture
+def x():
+    return 2 * torch.randn(300, 5, dtype=torch.float64)
+
+
+def log_speed(z, slope):
+    return 0.5 * math.log(1 + ((1 - math.tanh(z) ** 2) * slope) ** 2)
+
+
+@pytest.mark.parametrize("contrast", ["mirror", "peak"])
+def test_a_layer_whose_profile_is_known(contrast):
+    x = torch.zeros(60, 2, dtype=torch.float64)
+    x[:, 1] = torch.tensor([-1.0, 3.0]).double().repeat(30)  # w·x along every line: from -1 to 3, through 0 at t = 1/4
+    w = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    found = tgp.boundary_study(
+        Graph(w), x, layers="layer", contrast=contrast, offsets=(-0.2, 0.1), pairs=20, progress=False
+    )["layer"]
+
+    def at(t, turned=False):
+        return log_speed(4 * t - 1, 1.0)
+
+    middle = (at(0.45) + at(0.05)) / 2, (at(0.95) + at(0.55)) / 2
+    peak = at(0.25) - middle[0] - at(0.75) + middle[1]
+    assert float(found.estimate) == pytest.approx(at(0.25) - at(0.75) if contrast == "mirror" else peak, abs=2e-3)
+    # A line is walked either way: what is at +s of one is at -s of the other.
+    for offset, value in found.profile.items():
+        ends = sorted(at(0.25 + sign * offset) - at(0.25) for sign in (-1, 1))
+        assert ends[0] - 1e-3 <= value <= ends[1] + 1e-3, offset
+    assert set(found.profile) == {-0.2, 0.0, 0.1}
+    assert found.volume.estimate > 0
+    assert found.dimensions == 2
+
+
+@pytest.mark.parametrize("contrast", ["mirror", "peak", "same_class"])
+def test_an_affine_layer_has_no_effect(contrast):
+    x = torch.randn(200, 3, dtype=torch.float64)
+    w = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    found = tgp.boundary_study(Graph(w, affine=True), x, layers="layer", contrast=contrast, pairs=30, progress=False)
+    effect = found["layer"]
+    assert (float(effect.estimate), effect.p_value) == (0.0, 1.0)
+    assert effect.margin_slope.p_value == 1.0
+    assert all(abs(value) < 1e-9 for value in effect.profile.values())
+
+
+def test_turning_the_lines_changes_nothing(x, monkeypatch):
+    model = net()
+    expected = study(model, x)
+    drawn = design.crossing_pairs
+
+    def turned(*args, **options):
+        pairs = drawn(*args, **options)
+        ends = {name: getattr(pairs, name).flip(1) for name in ("ends", "classes", "units", "regions")}
+        return dataclasses.replace(pairs, **ends, t=1 - pairs.t)
+
+    monkeypatch.setattr(design, "crossing_pairs", turned)
+    found = study(model, x)
+    for layer, effect in found.items():
+        assert numbers(effect) == pytest.approx(numbers(expected[layer]), abs=1e-9)
+        assert list(effect.profile.values()) == pytest.approx(list(expected[layer].profile.values())[::-1], abs=1e-9)
+
+
+def test_rotating_the_input_and_relabelling_the_classes_changes_nothing(x):
+    model = net()
+    expected = study(model, x)
+    rotation = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
+    other, order = copy.deepcopy(model), torch.randperm(7)
+    with torch.no_grad():
+        other[0].weight.copy_(model[0].weight @ rotation.T)
+        other[4].weight.copy_(model[4].weight[order])
+        other[4].bias.copy_(model[4].bias[order])
+    found = study(other, x @ rotation.T)
+    for layer, effect in found.items():
+        assert numbers(effect) == pytest.approx(numbers(expected[layer]), abs=1e-8)
+
+
+def test_a_network_against_itself_has_no_effect_and_against_another_the_difference(x):
+    model, initial = net(), net()
+    alone = study(model, x)
+    assert study(model, x, initial=copy.deepcopy(model))["3"].estimate == 0
+    found = study(model, x, initial=initial)["3"]
+    assert float(found.own.estimate) == pytest.approx(float(alone["3"].estimate))
+    assert float(found.estimate) == pytest.approx(float(found.own.estimate - found.initial.estimate))
+    assert alone["3"].supported is None
+    assert "not tested: give the untrained network as initial=" in str(alone["3"])
+    assert found.supported is (found.p_value < 0.05 and found.estimate > 0)
+    assert "trained minus untrained" in str(found)
+    assert "speed |Jv| along the line (no volume)" in str(found)
+    assert found.initial_profile.keys() == found.profile.keys()
+
+
+def test_pairs_are_disjoint_unless_they_share_and_keep_out_of_groups(x):
+    classes = torch.randint(3, (101,))
+    groups = torch.arange(101) // 4
+    options = {"reach": 0.0, "apart": 0.0, "readout": None, "seed": 0}
+
+    class Labels(nn.Module):
+        def forward(self, rows):
+            return nn.functional.one_hot(rows[:, 0].round().long().clamp(0, 2), 3).double()
+
+    rows = classes[:, None].double().expand(-1, 2)
+    alone = design.crossing_pairs(Labels(), rows, classes, groups, count=1000, share=False, **options)
+    assert len(alone.ends.unique()) == alone.ends.numel() > 80  # of 101, all but those that met no other class
+    shared = design.crossing_pairs(Labels(), rows, classes, groups, count=150, share=True, **options)
+    assert len(shared.ends) == len(shared.ends.sort(1).values.unique(dim=0)) == 150
+    for pairs in (alone, shared):
+        assert (pairs.classes[:, 0] != pairs.classes[:, 1]).all()
+        assert (pairs.units[:, 0] != pairs.units[:, 1]).all()
+        assert torch.equal(pairs.units, groups[pairs.ends])
+
+
+def test_the_units_are_those_that_give_the_wider_interval(x):
+    model = net()
+    by_groups = study(model, x, groups=[f"photo {i // 50}" for i in range(300)])["1"]
+    assert (by_groups.units, by_groups.num_units) in [("samples or groups", 6), ("predicted classes", 7)]
+    two = study(net(classes=2), x)["1"]
+    assert (two.units, two.num_units) in [("regions of the input", 6), ("samples or groups", 2 * two.num_pairs)]
+
+
+def test_samples_are_clustered_where_few_classes_are_predicted():
+    x = torch.randn(60, 4) + 20 * torch.arange(6).repeat(10)[:, None]  # six heaps
+    classes = (torch.arange(60) % 6 >= 3).long()
+
+    class Halves(nn.Module):
+        def forward(self, rows):
+            middle = rows.mean(1, keepdim=True) - 50
+            return torch.cat([-middle, middle], 1)
+
+    options = {"count": 25, "share": False, "reach": 0.0, "apart": 0.0, "readout": None, "seed": 0}
+    pairs = design.crossing_pairs(Halves(), x, classes, torch.arange(60), **options)
+    assert pairs.regions_are == "regions of the input"
+    heaps = pairs.ends % 6
+    assert all(len(pairs.regions[heaps == heap].unique()) == 1 for heap in range(6))  # no heap is cut
+
+
+def test_it_goes_on_after_a_kill_and_loads_what_is_done(x, tmp_path, monkeypatch):
+    model, path = net(), tmp_path / "study.json"
+    options = {"pairs": 40, "path": path, "initial": net(), "estimator": "subspace:2"}
+    expected = study(model, x, **options | {"path": None})
+    put, chunks = Parts.put, []
+
+    def killed(self, index, data):
+        if len(chunks) == 1:
+            raise KeyboardInterrupt
+        chunks.append(index)
+        put(self, index, data)
+
+    monkeypatch.setattr(Parts, "put", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study(model, x, **options)
+    assert chunks == [0]
+    monkeypatch.setattr(Parts, "put", lambda self, index, data: (chunks.append(index), put(self, index, data)))
+    found = study(model, x, **options)
+    assert 0 not in chunks[1:]
+    assert dict(found) == dict(expected)
+    assert [p.name for p in tmp_path.iterdir()] == ["study.json"]
+    monkeypatch.setattr(population, "_measured", None)  # not measured again
+    assert dict(study(model, x, **options)) == dict(expected)
+    with pytest.raises(tgp.ProbeError, match=r"another boundary_study: its seed differ.*\n.*another.json"):
+        study(model, x, **options | {"seed": 1})
+
+
+def test_a_study_is_saved_whole_and_says_it_in_a_table(x, tmp_path):
+    found = study(net(), x, initial=net())
+    again = tgp.BoundaryStudy.load(found.save(tmp_path / "study.json"))
+    assert dict(again) == dict(found)
+    assert again["1"].estimate.interval == found["1"].estimate.interval
+    assert again["1"].profile[0.2].interval == found["1"].profile[0.2].interval
+    assert again.settings == found.settings
+    assert str(found).splitlines()[0].startswith("layer  effect [nat]")
+    assert str(found["3"]) in str(found)
+    assert len(repr(found)) < 120
+    assert "<table>" in found._repr_html_()
+    with pytest.raises(KeyError, match="'5' was not studied"):
+        found["5"]
+    with pytest.raises(tgp.ProbeError, match=r"no saved BoundaryStudy.*\n.*\.save"):
+        tgp.BoundaryStudy.load(tmp_path / "none.json")
+
+
+def test_networks_as_units_are_a_t_test_over_their_estimates(x):
+    studies = [study(net(), x, initial=net(), estimator="subspace:1") for _ in range(4)]
+    found = tgp.compare_networks(studies)
+    for layer, effect in found.items():
+        values = [float(s[layer].estimate) for s in studies]
+        expected = scipy.stats.ttest_1samp(values, 0)
+        assert effect.p_value == pytest.approx(expected.pvalue)
+        assert effect.estimate.interval == pytest.approx(tuple(expected.confidence_interval()))
+        assert float(effect.profile[0.3]) == pytest.approx(sum(s[layer].profile[0.3] for s in studies) / 4)
+        assert (effect.units, effect.num_units) == ("networks", 4)
+        assert "over 4 networks" in str(effect)
+    with pytest.raises(tgp.ProbeError, match=r"at least 3 studies; got 2"):
+        tgp.compare_networks(studies[:2])
+    with pytest.raises(tgp.ProbeError, match="differ in their layers, their contrast"):
+        tgp.compare_networks([*studies, study(net(), x)])
+
+
+def test_digits_are_magnified_near_the_boundary():
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    images, labels = torch.tensor(digits.data, dtype=torch.float32), torch.tensor(digits.target)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Sigmoid(), nn.Linear(128, 10))
+    initial, optimizer = copy.deepcopy(model), torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(40):
+        for batch in torch.randperm(1000).split(100):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+    found = study(model, images[1000:], layers=["1"], initial=initial, estimator="subspace:2", pairs=100)["1"]
+    assert found.supported
+    assert found.verdict == "larger near the boundary"
+    assert found.volume.estimate > 0
+    assert found.profile[0.4] < found.initial_profile[0.4] - 0.05
+    assert found.num_pairs >= 60
+
+
+REFUSED = [
+    ({"groups": [1, 2]}, r"groups has 2 entries for 300 samples.*\n.*groups="),
+    ({"groups": torch.arange(300) % 4}, r"of 4 samples or groups; the test needs 10 of 5"),
+    ({"contrast": "edge"}, r"contrast='edge' is unknown.\nWrite one of 'mirror', 'peak', 'same_class'"),
+    ({"pairs": 3}, r"pairs=3: the test needs at least 10"),
+    ({"offsets": (2.0,)}, r"offsets=\[2.0\] are in units of the line"),
+    ({"initial": nn.Sequential(nn.Linear(5, 3), nn.Tanh())}, r"initial= has other layers.*'3'.*\n.*copy.deepcopy"),
+    ({"source": "0"}, r"source='0': a line between samples lies in the model's input.*\n.*boundary_study\(head"),
+    ({"pair": 5}, r"'pair' is no option of boundary_study.*\nDid you mean pairs="),
+    ({"readout": lambda z: z[:, :1]}, r"one number a sample.*\n.*readout=lambda z"),
+    ({"readout": lambda z: z[:, :, None]}, r"\[B, C\].*\n.*readout=lambda output"),
+    ({"readout": lambda z: z * 0}, r"predicted as one class \(0\), so no boundary lies between.*\n.*several classes"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[str(list(options)) + m[:12] for options, m in REFUSED])
+def test_refusals(x, options, message):
+    with shapes_unchecked(), pytest.raises(tgp.ProbeError, match=message):
+        study(net(), x, **options)
+
+
+def test_samples_that_cannot_be_studied(x):
+    odd = x.clone()
+    odd[[7, 9], 2] = math.nan
+    for samples, message in (
+        (odd, r"2 of 300 samples are not finite \(the first is number 7\).*\n.*isfinite"),
+        (x.long(), r"floating tensor \[B, \*input\]; it is torch.int64"),
+        (x[:14], r"usable pairs of \d+ samples or groups; the test needs 10 of 5.*\n.*share=True"),
+    ):
+        with shapes_unchecked(), pytest.raises(tgp.ProbeError, match=message):
+            study(net(), samples)
+
+
+def test_a_dead_layer_is_refused_by_name_and_partly_dead_lines_are_counted(x):
+    class Dead(nn.Module):
+        def __init__(self, threshold):
+            super().__init__()
+            self.threshold, self.layer, self.head = threshold, nn.Identity(), nn.Linear(5, 7).double()
+
+        def forward(self, x):
+            self.layer((x - self.threshold).relu())
+            return self.head(x)
+
+    with pytest.raises(tgp.ProbeError, match=r"layer 'layer': 0 usable pairs.*log-volume not finite"):
+        study(Dead(100.0), x, layers=["layer"])
+    some = study(Dead(1.5), x, layers=["layer"], pairs=100)["layer"]
+    assert some.dropped["log-volume not finite"] > 0
+    assert math.isfinite(some.estimate)
+    assert "pairs (log-volume not finite)" in str(some)
+
+
+def test_the_margin_slope_is_a_regression_through_the_origin():
+    count = 30
+    ends, one = torch.arange(2 * count).reshape(count, 2), torch.zeros(count, 2, dtype=torch.long)
+    pairs = Pairs(ends, ends, ends, torch.full((count,), 0.3), one, "predicted classes", {})
+    margins, noise = torch.rand(count, 2).double(), 0.1 * torch.randn(count).double()
+    run = margins[:, 1] - margins[:, 0]
+    speed = torch.stack([torch.zeros(count), torch.zeros(count), margins[:, 0], margins[:, 1]], 1).double()
+    speed[:, 3] = speed[:, 2] - 0.4 * run + noise
+    points, weights = torch.zeros(count, 4, 1), torch.tensor([1.0, -1.0], dtype=torch.float64)
+    laid_out = design.Design(pairs, points, points[:, 0], weights, torch.ones(count, 4, dtype=torch.bool), margins)
+    found = inference.effect_of("layer", inference.LayerFields({"speed": speed}), laid_out, "mirror", ()).margin_slope
+    slope = (run * (noise - 0.4 * run)).sum() / run.square().sum()
+    residual = noise - 0.4 * run - slope * run
+    error = (run * residual).norm() / run.square().sum() * (count / (count - 1)) ** 0.5
+    margin = float(error) * scipy.stats.t.ppf(0.975, count - 1)
+    assert float(found.estimate) == pytest.approx(float(slope))
+    assert found.estimate.interval == pytest.approx((float(slope) - margin, float(slope) + margin))
+
+
+def test_the_verdict_knows_too_few_from_none(x):
+    effect = study(net(), x, initial=net())["1"]
+
+    def verdict(value, half, p_value):
+        estimate = tgp.boundary.statistics.Estimate(value, (value - half, value + half))
+        return dataclasses.replace(effect, estimate=estimate, p_value=p_value, num_units=20).verdict
+
+    assert verdict(0.3, 0.1, 0.01) == "larger near the boundary"
+    assert verdict(-0.3, 0.1, 0.01) == "the opposite, smaller near the boundary"
+    assert verdict(0.02, 0.05, 0.4) == "no difference found, and none above 0.07 nats"
+    assert verdict(0.02, 0.2, 0.8) == f"too few to tell: ± 0.1 nats takes about 80 {effect.units}"

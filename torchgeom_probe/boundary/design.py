@@ -1,0 +1,102 @@
+"""Which points of which lines are measured: those of the contrast, the two ends, those of the profile.
+
+Legend of axes: N pairs (lines), P points of a line, C of them in the contrast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchgeom_probe.boundary.contrasts import CONTRASTS
+from torchgeom_probe.boundary.pairs import Pairs, crossing_pairs, predicted, same_class_points
+from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.model.predictions import Readout
+from torchgeom_probe.shapes import Bool, Float, Int, Tensor
+
+LEAST_PAIRS, LEAST_UNITS = 10, 5
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """What is measured where, and how it is compared.
+
+    Attributes:
+        pairs: the lines.
+        points: [N, P, *input]: the C of the contrast, the two ends, those of the profile.
+        along: [N, *input], the lines' unit directions.
+        weights: [C], of the contrast.
+        within: [N, P], which points lie on their line.
+        margins: [N, 2], of the two ends.
+    """
+
+    pairs: Pairs
+    points: Float[Tensor, " N P *input"]
+    along: Float[Tensor, " N *input"]
+    weights: Float[Tensor, " C"]
+    within: Bool[Tensor, "N P"]
+    margins: Float[Tensor, "N 2"]
+
+    @property
+    def ends(self) -> slice:
+        """Which of the points are the two samples; those of the profile come after them."""
+        return slice(len(self.weights), len(self.weights) + 2)
+
+    def contrasted(self, field: Tensor) -> Float[Tensor, " N"]:
+        """The contrast of a field [N, P] or [N, C] on each line."""
+        return field[:, : len(self.weights)].double() @ self.weights
+
+
+def designed(
+    model: nn.Module,
+    x: Float[Tensor, " batch *input"],
+    groups: Int[Tensor, " batch"],
+    readout: Readout | None,
+    settings: Mapping[str, Any],
+) -> Design:
+    """Draw the pairs and lay out their points.
+
+    ``settings``: ``contrast``, ``pairs``, ``share``, ``seed`` and ``offsets`` of the study.
+
+    Raises:
+        ProbeError: one predicted class, too few usable pairs, an output that is no logits.
+    """
+    contrast, seed = CONTRASTS[settings["contrast"]], settings["seed"]
+    decided = predicted(model, x, readout)
+    classes = decided["predictions"]
+    if len(classes[classes >= 0].unique()) < 2:
+        raise ProbeError(
+            f"all {len(x)} samples are predicted as one class ({int(classes[0])}), so no boundary lies between them.\n"
+            "Give held-out samples of several classes, and a trained model:  boundary_study(model, x)"
+        )
+    draw: dict[str, Any] = {"count": settings["pairs"], "share": settings["share"], "seed": seed, "readout": readout}
+    found = crossing_pairs(model, x, classes, groups, reach=contrast.reach, apart=contrast.apart, **draw)
+    refuse_few(len(found.t), len(found.units.unique()), found.dropped)
+    places, weights = contrast.places(found.t)
+    offsets = found.t[:, None] + torch.tensor(settings["offsets"], dtype=torch.float64)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64).expand(len(found.t), 2)
+    t_NP = torch.cat([places, ends, offsets], 1)
+    points = found.points(x, t_NP.clamp(0, 1))
+    within = (t_NP >= 0) & (t_NP <= 1)
+    if settings["contrast"] == "same_class":
+        points[:, 1], within[:, 1] = same_class_points(model, x, classes, found, readout=readout, seed=seed)
+    along = found.lines(x)[1]
+    along = along / along.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.dim() - 1))
+    return Design(found, points, along, weights, within, decided["margin"][found.ends])
+
+
+def refuse_few(pairs: int, units: int, dropped: Mapping[str, int], *, layer: str | None = None) -> None:
+    """Refuse fewer pairs, or samples or groups that they are made of, than the test needs."""
+    if pairs >= LEAST_PAIRS and units >= LEAST_UNITS:
+        return
+    where = "" if layer is None else f"layer {layer!r}: "
+    why = "; ".join(f"{reason}: {count}" for reason, count in dropped.items() if count) or "none was left out"
+    raise ProbeError(
+        f"{where}{pairs} usable pairs of {units} samples or groups; the test needs {LEAST_PAIRS} of {LEAST_UNITS} "
+        f"({why}).\n"
+        "Give more held-out samples, or let each be in several pairs:  boundary_study(model, x, share=True)"
+    )

@@ -1,0 +1,145 @@
+"""What the test of a layer over many pairs found, in numbers and in one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torchgeom_probe.boundary.paired import Tested
+from torchgeom_probe.boundary.statistics import Estimate
+
+#: Nats: an effect that a study should be able to tell from none.
+_WORTH_FINDING = 0.1
+
+
+@dataclass(frozen=True)
+class BoundaryEffect:
+    """Whether a layer magnifies near decision boundaries, over many lines between samples; ``str()`` says it.
+
+    All effects are in nats (exp of one is a ratio), each with a 95 % interval, and where an untrained network was given
+    they are differences of differences: the trained network's contrast minus the untrained one's at the same points.
+
+    Attributes:
+        name: of the layer.
+        estimand: what is compared.  By default the speed |Jv| of the path along the line, which is NO volume.
+        contrast: where: ``"mirror"``, ``"peak"`` or ``"same_class"``.
+        estimate: the effect.
+        p_value: two-sided.
+        own: the trained network's contrast by itself.
+        initial: the untrained network's, or None.
+        trace: the same contrast of ½ log tr g, the mean stretch of all directions: what of the effect is not the
+            line's own.  None over networks of which one has none.
+        volume: the same contrast of a volume, where one was measured; ``volume_estimand`` says which.
+        dimensions: of that volume: its effect divided by them compares with a speed.
+        profile: signed distance from the crossing, in units of the line, → mean of log |Jv| minus that at the crossing.
+        initial_profile: the untrained network's, or None.
+        margin_slope: nats that log |Jv| changes with a unit of the margin (a logit), from one end of a line to the
+            other; negative where it is larger at the less certain sample.
+        num_pairs, num_units, units: pairs used, and how many of what they are made of; ``"networks"`` where several
+            networks were compared.
+        dropped: reason → pairs left out.
+    """
+
+    name: str
+    estimand: str
+    contrast: str
+    estimate: Estimate
+    p_value: float
+    own: Tested
+    initial: Tested | None
+    trace: Tested | None
+    volume: Tested | None
+    volume_estimand: str | None
+    dimensions: int | None
+    profile: Mapping[float, Estimate]
+    initial_profile: Mapping[float, Estimate] | None
+    margin_slope: Tested
+    num_pairs: int
+    num_units: int
+    units: str
+    dropped: Mapping[str, int]
+
+    @property
+    def supported(self) -> bool | None:
+        """Whether training made the layer magnify near boundaries; None without an untrained network to tell by."""
+        return None if self.initial is None else self.p_value < 0.05 and self.estimate > 0
+
+    @property
+    def verdict(self) -> str:
+        """``supported``, in words: yes, no, the opposite, or too few."""
+        if self.initial is None:
+            return "not tested: give the untrained network as initial="
+        if self.p_value < 0.05:
+            return "larger near the boundary" if self.estimate > 0 else "the opposite, smaller near the boundary"
+        low, high = self.estimate.interval or (-math.inf, math.inf)
+        if high - low <= 2 * _WORTH_FINDING:
+            return f"no difference found, and none above {max(abs(low), abs(high)):.2g} nats"
+        more = math.ceil(self.num_units * ((high - low) / 2 / _WORTH_FINDING) ** 2)
+        return f"too few to tell: ± {_WORTH_FINDING} nats takes about {more} {self.units}"
+
+    def __str__(self) -> str:
+        difference = "" if self.initial is None else ", trained minus untrained"
+        scope = f"over {self.num_units} networks" if self.units == "networks" else "over this network's"
+        pairs = f"{scope} ({self.num_pairs} pairs)" if self.units == "networks" else f"{scope} {self.num_pairs} pairs"
+        parts = [
+            f"{self.name or 'the model'}: {self.verdict}: {self.estimate} nats ({in_words(self.p_value)}) of "
+            f"{self.estimand}{difference}, {pairs}"
+        ]
+        if self.volume is not None and self.dimensions:
+            each = float(self.volume.estimate) / self.dimensions
+            parts.append(
+                f"of {self.volume_estimand} {self.volume.estimate} ({in_words(self.volume.p_value)}), {each:+.2g} per "
+                "dimension"
+            )
+        if self.trace is not None:
+            parts.append(f"of ½ log tr g {self.trace.estimate}")
+        if self.initial is not None:
+            parts.append(f"the untrained network by itself {self.initial.estimate}")
+        else:
+            parts.append("a contrast of one network is not calibrated: untrained ones often have one")
+        if self.dropped:
+            parts.append("left out: " + ", ".join(f"{count} pairs ({why})" for why, count in self.dropped.items()))
+        return "; ".join(parts)
+
+    def record(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    @staticmethod
+    def of(record: Mapping[str, Any]) -> BoundaryEffect:
+        """Make an effect of what :meth:`record` gave."""
+        known = dict(record)
+        known["estimate"] = _estimate(known["estimate"])
+        for name in ("own", "initial", "trace", "volume", "margin_slope"):
+            if known[name] is not None:
+                known[name] = Tested(_estimate(known[name][0]), _number(known[name][1]))
+        for name in ("profile", "initial_profile"):
+            if known[name] is not None:
+                known[name] = {offset: _estimate(value) for offset, value in known[name]}
+        return BoundaryEffect(**known)
+
+
+def in_words(p_value: float) -> str:
+    """A p-value for a sentence."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Estimate):
+        return [float(value), *(value.interval or (None, None))]
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, Mapping) and value and not isinstance(next(iter(value)), str):
+        return [[key, _plain(entry)] for key, entry in value.items()]
+    return value
+
+
+def _estimate(numbers: list[float | None]) -> Estimate:
+    value, low, high = numbers
+    return Estimate(_number(value), None if low is None or high is None else (low, high))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,192 @@
+"""Pairs of held-out samples with different predictions, and where the line between them crosses a decision boundary.
+
+Legend of axes: N pairs, P points of a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from torchgeom_probe.boundary.points import boundary_points
+from torchgeom_probe.model.isolation import measuring
+from torchgeom_probe.model.predictions import Readout, decisions, logits_of
+from torchgeom_probe.shapes import Float, Int, Tensor
+
+#: Samples that go through the model at once, without tangents.
+_AT_ONCE = 64
+#: Of fewer predicted classes the samples are clustered instead: of two, each line would share both with every other.
+_FEW_CLASSES, _REGIONS = 5, 6
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """N lines, each from a sample to another one that is predicted as another class.
+
+    Attributes:
+        ends: [N, 2], which samples.
+        classes: [N, 2], as what they are predicted.
+        units: [N, 2], what they belong to: themselves, or their groups.
+        t: [N], where the line crosses a boundary: 0 at its first end, 1 at its second.
+        regions: [N, 2], where in input space the two ends lie: lines between the same regions are not independent.
+        regions_are: ``"predicted classes"``, or, of fewer than five, ``"regions of the input"``.
+        dropped: reason → how many more were looked at and left out.
+    """
+
+    ends: Int[Tensor, "pairs 2"]
+    classes: Int[Tensor, "pairs 2"]
+    units: Int[Tensor, "pairs 2"]
+    t: Float[Tensor, " pairs"]
+    regions: Int[Tensor, "pairs 2"]
+    regions_are: str
+    dropped: dict[str, int]
+
+    def lines(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the lines begin, and from there to their ends, [N, *input] both."""
+        a, b = x[self.ends.T.to(x.device)]
+        return a, b - a
+
+    def points(self, x: Tensor, t_NP: Tensor) -> Tensor:
+        """[N, P, *input], the points of each line at these places."""
+        a, along = self.lines(x)
+        return a[:, None] + along[:, None] * t_NP.to(x).reshape(*t_NP.shape, *[1] * (x.dim() - 1))
+
+
+def predicted(model: nn.Module, x: Tensor, readout: Readout | None) -> dict[str, Tensor]:
+    """What the model predicts of samples [B, *input], and how surely (:func:`decisions`)."""
+    of_readout = measuring(readout) if isinstance(readout, nn.Module) else contextlib.nullcontext()
+    with measuring(model), of_readout:
+        parts = [decisions(logits_of(model(some), readout=readout, batch=len(some))) for some in x.split(_AT_ONCE)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def crossing_pairs(
+    model: nn.Module,
+    x: Tensor,
+    classes: Tensor,
+    groups: Tensor,
+    *,
+    count: int,
+    share: bool,
+    reach: float,
+    apart: float,
+    readout: Readout | None,
+    seed: int,
+) -> Pairs:
+    """Draw pairs until ``count`` of them can be used, or there are no more.
+
+    Args:
+        model: what decides.
+        x: [B, *input].
+        classes: [B], predicted of them.
+        groups: [B], what they belong to; no pair is made within a group.
+        count: how many are wanted.
+        share: whether a sample may be in several pairs.
+        reach: how far from the crossing, in units of the line, points of it are needed within the line.
+        apart: how far from the middle of the line the crossing must be.
+        readout: from the model's output to logits.
+        seed: of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draw = _sharing(classes, groups, count, generator) if share else _disjoint(classes, groups, generator)
+    ends, t = [torch.empty(0, 2, dtype=torch.long)], [torch.empty(0, dtype=torch.float64)]
+    dropped: dict[str, int] = {}
+    missing = count
+    for some in draw.split(_AT_ONCE):
+        if missing <= 0:
+            break
+        a, b = x[some.T.to(x.device)]
+        found = boundary_points(model, a, b, near="middle", readout=readout).t.double().cpu()
+        reasons = {
+            "crossing at the middle, where it is its own mirror image": (found - 0.5).abs() < apart,
+            "crossing too near to a sample": torch.minimum(found, 1 - found) < reach,
+        }
+        odd = torch.stack(list(reasons.values()))
+        good = (~odd.any(0)).nonzero().flatten()[:missing]
+        looked_at = len(some) if len(good) < missing else int(good[-1]) + 1
+        for reason, where in reasons.items():
+            dropped[reason] = dropped.get(reason, 0) + int(where[:looked_at].sum())
+        ends.append(some[good])
+        t.append(found[good])
+        missing -= len(good)
+    kept = torch.cat(ends)
+    regions, are = classes, "predicted classes"
+    if len(classes[kept].unique()) < _FEW_CLASSES:
+        regions, are = _clustered(x, _REGIONS, generator), "regions of the input"
+    dropped = {why: n for why, n in dropped.items() if n}
+    return Pairs(kept, classes[kept], groups[kept], torch.cat(t), regions[kept], are, dropped)
+
+
+def _clustered(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """[B], the samples in so many clusters, by k-means."""
+    flat = x.flatten(1).double().cpu()
+    centres = flat[torch.randperm(len(flat), generator=generator)[:count]]
+    for _ in range(20):
+        nearest = torch.cdist(flat, centres).argmin(1)
+        parts = [flat[nearest == i] for i in range(len(centres))]
+        centres = torch.stack([part.mean(0) if len(part) else c for part, c in zip(parts, centres, strict=True)])
+    return nearest
+
+
+def _disjoint(classes: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:
+    """[N, 2], random pairs of different classes and groups in which no sample stands twice."""
+    return torch.cat([torch.empty(0, 2, dtype=torch.long), *_matches(classes, groups, generator)])
+
+
+def _matches(classes: Tensor, groups: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    rest = torch.arange(len(classes))
+    for _ in range(50):  # every round leaves those that met their like, to meet others
+        rest = rest[torch.randperm(len(rest), generator=generator)]
+        met, odd = rest[: len(rest) // 2 * 2].reshape(-1, 2), rest[len(rest) // 2 * 2 :]
+        differ = _differ(met, classes, groups)
+        yield met[differ]
+        rest = torch.cat([met[~differ].flatten(), odd])
+        if len(classes[rest].unique()) < 2:
+            return
+
+
+def _sharing(classes: Tensor, groups: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """[N, 2], random pairs of different classes and groups, none of them twice; more than are wanted."""
+    drawn = torch.randint(len(classes), (16 * count, 2), generator=generator)
+    drawn = drawn[_differ(drawn, classes, groups)]
+    known = torch.unique(drawn.sort(1).values, dim=0)
+    known = known[torch.randperm(len(known), generator=generator)[: 4 * count]]
+    turned = torch.rand(len(known), generator=generator) < 0.5  # sorted: without it the first end is the earlier sample
+    return torch.where(turned[:, None], known.flip(1), known)
+
+
+def _differ(pairs: Tensor, classes: Tensor, groups: Tensor) -> Tensor:
+    a, b = pairs.T
+    decided = (classes[a] >= 0) & (classes[b] >= 0)  # -1: logits that are not finite
+    return decided & (classes[a] != classes[b]) & (groups[a] != groups[b])
+
+
+def same_class_points(
+    model: nn.Module, x: Tensor, classes: Tensor, pairs: Pairs, *, readout: Readout | None, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Points as far from a sample as each crossing is from the nearer end of its line, without a boundary between.
+
+    From that end towards a random sample that is predicted as the same class; up to eight are tried.  Returns the
+    points [N, *input], and [N], where one was found.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    near = pairs.ends.gather(1, (pairs.t >= 0.5).long()[:, None])[:, 0]
+    start = x[near.to(x.device)]
+    length = pairs.lines(x)[1].flatten(1).norm(dim=1) * torch.minimum(pairs.t, 1 - pairs.t).to(x)
+    points, found = start.clone(), torch.zeros(len(near), dtype=torch.bool)
+    for _ in range(8):
+        alike = classes[near][:, None] == classes[None]
+        alike[torch.arange(len(near)), near] = False
+        chosen = torch.where(alike, torch.rand(alike.shape, generator=generator), -1.0).argmax(1)
+        along = x[chosen.to(x.device)] - start
+        step = length / along.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+        tried = start + along * step.reshape(-1, *[1] * (x.dim() - 1))
+        kept = predicted(model, tried, readout)["predictions"] == classes[near]
+        fresh = kept & alike.any(1) & ~found
+        points[fresh.to(x.device)] = tried[fresh.to(x.device)]
+        found |= fresh
+    return points, found

@@ -1,0 +1,257 @@
+"""The population test: does a layer magnify near decision boundaries, over many lines between held-out samples.
+
+x → pairs and their crossings → points of every line → per chunk of pairs: the fields of the network, trained and
+untrained → per layer a BoundaryEffect.
+
+Legend of axes: N pairs (lines), P points of a line, C of them in the contrast.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from torchgeom_probe.boundary.contrasts import CONTRASTS
+from torchgeom_probe.boundary.design import LEAST_PAIRS, Design, designed
+from torchgeom_probe.boundary.inference import LayerFields, effect_of
+from torchgeom_probe.boundary.speed import Speed, with_random
+from torchgeom_probe.boundary.study import BoundaryStudy
+from torchgeom_probe.errors import ProbeError, first_line, refuse_unknown
+from torchgeom_probe.estimators import Estimator, Exact, Subspace
+from torchgeom_probe.files import decoded, digest, encoded
+from torchgeom_probe.model.predictions import Readout
+from torchgeom_probe.probe import GeometryProbe, ProbeOptions, probe_of
+from torchgeom_probe.shapes import Tensor
+from torchgeom_probe.slices.resume import Parts, in_words, refuse_other, state_digest
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+#: Pairs a chunk: what a kill can cost.
+_CHUNK = 32
+#: Random directions a point, for ½ log tr g.
+_RANDOM = 4
+#: Input sizes at which the whole volume is measured unasked.
+_SMALL = 64
+_PART = "part of a BoundaryStudy"
+
+
+def boundary_study(
+    model_or_probe: nn.Module | GeometryProbe,
+    x: Tensor,
+    *,
+    initial: nn.Module | GeometryProbe | None = None,
+    pairs: int = 200,
+    contrast: Literal["mirror", "peak", "same_class"] = "mirror",
+    groups: Sequence[Any] | Tensor | None = None,
+    readout: Readout | None = None,
+    offsets: Sequence[float] = (-0.4, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3, 0.4),
+    share: bool = False,
+    seed: int = 0,
+    path: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+    **options: Unpack[ProbeOptions],
+) -> BoundaryStudy:
+    """Test, over many pairs of held-out samples, whether each layer magnifies near the decision boundary between them.
+
+    On the line from one sample to another that is predicted as another class, the class change nearest to the middle is
+    bisected to t*.  What is compared, in nats:
+
+    - ``"mirror"``: the crossing against the point 1 − t* of the same line;
+    - ``"peak"``: how far the crossing rises above its neighbours at ± 0.2 of the line, against the same at 1 − t*;
+    - ``"same_class"``: the crossing against a point of one class that is as far from its sample.
+
+    By default of log |Jv|, v the line's direction: the speed of the path, which is exact, never singular and NOT a
+    volume.  A volume's own contrast stands beside it for any ``estimator``, and unasked (``Exact``) where the input has
+    at most 64 numbers; ``"same_class"``, which compares different lines, is of that volume (``Subspace`` on larger
+    inputs).  ½ log tr g, from four random directions in the same pass, is the control: the stretch of all directions.
+
+    With ``initial`` the effect is the difference of differences, trained minus untrained at the same points.  Without
+    it nothing is claimed (``supported`` is None): untrained networks often have a contrast at trained boundaries.
+
+    The interval and the p-value are those of :func:`paired_effect`, with the samples (or ``groups``) as units or the
+    regions that the lines connect, whichever interval is the wider: lines between the same two regions see the same
+    field.  Regions are the predicted classes, or of fewer than five classes six clusters of the samples (k-means);
+    of two classes prefer ``"peak"``.
+
+    Args:
+        model_or_probe: any classifier, run in eval mode and left as it was; or a probe, whose layers, estimator and
+            other options are then the study's.
+        x: [B, *input], held-out samples; no labels are needed.
+        initial: the untrained network: ``copy.deepcopy(model)`` before the first step.
+        pairs: how many, if there are so many.
+        contrast: what the crossing is compared with.
+        groups: [B], what each sample belongs to, where samples are not independent: crops of one photograph.
+        readout: maps the model's output to logits [B, C]; None: the output is the logits.
+        offsets: of the profile, in units of the line from the crossing.
+        share: let a sample be in several pairs: more pairs of few samples.
+        seed: of the pairs and of the random directions.
+        path: where the study is saved, as JSON; interrupted, it goes on where it was, and done, it is loaded.
+        progress: show a progress bar; None: only on a terminal.
+        options: the probe's (:class:`~torchgeom_probe.GeometryProbe`): layers, estimator, normalize, ….
+
+    Raises:
+        ProbeError: an output that is no logits (regression, masks: with the ``readout`` to write), one predicted class,
+            fewer than 10 usable pairs or 5 groups, an ``initial`` of other layers, groups of another length, samples
+            that are not finite, a ``path`` that holds another study, and whatever the probe refuses.
+
+    Source: Zavatone-Veth et al., arXiv:2301.11375, for the hypothesis; the test is this package's own.  How often it
+    rejects a true null, and what it finds: benchmarks/README.md.
+
+    Cost: 6 rows a point (itself, the line, four random directions) and about 12 points a pair and network, for all
+    layers together; ~20 plain rows a pair for the crossing.
+
+    >>> model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
+    >>> study = boundary_study(model, torch.randn(100, 2), layers=["1"], pairs=20)
+    >>> assert study["1"].supported is None and "initial=" in str(study["1"])
+    """
+    refuse_unknown(options, boundary_study, *ProbeOptions.__annotations__)
+    probe = copy.copy(probe_of(model_or_probe, options))  # a copy: its estimator changes from point to point
+    named = options.get("estimator") is not None or probe.estimator != Subspace()
+    groups_B = _refuse_unusable(probe, x, groups, contrast, pairs, offsets)
+    volume = probe.estimator if named else Exact() if x[0].numel() <= _SMALL else None
+    if contrast == "same_class" and volume is None:
+        volume = Subspace()
+    untrained = initial.model if isinstance(initial, GeometryProbe) else initial
+    settings = {
+        "layers": sorted({*probe.layers, *probe.left_out}),
+        "volume": None if volume is None else repr(volume),
+        "readout": in_words(readout),
+        "normalize": probe.normalize,
+        "transform": in_words(probe.transforms),
+        "engine": probe.engine,
+        "pairs": pairs,
+        "contrast": contrast,
+        "offsets": list(offsets),
+        "share": share,
+        "seed": seed,
+        "model": state_digest(probe.model),
+        "initial": None if untrained is None else state_digest(untrained),
+        "samples": digest(x, groups_B),
+    }
+    target = None if path is None else Path(path)
+    if target is not None and target.exists():
+        finished = BoundaryStudy.load(target)
+        refuse_other(finished.settings, settings, where=target, what="boundary_study")
+        return finished
+    device = next((t.device for t in (*probe.model.parameters(), *probe.model.buffers())), x.device)
+    design = designed(probe.model, x.detach().to(device), groups_B, readout, settings)
+    parts = None if target is None else Parts(target, settings, what="boundary_study")
+    fields = _measured(probe, untrained, design, volume, parts, progress=progress, seed=seed)
+    effects = {name: effect_of(name, found, design, contrast, offsets) for name, found in fields.items()}
+    study = BoundaryStudy(effects, settings=settings)
+    if target is not None and parts is not None:
+        study.save(target)
+        parts.remove()
+    return study
+
+
+def _measured(
+    probe: GeometryProbe,
+    initial: nn.Module | None,
+    design: Design,
+    volume: Estimator | None,
+    parts: Parts | None,
+    *,
+    progress: bool | None,
+    seed: int,
+) -> dict[str, LayerFields]:
+    """Measure every layer at all points, chunk by chunk, or read what is stored of it."""
+    directions = with_random(design.along, _RANDOM, seed=seed)
+    chunks: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
+    untrained: GeometryProbe | None = None
+    hidden = None if progress is None else not progress  # None: tqdm shows its bar on a terminal alone
+    with tqdm(total=len(design.points), desc="boundary study", unit="pair", disable=hidden) as bar:
+        for index, some in enumerate(torch.arange(len(design.points)).split(_CHUNK)):
+            data = None if parts is None else parts.get(index)
+            if data is None:
+                lines = design.points[some], directions[:, some], len(design.weights), volume
+                found = [("trained", *entry) for entry in _fields(probe, *lines)]
+                if initial is not None:
+                    untrained = untrained or _like(probe, initial)  # after a pass: "auto" has left out what it will
+                    found += [("initial", *entry) for entry in _fields(untrained, *lines)]
+                tensors = {str(i): field for i, (*_, field) in enumerate(found)}
+                data = encoded(tensors, {"fields": [entry[:-1] for entry in found]}, kind=_PART)
+                if parts is not None:
+                    parts.put(index, data)
+            chunks.append(decoded(data, kind=_PART, origin=f"chunk {index}"))
+            bar.update(len(some))
+    layers: dict[str, LayerFields] = {}
+    for i, (network, layer, quantity, words, dimensions) in enumerate(chunks[0][1]["fields"]):
+        fields = layers.setdefault(layer, LayerFields())
+        getattr(fields, network)[quantity] = torch.cat([tensors[str(i)] for tensors, _ in chunks])
+        if quantity == "volume":
+            fields.volume, fields.dimensions = words, dimensions
+    return layers
+
+
+def _fields(
+    probe: GeometryProbe, points: Tensor, directions: Tensor, count: int, volume: Estimator | None
+) -> Iterator[tuple[str, str, str, int, Tensor]]:
+    """Layer, quantity, its words, its dimensions, [N, P]; the volume at the C points of the contrast alone."""
+    shape = points.shape[:2]
+    probe.estimator = Speed(directions[:, :, None].expand(-1, -1, shape[1], *points.shape[2:]).flatten(1, 2))
+    for layer, found in probe.measure(points.flatten(0, 1), progress=False).items():
+        yield layer, "speed", found.estimand, 1, found.log_volume.reshape(shape)
+        yield layer, "trace", "½ log tr g", 1, found.extras["log_trace"].reshape(shape)
+    if volume is not None:
+        probe.estimator = volume
+        for layer, found in probe.measure(points[:, :count].flatten(0, 1), progress=False).items():
+            dimensions = min(found.num_directions, found.num_features)
+            yield layer, "volume", found.estimand, dimensions, found.log_volume.reshape(-1, count)
+
+
+def _like(probe: GeometryProbe, initial: nn.Module) -> GeometryProbe:
+    """The untrained network, probed as the trained one is."""
+    names = ("normalize", "engine", "wrt", "memory_budget", "mode")
+    try:
+        same: dict[str, Any] = {name: getattr(probe, name) for name in names}
+        return GeometryProbe(initial, layers=probe.layers, transform=dict(probe.transforms) or None, **same)
+    except ProbeError as error:
+        raise ProbeError(
+            f"initial= has other layers than the model, of which {probe.layers} are studied: {first_line(error)}\n"
+            "Give the same network as it was before training:  initial = copy.deepcopy(model)"
+        ) from error
+
+
+def _refuse_unusable(
+    probe: GeometryProbe, x: Tensor, groups: Any, contrast: str, pairs: int, offsets: Sequence[float]
+) -> Tensor:
+    """Refuse what cannot be studied; return the groups as numbers [B], those of single samples where none are given."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+        seen = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise ProbeError(f"x must be a floating tensor [B, *input]; it is {seen}.\nFor single inputs:  torch.stack(xs)")
+    odd = (~x.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if odd:
+        raise ProbeError(
+            f"{len(odd)} of {len(x)} samples are not finite (the first is number {odd[0]}).\n"
+            "Keep the others:  x = x[x.flatten(1).isfinite().all(1)]"
+        )
+    if contrast not in CONTRASTS:
+        raise ProbeError(f"contrast={contrast!r} is unknown.\nWrite one of {', '.join(map(repr, CONTRASTS))}.")
+    if pairs < LEAST_PAIRS:
+        raise ProbeError(f"pairs={pairs}: the test needs at least {LEAST_PAIRS}.\nWrite pairs=200")
+    if not all(-1 < offset < 1 for offset in offsets):
+        raise ProbeError(f"offsets={list(offsets)} are in units of the line, between -1 and 1.\nLeave them out.")
+    if probe.source is not None:
+        raise ProbeError(
+            f"source={probe.source!r}: a line between samples lies in the model's input, not in that module's output.\n"
+            "Study the part behind it as a model of its own:  boundary_study(head, features)"
+        )
+    if groups is None:
+        return torch.arange(len(x))
+    names = groups.tolist() if isinstance(groups, Tensor) else list(groups)
+    if len(names) != len(x):
+        raise ProbeError(
+            f"groups has {len(names)} entries for {len(x)} samples.\n"
+            "Give one for each sample:  groups=photo_of_each_crop"
+        )
+    known = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([known[name] for name in names])

@@ -1,0 +1,86 @@
+"""``torchgeom-probe boundary``: does a network magnify near its decision boundaries, over many pairs of images."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from torchgeom_probe.boundary.contrasts import CONTRASTS
+from torchgeom_probe.boundary.population import boundary_study
+from torchgeom_probe.cli.models import add_probe, estimator_of, input_of, is_trained, model_of
+from torchgeom_probe.errors import ProbeError, optional
+from torchgeom_probe.plotting.files import save
+from torchgeom_probe.plotting.plot import plot
+
+
+def add(verbs: Any) -> None:
+    """Add the verb's parser."""
+    parser = verbs.add_parser(
+        "boundary",
+        help="test whether a network magnifies near its decision boundaries",
+        description="Lines between images that are predicted as different classes.  Give images that the network was "
+        "not trained on.  Stopped or killed, the same command goes on where it was.",
+    )
+    add_probe(parser)
+    parser.add_argument(
+        "--initial",
+        type=Path,
+        metavar="FILE",
+        help="weights before training, the control (default: random ones, where the model has trained ones)",
+    )
+    parser.add_argument("--pairs", type=int, default=200, help="pairs of images (default 200)")
+    parser.add_argument("--contrast", choices=list(CONTRASTS), default="mirror")
+    parser.add_argument("--share", action="store_true", help="let an image be in several pairs")
+    parser.add_argument("--estimator", metavar="NAME", help="also the contrast of this volume: topk:10, subspace:8, …")
+    parser.add_argument("-k", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path("torchgeom_runs/boundary"), metavar="DIR")
+    parser.set_defaults(run=run, resumes=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the table and a sentence a layer; write ``study.json`` and ``profile.png`` and ``.pdf``."""
+    optional("matplotlib", extra="figures")
+    own_file = arguments.model.partition(":")[0].endswith(".py")  # whose factory may return a trained model
+    if not is_trained(arguments) and not own_file:
+        raise ProbeError(
+            f"{arguments.model} would have random weights, whose boundaries nothing was learned of.\n"
+            "Give trained ones:  --checkpoint trained.pth, or --pretrained"
+        )
+    model, loaded = model_of(arguments)
+    initial = _initial(arguments)
+    x = input_of(arguments, model, loaded)
+    options: dict[str, Any] = {} if arguments.estimator is None else {"estimator": estimator_of(arguments)}
+    study = boundary_study(
+        model,
+        x,
+        initial=initial,
+        pairs=arguments.pairs,
+        contrast=arguments.contrast,
+        share=arguments.share,
+        seed=arguments.seed,
+        path=arguments.out / "study.json",
+        layers=arguments.layers,
+        engine=arguments.engine,
+        **options,
+    )
+    print(study)
+    figure = plot(study, title=f"Near the decision boundaries of {arguments.model}")
+    written = [save(figure, arguments.out / f"profile{ending}") for ending in (".png", ".pdf")]
+    print(f"Wrote {', '.join(map(str, [arguments.out / 'study.json', *written]))}.")
+
+
+def _initial(arguments: argparse.Namespace) -> nn.Module | None:
+    """The same architecture with the weights of ``--initial``, else with random ones; None where it has no others."""
+    if arguments.initial is None and not is_trained(arguments):
+        return None
+    before = copy.copy(arguments)
+    before.pretrained, before.checkpoint, before.tag_fetches = False, arguments.initial, False
+    if arguments.model == "efficientnet-lite0":
+        before.model = "timm:tf_efficientnet_lite0"
+    if arguments.initial is None:
+        print(f"The control has random weights (--seed {arguments.seed}); --initial FILE for those before training.")
+    return model_of(before)[0]

@@ -1,0 +1,75 @@
+"""A study of decision boundaries: log-volume against the signed distance from the boundary, a panel a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from torchgeom_probe.boundary.effect import BoundaryEffect, in_words
+from torchgeom_probe.boundary.statistics import Estimate
+from torchgeom_probe.boundary.study import BoundaryStudy
+from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.plotting import style
+from torchgeom_probe.plotting.style import BLUE, NORMAL, SMALL, Figure
+
+_GREY = "#7f7f7f"
+
+
+def plot_study(
+    study: BoundaryStudy,
+    *,
+    layers: Sequence[str] | str | None = None,
+    unit: Literal["nat", "log10"] = "nat",
+    title: str | None = None,
+) -> Figure:
+    """Draw each layer's profile: mean log |Jv| along the lines minus that at their crossings, bands 95 % intervals.
+
+    Blue is the network, grey and dashed the untrained one; the dotted line is the boundary.  Above each panel stands
+    the effect that the study tested, which is not read off the curve.
+    """
+    if unit not in ("nat", "log10"):
+        raise ProbeError(f"unit={unit!r} is unknown.\nWrite unit='nat' (natural log, the default) or unit='log10'.")
+    names = style.chosen_layers(layers, list(study))
+    columns = min(len(names), 3)
+    rows = math.ceil(len(names) / columns)
+    figure = style.new_figure(7.0 if columns > 1 else 5.4, 2.5 * rows + 0.9)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in panels.flat[len(names) :]:
+        axes.set_axis_off()
+    for axes, name in zip(panels.flat, names, strict=False):
+        effect = study[name]
+        trained = effect.initial is not None
+        if effect.initial_profile is not None:
+            _draw(axes, effect.initial_profile, unit, color=_GREY, linestyle="--", label="untrained")
+        _draw(axes, effect.profile, unit, color=BLUE, linestyle="-", label="trained" if trained else "the network")
+        axes.axvline(0.0, color="black", linewidth=0.9, linestyle=":")
+        axes.set_title(f"{name or 'model'}\n{_tested(effect, unit)}", fontsize=SMALL, linespacing=1.3)
+        axes.tick_params(labelsize=SMALL)
+        axes.grid(alpha=0.25, linewidth=0.6)
+    for axes in panels[:, 0]:
+        axes.set_ylabel(f"log |Jv| − that at\nthe boundary [{unit}]", fontsize=NORMAL)
+    for axes in panels.flat[max(0, len(names) - columns) : len(names)]:
+        axes.tick_params(labelbottom=True)
+    panels.flat[0].legend(fontsize=SMALL, loc="lower center", framealpha=0.9, edgecolor="none")
+    note = "signed distance from the boundary along the line between two samples, in units of its length"
+    style.finish(figure, title, f"{note}\nband: 95 % interval; above each panel: what was tested, at the crossing")
+    return figure
+
+
+def _draw(axes: Any, profile: Mapping[float, Estimate], unit: str, *, color: str, **line: Any) -> None:
+    scale = 1 / math.log(10) if unit == "log10" else 1.0
+    offsets = np.array(list(profile))
+    means = scale * np.array([float(estimate) for estimate in profile.values()])
+    bands = scale * np.array([estimate.interval or (math.nan, math.nan) for estimate in profile.values()])
+    axes.fill_between(offsets, bands[:, 0], bands[:, 1], color=color, alpha=0.2, linewidth=0)
+    axes.plot(offsets, means, color=color, linewidth=1.6, marker="o", markersize=2.5, **line)
+
+
+def _tested(effect: BoundaryEffect, unit: str) -> str:
+    scale = 1 / math.log(10) if unit == "log10" else 1.0
+    interval = effect.estimate.interval
+    scaled = Estimate(scale * effect.estimate, interval and (scale * interval[0], scale * interval[1]))
+    return f"{scaled} {unit}, {in_words(effect.p_value)}"
