@@ -41,7 +41,8 @@ def layer(log_volume, *, k=3, **fields):
     sigma = torch.arange(1, k * len(volume) + 1, dtype=torch.float64).reshape(len(volume), k).flip(-1) / 7
     return LayerGeometry(
         name="set by the report",
-        estimand="√det VᵀgV",
+        estimand="√det g",
+        quantity=fields.pop("quantity", "log_volume"),
         engine="fused",
         value=volume,
         singular_values=sigma,
@@ -166,7 +167,7 @@ def test_what_other_estimators_measure_has_tags_of_its_own(tmp_path):
 
 
 def test_what_is_no_log_volume_and_has_no_rank_is_charted_as_a_value(tmp_path):
-    one = replace(layer([1.0, 2.0, 4.0]), unit="", rank=None, log_pseudo_volume=None)
+    one = replace(layer([1.0, 2.0, 4.0]), quantity="value", unit="", rank=None, log_pseudo_volume=None)
     events = written(tmp_path, [(0, GeometryReport({"a": replace(one, singular_values=torch.zeros(3, 0))}))])
     tags = events.Tags()
     charts = {"value/00_a": 2.0, "value_band/00_a/median": 2.0, "nonfinite/00_a": 0.0}
@@ -484,7 +485,8 @@ def server(tmp_path_factory):
 def test_the_docs_promise_the_tags_that_there_are():
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     groups = {tag.split("/")[0] for tag in TAGS}
-    groups |= {"std_error", "error_bound", "trace", "log_pseudo_volume"}  # where they were measured
+    groups |= {"std_error", "error_bound", "trace", "log_pseudo_volume", "effective_dimension"}  # where they were measured
+    groups |= {"logvol", "frame_volume", "scale"}  # what CHART stands for
     texts = readme + TensorBoardWriter.__doc__
     named = re.findall(r"`(\w+/\w+)`", texts) + [f"{g}/…" for g in re.findall(r"`(\w+)/…`", texts)]
     assert named
@@ -497,7 +499,7 @@ def test_the_server_knows_every_tag_that_the_docs_promise(server):
         # the text plugin adds a suffix of its own to every tag
         texts = [tag.removesuffix("/text_summary") for tag in server("plugin/text/tags")[run]]
         known = {*server("plugin/scalars/tags")[run], *server("plugin/histograms/tags")[run], *texts}
-        wanted = {tag.replace("NN_layer", label) for tag in promised for label in labels}
+        wanted = {t.replace("NN_layer", label).replace("CHART", "logvol") for t in promised for label in labels}
         assert wanted <= known, wanted - known
         extras = {f"log_pseudo_volume/{LABELS['']}"} if run == "run" else set()
         assert known - wanted == extras, "a tag that the docs do not mention"

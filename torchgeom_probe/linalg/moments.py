@@ -7,8 +7,9 @@ A frame is Haar distributed, not k independent vectors.  With P = VVᵀ a random
     E P_ij P_kl = a δ_ij δ_kl + b (δ_ik δ_jl + δ_il δ_jk),   b = k(d − k) / (d(d − 1)(d + 2)),   a = k²/d² − 2b/d,
 
 which follows from tr P = k and P² = P.  So E s² = a (tr g)² + 2b tr g² and E q = b (tr g)² + (a + b) tr g², and the
-solution of these two for (tr g)² and tr g² has no bias.  It is what the squares of the off-diagonals of VᵀgV estimate,
-averaged over every rotation of the frame within its span; the ratio of the two lies between 1 and d for any frame.
+solution of these two for (tr g)² and tr g² has no bias.  The off-diagonals of VᵀgV are in it: the average of their
+squares over all rotations of the frame within its span is proportional to q − s²/k, and that to the estimate of
+tr g² − (tr g)²/d.  Its sign is right for every frame, so the ratio (tr g)²/tr g² always lies between 1 and d.
 """
 
 from __future__ import annotations
@@ -71,14 +72,12 @@ def frame_moments(sigma: Float[Tensor, "F B r"], *, num_directions: int, num_inp
     if k == d:
         dimension = (s.square() / q).mean(0)
         return Moments(scale, torch.zeros_like(scale), dimension, torch.zeros_like(dimension))
-    if k == 1:  # one number says nothing of its own spread: as if g had rank 1
-        return Moments(scale, _log_spread(torch.full_like(scale, 2 / frames)))
+    if k < FEWEST:  # their own spread says too little: as if g had rank 1
+        return Moments(scale, _log_spread(torch.full_like(scale, 2 / (k * frames))))
     square_of_trace, trace_of_square = (part.mean(0) for part in _unbiased(s, q, k, d))
     # Var s = 2b (tr g² − (tr g)²/d), over (E s)²
     anisotropy = (trace_of_square - square_of_trace / d).clamp_min(0)
     variance = 2 * _haar(k, d)[1] * anisotropy / (square_of_trace * (k / d) ** 2) / frames
-    if k < FEWEST:
-        return Moments(scale, _log_spread(variance))
     dimension = square_of_trace / trace_of_square
     of_square, of_ratio = (part.mean(0) / frames for part in _jackknife(energies, s, q, k, d))
     # tr g² is itself uncertain, and too small where the frame misses a leading direction: its upper end is taken.
