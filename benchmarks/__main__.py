@@ -18,7 +18,19 @@ from benchmarks.timing import Settings, circumstances
 #: The tables, in the order of the page.  Each is a module with TITLE, NOTE and ``table(settings)``, which yields
 #: lines; METHOD, where it has one, says how it measures in place of the smallest time; RESUMES, if true, that it takes
 #: rows from ``settings.finished``.
-TABLES = ("limit", "memory", "stages", "scaling", "libraries", "estimators", "frames", "topk", "logdet", "overhead", "slices")
+TABLES = (
+    "limit",
+    "memory",
+    "stages",
+    "scaling",
+    "libraries",
+    "estimators",
+    "frames",
+    "topk",
+    "logdet",
+    "overhead",
+    "slices",
+)
 PAGE = Path(__file__).parent / "README.md"
 
 

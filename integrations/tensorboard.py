@@ -53,14 +53,14 @@ class TensorBoardWriter(Writer):
     character other than letters, digits, ``.``, ``-`` and ``_`` replaced by ``_`` (``block#1`` becomes ``04_block_1``;
     the model itself is ``00_model``).  Per report and layer the tags of :data:`TAGS` are written, over the samples of
     the batch: the chart of what was measured, a band and a histogram of it, ``sigma_max/…``, ``rank/…``,
-    ``nonfinite/…``.  A :class:`~torchgeom_probe.Monitor` adds those of :data:`MONITOR_TAGS`.  The TEXT tab explains them.
+    ``nonfinite/…``.  A :class:`~torchgeom_probe.Monitor` adds those of :data:`MONITOR_TAGS`; the TEXT tab explains all.
 
     The chart is ``logvol`` for log √det g and the effective volume alone (``Exact``, ``TopK``, and ``Along`` on a
     slice's tangents); else the report's ``quantity``: ``frame_volume``, ``scale``, ….  Whatever else the estimator
     measured has a tag of its own name, with medians over the finite samples: ``scale/…``, ``effective_dimension/…``,
-    ``std_error/…``, ``error_bound/…``, ``trace/…``; ``log_pseudo_volume/…`` where a layer has samples of volume 0.  A map is an image under its own
-    tag.  The CUSTOM SCALARS tab has all layers in one chart, and one chart with the band per layer.  A non-finite
-    number never reaches a chart or a histogram: it is left out, and counted.
+    ``std_error/…``, ``error_bound/…``, ``trace/…``; ``log_pseudo_volume/…`` where a layer has samples of volume 0.  A
+    map is an image under its own tag.  The CUSTOM SCALARS tab has all layers in one chart, and one chart with the band
+    per layer.  A non-finite number never reaches a chart or a histogram: it is left out, and counted.
 
     Args:
         log_dir: a directory, or a ``SummaryWriter`` that you already have (yours to resume and to close).
@@ -266,7 +266,7 @@ def _conventions(report: GeometryReport, labels: dict[str, str]) -> str:
         )
         rows.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     units = (
-        "Volumes and scales are natural logarithms (nats); divide by ln 10 ≈ 2.3026 for the base-10 ones of the paper's "
+        "Volumes and scales are natural logarithms (nats); divide by ln 10 ≈ 2.3026 for base 10, as in the paper's "
         "figures.  n: the layer's features per sample; d: the numbers per sample of the space pulled back to; k: "
         "tangent directions.  Medians, percentiles and histograms are over the finite samples; `nonfinite` counts the "
         "others."

@@ -328,7 +328,9 @@ class GeometryProbe:
                 except LayerRefusal as refusal:
                     self._leave_out(refusal)
             seconds = seconds_per_row(self._hooked.model, inputs, plan)
-            return Cost.of(self._settled(inputs), plan, inputs.size, seconds_per_row=seconds, engine=self._engine_that_runs)
+            return Cost.of(
+                self._settled(inputs), plan, inputs.size, seconds_per_row=seconds, engine=self._engine_that_runs
+            )
 
     def check(self, x: Any, *, seed: int = 0) -> CheckReport:
         """Check the model before a long run: derivatives, samples and ops, on at most four samples.

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from annotations import shapes_unchecked
 from torch import nn
 
 import torchgeom_probe as tgp
-from annotations import shapes_unchecked
 from torchgeom_probe.estimators import Auto
 from torchgeom_probe.linalg.directions import orthonormal_frame, principal_frame, smooth_frame
 
@@ -133,7 +133,8 @@ def test_the_default_is_exact_where_that_costs_no_more_than_twice_a_frame(d, cho
     default = tgp.GeometryProbe(model, layers=["1"])
     named = tgp.GeometryProbe(model, layers=["1"], estimator=chosen)
     found, expected = default.measure(x)["1"], named.measure(x)["1"]
-    assert torch.equal(found.value, expected.value) and found.estimand == expected.estimand
+    assert torch.equal(found.value, expected.value)
+    assert found.estimand == expected.estimand
     assert default.cost(x).rows == named.cost(x).rows
     assert default.estimator == Auto()
 
@@ -141,12 +142,14 @@ def test_the_default_is_exact_where_that_costs_no_more_than_twice_a_frame(d, cho
 def test_tables_files_and_charts_call_a_frame_what_it_is(tmp_path):
     model, x = _network()
     report = tgp.measure(model, x, layers=LAYERS, estimator=tgp.Subspace(4))
-    assert "log frame volume [nat]" in report.summary() and "log-volume" not in report.summary()
+    assert "log frame volume [nat]" in report.summary()
+    assert "log-volume" not in report.summary()
     header = report.to_csv(tmp_path / "report.csv").read_text().splitlines()[0].split(",")
     assert {"frame_volume", "scale", "scale_error", "effective_dimension", "effective_dimension_error"} <= set(header)
     assert "log_volume" not in header
     again = tgp.GeometryReport.load(report.save(tmp_path / "report.safetensors"))
-    assert again["5"].quantity == "frame_volume" and torch.equal(again["5"].scale, report["5"].scale)
+    assert again["5"].quantity == "frame_volume"
+    assert torch.equal(again["5"].scale, report["5"].scale)
     writer = tgp.CSVWriter(tmp_path / "log.csv")
     writer.write(0, report)
     columns, first = (line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()[:2])

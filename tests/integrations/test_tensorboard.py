@@ -485,7 +485,13 @@ def server(tmp_path_factory):
 def test_the_docs_promise_the_tags_that_there_are():
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     groups = {tag.split("/")[0] for tag in TAGS}
-    groups |= {"std_error", "error_bound", "trace", "log_pseudo_volume", "effective_dimension"}  # where they were measured
+    groups |= {
+        "std_error",
+        "error_bound",
+        "trace",
+        "log_pseudo_volume",
+        "effective_dimension",
+    }  # where they were measured
     groups |= {"logvol", "frame_volume", "scale"}  # what CHART stands for
     texts = readme + TensorBoardWriter.__doc__
     named = re.findall(r"`(\w+/\w+)`", texts) + [f"{g}/…" for g in re.findall(r"`(\w+)/…`", texts)]

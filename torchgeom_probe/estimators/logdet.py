@@ -32,9 +32,9 @@ class LogDet(Estimator):
     """log det(g + εI) by stochastic Lanczos quadrature: finite at any rank, and without forming J.
 
     Definition: ``log_det`` = log det(g + εI_d) = Σ_i log(λ_i + ε) over all d eigenvalues of g = JᵀJ (of JᵀJ/n when
-    normalised), in nats; ``half_log_det`` = ½ ``log_det``, which tends to log √det g as ε → 0 where n ≥ d.  Where n < d,
-    log det(g + εI_d) = (d − n) log ε + log det(JJᵀ + εI_n) exactly: the first term is the same at every point, and the
-    iteration is on the smaller of g and JJᵀ always.
+    normalised), in nats; ``half_log_det`` = ½ ``log_det`` is the value, and tends to log √det g as ε → 0 where n ≥ d.
+    Where n < d, log det(g + εI_d) = (d − n) log ε + log det(JJᵀ + εI_n) exactly: the first term is the same at every
+    point, and the iteration is on the smaller of g and JJᵀ always.
 
     How: per probe z of random signs, m steps of Golub-Kahan with full reorthogonalisation; Gauss and Gauss-Radau
     quadrature bracket zᵀ log(K + ε) z, and m grows until the bracket is a tenth of the standard error.  With ``tol``,

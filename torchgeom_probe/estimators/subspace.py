@@ -96,7 +96,7 @@ class Subspace(Estimator):
     seed: int = 0
     frames: int = 1
     frame: Literal["random", "smooth", "data"] = "random"
-    frame_data: Float[Tensor, "N *space"] | None = field(default=None, compare=False, repr=False)
+    frame_data: Float[Tensor, "N ..."] | None = field(default=None, compare=False, repr=False)
     argument: ClassVar[str] = "k"
 
     def __post_init__(self) -> None:

@@ -73,7 +73,7 @@ def _cosines(count: int, length: int) -> Float[Tensor, "count length"]:
     return waves / waves.norm(dim=1, keepdim=True)
 
 
-def principal_frame(num_directions: int, points: Float[Tensor, "N *space"]) -> Float[Tensor, "k d"]:
+def principal_frame(num_directions: int, points: Float[Tensor, "N ..."]) -> Float[Tensor, "k d"]:
     """Return the k leading principal directions of N points, as the rows of a float64 CPU tensor.
 
     Raises:

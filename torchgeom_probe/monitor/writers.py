@@ -156,7 +156,7 @@ class _LogFile(Writer):
 
     def write(self, step: int, report: GeometryReport) -> None:
         """Append the numbers of every layer at this step; they are on disk when it returns."""
-        layers = {name: {"quantity": layer.quantity, **layer.statistics()} for name, layer in report.items()}
+        layers: Layers = {name: {"quantity": layer.quantity, **layer.statistics()} for name, layer in report.items()}
         if not self._begun:
             text = self.path.read_bytes().decode() if self.path.exists() else ""
             write_atomically(self.path, self._resumed(text, step, layers).encode())
@@ -175,8 +175,9 @@ class _LogFile(Writer):
 class JSONWriter(_LogFile):
     """A :class:`Writer` of one JSON object per step and line (JSON Lines), appended and on disk at once.
 
-    ``{"step": …, "layers": {name: {"quantity": …, statistics}}}`` with the ``quantity`` and the
-    :meth:`~torchgeom_probe.LayerGeometry.statistics` of each layer (logarithms in nats; null where not finite).  An existing file is continued as by :class:`CSVWriter`.
+    ``{"step": …, "layers": {name: {"quantity": …, statistics}}}``: of each layer the ``quantity`` and its
+    :meth:`~torchgeom_probe.LayerGeometry.statistics` (logarithms in nats; null where not finite).  An existing file is
+    continued as by :class:`CSVWriter`.
 
     Raises:
         ProbeError: at the first write, a file that is no such log.
@@ -210,9 +211,10 @@ class JSONWriter(_LogFile):
 class CSVWriter(_LogFile):
     """A :class:`Writer` of one row per step and layer, appended and flushed at once: a killed run loses nothing.
 
-    Columns: step, layer, ``quantity`` (what mean, median, … are of), then the
-    :meth:`~torchgeom_probe.LayerGeometry.statistics` (logarithms in nats; empty where there is no number).  An existing file is continued: rows of an earlier, interrupted run at or after the first step
-    written now are dropped, so a resumed run has no doubles.
+    Columns: step, layer, ``quantity`` (of which mean, median, … are), then the
+    :meth:`~torchgeom_probe.LayerGeometry.statistics` (logarithms in nats; empty where there is no number).  An existing
+    file is continued: rows of an earlier, interrupted run at or after the first step written now are dropped, so a
+    resumed run has no doubles.
 
     Raises:
         ProbeError: at the first write, a file that is no such log, or one with other columns.
