@@ -39,6 +39,11 @@ TAGS = {
     "CHART_histogram/NN_layer": "histogram of the finite values (histograms=True)",
     "geometry/conventions": "text: estimand, units, n, d, k, normalised or not; anew on a change",
 }
+#: And where the estimator found them, beside its own value.
+EXTRA_TAGS = {
+    "scale/NN_layer": "median ½ log(tr g/d), nats: the log of the root mean square stretch of a direction",
+    "effective_dimension/NN_layer": "median (tr g)²/tr g²: over how many directions g is spread",
+}
 #: And by a Monitor, once for all layers.
 MONITOR_TAGS = {
     "geometry/failures": "how many times measuring, a writer or a map raised so far",
@@ -274,6 +279,8 @@ def _conventions(report: GeometryReport, labels: dict[str, str]) -> str:
     legend = ["| tag | shows |", "|---|---|"]
     charts_of = dict.fromkeys(chart_of(layer) for layer in report.values())
     named = {t.replace("CHART", chart): meaning for chart in charts_of for t, meaning in TAGS.items()}
+    extras = {name for layer in report.values() for name in layer.extras}
+    named |= {tag: meaning for tag, meaning in EXTRA_TAGS.items() if tag.split("/")[0] in extras}
     legend += [f"| {tag} | {meaning} |" for tag, meaning in (named | MONITOR_TAGS).items()]
     return "\n".join([*rows, "", units, "", *legend])
 

@@ -46,9 +46,8 @@ class LayerGeometry:
         num_inputs: d, the numbers per sample of the space that is pulled back to.
         num_directions: k, the tangent directions used.
         normalized: whether J was divided by √n.
-        quantity: what ``value`` is, in one word: the heading of its column and the tag of its chart.  ``"log_volume"``:
-            log √det g, or the effective volume; ``"frame_volume"``: log √det VᵀgV on a frame V; ``"scale"``: ½ log(tr
-            g/d); ``"half_log_det"``: ½ log det(g + εI); or another.  It can be read as an attribute, too.
+        quantity: what ``value`` is, in a word, which is its attribute, column and chart: ``"log_volume"`` (log √det g,
+            or the effective volume), ``"frame_volume"`` (log √det VᵀgV), ``"scale"``, ``"half_log_det"``, ….
         unit: of ``value``: ``"nat"``, a natural logarithm, or another.
         rank: [B], how many singular values exceed ``rank_tolerance`` · σ_max; -1 where the Jacobian is not finite; None
             where the estimator does not see it.
@@ -57,9 +56,8 @@ class LayerGeometry:
         rank_tolerance: the threshold of ``rank``, relative to the largest singular value.
         std_error: [B] standard error of a stochastic ``value``, in its unit, or None.
         error_bound: [B] bound on the error of ``value``, in its unit, or None.
-        extras: name → [B, ...], what else the estimator found: ``scale``, ``effective_dimension``, ``trace``,
-            ``log_det``, ``interval`` [B, 2] (95 %), ``num_products`` (Jv and Jᵀu formed for each sample), ….  Each can
-            be read as an attribute, too.
+        extras: name → [B, ...], what else was found: ``scale`` (½ log(tr g/d)), ``effective_dimension``, ``interval``
+            [B, 2] (95 %), ``num_products`` (Jv and Jᵀu formed for each sample), ….  Each is an attribute, too.
         spectrum: the spectral density of g, or None; see :meth:`GeometryReport.density`.
         right_singular_vectors: [B, q, d], the leading ones, for ``measure(x, start=report)``, or None.
 
@@ -104,9 +102,8 @@ class LayerGeometry:
     @property
     def heading(self) -> str:
         """``quantity`` as people write it: of columns and axes."""
-        return {"log_volume": "log-volume", "frame_volume": "log frame volume"}.get(
-            self.quantity, self.quantity.replace("_", " ")
-        )
+        words = {"log_volume": "log-volume", "frame_volume": "log frame volume"}
+        return words.get(self.quantity, self.quantity.replace("_", " "))
 
     @property
     def log_volume(self) -> Float[Tensor, " batch"]:

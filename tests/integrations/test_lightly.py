@@ -144,7 +144,7 @@ def test_a_view_that_equals_the_first_is_counted_and_the_table_reads():
     assert layer.value.isnan().tolist() == [False, False, True, False, False, False]
     assert layer.statistics()["nonfinite"] == 1
     lines = str(report).splitlines()
-    for phrase in ("value [log ratio]", "along  random", "1 of 6", "log ‖Jv‖ towards the other views minus"):
+    for phrase in ("expansion [log ratio]", "along  random", "1 of 6", "log ‖Jv‖ towards the other views minus"):
         assert phrase in str(report)
     assert len(lines) == 3 + len(report)
     with pytest.raises(tgp.ProbeError, match="is no log-volume"):

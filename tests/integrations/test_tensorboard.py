@@ -20,7 +20,7 @@ from unittest.mock import MagicMock, call
 import numpy as np
 import pytest
 import torch
-from torchgeom_probe.integrations.tensorboard import MONITOR_TAGS, TAGS, TensorBoardWriter
+from torchgeom_probe.integrations.tensorboard import EXTRA_TAGS, MONITOR_TAGS, TAGS, TensorBoardWriter
 
 import torchgeom_probe as tgp
 from torchgeom_probe.errors import ProbeError
@@ -484,15 +484,9 @@ def server(tmp_path_factory):
 
 def test_the_docs_promise_the_tags_that_there_are():
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    groups = {tag.split("/")[0] for tag in TAGS}
-    groups |= {
-        "std_error",
-        "error_bound",
-        "trace",
-        "log_pseudo_volume",
-        "effective_dimension",
-    }  # where they were measured
-    groups |= {"logvol", "frame_volume", "scale"}  # what CHART stands for
+    groups = {tag.split("/")[0] for tag in TAGS | EXTRA_TAGS}
+    groups |= {"std_error", "error_bound", "trace", "log_pseudo_volume"}  # where they were measured
+    groups |= {"logvol", "frame_volume"}  # what CHART stands for
     texts = readme + TensorBoardWriter.__doc__
     named = re.findall(r"`(\w+/\w+)`", texts) + [f"{g}/…" for g in re.findall(r"`(\w+)/…`", texts)]
     assert named
@@ -501,7 +495,8 @@ def test_the_docs_promise_the_tags_that_there_are():
 
 
 def test_the_server_knows_every_tag_that_the_docs_promise(server):
-    for run, labels, promised in (("run", LABELS.values(), TAGS), ("monitored", ["00_1", "01_2"], TAGS | MONITOR_TAGS)):
+    monitored = TAGS | EXTRA_TAGS | MONITOR_TAGS
+    for run, labels, promised in (("run", LABELS.values(), TAGS), ("monitored", ["00_1", "01_2"], monitored)):
         # the text plugin adds a suffix of its own to every tag
         texts = [tag.removesuffix("/text_summary") for tag in server("plugin/text/tags")[run]]
         known = {*server("plugin/scalars/tags")[run], *server("plugin/histograms/tags")[run], *texts}

@@ -62,7 +62,8 @@ class Estimator(ABC):
     """A frozen dataclass that names an estimand and computes it from the Jacobians of all layers at once.
 
     A new one is a file in this folder: it is found by its class's name (``estimator="topk:10"``) in every verb and on
-    the command line, and what it puts into ``extras`` shows in every table and chart.
+    the command line, and what it puts into ``extras`` shows in every table and chart.  Its result's ``quantity`` is the
+    name that they have for its value.
 
     Attributes:
         argument: the field that is meant by ``name:value``.
