@@ -41,7 +41,7 @@ def layer(log_volume, *, k=3, **fields):
     sigma = torch.arange(1, k * len(volume) + 1, dtype=torch.float64).reshape(len(volume), k).flip(-1) / 7
     return LayerGeometry(
         name="set by the report",
-        estimand="√det g",
+        estimand="√det VᵀgV",
         quantity=fields.pop("quantity", "log_volume"),
         engine="fused",
         value=volume,
@@ -415,7 +415,7 @@ def monitored(log_dir):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(5, 4)
     options = {"maps": {"slice/plane": tgp.Plane(x[0], x[1], x[2], steps=5)}, "maps_every": 3}
-    options |= {"layers": ["1", "2"], "estimator": tgp.Subspace(k=3), "every": 2}
+    options |= {"layers": ["1", "2"], "estimator": tgp.Exact(), "every": 2}
     with tgp.Monitor(model, x, writer=TensorBoardWriter(log_dir), **options).follow(optimizer) as monitor:
 
         def step():
@@ -533,8 +533,11 @@ def test_the_server_answers_with_the_values_and_the_resumed_run_has_no_doubles(s
 def test_the_server_draws_the_charts_of_the_layout(server):
     categories = server("plugin/custom_scalars/layout")["category"]
     charts = {chart["title"]: chart for category in categories for chart in category["chart"]}
-    assert len(charts) == 4 + len(LABELS) + 2  # the bands of both runs
+    assert len(charts) == 6 + len(LABELS) + 2  # what either run has of all layers, and the bands of both
     (pattern,) = charts["log-volume by layer [nat]"]["multiline"]["tag"]
     answer = server("plugin/custom_scalars/scalars", run="run", tag=pattern)
     assert answer["regex_valid"]
     assert set(answer["tag_to_events"]) == {f"logvol/{label}" for label in LABELS.values()}
+    (pattern,) = charts["effective dimension by layer"]["multiline"]["tag"]
+    answer = server("plugin/custom_scalars/scalars", run="monitored", tag=pattern)
+    assert set(answer["tag_to_events"]) == {"effective_dimension/00_1", "effective_dimension/01_2"}

@@ -17,9 +17,9 @@ from torchgeom_probe.report import LayerGeometry
 class Auto(Estimator):
     """What is measured where no estimator is named: :class:`Exact` where d ≤ 16, :class:`Subspace` otherwise.
 
-    All d directions then cost no more than twice the 8 of a frame (on a small MLP 1.8 times at d = 16; 3 to 11 times at
-    d = 64, where it is a frame therefore).  The choice depends on d alone, so it is the same for all samples, layers, epochs and processes; ``quantity`` and
-    ``estimand`` say what it was.
+    All d directions then cost no more than twice the 8 of a frame: on a small MLP 1.8 times at d = 16, but 3 to 11 times
+    at d = 64.  The choice depends on d alone, so it is the same for all samples, layers, epochs and processes;
+    ``quantity`` and ``estimand`` say what it was.
 
     >>> import torch, torchgeom_probe as tgp
     >>> few, many = (tgp.measure(torch.nn.Linear(d, 32), torch.randn(3, d), layers="")[""] for d in (16, 17))
