@@ -171,3 +171,10 @@ def test_frames_are_refused_where_they_have_no_interval():
     for frames in (0, 2, 3):
         with pytest.raises(ProbeError, match="at least 4"):
             tgp.Subspace(frames=frames)
+
+
+def test_the_default_is_one_pass_for_all_layers():
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 20))
+    cost = tgp.GeometryProbe(model, layers=["0", "2"], estimator="trace").cost(torch.randn(3, 40))
+    assert all(count.shared and not count.pulls for count in cost.products.values())
+    assert cost.rows == 3 * (1 + 16)

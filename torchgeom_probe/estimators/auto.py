@@ -17,15 +17,20 @@ from torchgeom_probe.report import LayerGeometry
 class Auto(Estimator):
     """What is measured where no estimator is named: :class:`Exact` where d ≤ 16, :class:`Subspace` otherwise.
 
-    All d directions then cost no more than twice the 8 of a frame: on a small MLP 1.8 times at d = 16, but 3 to 11 times
-    at d = 64.  The choice depends on d alone, so it is the same for all samples, layers, epochs and processes;
+    All d directions then cost no more than twice the 8 of a frame: on a small MLP 1.8 times at d = 16, 3 to 11 times at
+    d = 64.  The choice depends on d alone, so it is the same for all samples, layers, epochs and processes;
     ``quantity`` and ``estimand`` say what it was.
+
+    Args:
+        seed: of the frame.
 
     >>> import torch, torchgeom_probe as tgp
     >>> few, many = (tgp.measure(torch.nn.Linear(d, 32), torch.randn(3, d), layers="")[""] for d in (16, 17))
     >>> few.quantity, many.quantity
     ('log_volume', 'frame_volume')
     """
+
+    seed: int = 0
 
     def cost(self, plan: Plan, *, engine: str = "auto") -> dict[str, ProductCount]:
         """That of the one that is chosen."""
@@ -38,4 +43,4 @@ class Auto(Estimator):
         return self._chosen(jacobians.plan).estimate(jacobians, start=start)
 
     def _chosen(self, plan: Plan) -> Estimator:
-        return Exact() if plan.num_inputs <= 2 * FRAME else Subspace()
+        return Exact() if plan.num_inputs <= 2 * FRAME else Subspace(seed=self.seed)
