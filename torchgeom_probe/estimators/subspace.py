@@ -47,7 +47,8 @@ class Subspace(Estimator):
         ``"random"``: to tr g, the Frobenius norm of J, and to next to nothing else where k is far below the effective
             dimension: over photographs its ranks are those of ``scale``.  Noise in the pixels.
         ``"smooth"``: to slow changes over the image or the series: light, colour, large shapes.  A random frame in the
-            span of the first four cosines of each axis of space; other information than the trace, as cheap.
+            span of the first four cosines of each axis of space.  As cheap, and in a trained network other information
+            than the trace (ranks correlate by 0.0 to 0.1 in efficientnet-lite0; by 0.9 in an untrained ResNet).
         ``"data"``: to the directions in which samples differ from each other most: the principal directions of the
             batch, or of ``frame_data``; in images, smooth as well.
 
