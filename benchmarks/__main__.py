@@ -25,6 +25,7 @@ TABLES = (
     "scaling",
     "libraries",
     "estimators",
+    "frames",
     "topk",
     "logdet",
     "overhead",

@@ -104,7 +104,7 @@ def _timed(run: Callable[[], tgp.GeometryReport], settings: Settings, turns: int
     reports: list[tgp.GeometryReport] = []
     best = min(seconds(lambda: reports.append(run()), settings.device) for _ in range(1 + turns))
     (g,) = reports[-1].values()
-    return g, best / len(g.log_volume)
+    return g, best / len(g.value)
 
 
 def _row(label: str, g: tgp.LayerGeometry, spent: float, error: Tensor, *, products: int | None = None) -> Row:
@@ -146,10 +146,10 @@ def _on_features(model: nn.Module, x: Tensor, settings: Settings) -> Iterator[Ro
     g, spent = measured(tgp.Subspace(k=k))
     frame = orthonormal_frame(k, d, seed=0).to(jacobian)
     volume = torch.linalg.svdvals(jacobian @ frame.T).log().sum(1)
-    yield _row(f"`Subspace(k={k})`, its own frame", g, spent, g.log_volume - volume, products=k)
+    yield _row(f"`Subspace(k={k})`, its own frame", g, spent, g.frame_volume - volume, products=k)
     g, spent = measured(tgp.Subspace(k=k, frames=16))
     mean = torch.stack([(elementary(s.square(), k) - _log_choose(d, k)) / 2 for s in sigma])
-    yield _row(f"`Subspace(k={k}, frames=16)`, ½ log(e_k/C(d, k))", g, spent, g.log_volume - mean, products=16 * k)
+    yield _row(f"`Subspace(k={k}, frames=16)`, ½ log(e_k/C(d, k))", g, spent, g.frame_volume - mean, products=16 * k)
 
     top = min(10, n)
     true = sigma[:, :top].log().sum(1)
@@ -171,7 +171,7 @@ def _on_features(model: nn.Module, x: Tensor, settings: Settings) -> Iterator[Ro
         floor = eps * moved[:, :1].square()
         log_det = (moved.square() + floor).log().sum(1) + (d - n) * floor[:, 0].log()
         how = "exact" if "exact" in g.estimand else "Lanczos"
-        yield _row(f"`LogDet(eps={eps:g}, relative=True)`: {how}", g, spent, g.log_volume - log_det / 2)
+        yield _row(f"`LogDet(eps={eps:g}, relative=True)`: {how}", g, spent, g.half_log_det - log_det / 2)
 
     energy = moved.square().sum(1)
     for method in ("hutchinson", "hutch++"):

@@ -252,7 +252,7 @@ def _errors(model: nn.Module, x: Tensor, k: int) -> list[str]:
 
     def volumes(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         report = GeometryProbe(model, layers=layers, estimator=Subspace(k)).measure(x, progress=False)
-        return {layer: report[layer].log_volume for layer in layers}
+        return {layer: report[layer].value for layer in layers}
 
     cpu = copy.deepcopy(model).cpu()
     here, narrow = volumes(model, x), volumes(cpu, x.cpu())

@@ -259,6 +259,7 @@ def _expansion(layer: LayerGeometry, still: Bool[Tensor, "directions batch"]) ->
     return replace(
         layer,
         estimand="log ‖Jv‖ towards the other views minus log ‖Jv‖ in random directions",
+        quantity="expansion",
         unit="log ratio",
         value=along - random,
         singular_values=layer.singular_values.new_zeros(len(along), 0),

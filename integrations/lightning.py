@@ -87,7 +87,7 @@ class GeometryCallback(_Callback):
         ProbeError: neither package is installed; an option that Monitor does not have; a batch without a tensor that
             could be the input; FSDP or DeepSpeed; at the start of the fit, what Monitor refuses.
 
-    Cost: that of the Monitor; log-volumes are in nats.
+    Cost: that of the Monitor; volumes and scales are in nats.
 
     >>> import torch, pytorch_lightning as pl
     >>> class Classifier(pl.LightningModule):

@@ -26,17 +26,23 @@ _SUFFIX = ".geometry"
 # TensorBoard stores float32: what overflows it would come back as inf.
 _FLOAT32_MAX = 3.4028234e38
 
-#: Every tag that is written for every report, and what it shows; NN_layer stands for each layer's own name.
+#: Every tag that is written for every report, and what it shows.  CHART stands for what was measured: ``logvol`` (log
+#: √det g, or the effective volume), ``frame_volume``, ``scale``, …; NN_layer for each layer's own name.
 TAGS = {
-    "logvol/NN_layer": "median log-volume over the finite samples, nats (natural log)",
-    "logvol_band/NN_layer/p10": "10th percentile: the lower edge of the band, nats",
-    "logvol_band/NN_layer/median": "the median again: the middle of the band, nats",
-    "logvol_band/NN_layer/p90": "90th percentile: the upper edge of the band, nats",
-    "sigma_max/NN_layer": "largest singular value of any sample",
+    "CHART/NN_layer": "median over the finite samples",
+    "CHART_band/NN_layer/p10": "10th percentile: the lower edge of the band",
+    "CHART_band/NN_layer/median": "the median again: the middle of the band",
+    "CHART_band/NN_layer/p90": "90th percentile: the upper edge of the band",
+    "sigma_max/NN_layer": "largest singular value of any sample, of J or of JV on a frame",
     "rank/NN_layer": "median rank",
-    "nonfinite/NN_layer": "how many samples have a log-volume of ±inf or nan",
-    "logvol_histogram/NN_layer": "histogram of the finite log-volumes (histograms=True)",
+    "nonfinite/NN_layer": "how many samples have a value of ±inf or nan",
+    "CHART_histogram/NN_layer": "histogram of the finite values (histograms=True)",
     "geometry/conventions": "text: estimand, units, n, d, k, normalised or not; anew on a change",
+}
+#: And where the estimator found them, beside its own value.
+EXTRA_TAGS = {
+    "scale/NN_layer": "median ½ log(tr g/d), nats: the log of the root mean square stretch of a direction",
+    "effective_dimension/NN_layer": "median (tr g)²/tr g²: over how many directions g is spread",
 }
 #: And by a Monitor, once for all layers.
 MONITOR_TAGS = {
@@ -51,14 +57,15 @@ class TensorBoardWriter(Writer):
     Every layer has the name ``NN_layer``: its zero-padded place in the order of firing, then its name with every
     character other than letters, digits, ``.``, ``-`` and ``_`` replaced by ``_`` (``block#1`` becomes ``04_block_1``;
     the model itself is ``00_model``).  Per report and layer the tags of :data:`TAGS` are written, over the samples of
-    the batch: ``logvol/NN_layer``, a band and a histogram of it, ``sigma_max/…``, ``rank/…``, ``nonfinite/…``.  A
-    :class:`~torchgeom_probe.Monitor` adds those of :data:`MONITOR_TAGS`.  The TEXT tab explains them all.
+    the batch: the chart of what was measured, a band and a histogram of it, ``sigma_max/…``, ``rank/…``,
+    ``nonfinite/…``.  A :class:`~torchgeom_probe.Monitor` adds those of :data:`MONITOR_TAGS`; the TEXT tab explains all.
 
-    Where the estimand is no log-volume, ``value`` stands in the place of ``logvol``.  Whatever else the estimator
-    measured has a tag of its own name, with medians over the finite samples: ``std_error/…``, ``error_bound/…``,
-    ``trace/…``; ``log_pseudo_volume/…`` where a layer has samples of log-volume -inf.  A map is an image under its own
-    tag.  The CUSTOM SCALARS tab has all layers in one chart, and one chart with the band per layer.  A non-finite
-    number never reaches a chart or a histogram: it is left out, and counted.
+    The chart is ``logvol`` for log √det g and the effective volume alone (``Exact``, ``TopK``, and ``Along`` on a
+    slice's tangents); else the report's ``quantity``: ``frame_volume``, ``scale``, ….  Whatever else the estimator
+    measured has a tag of its own name, with medians over the finite samples: ``scale/…``, ``effective_dimension/…``,
+    ``std_error/…``, ``error_bound/…``, ``trace/…``; ``log_pseudo_volume/…`` where a layer has samples of volume 0.  A
+    map is an image under its own tag.  The CUSTOM SCALARS tab has all layers in one chart, and one chart with the band
+    per layer.  A non-finite number never reaches a chart or a histogram: it is left out, and counted.
 
     Args:
         log_dir: a directory, or a ``SummaryWriter`` that you already have (yours to resume and to close).
@@ -141,7 +148,7 @@ class TensorBoardWriter(Writer):
                 events.add_text("geometry/conventions", text, step)
             if self.layout and self._charted != tuple(self._labels.values()):
                 self._charted = tuple(self._labels.values())
-                events.add_custom_scalars(_layout(self._charted, chart_of(next(iter(report.values())))))
+                events.add_custom_scalars(_layout(self._charted, next(iter(report.values()))))
 
     def write_scalar(self, tag: str, value: float, step: int) -> None:
         """Write one number of the run as a whole; one that is not finite in float32 is left out."""
@@ -228,10 +235,12 @@ def _edges(values: Float[Tensor, " samples"]) -> list[float]:
     return torch.linspace(middle - width / 2, middle + width / 2, 31, dtype=torch.float64).tolist()
 
 
-def _layout(labels: tuple[str, ...], chart: str) -> dict[str, dict[str, list[Any]]]:
-    what, unit = ("log-volume", " [nat]") if chart == "logvol" else ("value", "")
+def _layout(labels: tuple[str, ...], layer: LayerGeometry) -> dict[str, dict[str, list[Any]]]:
+    chart, unit = chart_of(layer), f" [{layer.unit}]" if layer.unit else ""
+    beside = [name for name in ("scale", "effective_dimension") if name in layer.extras]
     together = {
-        f"{what} by layer{unit}": ["Multiline", [rf"{chart}/\d+_.*"]],
+        f"{layer.heading} by layer{unit}": ["Multiline", [rf"{chart}/\d+_.*"]],
+        **{f"{name.replace('_', ' ')} by layer": ["Multiline", [rf"{name}/\d+_.*"]] for name in beside},
         "largest σ by layer": ["Multiline", [r"sigma_max/\d+_.*"]],
         "rank by layer": ["Multiline", [r"rank/\d+_.*"]],
         "samples that are not finite, by layer": ["Multiline", [r"nonfinite/\d+_.*"]],
@@ -262,14 +271,17 @@ def _conventions(report: GeometryReport, labels: dict[str, str]) -> str:
         )
         rows.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     units = (
-        "Log-volumes are natural logarithms (nats); divide by ln 10 ≈ 2.3026 for the base-10 ones of the paper's "
+        "Volumes and scales are natural logarithms (nats); divide by ln 10 ≈ 2.3026 for base 10, as in the paper's "
         "figures.  n: the layer's features per sample; d: the numbers per sample of the space pulled back to; k: "
         "tangent directions.  Medians, percentiles and histograms are over the finite samples; `nonfinite` counts the "
         "others."
     )
     legend = ["| tag | shows |", "|---|---|"]
-    chart = chart_of(next(iter(report.values())))
-    legend += [f"| {t.replace('logvol', chart)} | {meaning} |" for t, meaning in (TAGS | MONITOR_TAGS).items()]
+    charts_of = dict.fromkeys(chart_of(layer) for layer in report.values())
+    named = {t.replace("CHART", chart): meaning for chart in charts_of for t, meaning in TAGS.items()}
+    extras = {name for layer in report.values() for name in layer.extras}
+    named |= {tag: meaning for tag, meaning in EXTRA_TAGS.items() if tag.split("/")[0] in extras}
+    legend += [f"| {tag} | {meaning} |" for tag, meaning in (named | MONITOR_TAGS).items()]
     return "\n".join([*rows, "", units, "", *legend])
 
 

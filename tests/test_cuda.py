@@ -56,8 +56,8 @@ def test_values_are_those_of_the_cpu(case, engine):
     on_cpu = tgp.measure(model, x, layers=layers, estimator=tgp.Subspace(k=3))
     on_gpu = tgp.measure(model.cuda(), x.cuda(), layers=layers, estimator=tgp.Subspace(k=3), engine=engine)
     for layer in layers:
-        assert on_gpu[layer].log_volume.is_cuda
-        assert torch.allclose(on_cpu[layer].log_volume, on_gpu[layer].log_volume.cpu(), atol=1e-9)
+        assert on_gpu[layer].value.is_cuda
+        assert torch.allclose(on_cpu[layer].value, on_gpu[layer].value.cpu(), atol=1e-9)
 
 
 @pytest.mark.parametrize("case", models.CASES)
@@ -66,7 +66,7 @@ def test_float32_is_as_good_as_on_the_cpu(case):
     exact = tgp.measure(copy.deepcopy(model).double(), x.double(), layers=layers, estimator=tgp.Subspace(k=3))
     on_gpu = tgp.measure(model.cuda(), x.cuda(), layers=layers, estimator=tgp.Subspace(k=3))
     for layer in layers:
-        assert torch.allclose(exact[layer].log_volume, on_gpu[layer].log_volume.cpu(), atol=1e-3)
+        assert torch.allclose(exact[layer].value, on_gpu[layer].value.cpu(), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -77,8 +77,8 @@ def test_every_estimator(name):
     on_gpu = tgp.measure(model.cuda(), x.cuda(), **options)
     for layer, expected in on_cpu.items():
         found = on_gpu[layer]
-        assert found.log_volume.is_cuda
-        assert torch.allclose(expected.log_volume, found.log_volume.cpu(), atol=1e-6), layer
+        assert found.value.is_cuda
+        assert torch.allclose(expected.value, found.value.cpu(), atol=1e-6), layer
 
 
 @pytest.mark.parametrize("case", models.CASES)
@@ -122,7 +122,7 @@ def test_chunks_that_the_budget_asks_for_change_nothing():
     whole = tgp.measure(model, x, layers=layers, estimator=tgp.Subspace(k=4))
     chunked = tgp.measure(model, x, layers=layers, estimator=tgp.Subspace(k=4), memory_budget=2**20)
     for layer in layers:
-        assert torch.allclose(whole[layer].log_volume, chunked[layer].log_volume, atol=1e-3)
+        assert torch.allclose(whole[layer].value, chunked[layer].value, atol=1e-3)
 
 
 def test_tf32_of_the_user_does_not_reach_the_tangents_and_comes_back():
@@ -137,7 +137,7 @@ def test_tf32_of_the_user_does_not_reach_the_tangents_and_comes_back():
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
     for layer in layers:
-        assert torch.allclose(exact[layer].log_volume, found[layer].log_volume.cpu(), atol=1e-3)
+        assert torch.allclose(exact[layer].value, found[layer].value.cpu(), atol=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16 with GradScaler", "bfloat16"])

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from torchgeom_probe.check import CheckReport
 from torchgeom_probe.errors import LayerRefusal, ProbeError, refuse_unknown
-from torchgeom_probe.estimators import Along, Estimator, Subspace
+from torchgeom_probe.estimators import Along, Auto, Estimator, Subspace
 from torchgeom_probe.estimators.base import estimator_of
 from torchgeom_probe.estimators.cost import Cost, seconds_per_row
 from torchgeom_probe.jacobian.jacobians import EngineName, Jacobians
@@ -65,7 +65,7 @@ class GeometryProbe:
             nothing to measure (they never run, do not depend on x, have no axis of samples), which one warning and the
             report name; the model's output where none is left.
         estimator: what to estimate: ``Exact()``, ``TopK(k=10)``, …, or a name: ``"exact"``, ``"topk:10"``.  By default
-            ``Subspace()``: the volume on a random frame of min(8, d) directions.
+            :class:`~torchgeom_probe.estimators.Auto`: ``Exact()`` where d ≤ 16, and ``Subspace()`` otherwise.
         normalize: divide J by √n, the paper's convention.
         transform: maps a layer's output before it is flattened (pooling, say); a callable, or a dict layer → callable.
         engine: ``"fused"``, ``"functorch"``, ``"vjp"``, or ``"auto"``: the first of them, in this order, that can run
@@ -211,11 +211,11 @@ class GeometryProbe:
                 derivative, ….
         """
         self._refuse_closed()
-        estimator = self.estimator
+        estimator: Estimator | None = None
         if directions is not None:
-            if not isinstance(estimator, (Subspace, Along)):
+            if not isinstance(self.estimator, (Auto, Subspace, Along)):
                 raise ProbeError(
-                    f"directions= are an estimator of their own, and this probe has {estimator}.\n"
+                    f"directions= are an estimator of their own, and this probe has {self.estimator}.\n"
                     "Write GeometryProbe(model, ..., estimator=Along(directions)), or leave its estimator out"
                 )
             estimator = Along(directions)
@@ -227,13 +227,14 @@ class GeometryProbe:
                     self._leave_out(refusal)
 
     def _measured(
-        self, x: Any, estimator: Estimator, start: Mapping[str, LayerGeometry] | None, progress: bool | None
+        self, x: Any, estimator: Estimator | None, start: Mapping[str, LayerGeometry] | None, progress: bool | None
     ) -> GeometryReport:
         inputs, plan = self._planned(x)
         if plan.coupled:
             self._refuse_coupled(inputs, plan)
         if start is not None:
             _refuse_other_samples(start, inputs, plan)
+        estimator = estimator or self._settled(inputs)
         rows = max(count.at_once for count in estimator.cost(plan, engine=self._engine_that_runs).values())
         at_once = plan.samples_at_once(rows, inputs.size)
         parts: list[GeometryReport] = []
@@ -281,6 +282,10 @@ class GeometryProbe:
             plan = make_plan(self._hooked, inputs, memory_budget=self.memory_budget)
         return inputs.cut_at(plan.per_sample), plan
 
+    def _settled(self, inputs: Inputs) -> Estimator:
+        self.estimator = self.estimator.settled(inputs)
+        return self.estimator
+
     def _may_go_without(self, refusal: LayerRefusal) -> bool:
         return not self._named & refusal.layers.keys() and "" not in refusal.layers
 
@@ -325,7 +330,9 @@ class GeometryProbe:
                 except LayerRefusal as refusal:
                     self._leave_out(refusal)
             seconds = seconds_per_row(self._hooked.model, inputs, plan)
-            return Cost.of(self.estimator, plan, inputs.size, seconds_per_row=seconds, engine=self._engine_that_runs)
+            return Cost.of(
+                self._settled(inputs), plan, inputs.size, seconds_per_row=seconds, engine=self._engine_that_runs
+            )
 
     def check(self, x: Any, *, seed: int = 0) -> CheckReport:
         """Check the model before a long run: derivatives, samples and ops, on at most four samples.
@@ -386,9 +393,9 @@ def measure(
     >>> report["2"].log_volume.shape
     torch.Size([5])
 
-    Of each layer's feature map Φ: R^d → R^n with J = ∂Φ/∂x and g = JᵀJ: by default the volume element √det VᵀgV on a
-    random frame V of min(8, d) directions, which is √det g itself where d ≤ 8; in natural logs.  All layers come from
-    one dual forward pass, and the model is left as it was.
+    Of each layer's feature map Φ: R^d → R^n with J = ∂Φ/∂x and g = JᵀJ: by default log √det g itself where
+    d ≤ 16; otherwise log √det VᵀgV on a random frame V of 8 directions, with the scale ½ log(tr g/d) and the effective
+    dimension (tr g)²/tr g² of g.  All layers come from one dual forward pass, and the model is left as it was.
 
     Args:
         model_or_probe: any ``nn.Module``; or a :class:`GeometryProbe`, which plans once for many measurements.

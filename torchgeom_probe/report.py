@@ -46,7 +46,9 @@ class LayerGeometry:
         num_inputs: d, the numbers per sample of the space that is pulled back to.
         num_directions: k, the tangent directions used.
         normalized: whether J was divided by √n.
-        unit: of ``value``: ``"nat"``, the natural log of a volume, or another.
+        quantity: what ``value`` is, in a word, which is its attribute, column and chart: ``"log_volume"`` (log √det g,
+            or the effective volume), ``"frame_volume"`` (log √det VᵀgV), ``"scale"``, ``"half_log_det"``, ….
+        unit: of ``value``: ``"nat"``, a natural logarithm, or another.
         rank: [B], how many singular values exceed ``rank_tolerance`` · σ_max; -1 where the Jacobian is not finite; None
             where the estimator does not see it.
         log_pseudo_volume: [B], natural log of the product of those; 0 at rank 0 (an empty product); None without a
@@ -54,8 +56,8 @@ class LayerGeometry:
         rank_tolerance: the threshold of ``rank``, relative to the largest singular value.
         std_error: [B] standard error of a stochastic ``value``, in its unit, or None.
         error_bound: [B] bound on the error of ``value``, in its unit, or None.
-        extras: name → [B, ...], what else the estimator found: ``trace``, ``log_det``, ``interval`` [B, 2] (95 %),
-            ``num_products`` (Jv and Jᵀu formed for each sample), ….  Each can be read as an attribute, too.
+        extras: name → [B, ...], what else was found: ``scale`` (½ log(tr g/d)), ``effective_dimension``, ``interval``
+            [B, 2] (95 %), ``num_products`` (Jv and Jᵀu formed for each sample), ….  Each is an attribute, too.
         spectrum: the spectral density of g, or None; see :meth:`GeometryReport.density`.
         right_singular_vectors: [B, q, d], the leading ones, for ``measure(x, start=report)``, or None.
 
@@ -71,6 +73,7 @@ class LayerGeometry:
     num_inputs: int
     num_directions: int
     normalized: bool
+    quantity: str = "value"
     unit: str = "nat"
     rank: Int[Tensor, " batch"] | None = None
     log_pseudo_volume: Float[Tensor, " batch"] | None = None
@@ -85,6 +88,8 @@ class LayerGeometry:
         extras = self.__dict__.get("extras", {})
         if name in extras:
             return extras[name]
+        if name == self.__dict__.get("quantity"):
+            return self.value
         known = f"; its extras are {list(extras)}" if extras else ""
         estimand = self.__dict__.get("estimand", "nothing yet")
         raise AttributeError(f"{name!r} was not measured: the estimand is {estimand!r}{known}")
@@ -95,27 +100,39 @@ class LayerGeometry:
         return f"LayerGeometry({self.name!r}: {self.estimand}; {len(self.value)} samples, median {spread})"
 
     @property
-    def quantity(self) -> str:
-        """``"log_volume"``, or ``"value"`` where the estimand is none: the heading of its column."""
-        return "log_volume" if self.unit == "nat" else "value"
+    def heading(self) -> str:
+        """``quantity`` as people write it: of columns and axes."""
+        words = {"log_volume": "log-volume", "frame_volume": "log frame volume"}
+        return words.get(self.quantity, self.quantity.replace("_", " "))
 
     @property
     def log_volume(self) -> Float[Tensor, " batch"]:
         """[B], NATURAL log of the volume element that ``estimand`` names: ``value``.
 
+        Of a frame of k < d directions it is that of the map restricted to the frame, ``frame_volume``: read it as such.
+
         Raises:
-            ProbeError: the estimand is no log-volume.
+            ProbeError: what was measured is no volume: a scale, a log det with a floor.
         """
-        if self.unit != "nat":
+        if self.quantity not in ("log_volume", "frame_volume"):
             raise ProbeError(
                 f"layer {self.name!r} was measured as {self.estimand!r}, which is no log-volume.\n"
-                "Read report[layer].value, or measure with estimator=Exact(), Subspace() or TopK()"
+                f"Read report[{self.name!r}].{self.quantity}, or measure with estimator=Exact() or TopK()"
             )
         return self.value
 
     @property
+    def frame_volume(self) -> Float[Tensor, " batch"]:
+        """[B], NATURAL log of √det VᵀgV, ``value``, on the estimator's frame V; of a log-volume it is that.
+
+        Raises:
+            ProbeError: the estimand is no volume.
+        """
+        return self.value if self.quantity == "frame_volume" else self.log_volume
+
+    @property
     def log10_volume(self) -> Float[Tensor, " batch"]:
-        """[B], the log-volume to base 10, as in the paper's figures."""
+        """[B], :attr:`log_volume` to base 10, as in the paper's figures."""
         return self.log_volume / math.log(10.0)
 
     @property
@@ -301,10 +318,10 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{table}</table><small>{legend}</small>"
 
     def _cells(self) -> list[list[str]]:
-        unit = next((layer.unit for layer in self.values()), "nat")
+        unit, heading = next(((layer.unit, layer.heading) for layer in self.values()), ("nat", "log-volume"))
         names = list(dict.fromkeys(n for g in self.values() for n, extra in g.extras.items() if extra.ndim == 1))
         log10 = ["log10"] if unit == "nat" else []
-        value = "log-volume [nat]" if unit == "nat" else f"value [{unit}]" if unit else "value"
+        value = f"{heading} [{unit}]" if unit else heading
         rows = [["layer", "n", "d", "k", value, "p10 … p90", *log10, "rank", "σ_max", *names, "not finite"]]
         for name, layer in self.items():
             s = layer.statistics()
@@ -335,7 +352,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         return lines
 
     def to_csv(self, path: str | os.PathLike[str]) -> Path:
-        """Write one row per layer and sample (log-volumes in nats); returns the path."""
+        """Write one row per layer and sample (logarithms in nats); returns the path."""
         text = io.StringIO(newline="")
         rows = self._rows()
         writer = csv.DictWriter(text, fieldnames=dict.fromkeys(name for row in rows for name in row))

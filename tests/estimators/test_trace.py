@@ -27,7 +27,7 @@ def test_within_four_standard_errors(kind, method):
     for seed in range(5):
         g = _measured(model, x, layer, method=method, probes=12, seed=seed)
         hits += ((g.trace - true).abs() <= 4 * g.trace_std_error).sum().item()
-        assert torch.equal(g.log_volume, (g.trace / g.num_inputs).log() / 2)
+        assert torch.equal(g.value, (g.trace / g.num_inputs).log() / 2)
         torch.testing.assert_close(g.std_error, g.trace_std_error / (2 * g.trace))
     assert hits >= 9
 
@@ -83,7 +83,7 @@ def test_zero_jacobian(method):
     model.weight.data.zero_()
     g = _measured(model, torch.randn(2, 60), method=method)
     assert g.trace.tolist() == [0, 0]
-    assert g.log_volume.isneginf().all()
+    assert g.value.isneginf().all()
     assert g.rank is None, "it sees no rank"
     assert g.std_error.tolist() == [0, 0]
 
@@ -142,7 +142,7 @@ def test_frames_estimate_the_mean_of_determinants(n, d, k):
         )[""]
         low, high = (g.interval[0] + torch.tensor([-1e-4, 1e-4])).tolist()
         covered += low <= expected <= high
-        assert abs(g.log_volume.item() - expected) < 5 * g.std_error.item() + 1e-4
+        assert abs(g.value.item() - expected) < 5 * g.std_error.item() + 1e-4
     assert covered >= 16  # 19 in expectation
 
 
@@ -159,15 +159,22 @@ def test_one_frame_is_what_it_was():
 def test_frames_of_a_rank_below_k_and_of_a_diverged_sample():
     model = problems.linear([1.0, 1.0], 10, 12)
     g = tgp.measure(model, torch.zeros(1, 12), layers="", estimator=tgp.Subspace(k=4, frames=8))[""]
-    assert g.log_volume.isneginf().all()
+    assert g.value.isneginf().all()
     assert g.std_error.tolist() == [0]
     model, layer, x = problems.problem("mlp", n=20, d=30, batch=2)
     x[0] = torch.nan
     g = tgp.measure(model, x, layers=[layer], estimator=tgp.Subspace(k=3, frames=8))[layer]
-    assert g.log_volume.isnan().tolist() == [True, False]
+    assert g.value.isnan().tolist() == [True, False]
 
 
 def test_frames_are_refused_where_they_have_no_interval():
     for frames in (0, 2, 3):
         with pytest.raises(ProbeError, match="at least 4"):
             tgp.Subspace(frames=frames)
+
+
+def test_the_default_is_one_pass_for_all_layers():
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 20))
+    cost = tgp.GeometryProbe(model, layers=["0", "2"], estimator="trace").cost(torch.randn(3, 40))
+    assert all(count.shared and not count.pulls for count in cost.products.values())
+    assert cost.rows == 3 * (1 + 16)

@@ -68,7 +68,7 @@ made = monitor(model, writer=writers).follow(optimizer)
 torch.manual_seed(rank); train(model, optimizer, 5); made.close()
 found["with"] = {k: v.clone() for k, v in model.module.state_dict().items()}
 found["sizes"], found["volumes"], found["state"] = made.sizes, volumes(made), made.state_dict()
-alone = tgp.measure(model.module, X, layers=["0", "2"], estimator=tgp.Subspace(k=5, seed=0))
+alone = tgp.measure(model.module, X, layers=["0", "2"])
 made = monitor(model); made.probe_now()
 found["gathered"] = [(r["2"].log_volume, r["0"].rank, r["2"].singular_values) for _, r in made.history]
 found["alone"] = (alone["2"].log_volume, alone["0"].rank, alone["2"].singular_values)

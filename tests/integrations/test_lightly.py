@@ -74,7 +74,7 @@ def test_compiled_parts_are_probed_as_what_they_are():
     compiled = TwoViewProbe(torch.compile(module, backend="eager")).measure(x)
     assert list(plain) == list(compiled)
     for name in plain:
-        assert torch.equal(plain[name].log_volume, compiled[name].log_volume)
+        assert torch.equal(plain[name].value, compiled[name].value)
 
 
 def test_a_module_without_a_backbone_is_refused():
@@ -91,7 +91,7 @@ def test_the_report_is_what_measure_gives_on_either_view():
             report = probe.measure([[a, b], torch.zeros(6), ("",) * 6], view=view)
             expected = tgp.measure(encoder(module), x, layers=probe.layers, estimator=estimator, normalize=False)
             for name in expected:
-                assert torch.equal(report[name].log_volume, expected[name].log_volume)
+                assert torch.equal(report[name].value, expected[name].value)
         with pytest.raises(tgp.ProbeError, match="view=2: this batch has 2 views"):
             probe.measure([a, b], view=2)
     with pytest.raises(tgp.ProbeError, match="closed"):
@@ -144,7 +144,7 @@ def test_a_view_that_equals_the_first_is_counted_and_the_table_reads():
     assert layer.value.isnan().tolist() == [False, False, True, False, False, False]
     assert layer.statistics()["nonfinite"] == 1
     lines = str(report).splitlines()
-    for phrase in ("value [log ratio]", "along  random", "1 of 6", "log ‖Jv‖ towards the other views minus"):
+    for phrase in ("expansion [log ratio]", "along  random", "1 of 6", "log ‖Jv‖ towards the other views minus"):
         assert phrase in str(report)
     assert len(lines) == 3 + len(report)
     with pytest.raises(tgp.ProbeError, match="is no log-volume"):
@@ -426,6 +426,4 @@ def test_five_real_barlow_twins_steps_with_the_callback(tmp_path):
             step for step, median in medians if math.isnan(median)
         }
     last = tgp.measure(encoder(probed), callback.monitor.x_probe, layers=["backbone.layer2"])
-    torch.testing.assert_close(
-        last["backbone.layer2"].log_volume, callback.history[-1][1]["backbone.layer2"].log_volume
-    )
+    torch.testing.assert_close(last["backbone.layer2"].value, callback.history[-1][1]["backbone.layer2"].value)

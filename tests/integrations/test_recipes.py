@@ -81,7 +81,7 @@ def test_a_compiled_model_by_inductor(capsys):
         pytest.skip("inductor needs a C++ compiler")
     inductor, _ = run("compiled", capsys)
     eager, _ = run("compiled", capsys, backend="eager")
-    torch.testing.assert_close(inductor["3"].log_volume, eager["3"].log_volume, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(inductor["3"].value, eager["3"].value, rtol=1e-2, atol=1e-2)
 
 
 def test_timm_finetuning(capsys):
@@ -184,5 +184,5 @@ def test_the_pretrained_network_has_one_report_by_probe_command_line_and_callbac
     assert [step for step, _ in callback.history] == [0, 1]
     for _, probed in callback.history:
         for layer, name in zip(layers, names, strict=True):
-            assert torch.equal(probed[name].log_volume, report[layer].log_volume)
+            assert torch.equal(probed[name].value, report[layer].value)
             assert torch.equal(probed[name].singular_values, report[layer].singular_values)

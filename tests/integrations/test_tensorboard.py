@@ -20,7 +20,7 @@ from unittest.mock import MagicMock, call
 import numpy as np
 import pytest
 import torch
-from torchgeom_probe.integrations.tensorboard import MONITOR_TAGS, TAGS, TensorBoardWriter
+from torchgeom_probe.integrations.tensorboard import EXTRA_TAGS, MONITOR_TAGS, TAGS, TensorBoardWriter
 
 import torchgeom_probe as tgp
 from torchgeom_probe.errors import ProbeError
@@ -42,6 +42,7 @@ def layer(log_volume, *, k=3, **fields):
     return LayerGeometry(
         name="set by the report",
         estimand="√det VᵀgV",
+        quantity=fields.pop("quantity", "log_volume"),
         engine="fused",
         value=volume,
         singular_values=sigma,
@@ -166,7 +167,7 @@ def test_what_other_estimators_measure_has_tags_of_its_own(tmp_path):
 
 
 def test_what_is_no_log_volume_and_has_no_rank_is_charted_as_a_value(tmp_path):
-    one = replace(layer([1.0, 2.0, 4.0]), unit="", rank=None, log_pseudo_volume=None)
+    one = replace(layer([1.0, 2.0, 4.0]), quantity="value", unit="", rank=None, log_pseudo_volume=None)
     events = written(tmp_path, [(0, GeometryReport({"a": replace(one, singular_values=torch.zeros(3, 0))}))])
     tags = events.Tags()
     charts = {"value/00_a": 2.0, "value_band/00_a/median": 2.0, "nonfinite/00_a": 0.0}
@@ -414,7 +415,7 @@ def monitored(log_dir):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(5, 4)
     options = {"maps": {"slice/plane": tgp.Plane(x[0], x[1], x[2], steps=5)}, "maps_every": 3}
-    options |= {"layers": ["1", "2"], "estimator": tgp.Subspace(k=3), "every": 2}
+    options |= {"layers": ["1", "2"], "estimator": tgp.Exact(), "every": 2}
     with tgp.Monitor(model, x, writer=TensorBoardWriter(log_dir), **options).follow(optimizer) as monitor:
 
         def step():
@@ -483,8 +484,9 @@ def server(tmp_path_factory):
 
 def test_the_docs_promise_the_tags_that_there_are():
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    groups = {tag.split("/")[0] for tag in TAGS}
+    groups = {tag.split("/")[0] for tag in TAGS | EXTRA_TAGS}
     groups |= {"std_error", "error_bound", "trace", "log_pseudo_volume"}  # where they were measured
+    groups |= {"logvol", "frame_volume"}  # what CHART stands for
     texts = readme + TensorBoardWriter.__doc__
     named = re.findall(r"`(\w+/\w+)`", texts) + [f"{g}/…" for g in re.findall(r"`(\w+)/…`", texts)]
     assert named
@@ -493,11 +495,12 @@ def test_the_docs_promise_the_tags_that_there_are():
 
 
 def test_the_server_knows_every_tag_that_the_docs_promise(server):
-    for run, labels, promised in (("run", LABELS.values(), TAGS), ("monitored", ["00_1", "01_2"], TAGS | MONITOR_TAGS)):
+    monitored = TAGS | EXTRA_TAGS | MONITOR_TAGS
+    for run, labels, promised in (("run", LABELS.values(), TAGS), ("monitored", ["00_1", "01_2"], monitored)):
         # the text plugin adds a suffix of its own to every tag
         texts = [tag.removesuffix("/text_summary") for tag in server("plugin/text/tags")[run]]
         known = {*server("plugin/scalars/tags")[run], *server("plugin/histograms/tags")[run], *texts}
-        wanted = {tag.replace("NN_layer", label) for tag in promised for label in labels}
+        wanted = {t.replace("NN_layer", label).replace("CHART", "logvol") for t in promised for label in labels}
         assert wanted <= known, wanted - known
         extras = {f"log_pseudo_volume/{LABELS['']}"} if run == "run" else set()
         assert known - wanted == extras, "a tag that the docs do not mention"
@@ -530,8 +533,11 @@ def test_the_server_answers_with_the_values_and_the_resumed_run_has_no_doubles(s
 def test_the_server_draws_the_charts_of_the_layout(server):
     categories = server("plugin/custom_scalars/layout")["category"]
     charts = {chart["title"]: chart for category in categories for chart in category["chart"]}
-    assert len(charts) == 4 + len(LABELS) + 2  # the bands of both runs
+    assert len(charts) == 6 + len(LABELS) + 2  # what either run has of all layers, and the bands of both
     (pattern,) = charts["log-volume by layer [nat]"]["multiline"]["tag"]
     answer = server("plugin/custom_scalars/scalars", run="run", tag=pattern)
     assert answer["regex_valid"]
     assert set(answer["tag_to_events"]) == {f"logvol/{label}" for label in LABELS.values()}
+    (pattern,) = charts["effective dimension by layer"]["multiline"]["tag"]
+    answer = server("plugin/custom_scalars/scalars", run="monitored", tag=pattern)
+    assert set(answer["tag_to_events"]) == {"effective_dimension/00_1", "effective_dimension/01_2"}

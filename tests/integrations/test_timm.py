@@ -354,7 +354,7 @@ def test_the_pretrained_network_is_measured_at_its_stages(pretrained):
     features = [16 * 112**2, 24 * 56**2, 40 * 28**2, 112 * 14**2, 320 * 7**2]
     assert [layer.num_features for layer in report.values()] == features
     for layer in report.values():
-        assert layer.log_volume.isfinite().all()
+        assert layer.frame_volume.isfinite().all()
         assert layer.rank.tolist() == [3]
 
 

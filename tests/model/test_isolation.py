@@ -129,7 +129,7 @@ def test_nothing_is_different_afterwards(estimator, engine, fails):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_inside_autocast_inference_mode_and_no_grad(engine):
     model, x = models.mlp(), torch.randn(4, 5)
-    expected = tgp.measure(model, x, layers="3", estimator=tgp.Subspace(k=2), engine=engine)["3"].log_volume
+    expected = tgp.measure(model, x, layers="3", estimator=tgp.Subspace(k=2), engine=engine)["3"].value
     for context in (
         torch.autocast("cpu", dtype=torch.bfloat16),
         torch.inference_mode(),
@@ -138,7 +138,7 @@ def test_inside_autocast_inference_mode_and_no_grad(engine):
     ):
         with context:
             before = _process()
-            got = tgp.measure(model, x, layers="3", estimator=tgp.Subspace(k=2), engine=engine)["3"].log_volume
+            got = tgp.measure(model, x, layers="3", estimator=tgp.Subspace(k=2), engine=engine)["3"].value
             assert _same(before, _process())
         assert torch.equal(got, expected)
 
@@ -147,11 +147,11 @@ def test_measured_in_eval_mode_whatever_mode_the_model_is_in():
     model, x = Stateful(), torch.randn(4, 5)
     train = tgp.measure(model.train(), x, layers="head", estimator=tgp.Subspace(k=2))["head"]
     evaluation = tgp.measure(model.eval(), x, layers="head", estimator=tgp.Subspace(k=2))["head"]
-    assert torch.equal(train.log_volume, evaluation.log_volume)
+    assert torch.equal(train.value, evaluation.value)
     dropout = nn.Sequential(nn.Linear(5, 29), nn.Dropout(0.5)).train()
     kept = tgp.measure(dropout, x, layers="1", estimator=tgp.Exact(), mode="as_is")["1"]
     whole = tgp.measure(dropout, x, layers="1", estimator=tgp.Exact())["1"]
-    assert not torch.allclose(kept.log_volume, whole.log_volume)
+    assert not torch.allclose(kept.value, whole.value)
 
 
 def test_a_backward_pass_that_is_still_to_come_is_left_alone():
@@ -175,9 +175,9 @@ def test_attached_probe_leaves_no_hook_and_the_model_can_be_copied_pickled_and_s
 
 def test_a_users_hook_that_edits_the_output_is_measured_as_edited():
     model, x = models.mlp().double(), torch.randn(4, 5, dtype=torch.float64)
-    plain = tgp.measure(model, x, layers="1", estimator=tgp.Exact())["1"].log_volume
+    plain = tgp.measure(model, x, layers="1", estimator=tgp.Exact())["1"].value
     model[1].register_forward_hook(lambda module, args, out: 3 * out)
-    edited = tgp.measure(model, x, layers="1", estimator=tgp.Exact())["1"].log_volume
+    edited = tgp.measure(model, x, layers="1", estimator=tgp.Exact())["1"].value
     assert torch.allclose(
         edited - plain, torch.tensor(5.0, dtype=torch.float64) * torch.tensor(3.0).double().log(), atol=1e-10
     )
@@ -203,7 +203,7 @@ def test_activation_checkpointing(engine):
         if reentrant and engine != "fused":
             continue  # torch refuses it under its own transforms
         got = tgp.measure(model, x, layers="", estimator=tgp.Subspace(k=2), engine=engine)[""]
-        assert torch.allclose(got.log_volume, expected.log_volume, atol=1e-5)
+        assert torch.allclose(got.value, expected.value, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -219,7 +219,7 @@ def test_compiled_models(engine):
             model(x)
         got = tgp.measure(model, x, layers=["3", "4"], estimator=tgp.Subspace(k=2), engine=engine)
         expected = expected or got
-        assert torch.allclose(got["3"].log_volume, expected["3"].log_volume, atol=1e-6)
+        assert torch.allclose(got["3"].value, expected["3"].value, atol=1e-6)
 
 
 def _inner_compiled(model):
@@ -231,14 +231,12 @@ def test_data_parallel_wrappers_are_looked_through(tmp_path):
     import torch.distributed as dist
 
     model, x = models.mlp(), torch.randn(4, 5)
-    expected = tgp.measure(model, x, layers="3", estimator=tgp.Subspace(k=2))["3"].log_volume
+    expected = tgp.measure(model, x, layers="3", estimator=tgp.Subspace(k=2))["3"].value
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(model)
         for name in ("3", "module.3"):
-            assert torch.equal(
-                tgp.measure(wrapped, x, layers=name, estimator=tgp.Subspace(k=2))["3"].log_volume, expected
-            )
+            assert torch.equal(tgp.measure(wrapped, x, layers=name, estimator=tgp.Subspace(k=2))["3"].value, expected)
         wrapped(x).sum().backward()
     finally:
         dist.destroy_process_group()

@@ -299,9 +299,9 @@ def test_threads_leave_the_process_as_it_was():
 
 def test_a_default_device_is_not_taken_for_ours():
     model, x = nn.Linear(4, 3), torch.randn(5, 4)
-    expected = tgp.measure(model, x, layers="", estimator=tgp.Subspace(k=2))[""].log_volume
+    expected = tgp.measure(model, x, layers="", estimator=tgp.Subspace(k=2))[""].value
     with torch.device("meta"):
-        got = tgp.measure(model, x, layers="", estimator=tgp.Subspace(k=2))[""].log_volume
+        got = tgp.measure(model, x, layers="", estimator=tgp.Subspace(k=2))[""].value
     assert torch.equal(expected, got)
 
 

@@ -168,8 +168,8 @@ def test_every_report_is_what_measure_gives_at_that_step():
     for (_, found), wanted in zip(monitor.history, expected, strict=False):
         assert list(found) == ["1", "2"]
         for name in found:
-            assert torch.equal(found[name].log_volume, wanted[name].log_volume)
-    volumes = torch.stack([report["1"].log_volume for _, report in monitor.history])
+            assert torch.equal(found[name].frame_volume, wanted[name].frame_volume)
+    volumes = torch.stack([report["1"].frame_volume for _, report in monitor.history])
     assert (volumes.diff(dim=0).abs() > 0).all(), "training moved no weight"
 
 
@@ -186,7 +186,7 @@ def test_the_directions_are_the_same_at_every_step_and_at_most_as_many_as_inputs
     first, second = monitor.probe_now()["1"], monitor.probe_now()["1"]
     assert torch.equal(first.singular_values, second.singular_values)
     assert first.num_directions == 4
-    wide = Monitor(nn.Sequential(nn.Linear(9, 11), nn.Tanh()), torch.randn(5, 9), layers=["1"])
+    wide = Monitor(nn.Sequential(nn.Linear(19, 11), nn.Tanh()), torch.randn(5, 19), layers=["1"])
     assert wide.probe_now()["1"].num_directions == 8
 
 
@@ -464,7 +464,7 @@ def test_writers_get_the_reports_of_the_history(tmp_path):
     monitor.close()
     rows = [line.split(",") for line in (tmp_path / "log.csv").read_text().split()[1:]]
     assert [(int(row[0]), row[1]) for row in rows] == [(2, "1"), (4, "1")]
-    assert [float(row[4]) for row in rows] == [report["1"].statistics()["median"] for _, report in monitor.history]
+    assert [float(row[5]) for row in rows] == [report["1"].statistics()["median"] for _, report in monitor.history]
 
 
 def test_the_history_is_bounded():

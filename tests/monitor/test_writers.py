@@ -62,7 +62,7 @@ def test_json_writer_holds_the_same_numbers_and_resumes_without_doubles(report, 
             writer.write(step, report)
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [0, 10, 20, 30]
-    assert entries[-1]["layers"]["4"] == report["4"].statistics()
+    assert entries[-1]["layers"]["4"] == {"quantity": report["4"].quantity, **report["4"].statistics()}
     (tmp_path / "notes.txt").write_text("dear diary")
     with pytest.raises(tgp.ProbeError, match="is no geometry log"):
         tgp.JSONWriter(tmp_path / "notes.txt").write(0, report)

@@ -45,7 +45,9 @@ def test_points_bar_and_median_of_every_layer(report, unit):
 
 
 def test_a_value_that_is_no_log_volume_keeps_its_own_unit(report):
-    other = tgp.GeometryReport({"1": report["1"], "3": dataclasses.replace(report["3"], unit="1/pixel")})
+    other = tgp.GeometryReport(
+        {"1": report["1"], "3": dataclasses.replace(report["3"], quantity="value", unit="1/pixel")}
+    )
     figure = plot(other, unit="log10")
     assert figure.axes[0].get_xlabel() == "log-volume [log10] or value [1/pixel]"
     (first, _, _), (second, _, _) = rows(figure)

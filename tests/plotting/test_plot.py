@@ -31,10 +31,10 @@ def test_a_result_is_drawn_by_its_type(planes, lines):
 def test_a_scan_of_what_is_no_log_volume_says_what_it_is(planes, lines):
     for scans in (planes, lines):
         found = scans[0]
-        layer = dataclasses.replace(found.report["1"], unit="1/pixel", estimand="sum of the singular values")
+        layer = dataclasses.replace(found.report["1"], quantity="nuclear_norm", unit="1/pixel", estimand="Σ σ")
         found = dataclasses.replace(found, report=tgp.GeometryReport({"1": layer}))
         labels = [axes.get_xlabel() + axes.get_ylabel() for axes in plot(found, unit="log10").axes]
-        assert sum("sum of the singular values [1/pixel]" in label for label in labels) == 1
+        assert sum("Σ σ [1/pixel]" in label for label in labels) == 1
         with pytest.raises(ProbeError, match="no log-volume"):
             found.log_volume  # noqa: B018
         assert torch.equal(found.value["1"].flatten(), layer.value)

@@ -17,9 +17,9 @@ def add(verbs: Any) -> None:
     add_probe(parser)
     parser.add_argument(
         "--estimator",
-        default="subspace",
         metavar="NAME",
-        help="subspace (default), exact, topk, logdet, trace, …; with its number topk:10, or more subspace:k=4,seed=1",
+        help="auto (default: exact where d <= 16, else subspace; with -k subspace), exact, subspace, topk, logdet, "
+        "trace, …; with its number topk:10, or more subspace:k=4,seed=1",
     )
     parser.add_argument("-k", type=int, help="directions of subspace, singular values of topk")
     parser.add_argument("--no-normalize", action="store_true", help="do not divide the Jacobian by √n")

@@ -176,7 +176,7 @@ def _sample_shape(arguments: argparse.Namespace, model: nn.Module) -> tuple[int,
 
 def estimator_of(arguments: argparse.Namespace) -> Estimator:
     """What ``--estimator`` names, with ``-k`` and ``--seed`` where it has them and says nothing of them itself."""
-    text = arguments.estimator
+    text = arguments.estimator or ("auto" if arguments.k is None else "subspace")
     found: Any = named(text)
     given = {"seed": None if "seed=" in text else arguments.seed, "k": None if ":" in text else arguments.k}
     return replace(found, **{key: value for key, value in given.items() if value is not None and hasattr(found, key)})

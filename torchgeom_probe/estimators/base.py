@@ -18,6 +18,7 @@ from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.gram import Factor
 from torchgeom_probe.linalg.spectrum import SpectralDensity
 from torchgeom_probe.linalg.volume import log_volume, rank_tolerance
+from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.report import LayerGeometry
 
 #: Below this share of the largest a singular value taken from a float64 Gram matrix is rounding.
@@ -61,7 +62,8 @@ class Estimator(ABC):
     """A frozen dataclass that names an estimand and computes it from the Jacobians of all layers at once.
 
     A new one is a file in this folder: it is found by its class's name (``estimator="topk:10"``) in every verb and on
-    the command line, and what it puts into ``extras`` shows in every table and chart.
+    the command line, and what it puts into ``extras`` shows in every table and chart.  Its result's ``quantity`` is the
+    name that they have for its value.
 
     Attributes:
         argument: the field that is meant by ``name:value``.
@@ -86,11 +88,15 @@ class Estimator(ABC):
         ``start``: an earlier result at the same samples, from which an estimator may start, or not.
         """
 
+    def settled(self, inputs: Inputs) -> Estimator:
+        """The estimator that a probe keeps from its first batch on, all samples of it: this one."""
+        return self
+
 
 def estimator_of(estimator: Estimator | str | None) -> Estimator:
-    """The estimator that a user means: one, its name, or the default of every verb, ``Subspace()``."""
+    """The estimator that a user means: one, its name, or the default of every verb, :class:`Auto`."""
     if estimator is None:
-        return named("subspace")
+        return named("auto")
     if isinstance(estimator, str):
         return named(estimator)
     if not isinstance(estimator, Estimator):
@@ -179,6 +185,7 @@ def from_factor(
     return LayerGeometry(
         **conventions(jacobians, entry, engine),
         estimand=estimand,
+        quantity="log_volume",
         value=volume,
         singular_values=sigma,
         rank=rank,

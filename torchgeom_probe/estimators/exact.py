@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,9 @@ from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.directions import basis
 from torchgeom_probe.linalg.gram import Factor, streamed_factor
+from torchgeom_probe.linalg.moments import frame_moments
 from torchgeom_probe.report import LayerGeometry
+from torchgeom_probe.shapes import Tensor
 
 FULL = "log √det g, all d directions"
 FEW_FEATURES = "log √det JJᵀ (n < d: g is singular, √det g = 0)"
@@ -27,7 +29,8 @@ class Exact(Estimator):
 
     Definition: Σ_i log σ_i over all min(n, d) singular values of J (of J/√n when normalised), in nats.  Where n ≥ d
     this is log √det g, g = JᵀJ.  Where n < d, √det g is 0; ``estimand`` says that √det JJᵀ stands in its place: the
-    volume magnification of the n-dimensional orthogonal complement of J's kernel.
+    volume magnification of the n-dimensional orthogonal complement of J's kernel.  ``scale`` = ½ log(tr g/d), in nats,
+    and ``effective_dimension`` = (tr g)²/tr g² come beside it.
 
     Cost: one dual pass over d directions per sample, for all layers; or, if all layers together have fewer than d
     features, one pullback per feature.  Bias and variance: none but rounding.
@@ -73,7 +76,7 @@ class Exact(Estimator):
             like = torch.empty(jacobians.inputs.size, 0, dtype=plan.dtype, device=jacobians.device)
             factors = jacobians.factors(d, lambda start, stop: basis(start, stop, plan.space, like=like))
             engine = jacobians.engine
-        return {
+        found = {
             entry: from_factor(
                 jacobians,
                 entry,
@@ -85,6 +88,13 @@ class Exact(Estimator):
             )
             for entry, n in plan.features.items()
         }
+        return {entry: replace(g, extras=_whole(g.singular_values, d)) for entry, g in found.items()}
+
+
+def _whole(sigma: Tensor, d: int) -> dict[str, Tensor]:
+    """What a frame can only estimate, without its errors."""
+    moments = frame_moments(sigma[None], num_directions=d, num_inputs=d).extras
+    return {name: moments[name] for name in ("scale", "effective_dimension")}
 
 
 def _by_reverse_mode(plan: Plan, engine: str) -> bool:

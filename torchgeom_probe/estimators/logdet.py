@@ -32,9 +32,9 @@ class LogDet(Estimator):
     """log det(g + εI) by stochastic Lanczos quadrature: finite at any rank, and without forming J.
 
     Definition: ``log_det`` = log det(g + εI_d) = Σ_i log(λ_i + ε) over all d eigenvalues of g = JᵀJ (of JᵀJ/n when
-    normalised), in nats; ``log_volume`` = ½ ``log_det``, which tends to log √det g as ε → 0 where n ≥ d.  Where n < d,
-    log det(g + εI_d) = (d − n) log ε + log det(JJᵀ + εI_n) exactly: the first term is the same at every point, and the
-    iteration is on the smaller of g and JJᵀ always.
+    normalised), in nats; ``half_log_det`` = ½ ``log_det`` is the value, and tends to log √det g as ε → 0 where n ≥ d.
+    Where n < d, log det(g + εI_d) = (d − n) log ε + log det(JJᵀ + εI_n) exactly: the first term is the same at every
+    point, and the iteration is on the smaller of g and JJᵀ always.
 
     How: per probe z of random signs, m steps of Golub-Kahan with full reorthogonalisation; Gauss and Gauss-Radau
     quadrature bracket zᵀ log(K + ε) z, and m grows until the bracket is a tenth of the standard error.  With ``tol``,
@@ -47,7 +47,7 @@ class LogDet(Estimator):
     see the rest.
 
     Bias: that of the quadrature, part of ``std_error``.  Variance: 2(‖A‖²_F − Σ A_ii²) per probe, A = log(K + ε).
-    ``std_error`` is that of ``log_volume``; of ``log_det`` it is twice that.  Cost: ``num_products`` = 2 · steps ·
+    ``std_error`` is that of ``half_log_det``; of ``log_det`` it is twice that.  Cost: ``num_products`` = 2 · steps ·
     probes per sample and layer.  ``report.density(layer)`` is the spectral density of the same run;
     ``singular_values`` [B, 1] its largest Ritz value (≤ σ_1).
 
@@ -150,6 +150,7 @@ class LogDet(Estimator):
         floor = f"{self.eps:g} λ_1" if self.relative else f"{self.eps:g}"
         return LayerGeometry(
             **conventions(jacobians, jacobian.entry, jacobian.engine),
+            quantity="half_log_det",
             estimand=f"½ log det(g + εI), ε = {floor} ({found.how})",
             value=torch.where(found.log_det.isfinite(), found.log_det / 2, torch.nan),
             singular_values=found.largest,

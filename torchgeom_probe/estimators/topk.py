@@ -182,6 +182,7 @@ class TopK(Estimator):
         return LayerGeometry(
             **conventions(jacobians, jacobian.entry, jacobian.engine),
             estimand=f"Σ log σ_i over the {self.k} largest singular values of J (effective volume; {how})",
+            quantity="log_volume",
             value=volume,
             singular_values=sigma,
             rank=rank,

@@ -25,14 +25,13 @@ from torchgeom_probe.shapes import Tensor
 class Trace(Estimator):
     """tr g = ‖J‖²_F by random probes, with a standard error.
 
-    Definition: ``trace`` [B] = tr g = Σ σ_i² (of J/√n when normalised).  ``log_volume`` = ½ log(tr g / d), in nats: the
-    root mean square stretch of a random direction, which is the 1-volume that :class:`Subspace` with k = 1 estimates;
-    it is no volume element.
+    Definition: ``trace`` [B] = tr g = Σ σ_i² (of J/√n when normalised).  ``scale`` = ½ log(tr g / d), in nats: the log
+    of the root mean square stretch of a random direction; it is no volume element.
 
     How: ``"hutchinson"``: mean of |Jz|² over random signs z.  ``"hutch++"``: the range of g is sketched first, tr g
     within it counted exactly, and probes see the rest.  Both are unbiased.
 
-    Bias: none in ``trace``; of second order in ``log_volume``. Variance: hutchinson 2(‖g‖²_F − Σ g_ii²)/probes, so a
+    Bias: none in ``trace``; of second order in ``scale``. Variance: hutchinson 2(‖g‖²_F − Σ g_ii²)/probes, so a
     relative standard error of √(2/(probes · participation ratio)); hutch++ falls like 1/probes² in all for decaying
     spectra, and gains nothing on flat ones. ``trace_std_error`` and (by the delta method) ``std_error`` come from the
     spread of the probes; zero where d ≤ probes and the basis itself is taken.  Cost: hutchinson one dual pass over
@@ -46,7 +45,7 @@ class Trace(Estimator):
     (arXiv:2010.09649).
 
     Args:
-        method: ``"hutch++"`` or ``"hutchinson"``.
+        method: ``"hutchinson"`` or ``"hutch++"``.
         probes: random vectors (of each kind, for hutch++), at least 2.
         seed: of the probes, the same for all samples, layers and epochs.
 
@@ -60,14 +59,14 @@ class Trace(Estimator):
     True
     """
 
-    method: Literal["hutch++", "hutchinson"] = "hutch++"
+    method: Literal["hutchinson", "hutch++"] = "hutchinson"
     probes: int = 16
     seed: int = 0
     argument: ClassVar[str] = "probes"
 
     def __post_init__(self) -> None:
         if self.method not in ("hutch++", "hutchinson"):
-            raise ProbeError(f"Trace(method={self.method!r}) is unknown.\nWrite 'hutch++' or 'hutchinson'.")
+            raise ProbeError(f"Trace(method={self.method!r}) is unknown.\nWrite 'hutchinson' or 'hutch++'.")
         if self.probes < 2:
             raise ProbeError(
                 f"Trace(probes={self.probes}): a standard error needs at least 2 probes.\nWrite Trace(probes=16)"
@@ -129,11 +128,12 @@ class Trace(Estimator):
 def _geometry(
     made: Mapping[str, Any], trace: Tensor, error: Tensor, directions: int, how: str, *, products: int
 ) -> LayerGeometry:
-    volume = (trace / made["num_inputs"]).log() / 2
+    scale = (trace / made["num_inputs"]).log() / 2
     return LayerGeometry(
         **made,
         estimand=f"½ log(tr g / d), the root mean square stretch of a direction ({how})",
-        value=torch.where(trace.isfinite(), volume, torch.nan),
+        quantity="scale",
+        value=torch.where(trace.isfinite(), scale, torch.nan),
         singular_values=trace.new_zeros(len(trace), 0),
         num_directions=directions,
         std_error=torch.where(trace > 0, error / (2 * trace), 0.0),

@@ -1,4 +1,4 @@
-"""Where tangents come from: the basis, and random orthonormal frames."""
+"""Where tangents come from: the basis, and orthonormal frames: random, of low frequencies, of the data."""
 
 from __future__ import annotations
 
@@ -37,6 +37,63 @@ def orthonormal_frame(num_directions: int, num_inputs: int, *, seed: int) -> Flo
     orthonormal, triangle = torch.linalg.qr(gaussian)
     # The sign that makes QR unique makes the frame Haar distributed (Mezzadri, arXiv:math-ph/0609050).
     return (orthonormal * triangle.diagonal().sign()).T.contiguous()
+
+
+def smooth_frame(num_directions: int, shape: Sequence[int], *, seed: int) -> Float[Tensor, "k d"]:
+    """Return k random orthonormal directions among the lowest spatial frequencies, as the rows of a float64 CPU tensor.
+
+    Of [C, H, W] (or more axes) every axis but the first is space, of [H, W] or [L] every axis.  The frame is Haar
+    distributed in the span of the first four cosines (DCT-II) of each axis of space; of more where k asks for them.
+
+    Raises:
+        ProbeError: k > d, or k < 1.
+
+    >>> frame = smooth_frame(3, (2, 16, 16), seed=0).view(3, 2, 16, 16)
+    >>> steps = frame.diff(dim=3)  # from a pixel to the next
+    >>> bool(steps.square().sum() < 0.2 * frame.square().sum())
+    True
+    """
+    channels, space = (shape[:1], shape[1:]) if len(shape) > 2 else ((), shape)
+    lowest = 4
+    while prod(channels) * prod(min(lowest, n) for n in space) < min(num_directions, prod(shape)):
+        lowest += 1
+    sizes = [min(lowest, n) for n in space]
+    if num_directions > prod(shape):
+        sizes = list(space)  # refused below, with the size of the whole space
+    frame = orthonormal_frame(num_directions, prod(channels) * prod(sizes), seed=seed).view(-1, *channels, *sizes)
+    for axis, n in enumerate(space):
+        frame = torch.tensordot(frame, _cosines(sizes[axis], n), dims=([1 + len(channels)], [0]))  # moved to the end
+    return frame.reshape(num_directions, -1)
+
+
+def _cosines(count: int, length: int) -> Float[Tensor, "count length"]:
+    """The first orthonormal cosines of the DCT-II."""
+    frequency, place = torch.arange(count, dtype=torch.float64), torch.arange(length, dtype=torch.float64)
+    waves = torch.cos(torch.pi * frequency[:, None] * (place + 0.5) / length)
+    return waves / waves.norm(dim=1, keepdim=True)
+
+
+def principal_frame(num_directions: int, points: Float[Tensor, "N ..."]) -> Float[Tensor, "k d"]:
+    """Return the k leading principal directions of N points, as the rows of a float64 CPU tensor.
+
+    Raises:
+        ProbeError: points that span fewer directions about their mean.
+
+    >>> points = torch.tensor([[0.0, 0.0, 1.0], [2.0, 0.0, 1.0], [4.0, 0.1, 1.0]])
+    >>> bool(principal_frame(1, points)[0, 0].abs() > 0.99)
+    True
+    """
+    rows = points.detach().flatten(1).double().cpu()
+    found = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    spanned = int((found.S > 1e-6 * found.S[:1]).sum())
+    if num_directions > spanned:
+        raise ProbeError(
+            f"{len(rows)} points span {spanned} directions about their mean, and k={num_directions} principal ones "
+            "were asked for.\n"
+            f"Give more points:  Subspace(k={num_directions}, frame='data', frame_data=x), x of more than "
+            f"{num_directions} samples; or fewer directions:  Subspace(k={max(1, spanned)}, frame='data')"
+        )
+    return found.Vh[:num_directions]
 
 
 def basis(start: int, stop: int, shape: Sequence[int], *, like: Tensor) -> Float[Tensor, "k batch *shape"]:

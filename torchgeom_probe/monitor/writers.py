@@ -6,7 +6,6 @@ import csv
 import importlib
 import io
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,9 @@ from torchgeom_probe.report import GeometryReport, LayerGeometry
 
 # Modules that register a writer of theirs; imported when a target comes that no writer so far takes.
 _INTEGRATIONS = ("torchgeom_probe.integrations.tensorboard",)
+
+# Layer → its quantity and its statistics, by name.
+Layers = Mapping[str, Mapping[str, float | str]]
 
 _REGISTERED: list[tuple[Callable[[Any], bool], Callable[[Any], Writer]]] = []
 
@@ -113,19 +115,20 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
 
 def chart_of(layer: LayerGeometry) -> str:
-    """Return the group of the charts with a layer's value: ``"logvol"``, or ``"value"`` where it is no log-volume."""
-    return "logvol" if layer.unit == "nat" else "value"
+    """Return the group of the charts with a layer's value: ``"logvol"`` of a log-volume, else its ``quantity``."""
+    return "logvol" if layer.quantity == "log_volume" else layer.quantity
 
 
 def charts(layer: LayerGeometry, name: str) -> dict[str, float]:
     """Return one layer's statistics by the tags of their charts: all but the band over the samples.
 
-    The log pseudo-volume is left out where no volume is zero: it would be the log-volume again.
+    The log pseudo-volume is left out where no volume is zero: it would be the volume again.
 
     >>> import torch, torchgeom_probe as tgp
     >>> report = tgp.measure(torch.nn.Linear(3, 5), torch.randn(7, 3), layers=[""])
     >>> list(charts(report[""], "00_model"))
-    ['logvol/00_model', 'sigma_max/00_model', 'rank/00_model', 'nonfinite/00_model']
+    ['logvol/00_model', 'sigma_max/00_model', 'rank/00_model', 'nonfinite/00_model', 'scale/00_model', \
+'effective_dimension/00_model']
     """
     found = layer.statistics()
     value = {f"{chart_of(layer)}/{name}": found["median"]}
@@ -153,7 +156,7 @@ class _LogFile(Writer):
 
     def write(self, step: int, report: GeometryReport) -> None:
         """Append the numbers of every layer at this step; they are on disk when it returns."""
-        layers = {name: layer.statistics() for name, layer in report.items()}
+        layers: Layers = {name: {"quantity": layer.quantity, **layer.statistics()} for name, layer in report.items()}
         if not self._begun:
             text = self.path.read_bytes().decode() if self.path.exists() else ""
             write_atomically(self.path, self._resumed(text, step, layers).encode())
@@ -161,19 +164,20 @@ class _LogFile(Writer):
         with self.path.open("a", newline="", encoding="utf-8") as file:
             file.write(self._lines(step, layers))
 
-    def _resumed(self, text: str, step: int, layers: Mapping[str, Mapping[str, float]]) -> str:
+    def _resumed(self, text: str, step: int, layers: Layers) -> str:
         """Return what stays of the file: the steps before this one."""
         raise NotImplementedError
 
-    def _lines(self, step: int, layers: Mapping[str, Mapping[str, float]]) -> str:
+    def _lines(self, step: int, layers: Layers) -> str:
         raise NotImplementedError
 
 
 class JSONWriter(_LogFile):
     """A :class:`Writer` of one JSON object per step and line (JSON Lines), appended and on disk at once.
 
-    ``{"step": …, "layers": {name: statistics}}`` with the :meth:`~torchgeom_probe.LayerGeometry.statistics` of each
-    layer (volumes in nats; null where not finite).  An existing file is continued as by :class:`CSVWriter`.
+    ``{"step": …, "layers": {name: {"quantity": …, statistics}}}``: of each layer the ``quantity`` and its
+    :meth:`~torchgeom_probe.LayerGeometry.statistics` (logarithms in nats; null where not finite).  An existing file is
+    continued as by :class:`CSVWriter`.
 
     Raises:
         ProbeError: at the first write, a file that is no such log.
@@ -186,7 +190,7 @@ class JSONWriter(_LogFile):
     2.0
     """
 
-    def _resumed(self, text: str, step: int, layers: Mapping[str, Mapping[str, float]]) -> str:
+    def _resumed(self, text: str, step: int, layers: Layers) -> str:
         kept = ""
         for line in text.splitlines(keepends=True):
             if line.startswith('{"step": ') and not line.endswith("\n"):
@@ -200,16 +204,17 @@ class JSONWriter(_LogFile):
                 ) from error
         return kept
 
-    def _lines(self, step: int, layers: Mapping[str, Mapping[str, float]]) -> str:
+    def _lines(self, step: int, layers: Layers) -> str:
         return json.dumps(finite_or_null({"step": step, "layers": layers}), allow_nan=False) + "\n"
 
 
 class CSVWriter(_LogFile):
     """A :class:`Writer` of one row per step and layer, appended and flushed at once: a killed run loses nothing.
 
-    Columns: step, layer, then the :meth:`~torchgeom_probe.LayerGeometry.statistics` (volumes in nats; empty where there
-    is no number).  An existing file is continued: rows of an earlier, interrupted run at or after the first step
-    written now are dropped, so a resumed run has no doubles.
+    Columns: step, layer, ``quantity`` (of which mean, median, … are), then the
+    :meth:`~torchgeom_probe.LayerGeometry.statistics` (logarithms in nats; empty where there is no number).  An existing
+    file is continued: rows of an earlier, interrupted run at or after the first step written now are dropped, so a
+    resumed run has no doubles.
 
     Raises:
         ProbeError: at the first write, a file that is no such log, or one with other columns.
@@ -219,10 +224,10 @@ class CSVWriter(_LogFile):
     >>> writer = tgp.CSVWriter(path)
     >>> writer.write(0, tgp.measure(torch.nn.Linear(2, 3), torch.zeros(4, 2), layers=[""], estimator=tgp.Exact()))
     >>> path.read_text().splitlines()[0]
-    'step,layer,mean,p10,median,p90,sigma_max,rank,nonfinite,log_pseudo_volume'
+    'step,layer,quantity,mean,p10,median,p90,sigma_max,rank,nonfinite,log_pseudo_volume,scale,effective_dimension'
     """
 
-    def _resumed(self, text: str, step: int, layers: Mapping[str, Mapping[str, float]]) -> str:
+    def _resumed(self, text: str, step: int, layers: Layers) -> str:
         self._header = ["step", "layer", *dict.fromkeys(name for found in layers.values() for name in found)]
         found, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [self._header]
         if found != self._header:
@@ -232,9 +237,9 @@ class CSVWriter(_LogFile):
             )
         return _csv(found, *(row for row in rows if len(row) == len(found) and int(row[0]) < step))
 
-    def _lines(self, step: int, layers: Mapping[str, Mapping[str, float]]) -> str:
-        def cell(value: float | None) -> Any:
-            return "" if value is None or math.isnan(value) else value
+    def _lines(self, step: int, layers: Layers) -> str:
+        def cell(value: float | str | None) -> Any:
+            return "" if value is None or value != value else value  # nan
 
         return _csv(
             *([step, name, *(cell(found.get(key)) for key in self._header[2:])] for name, found in layers.items())

@@ -48,7 +48,7 @@ def plot_report(
             axes.annotate(text, (1, row), xycoords=("axes fraction", "data"), va="center", fontsize=SMALL, color="#a33")
     axes.set_yticks(range(len(chosen)), [layer.name or "model" for layer in chosen], fontsize=NORMAL)
     axes.set_ylim(len(chosen) - 0.5, -0.5)
-    units = dict.fromkeys(f"log-volume [{unit}]" if la.unit == "nat" else f"value [{la.unit}]" for la in chosen)
+    units = dict.fromkeys(f"{la.heading} [{unit if la.unit == 'nat' else la.unit}]" for la in chosen)
     axes.set_xlabel(" or ".join(units), fontsize=NORMAL)
     axes.tick_params(axis="x", labelsize=SMALL)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)

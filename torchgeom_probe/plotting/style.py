@@ -142,8 +142,9 @@ class Scans:
         """What stands on the scale of :meth:`values`."""
         geometry, log10 = self.scans[-1].report[layer], self.unit == "log10"
         name, unit = ("log₁₀ √det g" if log10 else "log √det g"), ("" if log10 else " [nat]")
-        if geometry.unit != "nat":
-            name, unit = geometry.estimand, f" [{geometry.unit}]"
+        if geometry.quantity != "log_volume":
+            name = geometry.heading if geometry.unit == "nat" else geometry.estimand
+            unit = f" [{self.unit if geometry.unit == 'nat' else geometry.unit}]"
         return f"{name}{' − median' if self.relative else ''}{unit}"
 
 

@@ -62,7 +62,7 @@ class SliceScan:
 
     @property
     def log_volume(self) -> dict[str, Tensor]:
-        """Layer → [T] or [H, W], NATURAL log; ProbeError of an estimator whose value is no log-volume.
+        """Layer → [T] or [H, W], NATURAL log; ProbeError of an estimator whose value is none (see ``value``).
 
         Of a scan along the slice's own tangents it is per unit of the slice's coordinates; minus
         ``slice.log_measure`` it is the true magnification, log of output length (area) per input length
@@ -97,7 +97,7 @@ class SliceScan:
     def _volume_of(self, layer: str) -> Tensor:
         if layer not in self.report:
             raise ProbeError(f"layer {layer!r} was not scanned.\nThis scan has the layers {list(self.report)}.")
-        return self.report[layer].log_volume.reshape(self.slice.shape)
+        return self.report[layer].frame_volume.reshape(self.slice.shape)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write everything to one safetensors file, at once or not at all; returns the path.

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from torchgeom_probe.errors import ProbeError, refuse_unknown
-from torchgeom_probe.estimators import Subspace
+from torchgeom_probe.estimators import Auto
 from torchgeom_probe.files import decoded, encoded
 from torchgeom_probe.model.isolation import measuring
 from torchgeom_probe.model.predictions import Readout, decisions, logits_of
@@ -88,7 +88,7 @@ def scan(
         raise ProbeError(f"batch_size={batch_size} must be at least 1: points a chunk.\nLeave it out for {_CHUNK}.")
     refuse_unknown(options, scan, *ProbeOptions.__annotations__)
     probe = probe_of(model_or_probe, options)
-    along = options.get("estimator") is None and probe.estimator == Subspace()
+    along = options.get("estimator") is None and probe.estimator == Auto()
     settings = _settings(probe, readout, along=along)
     if path is None:
         settings["batch_size"] = batch_size or _CHUNK
