@@ -104,18 +104,18 @@ def test_data_of_another_space_or_of_none_are_refused():
         tgp.measure(model, x, layers="5", source="1", estimator=tgp.Subspace(3, frame="data"))
 
 
-def test_a_frame_is_no_log_volume_and_the_line_of_the_refusal_works():
+def test_a_frame_goes_by_its_own_name_and_a_scale_is_no_log_volume():
     model, x = _network()
     frame = tgp.measure(model, x, layers="5", estimator=tgp.Subspace(4))
     assert frame["5"].quantity == "frame_volume"
-    for name in ("log_volume", "log10_volume"):
-        with pytest.raises(tgp.ProbeError, match=r"Read report\['5'\].frame_volume, or .*Exact\(\) or TopK\(\)"):
-            getattr(frame["5"], name)
+    assert "log frame volume" in str(frame)
     assert torch.equal(frame["5"].frame_volume, frame["5"].value)
+    assert torch.equal(frame["5"].log_volume, frame["5"].value)
     scale = tgp.measure(model, x, layers="5", estimator="trace")["5"]
     assert torch.equal(scale.scale, scale.value)
-    with pytest.raises(tgp.ProbeError, match=r"Read report\['5'\].scale"):
-        scale.frame_volume  # noqa: B018
+    for name in ("log_volume", "log10_volume", "frame_volume"):
+        with pytest.raises(tgp.ProbeError, match=r"Read report\['5'\].scale"):
+            getattr(scale, name)
 
 
 def test_a_frame_of_all_directions_is_the_log_volume():
