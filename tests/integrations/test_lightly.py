@@ -426,6 +426,4 @@ def test_five_real_barlow_twins_steps_with_the_callback(tmp_path):
             step for step, median in medians if math.isnan(median)
         }
     last = tgp.measure(encoder(probed), callback.monitor.x_probe, layers=["backbone.layer2"])
-    torch.testing.assert_close(
-        last["backbone.layer2"].value, callback.history[-1][1]["backbone.layer2"].value
-    )
+    torch.testing.assert_close(last["backbone.layer2"].value, callback.history[-1][1]["backbone.layer2"].value)
