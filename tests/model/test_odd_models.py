@@ -66,7 +66,7 @@ def test_integer_arguments_are_not_written_to():
     for engine in ENGINES:
         g = tgp.measure(Shifted(), ids, layers="", source="embed", estimator=tgp.Exact(), engine=engine)[""]
         assert torch.equal(ids, torch.ones(4, 2, dtype=torch.long))
-        assert (g.log_volume - g.log_volume[0]).abs().max() < 1e-6
+        assert (g.value - g.value[0]).abs().max() < 1e-6
 
 
 ROWS, COLUMNS = torch.tensor([0, 2]), torch.tensor([1, 1])
@@ -156,7 +156,7 @@ def test_an_axis_as_long_as_the_batch_is_not_taken_for_it():
     with pytest.raises(tgp.ProbeError, match=r"first axis is not the batch.*\n.*take one:  transform=.*out\['out'\]"):
         tgp.measure(lstm, x, **options)
     g = tgp.measure(lstm, x, **options, transform=lambda out: out["out"])[""]
-    assert g.log_volume.isfinite().all()
+    assert g.value.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
@@ -203,10 +203,10 @@ def test_a_random_model_is_the_same_function_for_every_direction_and_engine():
 
     model, x = Noisy(), torch.randn(1, 4, dtype=torch.float64)
     torch.manual_seed(5)
-    whole = tgp.measure(model, x, layers="", estimator=tgp.Exact())[""].log_volume
+    whole = tgp.measure(model, x, layers="", estimator=tgp.Exact())[""].value
     for options in ({"memory_budget": 6000}, {"memory_budget": 4000}, {"engine": "functorch"}, {"engine": "vjp"}):
         torch.manual_seed(5)
-        again = tgp.measure(model, x, layers="", estimator=tgp.Exact(), **options)[""].log_volume
+        again = tgp.measure(model, x, layers="", estimator=tgp.Exact(), **options)[""].value
         assert torch.allclose(whole, again, atol=1e-11)
 
 
@@ -266,7 +266,7 @@ def test_a_sum_in_bfloat16_inside_a_float32_model_has_the_rank_of_its_precision(
 
     g = tgp.measure(Half(), torch.randn(3, 5), layers="", estimator=tgp.Subspace(k=3))[""]
     assert g.rank.tolist() == [1, 1, 1]
-    assert g.log_volume.eq(-torch.inf).all()
+    assert g.value.eq(-torch.inf).all()
 
 
 def test_the_coarsest_of_several_outputs_sets_the_rank_tolerance():
