@@ -91,7 +91,7 @@ def visit(library: str, rows: Path, only: str, quick: bool) -> None:
         faulthandler.dump_traceback_later(LIMIT, exit=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = {"library": library, "model": animal.name, **judged(animal)}
+            found = {"library": library, "model": animal.name, "of": len(animals), **judged(animal)}
         faulthandler.cancel_dump_traceback_later()
         _keep(rows, found)
         print(said(found), flush=True)
@@ -350,7 +350,7 @@ def section(rows: list[dict[str, Any]]) -> str:
         cells = [
             library or "all",
             _version(library),
-            len(of_it),
+            len(of_it) if not library else f"{len(of_it)} of {max(row.get('of', 0) for row in of_it)}",
             f"{sum(row.get('engine') == 'fused' for row in of_it)}",
             sum(row.get("engine", "fused") != "fused" for row in of_it),
             sum(v in ("refused", "raised", "died") for v in verdicts),

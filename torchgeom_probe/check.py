@@ -73,9 +73,9 @@ class CheckReport:
             adjoint = _adjoint_errors(jacobians, pushed, v, generator)
         except ProbeError as error:
             return replace(found, without_reverse=str(error))
-        # A model may round by a narrower type inside than its own.
-        eps = max(torch.finfo(plan.dtype).eps, 1e-9)
-        return replace(found, adjoint_errors=adjoint, tolerance=min(1e4 * eps, 0.3))
+        # A model may round by a narrower type inside than its own, and over kinks: 1.6e-3 in a RegNet in float32.
+        eps = max(torch.finfo(plan.dtype).eps, 1e-10)
+        return replace(found, adjoint_errors=adjoint, tolerance=min(1e5 * eps, 0.3))
 
     @property
     def ok(self) -> bool:
