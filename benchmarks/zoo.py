@@ -40,7 +40,7 @@ two directions, `layers="auto"` and the output; token models from their embeddin
 - "error": singular values of `measure(x)` against those of central differences of plain float64 passes, relative to the
   largest, the worst sample of the worst layer; of the steps that were tried the best one counts. The differences are
   this script's own: nothing of the package takes part in them. More than 1e-5 is called wrong, unless it is less than
-  1e-2 and `torch.func.jvp` agrees to 1e-9: then the steps have crossed kinks (ReLU, max-pooling).
+  1e-2 and `torch.func.jvp` agrees to 1e-9: then no step was short enough (kinks, or a large curvature).
 - "check": whether `check(x)` says OK, in float32.
 - "time": `measure(x)` over a plain float32 forward pass without gradients of the same (1 + k)·B rows. Most of these
   models are miniatures, a few milliseconds in all, so that this is the cost of calling each op from Python; what it is
@@ -50,7 +50,7 @@ SAMPLES = DIRECTIONS = TURNS = 2
 STEPS = (1e-5, 1e-7, 1e-8)
 #: From here on an error is called wrong; and where differences had to be made in float32.
 WRONG, WRONG_NARROW = 1e-5, 1e-2
-#: Kinks make differences wrong by less than the first where torch.func.jvp is as near as the second.
+#: Kinks and curvature make differences wrong by less than the first; torch.func.jvp is then as near as the second.
 KINKED, AGREES = 1e-2, 1e-9
 WIDE = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64)
 #: Seconds that a model may take in all.

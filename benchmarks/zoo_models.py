@@ -52,7 +52,7 @@ def _first(output: Any) -> Tensor:
 #: One for each file of timm.models.
 TIMM = """\
 beit beit_base_patch16_224 64
-byoanet halonet_h1 128
+byoanet halonet_h1 256
 byobnet gernet_s 64
 cait cait_xxs24_224 64
 coat coat_tiny 64
