@@ -448,7 +448,7 @@ def test_a_surrogate_gradient_is_no_adjoint():
             return self.b(self.function(self.a(x)))
 
     x = torch.randn(3, 40)
-    for estimator in ("topk:2", "logdet", "trace:probes=6"):
+    for estimator in ("topk:2", "logdet", "trace:probes=6,method=hutch++"):
         with pytest.raises(tgp.ProbeError, match="surrogate gradient"):
             tgp.measure(Wide(Surrogate.apply), x, layers="b", estimator=estimator)
     true, found = (tgp.measure(Wide(f), x, layers="b", estimator="exact")["b"] for f in (torch.sin, Surrogate.apply))
@@ -495,7 +495,9 @@ def test_options():
     _refused("mode='train' is unknown", model, mode="train")
     _refused("estimator=10 is no estimator", model, estimator=10)
     _refused(r"is no estimator.\n.*estimator=Exact\(\)", model, estimator=tgp.Exact)
-    _refused("estimator='fast' is unknown; there are exact, logdet, subspace, topk, trace", model, estimator="fast")
+    _refused(
+        "estimator='fast' is unknown; there are auto, exact, logdet, subspace, topk, trace", model, estimator="fast"
+    )
     _refused("TopK has no argument 'p'; it has k, tol, block", model, estimator="topk:p=3")
     _refused("Exact takes no argument", model, estimator="exact:3")
     _refused("source='0' and wrt='input' each say", model, source="0", wrt="input")

@@ -123,12 +123,8 @@ class LayerGeometry:
 
     @property
     def frame_volume(self) -> Float[Tensor, " batch"]:
-        """[B], NATURAL log of √det VᵀgV, ``value``, on the estimator's frame V; of a log-volume it is that.
-
-        Raises:
-            ProbeError: the estimand is no volume.
-        """
-        return self.value if self.quantity == "frame_volume" else self.log_volume
+        """[B], :attr:`log_volume` by the name that it has on the estimator's frame V: log √det VᵀgV, in nats."""
+        return self.log_volume
 
     @property
     def log10_volume(self) -> Float[Tensor, " batch"]:

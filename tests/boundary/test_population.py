@@ -13,6 +13,7 @@ from torch import nn
 import torchgeom_probe as tgp
 from torchgeom_probe.boundary import design, inference, population
 from torchgeom_probe.boundary.pairs import Pairs
+from torchgeom_probe.boundary.statistics import Estimate
 from torchgeom_probe.slices.resume import Parts
 
 
@@ -334,7 +335,7 @@ def test_the_verdict_knows_too_few_from_none(x):
     effect = study(net(), x, initial=net())["1"]
 
     def verdict(value, half, p_value):
-        estimate = tgp.boundary.statistics.Estimate(value, (value - half, value + half))
+        estimate = Estimate(value, (value - half, value + half))
         return dataclasses.replace(effect, estimate=estimate, p_value=p_value, num_units=20).verdict
 
     assert verdict(0.3, 0.1, 0.01) == "larger near the boundary"

@@ -63,7 +63,7 @@ def test_the_encoder_is_the_modules_own_parts():
     assert torch.equal(network(x), module.projection_head(module.backbone(x).flatten(1)))
     module.projection_head = None
     assert torch.equal(encoder(module)(x), module.backbone(x))
-    assert embedding_layers(module) == ["backbone.0", "backbone.3", "backbone"]
+    assert embedding_layers(module) == ["backbone.3", "backbone"]
 
 
 def test_compiled_parts_are_probed_as_what_they_are():
@@ -200,7 +200,7 @@ def test_lightlys_own_heads():
             with TwoViewProbe(module) as probe:
                 report = probe.measure(pair())
                 augmentation = probe.augmentation(pair())
-            stages = [f"{backbone_name}.0", f"{backbone_name}.3", backbone_name]
+            stages = [f"{backbone_name}.3", backbone_name]
             assert list(report) == [*stages, *(f"{head_name}.{end}" for end in ends)]
             assert list(augmentation) == list(report)
             for layer in report.values():
@@ -417,7 +417,7 @@ def test_five_real_barlow_twins_steps_with_the_callback(tmp_path):
         medians = [(step, report[name].statistics()["median"]) for step, report in callback.history]
         # The running statistics lag behind after two steps, and the projector loses rank: such a point is
         # counted and not drawn.
-        assert [(e.step, e.value) for e in events.Scalars(f"logvol/{number:02d}_{name}")] == [
+        assert [(e.step, e.value) for e in events.Scalars(f"frame_volume/{number:02d}_{name}")] == [
             (step, pytest.approx(median)) for step, median in medians if math.isfinite(median)
         ]
         counted = [(e.step, e.value) for e in events.Scalars(f"nonfinite/{number:02d}_{name}")]

@@ -288,7 +288,8 @@ def test_a_resumed_run_continues_the_events_without_doubles(tmp_path, chosen):
     second, log_dir = run(2, saved)
     assert steps(second) == [4, 6, 8, 10, 12]
     assert torch.equal(second.monitor.x_probe, first.monitor.x_probe)
-    assert [step for step, _ in scalars(log_dir, "logvol/01_net.2")] == [0, 2, 4, 6, 8, 10, 12]
+    # Two event files of one second have no order.
+    assert sorted(step for step, _ in scalars(log_dir, "logvol/01_net.2")) == [0, 2, 4, 6, 8, 10, 12]
     assert [step for step, _ in scalars(log_dir, "loss")] == list(range(12))
 
 

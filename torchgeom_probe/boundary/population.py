@@ -25,6 +25,7 @@ from torchgeom_probe.boundary.speed import Speed, with_random
 from torchgeom_probe.boundary.study import BoundaryStudy
 from torchgeom_probe.errors import ProbeError, first_line, refuse_unknown
 from torchgeom_probe.estimators import Estimator, Exact, Subspace
+from torchgeom_probe.estimators.auto import Auto
 from torchgeom_probe.files import decoded, digest, encoded
 from torchgeom_probe.model.predictions import Readout
 from torchgeom_probe.probe import GeometryProbe, ProbeOptions, probe_of
@@ -108,13 +109,14 @@ def boundary_study(
     Cost: 6 rows a point (itself, the line, four random directions) and about 12 points a pair and network, for all
     layers together; ~20 plain rows a pair for the crossing.
 
-    >>> model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
-    >>> study = boundary_study(model, torch.randn(100, 2), layers=["1"], pairs=20)
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3, bias=False))
+    >>> study = boundary_study(model, torch.randn(200, 2), layers=["1"], pairs=20)
     >>> assert study["1"].supported is None and "initial=" in str(study["1"])
     """
     refuse_unknown(options, boundary_study, *ProbeOptions.__annotations__)
     probe = copy.copy(probe_of(model_or_probe, options))  # a copy: its estimator changes from point to point
-    named = options.get("estimator") is not None or probe.estimator != Subspace()
+    named = options.get("estimator") is not None or not isinstance(probe.estimator, Auto)
     groups_B = _refuse_unusable(probe, x, groups, contrast, pairs, offsets)
     volume = probe.estimator if named else Exact() if x[0].numel() <= _SMALL else None
     if contrast == "same_class" and volume is None:
@@ -199,13 +201,13 @@ def _fields(
     shape = points.shape[:2]
     probe.estimator = Speed(directions[:, :, None].expand(-1, -1, shape[1], *points.shape[2:]).flatten(1, 2))
     for layer, found in probe.measure(points.flatten(0, 1), progress=False).items():
-        yield layer, "speed", found.estimand, 1, found.log_volume.reshape(shape)
+        yield layer, "speed", found.estimand, 1, found.value.reshape(shape)
         yield layer, "trace", "½ log tr g", 1, found.extras["log_trace"].reshape(shape)
     if volume is not None:
         probe.estimator = volume
         for layer, found in probe.measure(points[:, :count].flatten(0, 1), progress=False).items():
             dimensions = min(found.num_directions, found.num_features)
-            yield layer, "volume", found.estimand, dimensions, found.log_volume.reshape(-1, count)
+            yield layer, "volume", found.estimand, dimensions, found.value.reshape(-1, count)
 
 
 def _like(probe: GeometryProbe, initial: nn.Module) -> GeometryProbe:

@@ -42,6 +42,7 @@ class Speed(Estimator):
             found[entry] = LayerGeometry(
                 **conventions(jacobians, entry, jacobians.engine),
                 estimand="log |Jv|, v along the line",
+                quantity="log_speed",
                 value=speed,
                 singular_values=energies_KB[:1].T.sqrt(),
                 num_directions=1,

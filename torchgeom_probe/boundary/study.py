@@ -110,8 +110,8 @@ def compare_networks(studies: Sequence[BoundaryStudy]) -> BoundaryStudy:
 
     >>> import torch, torchgeom_probe as tgp
     >>> def network():
-    ...     return torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
-    >>> x = torch.randn(200, 2)
+    ...     return torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3, bias=False))
+    >>> _, x = torch.manual_seed(0), torch.randn(200, 2)
     >>> options = {"layers": ["1"], "estimator": "subspace:1", "pairs": 20, "offsets": ()}
     >>> studies = [tgp.boundary_study(network(), x, initial=network(), seed=i, **options) for i in range(3)]
     >>> found = compare_networks(studies)
