@@ -77,9 +77,12 @@ def between(name: str, settings: Settings) -> str:
     with tgp.Monitor(followed.model, followed.x[:16], layers=followed.layers, every=10**9) as monitor:
         monitor.follow(followed.optimizer)
 
+        followed_by = monitor._followed
+        assert followed_by is not None
+
         def alone() -> None:
             for _ in range(CALLS):
-                monitor._after_optimizer_step()
+                followed_by._after_step(followed.optimizer)
 
         runs = {"without": lambda: bare.steps(count), "with": lambda: followed.steps(count), "alone": alone}
         for run in runs.values():
