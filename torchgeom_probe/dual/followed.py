@@ -125,8 +125,8 @@ class Followed(TorchFunctionMode):
         else:
             return (
                 f"the tangent was lost: the op {name!r} has no derivative in torch's {self._mode} mode.\n"
-                "Measure with engine='auto': the dual pass may know its derivative, or take the other mode for this op.  "
-                "Or give it one:  torch.autograd.Function with a jvp"
+                "Measure with engine='auto': the dual pass may know its derivative, or take the other mode for the op; "
+                "or give it one:  torch.autograd.Function with a jvp"
             )
         return f"the tangent was lost: {why}.\nMeasure with engine='fused', which follows the function that runs."
 
