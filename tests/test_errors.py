@@ -405,6 +405,50 @@ def test_check_finds_a_wrong_derivative():
     assert "TOO LARGE" in str(report)
 
 
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 0.05), (torch.float64, 0.01)])
+def test_check_finds_a_derivative_that_is_a_little_wrong(dtype, off):
+    """Kinks that float32 rounds over move a difference by half a per cent: the tolerance lies not far above."""
+    from torchgeom_probe.dual import RULES, DualTensor
+
+    right = RULES[torch.tanh]
+
+    def wrong(input):
+        buffer = right(input).buffer.clone()
+        buffer[1:] *= 1 + off
+        return DualTensor(buffer)
+
+    RULES[torch.tanh] = RULES[torch.Tensor.tanh] = wrong
+    try:
+        model = nn.Sequential(nn.Linear(5, 3), nn.Tanh()).to(dtype)
+        report = tgp.GeometryProbe(model, layers="*").check(X.to(dtype))
+    finally:
+        RULES[torch.tanh] = RULES[torch.Tensor.tanh] = right
+    assert not report.ok
+    assert report.difference_errors["0"] <= report.difference_tolerance < report.difference_errors["1"]
+    assert 0.5 * off < report.difference_errors["1"] < 1.5 * off
+
+
+def test_empty_tensors_in_every_engine():
+    class Empty(nn.Module):
+        """Puts an empty part of its input beside an empty constant, as caches begin."""
+
+        def forward(self, x):
+            begun = x[:, :0] * 2
+            return torch.cat([begun, x.new_zeros(len(x), 0), x.sin()], 1)
+
+    for engine in ("fused", "functorch", "vjp"):
+        values = tgp.measure(Empty(), X, layers="", engine=engine)[""].singular_values
+        assert torch.allclose(values, X.cos().abs().double().sort(descending=True).values / 5**0.5, atol=1e-6)
+
+
+def test_a_layer_without_a_single_feature():
+    class Nothing(nn.Module):
+        def forward(self, x):
+            return x[:, :0]
+
+    _refused(r"layer '' puts out no feature: its shape is \[4, 0\]", Nothing(), layers="")
+
+
 class Surrogate(torch.autograd.Function):
     """sin with the derivative of the identity, in both modes."""
 

@@ -60,12 +60,12 @@ class Followed(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, known = kwargs or {}, meaning_of(func)
-        tensors = [a for a in tree_leaves((args, kwargs)) if smooth(a)]
-        carried = [a for a in tensors if self.carries(a)]
         if known in METADATA or func in _FORWARD_AD:
             return func(*args, **kwargs)
-        self._refuse_alias(func, [a for a in tensors if not self.carries(a)])
-        if not carried:
+        tensors = [a for a in tree_leaves((args, kwargs)) if smooth(a)]
+        constants = [a for a in tensors if not self.carries(a)]
+        self._refuse_alias(func, constants)
+        if len(constants) == len(tensors):
             return func(*args, **kwargs)
         if known in ESCAPES or reads_bits(func, args, kwargs):
             raise escape(func)
@@ -104,7 +104,8 @@ class Followed(TorchFunctionMode):
     def _remember(self, carried: list[Tensor]) -> None:
         for tensor in carried:
             storage = _innermost(tensor).untyped_storage()
-            self._memory[storage.data_ptr()] = StorageWeakRef(storage)
+            if storage.nbytes():  # all that is empty lies at 0
+                self._memory[storage.data_ptr()] = StorageWeakRef(storage)
 
     def _refuse_alias(self, func: Any, constants: list[Tensor]) -> None:
         for tensor in constants if self._memory else ():

@@ -43,7 +43,7 @@ from torchgeom_probe.dual.ops import (
     smooth,
     writes_beside,
     written_beside,
-)  # fmt: skip
+)
 from torchgeom_probe.dual.passes import current_pass
 from torchgeom_probe.errors import EngineRefusal, ProbeError, first_line
 from torchgeom_probe.shapes import Tensor

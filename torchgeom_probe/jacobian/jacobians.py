@@ -196,8 +196,9 @@ class Jacobians:
         if entry not in self.finite:
             # Of the means, which nan and infinity end up in: 200 times as fast as asking every number.
             wide = [leaf.unsqueeze(1) if leaf.ndim == 1 else leaf for leaf in leaves if leaf.numel()]
-            means = torch.stack([values.mean(tuple(range(1, values.ndim))) for values in wide])
-            self.finite[entry] = means.isfinite().all(0)
+            means = [values.mean(tuple(range(1, values.ndim))).isfinite() for values in wide]
+            everywhere = torch.ones(len(leaves[0]), dtype=torch.bool, device=leaves[0].device)  # of no features at all
+            self.finite[entry] = torch.stack([everywhere, *means]).all(0)
 
     def _push(self, directions: Tensor, sink: fused.Sink, any_order: bool) -> None:
         if self.engine != "auto":

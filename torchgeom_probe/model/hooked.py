@@ -104,6 +104,13 @@ class HookedModel:
                 f"samples.\n{way_out}",
                 {layer: f"its output {list(shape)} has no axis of samples first"},
             )
+        if not any(leaf.numel() for leaf in leaves):
+            empty = list(leaves[0].shape)
+            raise LayerRefusal(
+                f"layer {layer!r} puts out no feature: its shape is {empty}, so there is nothing to differentiate.\n"
+                "Pick another layer.",
+                {layer: f"its output {empty} is empty"},
+            )
         return [leaf.flatten(1) if leaf.ndim > 1 else leaf.unsqueeze(1) for leaf in leaves]
 
     def outputs(
