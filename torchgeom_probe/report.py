@@ -372,10 +372,8 @@ class GeometryReport(Mapping[str, LayerGeometry]):
                 columns |= {"sigma_max": sigma[:, 0], "sigma_min": sigma[:, -1]}
             columns |= {name: getattr(layer, name) for name in ("std_error", "error_bound")}
             for name, extra in layer.extras.items():
-                parts = (
-                    {name: extra} if extra.ndim == 1 else {f"{name}_{i}": e for i, e in enumerate(extra.flatten(1).T)}
-                )
-                columns |= parts
+                several = {f"{name}_{i}": e for i, e in enumerate(extra.flatten(1).T)} if extra.ndim > 1 else {}
+                columns |= several or {name: extra}
             lists = {name: column.tolist() for name, column in columns.items() if column is not None}
             fixed = {name: getattr(layer, name) for name in constants}
             for sample in range(len(layer.value)):
@@ -383,14 +381,18 @@ class GeometryReport(Mapping[str, LayerGeometry]):
                 rows.append({"layer": layer.name, "sample": sample, **own, **fixed})
         return rows
 
-    def to_json(self, path: str | os.PathLike[str]) -> Path:
-        """Write everything, singular values included; non-finite numbers become null, ``nonfinite`` counts them."""
+    def to_dict(self) -> dict[str, Any]:
+        """Everything by name, singular values included; of each layer ``nonfinite`` counts what has no finite value."""
         layers = []
         for layer in self.values():
             tensors = {n.removeprefix("extras/"): t for n, t in layer._tensors().items() if n not in (_LARGE, "value")}
             count = int((~layer.value.isfinite()).sum())
             layers.append({**layer._constants(), layer.quantity: layer.value, **tensors, "nonfinite": count})
-        return write_json(path, {"units": "natural log", "left_out": self.left_out, "layers": layers})
+        return {"units": "natural log", "left_out": self.left_out, "layers": layers}
+
+    def to_json(self, path: str | os.PathLike[str]) -> Path:
+        """Write :meth:`to_dict`, numbers that are not finite as null; returns the path."""
+        return write_json(path, self.to_dict())
 
     def tensors(self, *, large: bool = False) -> dict[str, Tensor]:
         """Every tensor by name, for a file of any format; with ``large`` spectra and singular vectors too."""

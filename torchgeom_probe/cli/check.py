@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
-from torchgeom_probe.cli.models import add_probe, input_of, model_of
+from torchgeom_probe.cli.models import add_json, add_probe, input_of, model_of, show
 from torchgeom_probe.probe import GeometryProbe
 
 
@@ -13,6 +14,7 @@ def add(verbs: Any) -> None:
     """Add the verb's parser."""
     parser = verbs.add_parser("check", help="check derivatives, samples and ops before a long run")
     add_probe(parser)
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -22,5 +24,5 @@ def run(arguments: argparse.Namespace) -> int:
     x = input_of(arguments, model, loaded)
     with GeometryProbe(model, layers=arguments.layers, engine=arguments.engine, source=arguments.source) as probe:
         report = probe.check(x)
-    print(report)
+    show(arguments, str(report), {"ok": report.ok, **asdict(report)})
     return 0 if report.ok else 1

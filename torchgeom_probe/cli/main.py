@@ -12,13 +12,17 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from torchgeom_probe import __version__, cli
 from torchgeom_probe.errors import ProbeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``torchgeom-probe``; returns the exit status: 0, 1 for a refusal, 130 after Ctrl-C."""
+    """Run ``torchgeom-probe``; returns the exit status.
+
+    0: done; 1: refused, or a check that is not ok; 2: an argument that argparse does not know; 130: Ctrl-C.
+    """
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
@@ -43,6 +47,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="torchgeom-probe", description="How much each layer of a PyTorch model magnifies its input space."
     )
     parser.add_argument("--version", action="version", version=f"torchgeom-probe {__version__}")
+    if find_spec("shtab") is not None:
+        import shtab  # optional: most never ask for it
+
+        shtab.add_argument_to(parser, "--print-completion", help="of commands and options, for your shell to source")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for found in pkgutil.iter_modules(cli.__path__):
         module = importlib.import_module(f"{cli.__name__}.{found.name}")

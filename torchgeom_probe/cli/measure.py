@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torchgeom_probe.cli.models import add_probe, estimator_of, input_of, is_trained, model_of
+from torchgeom_probe.cli.models import add_json, add_probe, estimator_of, input_of, is_trained, model_of, show
 from torchgeom_probe.probe import GeometryProbe
 
 
@@ -24,6 +24,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("-k", type=int, help="directions of subspace, singular values of topk")
     parser.add_argument("--no-normalize", action="store_true", help="do not divide the Jacobian by √n")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write report.csv and report.json there")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -41,10 +42,10 @@ def run(arguments: argparse.Namespace) -> None:
         source=arguments.source,
     ) as probe:
         report = probe.measure(x)
-    print(report.summary())
-    print(f"{len(x)} samples in {time.perf_counter() - began:.2f} s")
+    lines = [report.summary(), f"{len(x)} samples in {time.perf_counter() - began:.2f} s"]
     if loaded is not None and not is_trained(arguments):
-        print("The weights are random: --pretrained or --checkpoint FILE for trained ones.")
+        lines.append("The weights are random: --pretrained or --checkpoint FILE for trained ones.")
     if arguments.out is not None:
         table = report.to_csv(arguments.out / "report.csv")
-        print(f"Wrote {table} and {report.to_json(arguments.out / 'report.json')}")
+        lines.append(f"Wrote {table} and {report.to_json(arguments.out / 'report.json')}")
+    show(arguments, "\n".join(lines), report.to_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import runpy
 import sys
 from dataclasses import replace
@@ -13,16 +14,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchgeom_probe.errors import ProbeError, optional
+from torchgeom_probe.errors import ProbeError, first_line, optional
 from torchgeom_probe.estimators import Estimator, named
+from torchgeom_probe.files import finite_or_null
 from torchgeom_probe.shapes import Float, Tensor
 
 #: The one model with real weights that need no download: they come in a package of their own.
 _LITE0 = "efficientnet-lite0"
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``."""
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:1, mps, …")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+
+
+def show(arguments: argparse.Namespace, text: str, data: Any) -> None:
+    """Print the text, or with ``--json`` the same as one JSON object."""
+    print(json.dumps(finite_or_null(data), indent=1, allow_nan=False) if arguments.json else text)
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model``, ``--pretrained`` and ``--checkpoint``."""
+    """Add ``--model``, ``--pretrained``, ``--checkpoint`` and ``--device``."""
     parser.add_argument(
         "--model",
         required=True,
@@ -32,6 +49,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pretrained", action="store_true", help="with the library's weights (fetched once)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights to load")
+    add_device(parser)
 
 
 def add_probe(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +75,27 @@ def is_trained(arguments: argparse.Namespace) -> bool:
     return arguments.pretrained or arguments.checkpoint is not None or tagged or arguments.model == _LITE0
 
 
+def device_of(arguments: argparse.Namespace) -> torch.device:
+    """What ``--device`` names, if it can be used here."""
+    try:
+        device = torch.device(arguments.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ProbeError(
+            f"--device {arguments.device} cannot be used here: {first_line(error)}\n"
+            "torchgeom-probe doctor lists the devices; without --device it is the CPU."
+        ) from error
+    return device
+
+
 def model_of(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
-    """The model that ``--model`` names, and for timm what turns images into its input, else None."""
+    """The model that ``--model`` names, on ``--device``, and for timm what turns images into its input, else None."""
+    device = device_of(arguments)
+    model, loaded = _made(arguments)
+    return model.to(device), loaded
+
+
+def _made(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     library, _, name = arguments.model.partition(":")
     torch.manual_seed(getattr(arguments, "seed", 0))
     if arguments.model == _LITE0 or (library == "timm" and name):
@@ -149,7 +186,8 @@ def input_of(arguments: argparse.Namespace, model: nn.Module, loaded: Any) -> Fl
         read_images = optional("torchgeom_probe.integrations.timm", extra="timm").read_images
         return loaded.batch([image for path in arguments.images for image in read_images(path)])
     generator = torch.Generator().manual_seed(arguments.seed)
-    return torch.randn(arguments.batch, *_sample_shape(arguments, model), generator=generator)
+    x = torch.randn(arguments.batch, *_sample_shape(arguments, model), generator=generator)
+    return x.to(device_of(arguments))
 
 
 def _sample_shape(arguments: argparse.Namespace, model: nn.Module) -> tuple[int, ...]:

@@ -54,7 +54,6 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=16, help="points a chunk (default 16)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, where none are loaded")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("torchgeom_runs/scan"), metavar="DIR")
     parser.set_defaults(run=run, resumes=True)
 
@@ -74,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     samples = (_normalised(pictures) if loaded is None else loaded.batch(photographs)).to(arguments.device)
     a, b, *rest = samples
     on = Plane(a, b, rest[0], steps=arguments.grid or 24) if rest else Line(a, b, steps=arguments.grid or 64)
-    model, out = model.eval().to(arguments.device), arguments.out
+    model, out = model.eval(), arguments.out
     path = out / "scan.safetensors"
     found = scan(model, on, layers=arguments.layers, batch_size=arguments.batch_size, path=path)
 
