@@ -1,4 +1,4 @@
-"""README's Python blocks run as they stand, each in a directory of its own; its commands name what exists."""
+"""The Python blocks of README and guide run as they stand, each in a directory of its own; commands name what exists."""
 
 import re
 import shlex
@@ -10,21 +10,35 @@ import pytest
 
 from torchgeom_probe.cli.main import _parser
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-
-
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_python_block(number, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKS[number]], cwd=tmp_path, capture_output=True, text=True, timeout=300
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = {
+    f"{page.stem} {number}": block
+    for page in [ROOT / "README.md", *sorted((ROOT / "torchgeom_probe" / "guide").glob("*.md"))]
+    for number, block in enumerate(
+        re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     )
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_python_block(block, tmp_path):
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) >= 4
+    assert len([name for name in BLOCKS if name.startswith("README")]) >= 4
+    assert {name.split()[0] for name in BLOCKS} == {
+        "README",
+        "choosing",
+        "mathematics",
+        "monitoring",
+        "reading",
+        "tokens",
+        "troubleshooting",
+    }
 
 
 @pytest.mark.parametrize("line", re.findall(r"^torchgeom-probe .*?(?=  +#|$)", README, flags=re.MULTILINE))

@@ -1,0 +1,9 @@
+"""The guide: what the numbers mean, which estimator to take, and what to do when a measurement is refused.
+
+.. include:: reading.md
+.. include:: choosing.md
+.. include:: monitoring.md
+.. include:: tokens.md
+.. include:: troubleshooting.md
+.. include:: mathematics.md
+"""
