@@ -8,6 +8,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torchgeom_probe.errors import ProbeError
+
+
+class Key:
+    """Which pass a DualTensor belongs to, and whether somebody tried to read one outside of it."""
+
+    read_outside = False
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -22,7 +30,7 @@ class Pass:
         at_end: what to do when the pass ends, the last first; None outside of a pass.
     """
 
-    key: object = field(default_factory=object)
+    key: Key = field(default_factory=Key)
     deferred: list[Any] | None = None
     known: Any = None
     used: dict[str, set[str]] | None = None
@@ -48,9 +56,27 @@ def within(**changes: Any) -> Iterator[Pass]:
 
 @contextlib.contextmanager
 def dual_pass() -> Iterator[Pass]:
-    """Run the body as a pass of its own, whose tensors nothing outside of it can read."""
-    with contextlib.ExitStack() as at_end, within(key=object(), deferred=[], at_end=at_end) as running:
-        yield running
+    """Run the body as a pass of its own, whose tensors nothing outside of it can read.
+
+    Raises:
+        ProbeError: something tried, in another thread.
+    """
+    with contextlib.ExitStack() as at_end, within(key=Key(), deferred=[], at_end=at_end) as running:
+        try:
+            yield running
+        finally:
+            if running.key.read_outside:  # raised there, where nobody may have heard of it
+                raise outside()
+
+
+def outside() -> ProbeError:
+    """The error for a tensor that is read outside of its pass."""
+    return ProbeError(
+        "the model kept a tensor of an earlier measurement (in a list, a cache or an object of its own) and computes "
+        "with it now.\nKeep such state in a buffer or an attribute of the module, which a measurement puts back, or "
+        "clear it after measuring.\nA model that computes in threads of its own looks the same:  measure it with "
+        "engine='vjp'"
+    )
 
 
 @contextlib.contextmanager
