@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -12,9 +13,21 @@ from torchgeom_probe.errors import ProbeError
 
 
 class Key:
-    """Which pass a DualTensor belongs to, and whether somebody tried to read one outside of it."""
+    """Which pass a DualTensor belongs to, in which thread, and whether another thread tried to read one."""
 
-    read_outside = False
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.read_elsewhere = False
+
+    def outside(self) -> ProbeError:
+        """The error for a tensor that is read outside of its pass."""
+        self.read_elsewhere |= threading.get_ident() != self.thread
+        return ProbeError(
+            "the model kept a tensor of an earlier measurement (in a list, a cache or an object of its own) and "
+            "computes with it now.\nKeep such state in a buffer or an attribute of the module, which a measurement puts "
+            "back, or clear it after measuring.\nA model that computes in threads of its own looks the same:  measure it "
+            "with engine='vjp'"
+        )
 
 
 @dataclass(frozen=True)
@@ -65,18 +78,8 @@ def dual_pass() -> Iterator[Pass]:
         try:
             yield running
         finally:
-            if running.key.read_outside:  # raised there, where nobody may have heard of it
-                raise outside()
-
-
-def outside() -> ProbeError:
-    """The error for a tensor that is read outside of its pass."""
-    return ProbeError(
-        "the model kept a tensor of an earlier measurement (in a list, a cache or an object of its own) and computes "
-        "with it now.\nKeep such state in a buffer or an attribute of the module, which a measurement puts back, or "
-        "clear it after measuring.\nA model that computes in threads of its own looks the same:  measure it with "
-        "engine='vjp'"
-    )
+            if running.key.read_elsewhere:  # raised there, where nobody may have heard of it
+                raise running.key.outside()
 
 
 @contextlib.contextmanager

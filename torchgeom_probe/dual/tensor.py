@@ -41,7 +41,7 @@ from torchgeom_probe.dual.ops import (
     smooth,
     unfollowable,
 )
-from torchgeom_probe.dual.passes import Key, current_pass, outside
+from torchgeom_probe.dual.passes import Key, current_pass
 from torchgeom_probe.errors import EngineRefusal, ProbeError, first_line
 from torchgeom_probe.shapes import Tensor
 
@@ -112,8 +112,7 @@ class DualTensor(torch.Tensor):
     def buffer(self) -> Tensor:
         """[1 + k, *shape]: the primal and its tangents.  A tensor that outlived its pass is refused, never read."""
         if self._made_in is not current_pass().key:
-            self._made_in.read_outside = True
-            raise outside()
+            raise self._made_in.outside()
         if self._buffer is None:
             self._defer_no_more()
             self._buffer = self._make()
