@@ -54,7 +54,7 @@ WRONG, WRONG_NARROW = 1e-5, 1e-2
 KINKED, AGREES = 1e-2, 1e-9
 WIDE = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64)
 #: Seconds that a model may take in all.
-LIMIT = 180
+LIMIT = 900
 
 
 def run(folder: Path, *, only: str, resume: bool, quick: bool = False) -> str:

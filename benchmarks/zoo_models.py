@@ -49,12 +49,12 @@ def _first(output: Any) -> Tensor:
     return next(t for t in tree_leaves(output) if isinstance(t, Tensor))
 
 
-#: One for each file of timm.models.
+#: One for each file of timm.models: the model, the size of its image, and fewer blocks for the large ones.
 TIMM = """\
-beit beit_base_patch16_224 64
+beit beit_base_patch16_224 64 depth=2
 byoanet halonet_h1 256
 byobnet gernet_s 64
-cait cait_xxs24_224 64
+cait cait_xxs24_224 64 depth=4
 coat coat_tiny 64
 convit convit_tiny 64
 convmixer convmixer_768_32 64
@@ -65,7 +65,7 @@ csatv2 csatv2 64
 cspnet cs3darknet_focus_s 64
 cspnext cspnext_tiny 64
 davit davit_tiny 64
-deepseek_vit deepseek_vit_412m 56
+deepseek_vit deepseek_vit_412m 56 depth=2
 deit deit_tiny_patch16_224 64
 densenet densenet121 64
 dla dla34 64
@@ -82,7 +82,7 @@ fasternet fasternet_t0 64
 fastvit fastvit_t8 64
 focalnet focalnet_tiny_srf 64
 gcvit gcvit_xxtiny 224
-gemma4_vit gemma4_vit_167m_enc 96
+gemma4_vit gemma4_vit_167m_enc 96 depth=2
 ghostnet ghostnet_050 64
 hardcorenas hardcorenas_b 64
 hgnet hgnetv2_b0 64
@@ -105,7 +105,7 @@ mobilenetv3 mobilenetv3_small_050 64
 mobilenetv5 mobilenetv5_base 64
 mobilevit mobilevit_xxs 64
 mvitv2 mvitv2_tiny 64
-naflexvit naflexvit_base_patch16_gap 64
+naflexvit naflexvit_base_patch16_gap 64 depth=2
 nasnet nasnetalarge 64
 nest nest_tiny 64
 nextvit nextvit_small 64
@@ -113,7 +113,7 @@ nfnet nfnet_l0 64
 pit pit_ti_224 64
 pnasnet pnasnet5large 64
 pvt_v2 pvt_v2_b0 64
-qwen3_vit qwen3_vit_88m 64
+qwen3_vit qwen3_vit_88m 64 depth=2
 rdnet rdnet_tiny 64
 regnet regnetx_002 64
 repghost repghostnet_050 64
@@ -141,8 +141,8 @@ vgg vgg11 64
 visformer visformer_tiny 64
 vision_transformer vit_tiny_patch16_224 64
 vision_transformer_hybrid vit_tiny_r_s16_p8_224 64
-vision_transformer_relpos vit_relpos_small_patch16_224 64
-vision_transformer_sam samvit_base_patch16_224 64
+vision_transformer_relpos vit_relpos_small_patch16_224 64 depth=3
+vision_transformer_sam samvit_base_patch16_224 64 depth=2
 vitamin vitamin_small_224 64
 volo volo_d1_224 64
 vovnet ese_vovnet19b_slim_dw 64
@@ -155,15 +155,16 @@ xcit xcit_nano_12_p8_224 64
 def timm() -> Iterator[Animal]:
     import timm as library
 
-    def made(name: str, size: int) -> nn.Module:
+    def made(name: str, size: int, options: dict[str, int]) -> nn.Module:
         try:
-            return library.create_model(name, img_size=size)
+            return library.create_model(name, img_size=size, **options)
         except TypeError:  # a convolutional one takes every size
-            return library.create_model(name)
+            return library.create_model(name, **options)
 
     for line in TIMM.splitlines():
-        family, name, size = line.split()
-        yield Animal(f"{family}: {name}", functools.partial(made, name, int(size)), _image(int(size)))
+        family, name, size, *fewer = line.split()
+        options = {option: int(value) for option, _, value in (pair.partition("=") for pair in fewer)}
+        yield Animal(f"{family}: {name}", functools.partial(made, name, int(size), options), _image(int(size)))
 
 
 def torchvision() -> Iterator[Animal]:

@@ -405,9 +405,9 @@ def test_check_finds_a_wrong_derivative():
     assert "TOO LARGE" in str(report)
 
 
-@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 0.05), (torch.float64, 0.01)])
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 0.01), (torch.float64, 0.01)])
 def test_check_finds_a_derivative_that_is_a_little_wrong(dtype, off):
-    """Kinks that float32 rounds over move a difference by half a per cent: the tolerance lies not far above."""
+    """In either type: both sides are made in float64."""
     from torchgeom_probe.dual import RULES, DualTensor
 
     right = RULES[torch.tanh]

@@ -67,7 +67,7 @@ class CheckReport:
         if found.refusal is not None:
             return found
         first = {entry: jv[0] for entry, jv in pushed.items()}
-        errors, tolerance = difference_errors(jacobians.hooked, jacobians.inputs, v[0], first)
+        errors, tolerance = difference_errors(jacobians, v[0], first)
         found = replace(found, difference_errors=errors, difference_tolerance=tolerance)
         try:
             adjoint = _adjoint_errors(jacobians, pushed, v, generator)

@@ -15,19 +15,15 @@ from torch.utils._pytree import tree_leaves
 from torchgeom_probe.dual.ops import (
     CONSTANT,
     DETACHES,
-    ESCAPES,
     METADATA,
     ONE_FOR_EACH,
     body_of,
-    escape,
     meaning_of,
     mutates,
     name_of,
     only_a_shape,
-    reads_bits,
     smooth,
-    writes_beside,
-    written_beside,
+    unfollowable,
 )
 from torchgeom_probe.errors import EngineRefusal, ProbeError
 from torchgeom_probe.shapes import Tensor
@@ -56,7 +52,7 @@ class Followed(TorchFunctionMode):
         """Whether a tensor carries a derivative: a graph, or a tangent."""
         if not isinstance(tensor, Tensor):
             return False
-        return tensor.grad_fn is not None if self.reverse else has_tangent(tensor)
+        return _innermost(tensor).grad_fn is not None if self.reverse else has_tangent(tensor)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, known = kwargs or {}, meaning_of(func)
@@ -67,12 +63,14 @@ class Followed(TorchFunctionMode):
         self._refuse_alias(func, constants)
         if len(constants) == len(tensors):
             return func(*args, **kwargs)
-        if known in ESCAPES or reads_bits(func, args, kwargs):
-            raise escape(func)
-        if func is torch.normal:  # torch gives its mean a derivative of zero
+        refusal = unfollowable(func, args, kwargs)
+        if refusal is not None:
+            if inside_a_custom_function():
+                return func(*args, **kwargs)
+            raise refusal
+        # Torch gives a mean the derivative zero, a complex silu the conjugate one.
+        if func is torch.normal or (tensors[0].is_complex() and name_of(func).startswith("silu")):
             raise EngineRefusal(self._why_lost(func))
-        if writes_beside(func):
-            raise written_beside(func)
         if func in _BATCH_NORMS and (kwargs.get("training") or (len(args) > 5 and args[5])):
             raise ProbeError(
                 "batch normalisation by the statistics of the batch couples the samples: no sample has a metric of its"
@@ -94,26 +92,27 @@ class Followed(TorchFunctionMode):
         out = func(*args, **kwargs)
         if known in CONSTANT or known in ONE_FOR_EACH or only_a_shape(known, args, self.carries):
             return out
-        found = [args[0]] if writes else [o for o in tree_leaves(out) if smooth(o)]
+        found = [o for o in tree_leaves(args[0] if writes else out) if smooth(o) and o.numel()]
         self._remember(found)
         unseen = self.reverse and writes and not torch.is_grad_enabled()
-        if (unseen or not all(map(self.carries, found))) and not _inside_a_custom_function():
+        if (unseen or not all(map(self.carries, found))) and not inside_a_custom_function():
             raise EngineRefusal(self._why_lost(func))
         return out
 
     def _remember(self, carried: list[Tensor]) -> None:
-        for tensor in carried:
-            storage = _innermost(tensor).untyped_storage()
-            if storage.nbytes():  # all that is empty lies at 0
+        for storage in map(_storage, carried):
+            if storage is not None and storage.nbytes():  # all that is empty lies at 0
                 self._memory[storage.data_ptr()] = StorageWeakRef(storage)
 
     def _refuse_alias(self, func: Any, constants: list[Tensor]) -> None:
         for tensor in constants if self._memory else ():
-            held = self._memory.get(_innermost(tensor).untyped_storage().data_ptr())
-            if held is not None and not held.expired() and not _inside_a_custom_function():
+            storage = _storage(tensor)
+            held = None if storage is None else self._memory.get(storage.data_ptr())
+            copied = tensor.is_nested  # torch.nested.nested_tensor(h) is seen by no mode
+            if (copied or (held is not None and not held.expired())) and not inside_a_custom_function():
                 raise EngineRefusal(
-                    f"the tangent was lost: {name_of(func)!r} takes a constant in the memory of a tensor that depends "
-                    "on the input (made by nn.Parameter(h), from_dlpack, _make_subclass).\n"
+                    f"the tangent was lost: {name_of(func)!r} takes a constant made of a tensor that depends on the "
+                    "input (by nn.Parameter(h), from_dlpack, _make_subclass, nested_tensor).\n"
                     "Compute with the tensor itself in the forward pass."
                 )
 
@@ -124,16 +123,13 @@ class Followed(TorchFunctionMode):
         elif self.reverse and not torch.is_grad_enabled():
             why = f"the forward pass runs {name!r} under torch.no_grad() or torch.inference_mode()"
         else:
+            mode, methods = ("reverse", "a backward") if self.reverse else ("forward", "setup_context, jvp and vmap")
             return (
-                f"the tangent was lost: the op {name!r} has no derivative in torch's {self._mode} mode.\n"
+                f"the tangent was lost: the op {name!r} has no derivative in torch's {mode} mode.\n"
                 "Measure with engine='auto': the dual pass may know its derivative, or take the other mode for the op; "
-                "or give it one:  torch.autograd.Function with a jvp"
+                f"or give it one:  torch.autograd.Function with {methods}"
             )
         return f"the tangent was lost: {why}.\nMeasure with engine='fused', which follows the function that runs."
-
-    @property
-    def _mode(self) -> str:
-        return "reverse" if self.reverse else "forward"
 
 
 class _NoHook:
@@ -145,7 +141,15 @@ class _NoHook:
 
 def has_tangent(tensor: Tensor) -> bool:
     """Whether a tensor carries a tangent of torch's forward mode."""
+    while torch._C._functorch.is_batchedtensor(tensor):  # by a vmap of the model's own
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    """Where its numbers are; None for a sparse or an opaque one."""
+    tensor = _innermost(tensor)
+    return tensor.untyped_storage() if tensor.layout is torch.strided and not tensor.is_nested else None
 
 
 def _innermost(tensor: Tensor) -> Tensor:
@@ -154,7 +158,7 @@ def _innermost(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _inside_a_custom_function() -> bool:
+def inside_a_custom_function() -> bool:
     """Whether the op runs in the forward of an autograd.Function: without gradients, but its backward has them."""
     running: FrameType | None = sys._getframe()
     codes = set()

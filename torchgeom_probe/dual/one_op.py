@@ -88,7 +88,7 @@ class OneOp:
             with Followed(reverse=False) if inspect.isfunction(self.func) else contextlib.nullcontext():
                 flat, spec = self._run(primals)
             dual = [smooth(o) and has_tangent(o) for o in flat]
-            complete = self.may_be_constant or not any(smooth(o) and not d for o, d in zip(flat, dual, strict=True))
+            complete = self.may_be_constant or all(d for o, d in zip(flat, dual, strict=True) if _counts(o))
             layout[:] = [spec, dual, [None if isinstance(o, Tensor) else o for o in flat], complete]
             carried = [o for o, d in zip(flat, dual, strict=True) if d]
             # The first primal: jvp refuses to put out nothing.
@@ -118,7 +118,7 @@ class OneOp:
             points = [b[0].clone().requires_grad_() for b in self.buffers.values()]
             with Followed(reverse=True) if inspect.isfunction(self.func) else contextlib.nullcontext():
                 flat, spec = own._run([p.view_as(p) for p in points])
-            outs = [o for o in flat if smooth(o)]
+            outs = [o for o in flat if _counts(o)]
             if not all(o.requires_grad and not o.is_complex() for o in outs):
                 raise EngineRefusal("it has no derivative there either")
             us = [torch.zeros_like(o).requires_grad_() for o in outs]
@@ -135,7 +135,12 @@ class OneOp:
                 lambda us: torch.autograd.grad(outs, inputs, us, retain_graph=True),
             )
         rows = iter([torch.stack([o.detach(), *(p[i] for p in pushes)]) for i, o in enumerate(outs)])
-        return [next(rows) if smooth(o) else o for o in flat], [smooth(o) for o in flat], spec
+        return [next(rows) if _counts(o) else o for o in flat], [_counts(o) for o in flat], spec
+
+
+def _counts(output: Any) -> bool:
+    """Whether it must have a derivative: some ops put out an empty tensor for what was not asked."""
+    return smooth(output) and output.numel() > 0
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ CONSTANT = {
 }
 
 #: Ops that stop a gradient.  What they put out is what they take in, so its derivative passes through them.
-DETACHES = {*ops_named("detach"), *_of_tensor("detach_ data"), torch.ops.aten.detach.default}
+DETACHES = {*ops_named("detach"), *_of_tensor("detach_ data requires_grad_"), torch.ops.aten.detach.default}
 
 #: Ops that take numbers out of torch: no derivative can follow them there.
 ESCAPES = {
@@ -102,13 +102,14 @@ ONE_FOR_EACH = {*ops_named("broadcast_tensors meshgrid atleast_1d atleast_2d atl
 #: Ops whose rules take a deferred tensor (:meth:`DualTensor.deferred`) as it is; every other op has it built first.
 TAKES_DEFERRED = {*ops_named("F.batch_norm torch.batch_norm")}
 
+_OF_A_SCHEMA = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _NOT_IN_PLACE = {"__invert__", "__index__", "__int__", "__iter__"}
 
 
 @functools.cache
 def meaning_of(func: Any) -> Any:
     """The op by which these sets know ``func``: of an aten op, which comes from C++, the one of its name in Python."""
-    if not isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) or func in DETACHES | ESCAPES:
+    if not isinstance(func, _OF_A_SCHEMA) or func in DETACHES | ESCAPES:
         return func
     space, _, name = str(func).partition(".")
     name = name.split(".")[0]
@@ -144,7 +145,7 @@ def reads_bits(func: Any, args: Any, kwargs: Any) -> bool:
 
 def mutates(func: Any, args: Any = (), kwargs: Any = None) -> bool:
     """Whether the op writes to its first argument."""
-    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    if isinstance(func, _OF_A_SCHEMA):
         return any(place == 0 for place, _ in _written(func))
     name = name_of(func)
     if name.startswith("__"):
@@ -153,13 +154,6 @@ def mutates(func: Any, args: Any = (), kwargs: Any = None) -> bool:
         return True
     place = inplace_at(func)
     return place is not None and len(args) > place and bool(args[place])
-
-
-def writes_beside(func: Any) -> str | None:
-    """The name of an argument other than the first that the op writes to, as its schema says, or None."""
-    if not isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        return None
-    return next((name for place, name in _written(func) if place > 0), None)
 
 
 @functools.cache
@@ -215,18 +209,30 @@ def _never(*_: Any) -> bool:
     return False
 
 
-def escape(func: Any) -> ProbeError:
-    """The error for an op that no derivative can follow."""
-    return ProbeError(
-        f".{name_of(func)}() takes numbers that depend on the input out of torch, or reads their bits: what the model "
-        "computes from them has no derivative, in any engine.\n"
-        "Keep the value a floating tensor: write  x * y.max()  for  x * y.max().item()"
-    )
+def unfollowable(func: Any, args: Any, kwargs: Any) -> ProbeError | None:
+    """The error for an op that no derivative can follow; None for the others."""
+    if meaning_of(func) in ESCAPES or reads_bits(func, args, kwargs):
+        return ProbeError(
+            f".{name_of(func)}() takes numbers that depend on the input out of torch, or reads their bits: what the "
+            "model computes from them has no derivative, in any engine.\n"
+            "Keep the value a floating tensor: write  x * y.max()  for  x * y.max().item()"
+        )
+    if isinstance(func, _OF_A_SCHEMA):
+        for place, name in _written(func):
+            if place > 0 or not _has_a_derivative(func):
+                return ProbeError(
+                    f"the op {name_of(func)!r} writes its result into its argument {name!r}, where no derivative can "
+                    "follow it, in any engine.\n"
+                    "Let it return the result:  custom_op(..., mutates_args=()) with register_autograd; or call it in "
+                    "a torch.autograd.Function with a backward"
+                )
+    return None
 
 
-def written_beside(func: Any) -> ProbeError:
-    """The error for an op that writes to an argument which is not its first."""
-    return ProbeError(
-        f"the op {name_of(func)!r} writes its result into its argument {writes_beside(func)!r}, where no derivative can"
-        " follow it, in any engine.\nLet it return the result:  custom_op(..., mutates_args=()) with register_autograd"
-    )
+@functools.cache
+def _has_a_derivative(func: Any) -> bool:
+    """Whether an op in place tells autograd what it does: of the others torch leaves the derivative as it was."""
+    name = torch._ops.OpOverload.name(func) if isinstance(func, torch._ops.OpOverload) else func._qualified_op_name
+    keys = ("CompositeImplicitAutograd", "Autograd", "AutogradCPU", "AutogradCUDA")
+    known = any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
+    return name.startswith("aten::") or (known and name.split(".")[0] not in torch._library.custom_ops.OPDEFS)

@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from torchgeom_probe.errors import ProbeError
+
+
+class Key:
+    """Which pass a DualTensor belongs to, in which thread, and whether another thread tried to read one."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.read_elsewhere = False
+
+    def outside(self) -> ProbeError:
+        """The error for a tensor that is read outside of its pass."""
+        self.read_elsewhere |= threading.get_ident() != self.thread
+        return ProbeError(
+            "the model kept a tensor of an earlier measurement (in a list, a cache or an object of its own) and "
+            "computes with it now.\nKeep such state in a buffer or an attribute of the module, which a measurement puts "
+            "back, or clear it after measuring.\nA model that computes in threads of its own looks the same:  measure it "
+            "with engine='vjp'"
+        )
 
 
 @dataclass(frozen=True)
@@ -22,7 +43,7 @@ class Pass:
         at_end: what to do when the pass ends, the last first; None outside of a pass.
     """
 
-    key: object = field(default_factory=object)
+    key: Key = field(default_factory=Key)
     deferred: list[Any] | None = None
     known: Any = None
     used: dict[str, set[str]] | None = None
@@ -48,9 +69,17 @@ def within(**changes: Any) -> Iterator[Pass]:
 
 @contextlib.contextmanager
 def dual_pass() -> Iterator[Pass]:
-    """Run the body as a pass of its own, whose tensors nothing outside of it can read."""
-    with contextlib.ExitStack() as at_end, within(key=object(), deferred=[], at_end=at_end) as running:
-        yield running
+    """Run the body as a pass of its own, whose tensors nothing outside of it can read.
+
+    Raises:
+        ProbeError: something tried, in another thread.
+    """
+    with contextlib.ExitStack() as at_end, within(key=Key(), deferred=[], at_end=at_end) as running:
+        try:
+            yield running
+        finally:
+            if running.key.read_elsewhere:  # raised there, where nobody may have heard of it
+                raise running.key.outside()
 
 
 @contextlib.contextmanager

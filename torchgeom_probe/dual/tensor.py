@@ -24,27 +24,24 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from torchgeom_probe.dual.followed import inside_a_custom_function
 from torchgeom_probe.dual.one_op import OneOp
 from torchgeom_probe.dual.ops import (
     CONSTANT,
     DETACHES,
-    ESCAPES,
     METADATA,
     ONE_FOR_EACH,
     TAKES_DEFERRED,
     body_of,
-    escape,
     in_torchs_spelling,
     meaning_of,
     mutates,
     name_of,
     only_a_shape,
-    reads_bits,
     smooth,
-    writes_beside,
-    written_beside,
+    unfollowable,
 )
-from torchgeom_probe.dual.passes import current_pass
+from torchgeom_probe.dual.passes import Key, current_pass
 from torchgeom_probe.errors import EngineRefusal, ProbeError, first_line
 from torchgeom_probe.shapes import Tensor
 
@@ -63,8 +60,7 @@ class DualTensor(torch.Tensor):
     """
 
     _buffer: Tensor | None
-    #: the key of the pass that made it
-    _made_in: object
+    _made_in: Key
     #: builds the buffer of a deferred tensor
     _make: Any = None
 
@@ -116,12 +112,7 @@ class DualTensor(torch.Tensor):
     def buffer(self) -> Tensor:
         """[1 + k, *shape]: the primal and its tangents.  A tensor that outlived its pass is refused, never read."""
         if self._made_in is not current_pass().key:
-            raise ProbeError(
-                "the model kept a tensor of an earlier measurement (in a list, a cache or an object of its own) and"
-                " computes with it now.\nKeep such state in a buffer or an attribute of the module, which a measurement"
-                " puts back, or clear it after measuring.\nA model that computes in threads of its own looks the same: "
-                " measure it with engine='vjp'"
-            )
+            raise self._made_in.outside()
         if self._buffer is None:
             self._defer_no_more()
             self._buffer = self._make()
@@ -217,10 +208,9 @@ def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
     if known in DETACHES:
         x = args[0] if args else kwargs["input"]
         return x if mutates(func) else DualTensor(x.buffer)
-    if known in ESCAPES:
-        raise escape(func)
-    if reads_bits(func, args, kwargs):
-        raise escape(func)
+    refusal = unfollowable(func, args, kwargs)
+    if refusal is not None:  # an autograd.Function has a derivative of its own, which the other engines take
+        raise EngineRefusal(str(refusal)) if inside_a_custom_function() else refusal
     writes = mutates(func, args, kwargs)
     if writes and kwargs.get("out") is None and _became_dual(args[0], tree_leaves((args, kwargs))):
         return DualTensor.__torch_function__(func, (DualTensor,), args, kwargs)
@@ -241,7 +231,7 @@ def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
         _note("refused", func)
         raise EngineRefusal(
             f"the op {name_of(func)!r} has no derivative that could be used ({first_line(error)}).\n"
-            "Measure a layer before it, or give it one:  torch.autograd.Function with a jvp, or for a custom op  "
+            "Measure a layer before it, or give it one:  torch.autograd.Function with a backward, or for a custom op  "
             "op.register_autograd(...) with a backward made of torch's own ops"
         ) from error
 
@@ -295,8 +285,6 @@ def _exchanged_back(target: Tensor, dual: Tensor) -> None:
 
 
 def _refuse_unfollowable_writes(func: Any, args: Any, kwargs: Any, writes: bool) -> None:
-    if writes_beside(func):
-        raise written_beside(func)
     if kwargs.get("out") is not None:
         raise EngineRefusal(
             f"the op {name_of(func)!r} writes to out=, which cannot carry tangents.\n"

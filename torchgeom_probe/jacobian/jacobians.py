@@ -219,8 +219,7 @@ class Jacobians:
             return
         raise ProbeError(
             "no engine can differentiate this model:\n" + "\n".join(refusals) + "\n"
-            "Measure the layers before that op, or give the op a derivative (torch.autograd.Function with jvp and "
-            "vmap)."
+            "Measure the layers before that op, or give the op a derivative:  torch.autograd.Function with a backward"
         )
 
     def _guarded(self, engine: str, directions: Tensor, sink: fused.Sink, any_order: bool) -> None:

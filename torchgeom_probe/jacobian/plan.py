@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 
 from torchgeom_probe.errors import LayerRefusal, ProbeError
 from torchgeom_probe.jacobian.layout import Layout
@@ -151,7 +152,7 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
     with same_random_numbers(inputs.device):
         before = _random_state()
         try:
-            with _data_kept(hooked.model):
+            with _DataKept(hooked.model):
                 own, found, live = _first_run(hooked, inputs)
         except ProbeError:
             raise
@@ -235,27 +236,29 @@ def _refuse_nested(hooked: HookedModel, own: Inputs, found: Outputs) -> None:
         )
 
 
-@contextlib.contextmanager
-def _data_kept(model: nn.Module) -> Iterator[None]:
-    """Refuse a forward pass that assigns to ``.data`` of the model's own tensors, and give them back what they had.
+class _DataKept(TorchFunctionMode):
+    """Refuses a forward pass that assigns other memory to a tensor's ``.data``.
 
     No version counter tells of it, and of a DualTensor assigned in C++ only a dead pointer would be left.
     """
-    own = [(name, t, t.data) for name, t in (*model.named_parameters(), *model.named_buffers())]
-    moved: list[str] = []
-    try:
-        yield
-    finally:
-        for name, tensor, data in own:
-            if tensor.untyped_storage()._cdata != data.untyped_storage()._cdata:
-                tensor.data = data
-                moved.append(name)
-    if moved:
-        raise ProbeError(
-            f"the model's forward pass assigns to .data of its own tensors ({', '.join(moved[:3])}), also in eval "
-            "mode: an initialisation by the first batch, as of ActNorm?\n"
-            "Run the model once before you probe it:  model(x)"
-        )
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _SET_DATA and args[0].untyped_storage()._cdata != args[1].untyped_storage()._cdata:
+            own = [*self._model.named_parameters(), *self._model.named_buffers()]
+            name = next((f"its own tensor {name!r}" for name, t in own if t is args[0]), "a tensor")
+            raise ProbeError(
+                f"the model's forward pass assigns to .data of {name}, also in eval mode: an initialisation by the "
+                "first batch, as of ActNorm?\n"
+                "Run the model once before you probe it:  model(x); or write  tensor.copy_(other)"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 def _first_run(hooked: HookedModel, inputs: Inputs) -> tuple[Inputs, Outputs, LiveBytes]:
@@ -335,7 +338,9 @@ def _samples(
         first = different if candidate == own.per_sample else first
     if first is not None:
         return own.per_sample, False, tuple(first)
-    if refusal is not None:
+    # One sample that is a set (the nodes of a graph), which its Module takes as x[None]: none of it can be repeated.
+    one_set = own.size == 1 and refusal is not None and refusal.layers.keys() == hooked.layers.keys()
+    if refusal is not None and not one_set:
         raise refusal
     # No part of the batch can be run: every sample at once, and others in their places to see whether they matter.
     if not compare or own.size == 1:

@@ -216,6 +216,10 @@ def _masked_fill(op: Any) -> Rule:
     return push
 
 
+# torch.cond runs one of two functions, in a form that torch cannot differentiate forward
+RULES[torch.ops.higher_order.cond] = lambda pred, chosen, other, operands: (chosen if pred else other)(*operands)
+
+
 # -------------------------------------------------------------------------------------- smooth functions of two numbers
 
 #: names → (∂f/∂a, ∂f/∂b) at a, b with y = f(a, b)

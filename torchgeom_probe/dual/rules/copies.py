@@ -68,6 +68,11 @@ def _clone(input: DualTensor, *, memory_format: torch.memory_format | None = Non
     return DualTensor(_in_format(input.buffer, memory_format or torch.preserve_format, copy=True))
 
 
+@rule("Tensor.__deepcopy__")
+def _deepcopy(input: DualTensor, memo: Any) -> DualTensor:
+    return _clone(input)
+
+
 @rule("Tensor.contiguous")
 def _contiguous(input: DualTensor, memory_format: torch.memory_format = torch.contiguous_format) -> DualTensor:
     if input.is_contiguous(memory_format=memory_format):

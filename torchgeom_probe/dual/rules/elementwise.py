@@ -81,8 +81,11 @@ def _elementwise(op: Any, formula: Callable[..., Tensor] | None, *, writes: bool
         if random and (kwargs.get("training") or (len(args) > 2 and args[2])):
             return NotImplemented  # a random slope per element: the fallback draws it once for all tangents
         p = input.primal
-        if p.is_complex():
-            return NotImplemented  # these are derivatives along the real axis
+        if p.is_complex():  # these are derivatives along the real axis
+            if "silu" not in op.__name__:
+                return NotImplemented
+            out = input * torch.sigmoid(input)  # torch's own derivative takes the conjugate slope
+            return input.copy_(out) if inplace or writes else out
         if formula is None:
             try:
                 value, slope = torch.func.jvp(lambda q: op(q, *args, **kwargs), (p,), (torch.ones_like(p),))[:2]
