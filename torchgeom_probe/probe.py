@@ -24,7 +24,7 @@ from torchgeom_probe.jacobian.jacobians import EngineName, Jacobians
 from torchgeom_probe.jacobian.plan import Plan, coupled_samples, make_plan
 from torchgeom_probe.model.hooked import HookedModel, Transform
 from torchgeom_probe.model.inputs import Inputs, Wrt
-from torchgeom_probe.model.isolation import Mode, measuring
+from torchgeom_probe.model.isolation import Kept, Mode, measuring
 from torchgeom_probe.model.layers import LayerSpec, named, resolve, resolved_source, resolved_transforms
 from torchgeom_probe.model.wrappers import refuse_unhookable, unwrapped
 from torchgeom_probe.report import GeometryReport, LayerGeometry
@@ -141,6 +141,7 @@ class GeometryProbe:
         #: By shape, from the first pass on that was compared with the plain model.
         self._plans: dict[Any, Plan] = {}
         self._memory: dict[Any, Tensor] = {}
+        self._kept = Kept()
         self._engine_that_runs: EngineName = engine
         self._closed = False
         scripted = {n: "is scripted" for n, m in chosen.items() if isinstance(m, torch.jit.ScriptModule)}
@@ -185,6 +186,7 @@ class GeometryProbe:
         self._closed = True
         self._plans.clear()
         self._memory.clear()
+        self._kept = Kept()
 
     def measure(
         self,
@@ -219,7 +221,7 @@ class GeometryProbe:
                     "Write GeometryProbe(model, ..., estimator=Along(directions)), or leave its estimator out"
                 )
             estimator = Along(directions)
-        with measuring(self._hooked.model, mode=self.mode):
+        with measuring(self._hooked.model, mode=self.mode, kept=self._kept):
             while True:
                 try:
                     return self._measured(x, estimator, start, progress)
@@ -322,7 +324,7 @@ class GeometryProbe:
           0 (n = 3), 1 (n = 3): 2 directions, one dual pass for all layers
         """
         self._refuse_closed()
-        with measuring(self._hooked.model, mode=self.mode):
+        with measuring(self._hooked.model, mode=self.mode, kept=self._kept):
             while True:
                 try:
                     inputs, plan = self._planned(x)
@@ -346,7 +348,7 @@ class GeometryProbe:
         True
         """
         self._refuse_closed()
-        with measuring(self._hooked.model, mode=self.mode):
+        with measuring(self._hooked.model, mode=self.mode, kept=self._kept):
             while True:
                 try:
                     inputs, plan = self._planned(x)
