@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import collections
 import types
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
 from operator import is_, itemgetter
 from typing import Any
 
@@ -59,6 +59,16 @@ class Identities:
         holders.append(holder)
         values.append(value)
         return value
+
+    def found(self) -> Iterator[tuple[Any, Any, Any]]:
+        """(holder, name or None, value) of everything that was noted."""
+        for base, (held, lengths, keys, values) in self._containers.items():
+            holders = chain.from_iterable(map(repeat, held, lengths))
+            yield from zip(holders, keys if base in _MAPPINGS else repeat(None), values)
+        for namespace, names in self._names.values():
+            yield from zip(repeat(namespace), names.keys(), names.values())
+        for holders, values in self._others.values():
+            yield from zip(holders, repeat(None), values, strict=False)
 
     def hold(self) -> bool:
         """Whether everything is where it was."""

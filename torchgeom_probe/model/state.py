@@ -28,7 +28,7 @@ from torchgeom_probe.model.identities import CONTAINERS, Identities
 from torchgeom_probe.shapes import Tensor
 
 #: How far state is followed from a module.  A container of more than _MANY is kept, and what it holds not looked at.
-_DEPTH = 8
+_DEPTH = 32
 _MANY = 1000
 #: A tensor beside the buffers that is larger (a data set, say) is watched for writes like a parameter, not copied.
 _LARGE_BYTES = 1 << 28
@@ -70,6 +70,8 @@ class State:
         self.identities = Identities()
         #: Whether it may be held for longer than a measurement: no copy is large, nothing belongs to a graph.
         self.light = True
+        #: Whether all was followed to its end.
+        self.whole = True
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[Tensor] = []
         self._numbers: list[Tensor] = []
@@ -102,6 +104,11 @@ class State:
         self._generators = [(get, put, get()) for get, put, _ in self._generators]
         self.ran, self._draws = False, None
         return True
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What was found: buffers, parameters, and others."""
+        return self._tensors + self._watched
 
     def start_again(self) -> None:
         """Make everything what it was, if a pass ran since."""
@@ -178,7 +185,10 @@ class State:
 
     def _look(self, value: Any, depth: int) -> None:
         look = _how(type(value))
-        if look is not None and depth > 0 and id(value) not in self._seen:
+        if look is not None and id(value) not in self._seen:
+            if depth <= 0:
+                self.whole = False
+                return
             self._seen.add(id(value))
             look(self, value, depth - 1)
 
@@ -217,6 +227,7 @@ class State:
 
     def _container(self, container: Any, depth: int) -> None:
         self._keep(container)
+        self.whole &= len(container) <= _MANY or not any(map(_how, map(type, container)))
         if len(container) <= _MANY:
             self._look_at(list(container.values() if isinstance(container, dict) else container), depth)
         if type(container) not in CONTAINERS:
@@ -362,6 +373,11 @@ def _how(kind: type) -> Callable[[State, Any, int], None] | None:
         not _of_a_framework(kind.__module__) or kind.__module__.startswith(_HOLDERS)
     )
     return State._object if holds else None
+
+
+def followed(kind: type) -> bool:
+    """Whether what a thing of this type holds is looked at."""
+    return _how(kind) is not None
 
 
 @_remembered
