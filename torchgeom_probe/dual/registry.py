@@ -187,15 +187,8 @@ def listed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def row_by_row(buffer: Tensor) -> bool:
-    """Whether a loop over the rows beats one broadcasting kernel: eager, on the CPU, with rows that outweigh a call."""
-    if buffer.device.type != "cpu" or traced():
-        return False
-    return buffer.numel() >= _ROW_NUMBERS * buffer.shape[0]
-
-
-def traced() -> bool:
-    """Whether a trace (or another dispatch mode) sees every op: it would unroll a loop over the rows."""
-    return bool(torch._C._len_torch_dispatch_stack())
+    """Whether a loop over the rows beats one broadcasting kernel: on the CPU, with rows that outweigh a call."""
+    return buffer.device.type == "cpu" and buffer.numel() >= _ROW_NUMBERS * buffer.shape[0]
 
 
 _ROW_NUMBERS = 1 << 13

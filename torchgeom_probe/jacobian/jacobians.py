@@ -16,13 +16,14 @@ from torchgeom_probe.dual.one_op import refuse_another_adjoint, waves
 from torchgeom_probe.errors import EngineRefusal, ProbeError, first_line
 from torchgeom_probe.jacobian import functorch, fused, vjp
 from torchgeom_probe.jacobian.plan import Plan, coupled_samples
+from torchgeom_probe.jacobian.replay.replays import NotReplayedError, Replays
 from torchgeom_probe.linalg.gram import Factor, streamed_factor
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import same_random_numbers
 from torchgeom_probe.shapes import Tensor
 
-EngineName = Literal["auto", "fused", "functorch", "vjp"]
+EngineName = Literal["auto", "fused", "functorch", "vjp", "replay"]
 _PUSHES: dict[str, Callable[..., None]] = {"fused": fused.push, "functorch": functorch.push, "vjp": vjp.push}
 
 
@@ -47,6 +48,7 @@ class Jacobians:
         normalize: bool = False,
         memory: dict[Any, Tensor] | None = None,
         finite: dict[str, Tensor] | None = None,
+        replays: Replays | None = None,
     ) -> None:
         self.hooked = hooked
         self.inputs = inputs
@@ -55,6 +57,7 @@ class Jacobians:
         self.normalize = normalize
         self._memory = {} if memory is None else memory
         self.finite = {} if finite is None else finite
+        self._replays = replays
 
     @property
     def device(self) -> torch.device:
@@ -80,15 +83,30 @@ class Jacobians:
         """
         at_once = self.plan.directions_at_once(num_directions, self.inputs.size)
         done: dict[str, Factor] = {}
-        if at_once == num_directions:
-
-            def reduce(entry: str, blocks: list[Tensor]) -> None:
-                done[entry] = Factor.of(blocks)
-
-            self.push(directions(0, num_directions), reduce, any_order=True)
+        if at_once == num_directions and self._may_replay:
+            assert self._replays is not None
+            (done, finite), replayed = self._replays.pushed(self.inputs, directions(0, num_directions), self._in_one_pass)
+            self.finite.update(finite)
+            self.engine = "replay" if replayed else "fused"
+        elif at_once == num_directions:
+            done, _ = self._in_one_pass(self.inputs, directions(0, num_directions))
         else:
             done.update(self._factors_in_chunks(num_directions, directions, at_once))
         return {entry: factor.scaled(self.scale(entry)) for entry, factor in done.items()}
+
+    @property
+    def _may_replay(self) -> bool:
+        """Whether a pass may be recorded: not the first of a shape, which finds the engine and is compared."""
+        return self._replays is not None and self.engine in ("fused", "replay") and not self.plan.reference
+
+    def _in_one_pass(self, inputs: Inputs, directions: Tensor) -> tuple[dict[str, Factor], dict[str, Tensor]]:
+        """The factors of all directions together, not scaled, and at which samples the layers' values are finite."""
+        done: dict[str, Factor] = {}
+        one = self._with(self.hooked, inputs, self.plan)
+        one.push(directions, lambda entry, blocks: done.update({entry: Factor.of(blocks)}), any_order=True)
+        self.engine = one.engine
+        self.finite.update(one.finite)
+        return done, one.finite
 
     def energies(self, directions: Tensor) -> dict[str, Tensor]:
         """|Jv|² of every layer for directions [s, B, *space], float64 [s, B]; in one pass where memory allows."""
@@ -201,8 +219,9 @@ class Jacobians:
             self.finite[entry] = torch.stack([everywhere, *means]).all(0)
 
     def _push(self, directions: Tensor, sink: fused.Sink, any_order: bool) -> None:
+        self._refuse_alone()
         if self.engine != "auto":
-            self._guarded(self.engine, directions, sink, any_order)
+            self._guarded("fused" if self.engine == "replay" else self.engine, directions, sink, any_order)
             return
         refusals = []
         names: tuple[EngineName, ...] = ("fused", "functorch", "vjp")
@@ -221,6 +240,11 @@ class Jacobians:
             "no engine can differentiate this model:\n" + "\n".join(refusals) + "\n"
             "Measure the layers before that op, or give the op a derivative:  torch.autograd.Function with a backward"
         )
+
+    def _refuse_alone(self) -> None:
+        """Raise where the model's own code would run and may not."""
+        if self._replays is not None and self._replays.alone:
+            raise NotReplayedError
 
     def _guarded(self, engine: str, directions: Tensor, sink: fused.Sink, any_order: bool) -> None:
         """Run one engine; what breaks in it is a refusal of that engine: the plain pass is known to run."""
@@ -255,6 +279,7 @@ class Jacobians:
 
         ``at_once`` cotangents go together where the saved pass fits so often.
         """
+        self._refuse_alone()
         copies = self.plan.copies(at_once, self.inputs.size, self.device)
         try:
             with vjp.pullback(self.hooked, self.inputs, copies=copies, layout=self.plan.layout, see=self._see) as back:
@@ -309,7 +334,7 @@ class Jacobians:
     def _with(
         self, hooked: HookedModel, inputs: Inputs, plan: Plan, finite: dict[str, Tensor] | None = None
     ) -> Jacobians:
-        options = {"normalize": self.normalize, "memory": self._memory, "finite": finite}
+        options = {"normalize": self.normalize, "memory": self._memory, "finite": finite, "replays": self._replays}
         return Jacobians(hooked, inputs, plan, self.engine, **options)  # type: ignore[arg-type]
 
 

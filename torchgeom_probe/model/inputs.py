@@ -280,6 +280,9 @@ def _place(
 
 
 def _refuse_other_device(model: nn.Module, tensors: Sequence[Tensor]) -> None:
+    first = next(model.parameters(), None)
+    if first is not None and first.device.type != "meta" and all(t.device == first.device for t in tensors):
+        return
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return  # accelerate moves weights and inputs to where they meet
     devices = {p.device for p in model.parameters()}

@@ -14,6 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -34,12 +35,25 @@ _ONE_AT_A_TIME = threading.RLock()
 _MEASURED: list[State] = []
 
 
+@dataclass
+class Kept:
+    """What one measurement of a model leaves for the next: where its state was found, and its modules.
+
+    ``beside``: functions that a pass calls besides the model's own.
+    """
+
+    beside: list[Any] = field(default_factory=list)
+    state: State | None = None
+    modules: list[nn.Module] = field(default_factory=list)
+
+
 @contextlib.contextmanager
-def measuring(model: nn.Module, *, mode: Mode = "eval") -> Iterator[None]:
+def measuring(model: nn.Module, *, mode: Mode = "eval", kept: Kept | None = None) -> Iterator[None]:
     """Run the body as a measurement: every trace of it in ``model`` and in the process is undone, also when it raises.
 
     ``mode="eval"`` measures in eval mode whatever mode the model is in; ``"as_is"`` keeps each module's own mode, and
     refuses batch normalisation by batch statistics, which couples the samples: then no sample has a metric of its own.
+    ``kept``: handed to every measurement of the same model, saves it a walk through what is still where it was.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Dropout())
     >>> with measuring(model):
@@ -49,32 +63,37 @@ def measuring(model: nn.Module, *, mode: Mode = "eval") -> Iterator[None]:
     """
     if mode not in ("eval", "as_is"):
         raise ProbeError(f"mode={mode!r} is unknown. Write mode='eval' (the default) or mode='as_is'.")
-    with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
-        modules = list(model.modules())
-        _refuse_uninitialised(model, modules)
-        if mode == "eval":
-            training = [vars(module) for module in modules if module.training]
-            stack.callback(lambda: [attributes.update(training=True) for attributes in training])
-            for attributes in training:
-                # Not .eval(): an override of it may merge weights (LoRA), which does not come back bit for bit.
-                attributes["training"] = False
-        _refuse_batch_statistics(model, modules)
-        stack.enter_context(_process_set())
-        stack.enter_context(_put_back(model))
-        yield
-
-
-@contextlib.contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
+    kept = Kept() if kept is None or kept.state in _MEASURED else kept
     cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
-    generators = [torch.default_generator, *cuda, np.random.mtrand._rand, random._inst]
-    state = State(model, beside=[*generators, *FOUND.get(model, ())])
-    _MEASURED.append(state)
-    try:
-        yield
-    finally:
-        _MEASURED.pop()
-        state.put_back()
+    beside = [torch.default_generator, *cuda, np.random.mtrand._rand, random._inst, *FOUND.get(model, ())]
+    beside += kept.beside
+    with _ONE_AT_A_TIME, _process_set(), contextlib.ExitStack() as flags:
+        if mode == "eval":
+            _in_eval_mode(kept.modules, flags)
+        if kept.state is None or not kept.state.again(beside):
+            flags.close()
+            kept.state, kept.modules = None, list(model.modules())
+            _refuse_uninitialised(model, kept.modules)
+            if mode == "eval":
+                _in_eval_mode(kept.modules, flags)
+        if kept.state is None or mode != "eval":
+            _refuse_batch_statistics(model, kept.modules)
+        state = kept.state = kept.state or State(model, beside)
+        _MEASURED.append(state)
+        try:
+            yield
+        finally:
+            _MEASURED.pop()
+            kept.state = state if state.light else None
+            state.put_back()
+
+
+def _in_eval_mode(modules: list[nn.Module], flags: contextlib.ExitStack) -> None:
+    training = [vars(module) for module in modules if module.training]
+    flags.callback(lambda: [attributes.update(training=True) for attributes in training])
+    for attributes in training:
+        # Not .eval(): an override of it may merge weights (LoRA), which does not come back bit for bit.
+        attributes["training"] = False
 
 
 @contextlib.contextmanager
@@ -154,7 +173,7 @@ def _refuse_batch_statistics(model: nn.Module, modules: list[nn.Module]) -> None
 @contextlib.contextmanager
 def _process_set() -> Iterator[None]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    with contextlib.ExitStack() as stack:
+    with _numbers_set(), contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         # Each is torch speaking of its own decompositions, or of gradients that a measurement does not want.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
@@ -162,23 +181,42 @@ def _process_set() -> Iterator[None]:
             "ignore", message=".*performance drop because we have not yet implemented the batching rule.*"
         )
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True.*")
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
-        for device_type in ("cpu", "cuda", "xpu", "mps"):
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         # Nothing can be compiled before it is imported, and its import takes seconds.
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_full_float32())
         stack.enter_context(_own_parametrizations())
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextlib.contextmanager
+def _numbers_set() -> Iterator[None]:
+    """What an op's own numbers depend on: no gradients, no autocast, no lower precision."""
+    with torch.inference_mode(False), torch.no_grad(), _full_float32(), contextlib.ExitStack() as stack:
+        for device_type in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def replaying(kept: Kept, *, mode: Mode) -> Iterator[None]:
+    """Run the body, which runs none of the model's code, as in :func:`measuring`: so there is nothing to put back."""
+    with _ONE_AT_A_TIME, _numbers_set(), contextlib.ExitStack() as flags:
+        if mode == "eval":
+            _in_eval_mode(kept.modules, flags)
+        yield
+
+
+def measured_state() -> State:
+    """The state of the innermost model that is being measured, as it was when its measurement began."""
+    _MEASURED[-1].start_again()
+    return _MEASURED[-1]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,13 +24,16 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.model.identities import CONTAINERS, Identities
 from torchgeom_probe.shapes import Tensor
 
 #: How far state is followed from a module.  A container of more than _MANY is kept, and what it holds not looked at.
-_DEPTH = 8
+_DEPTH = 32
 _MANY = 1000
 #: A tensor beside the buffers that is larger (a data set, say) is watched for writes like a parameter, not copied.
 _LARGE_BYTES = 1 << 28
+#: A tensor or array of more is copied for a measurement, and not kept until the next.
+_LIGHT_BYTES = 1 << 20
 #: Packages whose objects are none of a model's own state, and may be at work in another thread; but for some that hold
 #: what a model or a hook puts there.
 _FRAMEWORKS = {*sys.stdlib_module_names, "torch", "torchvision", "lightning", "pytorch_lightning", "tqdm", "numpy"}
@@ -63,10 +66,17 @@ class State:
         self.ran = False
         #: Functions of the user's own that a pass may call.
         self.functions: list[types.FunctionType] = []
-        self._empty: list[Any] = []
+        #: Where everything was found.
+        self.identities = Identities()
+        #: Whether it may be held for longer than a measurement: no copy is large, nothing belongs to a graph.
+        self.light = True
+        #: Whether all was followed to its end.
+        self.whole = True
         self._containers: list[tuple[Any, Any]] = []
-        self._tensors: list[tuple[Tensor, Tensor, int]] = []
-        self._watched: list[tuple[Tensor, int]] = []
+        self._tensors: list[Tensor] = []
+        self._numbers: list[Tensor] = []
+        self._watched: list[Tensor] = []
+        self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self._others: list[Callable[[], None]] = []
         self._generators: list[tuple[Callable[[], Any], Callable[[Any], Any], Any]] = []
         self._draws: bool | None = None
@@ -75,7 +85,30 @@ class State:
         self._look(model, _DEPTH)
         of_all_modules = vars(nn.modules.module)
         self._look_at([of_all_modules["_global_forward_hooks"], of_all_modules["_global_forward_pre_hooks"]], _DEPTH)
-        self._look_at(beside, _DEPTH)
+        self._beside = list(beside)
+        self._look_at(self._beside, _DEPTH)
+        self._versions, self._watched_versions = _versions(self._tensors), _versions(self._watched)
+
+    def again(self, beside: Iterable[Any] = ()) -> bool:
+        """Take this state anew, if all is found where it was: numbers alone may be others.  False: make a new one."""
+        beside = list(beside)
+        if not (self.light and len(beside) == len(self._beside) and all(map(is_, beside, self._beside))):
+            return False
+        if not self.identities.hold() or any(map(_differ, self._tensors, self._numbers)):
+            return False
+        with _disable_current_modes(), torch.no_grad():
+            if self._tensors:
+                torch._foreach_copy_(self._numbers, self._tensors)
+        self._versions, self._watched_versions = _versions(self._tensors), _versions(self._watched)
+        self._arrays = [(array, array.copy()) for array, _ in self._arrays]
+        self._generators = [(get, put, get()) for get, put, _ in self._generators]
+        self.ran, self._draws = False, None
+        return True
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What was found: buffers, parameters, and others."""
+        return self._tensors + self._watched
 
     def start_again(self) -> None:
         """Make everything what it was, if a pass ran since."""
@@ -100,20 +133,25 @@ class State:
         Raises:
             ProbeError: a parameter was written to.
         """
-        for container in self._empty:
-            if container:
-                container.clear()
-        for container, content in self._containers:
-            if not _same(container, content):
-                base = _base(type(container))
-                base.clear(container)
-                (base.update if hasattr(base, "update") else base.extend)(container, content)
-        for put in self._others:
-            put()
+        if not self.identities.hold():
+            for container in self.identities.empty:
+                if container:
+                    container.clear()
+            for container, content in self._containers:
+                if not _same(container, content):
+                    base = _base(type(container))
+                    base.clear(container)
+                    (base.update if hasattr(base, "update") else base.extend)(container, content)
+            for put in self._others:
+                put()
+        for array, numbers in self._arrays:
+            np.copyto(array, numbers)
         for _, set_state, state in self._generators if generators else ():
             set_state(state)
         self._put_numbers_back()
-        written = [tensor for tensor, version in self._watched if _version(tensor) != version]
+        now = _versions(self._watched)
+        moved = zip(self._watched, self._watched_versions, now, strict=True) if now != self._watched_versions else ()
+        written = [tensor for tensor, before, after in moved if before != after]
         if written:
             named = [name for name, p in self.model.named_parameters() if any(p is t for t in written)]
             raise ProbeError(
@@ -129,24 +167,28 @@ class State:
         if not self._tensors:
             return
         # Through .data, and the versions set back: a backward pass that the user has still to make is untouched.
-        plain = [kept for kept in self._tensors if not kept[0].is_inference()]
-        moved = [(tensor, version) for tensor, _, version in plain if tensor._version != version]
+        kept = list(zip(self._tensors, self._numbers, self._versions, strict=True))
+        plain = [(tensor, numbers) for tensor, numbers, version in kept if version >= 0]
+        moved = [(tensor, version) for tensor, _, version in kept if version >= 0 and tensor._version != version]
         with _disable_current_modes(), torch.no_grad():
             if plain:  # torch takes no empty list
-                torch._foreach_copy_([tensor.data for tensor, _, _ in plain], [value for _, value, _ in plain])
+                torch._foreach_copy_([tensor.data for tensor, _ in plain], [numbers for _, numbers in plain])
             for tensor, version in moved:
                 torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
-            if len(plain) < len(self._tensors):
+            if len(plain) < len(kept):
                 with torch.inference_mode():
-                    for tensor, value, _ in self._tensors:
-                        if tensor.is_inference():
-                            tensor.copy_(value)
+                    for tensor, numbers, version in kept:
+                        if version < 0:
+                            tensor.copy_(numbers)
 
     # The walk: a method for each kind of thing that holds state, found by _how.
 
     def _look(self, value: Any, depth: int) -> None:
         look = _how(type(value))
-        if look is not None and depth > 0 and id(value) not in self._seen:
+        if look is not None and id(value) not in self._seen:
+            if depth <= 0:
+                self.whole = False
+                return
             self._seen.add(id(value))
             look(self, value, depth - 1)
 
@@ -157,19 +199,19 @@ class State:
 
     def _module(self, module: nn.Module, depth: int) -> None:
         attributes = vars(module)
-        self._containers.append((attributes, attributes.copy()))
+        self._keep(attributes)
         inner = module._modules, module._parameters, module._buffers
         for value in attributes.values():
             if type(value) in _DICTS:  # most of a module's own are empty
                 if not value:
-                    self._empty.append(value)
+                    self.identities.empty.append(value)
                 elif any(value is own for own in inner):
                     self._keep(value)
                 else:
                     self._look(value, _DEPTH)
             elif _how(type(value)) is not None:
                 self._look(value, _DEPTH)
-        self._watched += [(p, _version(p)) for p in inner[1].values() if p is not None]
+        self._watched += [p for p in inner[1].values() if p is not None]
         for buffer in inner[2].values():
             if buffer is not None and id(buffer) not in self._seen:
                 self._copy(buffer)
@@ -179,13 +221,16 @@ class State:
     def _keep(self, container: Any) -> None:
         base = _base(type(container))  # not its own methods: a class derived from dict may copy as it likes
         inside = dict(base.items(container)) if isinstance(container, dict) else list(base.__iter__(container))
-        self._containers.append((container, inside))
+        if inside or type(container) not in CONTAINERS:
+            self._containers.append((container, inside))
+        self.identities.container(base, container)
 
     def _container(self, container: Any, depth: int) -> None:
         self._keep(container)
+        self.whole &= len(container) <= _MANY or not any(map(_how, map(type, container)))
         if len(container) <= _MANY:
             self._look_at(list(container.values() if isinstance(container, dict) else container), depth)
-        if type(container) not in _CONTAINERS:
+        if type(container) not in CONTAINERS:
             self._object(container, depth)
 
     def _object(self, value: Any, depth: int) -> None:
@@ -201,6 +246,7 @@ class State:
             if one in self._classes:
                 continue
             self._classes.add(one)
+            self.identities.container(types.MappingProxyType, vars(one))
             members = {key: v for key, v in vars(one).items() if not key.startswith("__") or callable(v)}
             self._others.append(functools.partial(_put_members, one, members))
             self._look_at(members.values(), depth)
@@ -212,21 +258,27 @@ class State:
         self.functions.append(function)
         for cell in function.__closure__ or ():
             self._look(self._name(_get_attribute, _put_attribute, cell, "cell_contents"), depth)
-        self._look_at((function.__defaults__, function.__kwdefaults__, vars(function)), depth)
+        for get in _OF_A_FUNCTION:
+            self._look(self.identities.other(get, function), depth)
         read, written = _names(function.__code__)
         outside = function.__globals__
         for name in written:
             self._name(_get_item, _put_item, outside, name)
         for name in read & outside.keys():
-            value = outside[name]
-            if isinstance(value, types.ModuleType) and not _of_a_framework(value.__name__):
-                for inner in read & vars(value).keys():
-                    self._look(self._name(_get_item, _put_item, vars(value), inner), depth)
-            else:
-                self._look(value, depth)
+            self._global(outside, name, read, depth)
+
+    def _global(self, outside: dict[str, Any], name: str, read: frozenset[str], depth: int) -> None:
+        self.identities.name(outside, name)
+        value = outside[name]
+        if not isinstance(value, types.ModuleType):
+            self._look(value, depth)
+        elif not _of_a_framework(value.__name__) and depth > 0:
+            for inner in read & vars(value).keys():
+                self._name(_get_item, _put_item, vars(value), inner)
+                self._global(vars(value), inner, read, depth - 1)
 
     def _name(self, get: Callable[..., Any], put: Callable[..., None], holder: Any, name: str) -> Any:
-        value = get(holder, name)
+        value = self.identities.other(_getter(get, name), holder)
         self._others.append(functools.partial(put, holder, name, value))
         return value
 
@@ -234,20 +286,32 @@ class State:
         self._look_at([getattr(value, name, None) for name in _WITHIN], depth)
 
     def _tensor(self, tensor: Tensor, depth: int) -> None:
+        self.light &= tensor.grad_fn is None
         if type(tensor) is not Tensor or tensor.is_meta or tensor.layout is not torch.strided or tensor.is_nested:
             return
         if tensor.untyped_storage().nbytes() > _LARGE_BYTES:
-            self._watched.append((tensor, _version(tensor)))
+            self._watched.append(tensor)
         else:
             self._copy(tensor)
 
     def _copy(self, tensor: Tensor) -> None:
         self._seen.add(id(tensor))
-        self._tensors.append((tensor, tensor.detach().clone(), _version(tensor)))
+        self._tensors.append(tensor)
+        self._numbers.append(tensor.detach().clone())
+        self.light &= tensor.nbytes <= _LIGHT_BYTES
+
+    def _reference(self, reference: weakref.ref[Any], depth: int) -> None:
+        target = reference()
+        if isinstance(target, nn.Parameter):
+            self.identities.other(weakref.ref.__call__, reference)
+        elif target is not None:
+            self.light = False  # to hold the target would be to keep it alive
+            self._look(target, depth)
 
     def _array(self, array: np.ndarray, depth: int) -> None:
         if array.flags.writeable:
-            self._others.append(functools.partial(np.copyto, array, array.copy()))
+            self._arrays.append((array, array.copy()))
+            self.light &= array.nbytes <= _LIGHT_BYTES and not array.dtype.hasobject
         if array.dtype.hasobject and array.size <= _MANY:
             self._look_at(array.flat, depth)
 
@@ -265,8 +329,7 @@ class State:
         self._generators.append((get, put, get()))
 
 
-_DICTS = (dict, collections.OrderedDict)
-_CONTAINERS: tuple[Any, ...] = (collections.OrderedDict, dict, list, set, collections.deque)
+_DICTS = (dict, collections.OrderedDict, set)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
 _CALLABLES: tuple[Any, ...] = (
     types.MethodType,
@@ -277,6 +340,7 @@ _CALLABLES: tuple[Any, ...] = (
     staticmethod,
     classmethod,
 )
+_OF_A_FUNCTION = tuple(map(attrgetter, ("__code__", "__defaults__", "__kwdefaults__", "__dict__")))
 #: What these are made of.
 _WITHIN = ("__self__", "__func__", "func", "args", "keywords", "fget")
 _LOOKS: tuple[tuple[Any, Any], ...] = (
@@ -285,11 +349,11 @@ _LOOKS: tuple[tuple[Any, Any], ...] = (
     (Tensor, State._tensor),
     (np.ndarray, State._array),
     (_GENERATORS, State._generator),
-    (_CONTAINERS, State._container),
+    (CONTAINERS, State._container),
     ((tuple, frozenset), lambda state, values, depth: state._look_at(values, depth)),
     (types.FunctionType, State._function),
     (_CALLABLES, State._within),
-    (weakref.ref, lambda state, reference, depth: state._look(reference(), depth)),
+    (weakref.ref, State._reference),
     (type, State._class),
 )
 
@@ -311,6 +375,11 @@ def _how(kind: type) -> Callable[[State, Any, int], None] | None:
     return State._object if holds else None
 
 
+def followed(kind: type) -> bool:
+    """Whether what a thing of this type holds is looked at."""
+    return _how(kind) is not None
+
+
 @_remembered
 def _of_a_framework(module: str) -> bool:
     return module.split(".")[0] in _FRAMEWORKS
@@ -323,7 +392,7 @@ def _own_classes(kind: type) -> list[type]:
 
 @_remembered
 def _base(kind: type) -> Any:
-    return next(base for base in _CONTAINERS if issubclass(kind, base))
+    return next(base for base in CONTAINERS if issubclass(kind, base))
 
 
 @_remembered
@@ -344,8 +413,16 @@ def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(read), frozenset(written)
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _differ(tensor: Tensor, copy: Tensor) -> bool:
+    same = tensor.shape == copy.shape and tensor.dtype == copy.dtype and tensor.device == copy.device
+    return not same or tensor.is_inference()
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    try:
+        return list(map(attrgetter("_version"), tensors))
+    except RuntimeError:  # tensors of inference mode have none
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _same_numbers(state: Any, other: Any) -> bool:
@@ -354,6 +431,11 @@ def _same_numbers(state: Any, other: Any) -> bool:
     if isinstance(state, (Tensor, np.ndarray)):
         return bool((state == other).all())
     return state == other
+
+
+@_remembered
+def _getter(get: Callable[..., Any], name: str) -> Callable[[Any], Any]:
+    return functools.partial(get, name=name)
 
 
 def _get_attribute(holder: Any, name: str) -> Any:

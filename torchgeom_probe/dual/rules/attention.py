@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from torchgeom_probe.dual.registry import any_dual, from_end, reduced, register, row_by_row, rows_of, rule, traced
+from torchgeom_probe.dual.registry import any_dual, from_end, reduced, register, row_by_row, rows_of, rule
 from torchgeom_probe.dual.tensor import DualTensor
 from torchgeom_probe.shapes import Tensor
 
@@ -153,8 +153,7 @@ class _Heads:
 
 def _pieces(q: _Heads, k: _Heads, tangents: int) -> Iterator[tuple[slice, slice, list[slice]]]:
     """Samples, heads and groups of tangents whose score tangents fit into the budget together."""
-    near = _SCORE_BYTES.get(q.primal.device.type, _SCORE_BYTES_ELSEWHERE)
-    budget = _SCORE_BYTES_ELSEWHERE if traced() else near
+    budget = _SCORE_BYTES.get(q.primal.device.type, _SCORE_BYTES_ELSEWHERE)
     fit = budget // (q.length * k.length * q.primal.element_size())
     tangents_at_once = max(1, min(tangents, fit))
     heads_at_once = max(1, min(q.heads, fit // tangents_at_once))
