@@ -1,6 +1,8 @@
 // Depth × time: a number of every layer (rows, in the order of firing) at every probe (columns), a panel a run.
 
-import { CHOSEN, ask, axis, chart, isDark, name, normalised, nth, on, safe, select, short, time, unit } from "./charts.js";
+import {
+  CHOSEN, ask, axis, chart, isDark, name, normalised, nth, on, safe, select, short, time, unit,
+} from "./charts.js";
 
 const WORDS = {
   sigma_max: "largest σ", nonfinite: "samples that are not finite", scale: "scale, ½ log(tr g/d) [nat]",
@@ -21,17 +23,19 @@ function heading(number, layer) {
 const change = (row) => row.map((value) => (value == null || row[0] == null ? null : value - row[0]));
 
 export async function drawDepth(card, state, choose) {
-  const answers = state.shown.map((run) => ask("depth", { run, number: state.number }).then((own) => ({ ...own, run })));
-  const runs = (await Promise.all(answers)).filter((own) => own.steps.length);
+  const { shown: names, number: wanted } = state;
+  const answers = await Promise.all(names.map((run) => ask("depth", { run, number: wanted })));
+  const runs = answers.map((own, k) => ({ ...own, run: names[k] })).filter((own) => own.steps.length);
   if (!runs.length) return runs;
   const place = (number) => FIRST.indexOf(number) + 1 || FIRST.length + 1;
   const numbers = [...new Set(runs.flatMap((own) => own.numbers))].sort((a, b) => place(a) - place(b));
-  const shown = numbers.includes(state.number) ? state.number : numbers[0];
+  const shown = numbers.includes(wanted) ? wanted : numbers[0];
   const headings = numbers.map((own) => [own, heading(own, runs[0].layers[0])]);
   const title = Object.fromEntries(headings)[shown] + (state.change ? ", change" : "");
   card.controls(
     select("Number", headings, shown, (number) => choose({ number })),
-    select("Show", [["", "absolute"], ["yes", "change since the first probe"]], state.change, (to) => choose({ change: to })),
+    select("Show", [["", "absolute"], ["yes", "change since the first probe"]], state.change,
+      (to) => choose({ change: to })),
   );
 
   const row = Math.max(9, Math.min(24, 260 / Math.max(...runs.map((own) => own.layers.length)))), gap = 44;
@@ -50,8 +54,8 @@ export async function drawDepth(card, state, choose) {
     const [x, y] = [nth("x", k), nth("y", k)];
     top += heights[k] + gap;
     layout[nth("yaxis", k)] = axis("", {
-      domain, anchor: x, autorange: "reversed", showgrid: false, zeroline: false, fixedrange: true, tickfont: { size: 11 },
-      tickvals: labelled, ticktext: labelled.map((i) => safe(short(name(own.layers[i].name)))),
+      domain, anchor: x, autorange: "reversed", showgrid: false, zeroline: false, fixedrange: true,
+      tickfont: { size: 11 }, tickvals: labelled, ticktext: labelled.map((i) => safe(short(name(own.layers[i].name)))),
     });
     layout[nth("xaxis", k)] = time(last ? "step" : "", own.steps, { anchor: y, showgrid: false, zeroline: false });
     layout.annotations.push({

@@ -13,20 +13,27 @@ with tgp.Monitor(model, x[:32], labels=y[:32], every=100, writer="runs/a").follo
         ...  # as before`;
 
 // What is shown: which runs, which number of them; of which run, layer, step and sample everything below.
-const state = { shown: [], number: "median", change: "", run: null, layer: null, step: null, sample: null, colour: "class", fixed: "" };
+const state = {
+  shown: [], number: "median", change: "", run: null, layer: null, step: null, sample: null, colour: "class", fixed: "",
+};
 let runs = [], version = "", filter = "";
 const hidden = new Set();
 const list = h("div", { className: "runs" });
 const main = h("main"), tip = h("div", { id: "tip", hidden: true });
-const cards = { depth: card("Depth × time"), samples: card("Samples"), map: card("Maps"), profile: card("Boundary profile") };
+const cards = {
+  depth: card("Depth × time"), samples: card("Samples"), map: card("Maps"), profile: card("Boundary profile"),
+};
+const below = [cards.samples, cards.map, cards.profile];
 
 function card(title) {
-  const [controls, body, below] = ["controls", "", "below"].map((className) => h("div", { className }));
-  const note = h("p", { className: "note" }), plot = h("div", { className: "plot" });
-  const save = h("button", { className: "icon", title: "download this picture", onclick: () => Plotly.downloadImage(plot, {
-    format: "png", scale: 2, width: plot.clientWidth, height: plot.clientHeight, filename: plot.dataset.file }) }, "⤓");
+  const [controls, body, below, plot] = ["controls", "", "below", "plot"].map((className) => h("div", { className }));
+  const note = h("p", { className: "note" });
+  const download = () => Plotly.downloadImage(plot, {
+    format: "png", scale: 2, width: plot.clientWidth, height: plot.clientHeight, filename: plot.dataset.file });
+  const save = h("button", { className: "icon", title: "download this picture", onclick: download }, "⤓");
+  const head = h("header", {}, h("h2", {}, title), controls, save);
   return {
-    element: h("section", { className: "card" }, h("header", {}, h("h2", {}, title), controls, save), note, body, below),
+    element: h("section", { className: "card" }, head, note, body, below),
     controls: (...made) => controls.replaceChildren(...made.filter(Boolean)),
     note: (text) => { note.textContent = text; },
     below: (...made) => below.replaceChildren(...made),
@@ -74,19 +81,18 @@ const guarded = (own, made) =>
 
 async function drawOnce() {
   state.shown = runs.map((run) => run.name).filter((name) => !hidden.has(name));
-  const below = [cards.samples, cards.map, cards.profile];
   const shown = (await guarded(cards.depth, () => drawDepth(cards.depth, state, choose))) ?? [];
   const own = shown.find((run) => run.run === state.run) ?? shown[0];
   for (const each of below) each.element.hidden = !own;
   if (!own) {
-    if (!runs.length) cards.depth.says(empty("No run here has geometry yet. Write it in the training loop:", IN_A_LOOP));
-    else if (!state.shown.length) cards.depth.says(empty("Every run is hidden: choose one on the left."));
+    cards.depth.says(runs.length ? empty("Every run is hidden: choose one on the left.")
+      : empty("No run here has geometry yet. Write it in the training loop:", IN_A_LOOP));
     document.body.dataset.drawn = "nothing";
     return;
   }
   const layer = own.layers.some((one) => one.name === state.layer) ? state.layer : own.layers.at(-1).name;
   const step = own.steps.includes(state.step) ? state.step : own.steps.at(-1);
-  if (own.run !== state.run || layer !== state.layer || step !== state.step) { // the first time: mark what is chosen
+  if (own.run !== state.run || layer !== state.layer || step !== state.step) { // it is now: mark what is chosen
     Object.assign(state, { run: own.run, layer, step });
     await guarded(cards.depth, () => drawDepth(cards.depth, state, choose));
   }
@@ -94,8 +100,9 @@ async function drawOnce() {
   Object.assign(state, { old: own.old, version: `${state.about.first}` });
   await Promise.all([
     guarded(cards.samples, () => drawSamples(cards.samples, state, choose)),
-    guarded(cards.map, () => drawMaps(cards.map, state)), guarded(cards.profile, () => drawProfile(cards.profile, state))]);
-  document.body.dataset.drawn = [state.run, state.layer, state.step, state.sample, state.colour, version.length].join("|");
+    guarded(cards.map, () => drawMaps(cards.map, state)),
+    guarded(cards.profile, () => drawProfile(cards.profile, state))]);
+  document.body.dataset.drawn = JSON.stringify([state.run, state.layer, state.step, state.sample]);
 }
 
 function drawRuns() {
@@ -106,13 +113,14 @@ function drawRuns() {
   list.replaceChildren(...shown.map(({ name, old, probes }) => h("label", { className: "run", title: name },
     h("input", { type: "checkbox", checked: !hidden.has(name), onchange: () => toggle(name) }),
     h("span", {}, short(name, 27)), h("small", {}, old ? "old" : `${probes}`),
-    h("button", { title: "show this run alone", onclick: (event) => { event.preventDefault(); only(name); } }, "only"))));
+    h("button", { title: "show this run alone", onclick: (event) => (event.preventDefault(), only(name)) }, "only"))));
 }
 
 async function refresh() {
   let found = await ask("runs");
   const bar = h("progress"), told = h("span");
-  if (found.reading && !runs.length) cards.depth.says(h("div", { className: "reading" }, h("p", {}, "Reading the event files"), bar, told));
+  const reading = h("div", { className: "reading" }, h("p", {}, "Reading the event files"), bar, told);
+  if (found.reading && !runs.length) cards.depth.says(reading);
   while (found.reading) {
     Object.assign(bar, { max: found.total || 1, value: found.read });
     told.textContent = `${Math.round(found.read / 1e6)} of ${Math.round(found.total / 1e6)} MB`;
@@ -120,7 +128,8 @@ async function refresh() {
     found = await ask("runs");
   }
   if (!found.plotly) return main.replaceChildren(empty(
-    "The Python package plotly draws the charts, and it is not installed where TensorBoard runs:", "python -m pip install plotly"));
+    "The Python package plotly draws the charts, and it is not installed where TensorBoard runs:",
+    "python -m pip install plotly"));
   const before = version;
   version = JSON.stringify(found.runs);
   if (version === before) return;
@@ -134,10 +143,11 @@ async function refresh() {
 
 export async function render() {
   document.head.append(h("link", { rel: "stylesheet", href: "style.css" }));
-  const search = h("input", { type: "search", placeholder: "Filter runs", oninput: () => { filter = search.value; drawRuns(); } });
+  const search = h("input", { type: "search", placeholder: "Filter runs" });
+  search.addEventListener("input", () => { filter = search.value; drawRuns(); });
   document.body.append(h("aside", {}, h("h3", {}, "Runs", h("small", {}, "probes")), search, list), main, tip);
   main.append(...Object.values(cards).map((own) => own.element));
-  for (const own of [cards.samples, cards.map, cards.profile]) own.element.hidden = true;
+  for (const each of below) each.element.hidden = true;
   followLooks();
   const plotly = new Promise((done) => {
     document.head.append(h("script", { src: "plotly.min.js", onload: done, onerror: done }));
@@ -155,7 +165,8 @@ export async function render() {
 // Dark mode and the font are those of the page around, which is of the same origin.
 function followLooks() {
   const around = parent.document, style = h("style");
-  const rules = [...around.styleSheets].flatMap((sheet) => { try { return [...sheet.cssRules]; } catch { return []; } });
+  const rulesOf = (sheet) => { try { return [...sheet.cssRules]; } catch { return []; } };
+  const rules = [...around.styleSheets].flatMap(rulesOf);
   const faces = rules.map((rule) => rule.cssText).filter((text) => text.startsWith("@font-face"));
   const base = new URL(".", around.baseURI).href;
   style.textContent = faces.map((face) => face.replace(/url\("(?!\w+:)/g, `url("${base}`)).join("\n");

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import threading
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,7 @@ from .reading import Index, Kept, Run
 
 _HERE = Path(__file__).parent
 _FILES = {
-    "/index.js": "text/javascript",
-    "/charts.js": "text/javascript",
-    "/depth.js": "text/javascript",
-    "/samples.js": "text/javascript",
-    "/slices.js": "text/javascript",
+    **{f"/{name}.js": "text/javascript" for name in ("index", "charts", "depth", "samples", "slices")},
     "/style.css": "text/css",
 }
 _CONVENTIONS = "geometry/conventions/text_summary"
@@ -222,13 +219,15 @@ def _encoded(array: np.ndarray) -> str:
 
 def _plain(value: Any) -> Any:
     # Null for what is not finite, and no more digits than float32 has.
-    if isinstance(value, np.ndarray):
-        if value.dtype.kind == "f":
-            numbers = value.astype(float)
-            exact = np.char.mod("%.7g", numbers).astype(float) if numbers.size < 4096 else numbers.round(5)
-            return np.where(np.isfinite(numbers), exact.astype(object), None).tolist()
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{type(value).__name__} in an answer")
+    if value.dtype.kind != "f":
         return value.tolist()
-    return str(value)
+    numbers = value.astype(float)
+    with np.errstate(all="ignore"):
+        power = 10.0 ** (6 - np.floor(np.log10(np.abs(numbers))))
+        numbers = np.where(np.isfinite(power), np.round(numbers * power) / power, numbers)
+    return np.where(np.isfinite(numbers), numbers.astype(object), None).tolist()
 
 
 def _json(answer: Callable[[Request], Any]) -> Any:
@@ -238,7 +237,7 @@ def _json(answer: Callable[[Request], Any]) -> Any:
             text = json.dumps(answer(request.args), default=_plain, allow_nan=False)
         except errors.PublicError as error:
             return http_util.Respond(request, {"error": str(error)}, "application/json", code=error.http_code)
-        except (OSError, ValueError, KeyError) as error:  # a file that went away, a step that is no number
+        except (OSError, ValueError, LookupError, zlib.error) as error:  # a damaged file, a step that is no number
             return http_util.Respond(request, {"error": f"{error}"}, "application/json", code=404)
         return http_util.Respond(request, text, "application/json")
 

@@ -91,33 +91,40 @@ class Index:
 
     def update(self) -> None:
         """Read what is new in the event files."""
-        grown = []
+        files = {run: {path: _size(path) for path in paths} for run, paths in self._files().items()}
+        with self.lock:
+            for name, run in list(self.runs.items()):
+                if any(files.get(name, {}).get(path, -1) < end for path, end in run.offsets.items()):
+                    del self.runs[name]  # deleted, or begun anew
+            known = {path: end for run in self.runs.values() for path, end in run.offsets.items()}
+        grown = [(n, p, known.get(p, 0), size) for n, own in files.items() for p, size in own.items()]
+        self.read, self.total = 0, sum(size - start for _, _, start, size in grown)
+        for name, path, start, size in grown:
+            for begin, end, records in _chunks(path, start, size):
+                with self.lock:
+                    run = self.runs.setdefault(name, Run())
+                    for offset, record in records:
+                        self._take(run, record, Place(path, offset, len(record)))
+                    run.offsets[path] = end
+                self.read += end - begin
+        self.read = self.total
+
+    def _files(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
         for directory, name in self._directories.items():
             for folder, _, files in tf.io.gfile.walk(directory):
                 relative = os.path.relpath(folder, directory)
                 run = relative if name is None else os.path.normpath(os.path.join(name, relative))
-                for file in sorted(files):
-                    if IsSummaryEventsFile(file):
-                        path = os.path.join(folder, file)
-                        known = self.runs.get(run, Run()).offsets.get(path, 0)
-                        grown += [(run, path, known, size)] if (size := _size(path)) > known else []
-        self.read, self.total = 0, sum(size - known for _, _, known, size in grown)
-        for run, path, known, size in grown:
-            for start, end, records in _chunks(path, known, size):
-                with self.lock:
-                    own = self.runs.setdefault(run, Run())
-                    for offset, record in records:
-                        self._take(own, record, Place(path, offset, len(record)))
-                    own.offsets[path] = end
-                self.read += end - start
-        self.read = self.total
+                own = [os.path.join(folder, file) for file in sorted(files) if IsSummaryEventsFile(file)]
+                if own:
+                    found.setdefault(run, []).extend(own)
+        return found
 
     def unpacked(self, kept: Kept, *names: str) -> dict[str, np.ndarray]:
         """Return those of these arrays that the record has, read from its file or remembered."""
         with self.lock:
             have = {n: self._cache[kept.place, n] for n in names if (kept.place, n) in self._cache}
-        missing = [name for name in names if name in kept.head["arrays"] and name not in have]
-        if missing:
+        if missing := [name for name in names if name in kept.head["arrays"] and name not in have]:
             event = _parsed(_bytes(kept.place.path, kept.place.start, kept.place.size))
             (value,) = [v for v in event.summary.value if v.metadata.plugin_data.plugin_name == "geometry"]
             fresh = _arrays(kept.head, value.tensor.string_val, missing)
@@ -175,11 +182,11 @@ def _thinned(series: dict[int, Any]) -> None:
 
 
 def _arrays(head: dict[str, Any], packed: Any, names: list[str]) -> dict[str, np.ndarray]:
-    places = {name: place for place, name in enumerate(head["arrays"], 1)}
     found = {}
-    for name in names:
-        dtype, shape = head["arrays"][name]
-        found[name] = np.frombuffer(zlib.decompress(packed[places[name]]), dtype).reshape(shape)
+    for name, data in zip(head["arrays"], packed[1:], strict=True):
+        if name in names:
+            dtype, shape = head["arrays"][name]
+            found[name] = np.frombuffer(zlib.decompress(data), dtype).reshape(shape)
     return found
 
 

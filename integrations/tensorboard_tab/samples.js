@@ -1,7 +1,8 @@
 // Samples: each one's trajectory in the chosen layer, the distribution at the step, the most and the least magnified.
 
 import {
-  CHOSEN, CLASSES, ask, axis, chart, empty, h, name, normalised, number, on, pictures, safe, select, short, signed, time, unit,
+  CHOSEN, CLASSES, ask, axis, chart, empty, h, name, normalised, number, on, pictures, safe, select, short, signed,
+  time, unit,
 } from "./charts.js";
 
 const FIFTHS = ["#440154", "#3b528b", "#21918c", "#5ec962", "#c8b800"];
@@ -34,7 +35,8 @@ class Layer {
   ways() {
     return [
       this.who.labels ? ["class", "label"] : this.found.predictions && ["class", "predicted class"],
-      this.judged() && ["correct", "correct or wrong"], this.found.margin && ["margin", "margin"], ["none", "one colour"],
+      this.judged() && ["correct", "correct or wrong"], this.found.margin && ["margin", "margin"],
+      ["none", "one colour"],
     ].filter(Boolean);
   }
 
@@ -61,14 +63,15 @@ class Layer {
   about(i, at) {
     const sigma = at === this.at ? (this.found.sigma?.[i] ?? []).filter((value) => value != null).map(Math.exp) : [];
     const line = (text, className = "") => h("div", { className }, text);
-    const wrong = this.wrong(i, at);
+    const wrong = this.wrong(i, at) ? ", wrong" : "";
     return h("div", { className: "about" }, this.who.picture(i), h("div", {},
       h("b", {}, this.who.labels ? `label ${this.called(i)}` : this.called(i)),
       this.who.labels && this.who.indices ? line(`sample ${this.who.indices[i]}`) : null,
-      this.found.predictions ? line(`predicted ${this.predicted(i, at)}${wrong ? ", wrong" : ""}`, wrong ? "wrong" : "") : null,
+      this.found.predictions ? line(`predicted ${this.predicted(i, at)}${wrong}`, wrong && "wrong") : null,
       this.found.margin ? line(`margin ${number(this.margin(i, at))}`) : null,
       line(`${this.found.about.heading} ${number(this.value(i, at))} ${this.found.about.unit ?? ""}`),
-      sigma.length ? line(`σ ${number(sigma[0])} … ${number(sigma.at(-1))}`) : null, line(`step ${this.found.steps[at]}`)));
+      sigma.length ? line(`σ ${number(sigma[0])} … ${number(sigma.at(-1))}`) : null,
+      line(`step ${this.found.steps[at]}`)));
   }
 
   tile(i, chosen, onclick) {
@@ -102,15 +105,18 @@ export async function drawSamples(card, state, choose) {
     line: { color, width: 1.2 }, marker: { color, size: steps.length > 1 ? 4 : 8 },
   }));
   if (sample < own.size && sample != null) traces.push({
-    ...base, ...curves([sample]), showlegend: false, line: { color: CHOSEN, width: 3 }, marker: { color: CHOSEN, size: 6 } });
+    ...base, ...curves([sample]), showlegend: false, line: { color: CHOSEN, width: 3 },
+    marker: { color: CHOSEN, size: 6 },
+  });
   traces.push({
-    type: "histogram", y: found.value[own.at], xaxis: "x2", nbinsy: 24, marker: { color: "#90a4ae" }, showlegend: false,
-    hovertemplate: "%{x} samples<extra></extra>" });
+    type: "histogram", y: found.value[own.at], xaxis: "x2", nbinsy: 24, showlegend: false,
+    marker: { color: "#90a4ae" }, hovertemplate: "%{x} samples<extra></extra>" });
   const plot = card.plot();
   await chart(plot, traces, {
     height: 330, margin: { l: 64, r: 16, t: 30, b: 44 }, bargap: 0.05, showlegend: way !== "none",
     legend: { orientation: "h", y: 1.01, yanchor: "bottom", x: 0, font: { size: 11 } }, yaxis: axis(own.label),
-    xaxis: time("step", steps, { domain: [0, 0.82] }), xaxis2: axis(`samples at step ${found.step}`, { domain: [0.85, 1] }),
+    xaxis: time("step", steps, { domain: [0, 0.82] }),
+    xaxis2: axis(`samples at step ${found.step}`, { domain: [0.85, 1] }),
     shapes: [{ type: "line", x0: found.step, x1: found.step, yref: "paper", y0: 0, y1: 1,
       line: { color: CHOSEN, width: 1.5, dash: "dot" } }],
   }, "geometry samples");
