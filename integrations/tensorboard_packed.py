@@ -67,7 +67,7 @@ def packed_report(
         arrays[name.removeprefix("extras/")] = _stacked([own.get(name) for own in kept])
     if not np.isneginf(arrays["value"]).any():
         arrays.pop("log_pseudo_volume", None)  # it would be the volume again
-    arrays = {name: array.astype("<f4") for name, array in arrays.items()}
+    arrays = {name: _float32(array) for name, array in arrays.items()}
     sigma = [layer.singular_values.detach().double().log() for layer in layers]
     arrays["sigma"] = _stacked(sigma).astype("<f2")
     if samples is not None:
@@ -92,8 +92,8 @@ def packed_map(scan: SliceScan) -> Record:
     finite = [field[np.isfinite(field)] for field in value]
     spans = np.array([[f.min(), f.max()] if f.size else [math.nan, math.nan] for f in finite])
     arrays = {
-        "value": value.astype("<f4"),
-        "range": spans.astype("<f4"),
+        "value": _float32(value),
+        "range": _float32(spans),
         "predictions": scan.predictions.numpy().astype("<i4"),
         "entropy": scan.entropy.numpy().astype("<f4"),
         "corners": scan.slice.corners.numpy().astype("<f4"),
@@ -173,6 +173,11 @@ def _stacked(parts: Iterable[Tensor | None]) -> np.ndarray:
         if array is not None:
             place[tuple(slice(n) for n in array.shape)] = array
     return whole
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what overflows is inf, and counts as not finite
+        return array.astype("<f4")
 
 
 def _told(layer: LayerGeometry) -> dict[str, Any]:
