@@ -1,4 +1,4 @@
-"""Reports as TensorBoard charts: a tag per layer, a band and a histogram over the samples.
+"""Reports in TensorBoard: packed for the Geometry tab, and as charts of each layer for the other tabs.
 
 ``Monitor(writer="runs/a")`` and ``Monitor(writer=SummaryWriter(...))`` come here: the last line registers them.
 """
@@ -7,18 +7,29 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from torchgeom_probe.boundary.study import BoundaryStudy
 from torchgeom_probe.errors import ProbeError, optional
+from torchgeom_probe.integrations.tensorboard_packed import (
+    Record,
+    packed_identity,
+    packed_map,
+    packed_report,
+    packed_study,
+    summary,
+)
+from torchgeom_probe.monitor.samples import ProbeSamples
 from torchgeom_probe.monitor.writers import Writer, chart_of, charts, label, local_path, register_writer
 from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
+from torchgeom_probe.slices.result import SliceScan
 
 # Our event files end in this, so that a resumed run can tell its own earlier files from those of the training loop.
 _SUFFIX = ".geometry"
@@ -26,50 +37,52 @@ _SUFFIX = ".geometry"
 # TensorBoard stores float32: what overflows it would come back as inf.
 _FLOAT32_MAX = 3.4028234e38
 
+#: The group of what is looked at last: TensorBoard opens on the groups that come first in the alphabet.
+REST = "z_geometry"
+
 #: Every tag that is written for every report, and what it shows.  CHART stands for what was measured: ``logvol`` (log
 #: √det g, or the effective volume), ``frame_volume``, ``scale``, …; NN_layer for each layer's own name.
 TAGS = {
     "CHART/NN_layer": "median over the finite samples",
     "CHART_band/NN_layer/p10": "10th percentile: the lower edge of the band",
-    "CHART_band/NN_layer/median": "the median again: the middle of the band",
     "CHART_band/NN_layer/p90": "90th percentile: the upper edge of the band",
     "sigma_max/NN_layer": "largest singular value of any sample, of J or of JV on a frame",
-    "rank/NN_layer": "median rank",
-    "nonfinite/NN_layer": "how many samples have a value of ±inf or nan",
     "CHART_histogram/NN_layer": "histogram of the finite values (histograms=True)",
+    f"{REST}/rank/NN_layer": "median rank",
+    f"{REST}/nonfinite/NN_layer": "how many samples have a value of ±inf or nan",
     "geometry/conventions": "text: estimand, units, n, d, k, normalised or not; anew on a change",
 }
 #: And where the estimator found them, beside its own value.
 EXTRA_TAGS = {
-    "scale/NN_layer": "median ½ log(tr g/d), nats: the log of the root mean square stretch of a direction",
-    "effective_dimension/NN_layer": "median (tr g)²/tr g²: over how many directions g is spread",
+    f"{REST}/scale/NN_layer": "median ½ log(tr g/d), nats: the log of the root mean square stretch of a direction",
+    f"{REST}/effective_dimension/NN_layer": "median (tr g)²/tr g²: over how many directions g is spread",
 }
 #: And by a Monitor, once for all layers.
 MONITOR_TAGS = {
-    "geometry/failures": "how many times measuring, a writer or a map raised so far",
-    "geometry/overhead": "the share of the time that probes took so far (from the second probe on)",
+    f"{REST}/failures": "how many times measuring, a writer or a map raised so far",
+    f"{REST}/overhead": "the share of the time that probes took so far (from the second probe on)",
 }
 
 
 class TensorBoardWriter(Writer):
     """Write reports to TensorBoard: a :class:`~torchgeom_probe.Writer`.
 
-    Every layer has the name ``NN_layer``: its zero-padded place in the order of firing, then its name with every
-    character other than letters, digits, ``.``, ``-`` and ``_`` replaced by ``_`` (``block#1`` becomes ``04_block_1``;
-    the model itself is ``00_model``).  Per report and layer the tags of :data:`TAGS` are written, over the samples of
-    the batch: the chart of what was measured, a band and a histogram of it, ``sigma_max/…``, ``rank/…``,
-    ``nonfinite/…``.  A :class:`~torchgeom_probe.Monitor` adds those of :data:`MONITOR_TAGS`; the TEXT tab explains all.
+    All that a report says of every sample goes, all layers packed, into ONE event a report, for TensorBoard's Geometry
+    tab: the values, extras and singular values of every sample; once, what the samples are; the numbers of every map.
+    For TensorBoard's other tabs there is, per layer, the chart of what was measured with a band and a histogram over
+    the samples, ``sigma_max/…``, and under ``z_geometry/…`` the rest: :data:`TAGS`; the TEXT tab explains all.
 
-    The chart is ``logvol`` for log √det g and the effective volume alone (``Exact``, ``TopK``, and ``Along`` on a
-    slice's tangents); else the report's ``quantity``: ``frame_volume``, ``scale``, ….  Whatever else the estimator
-    measured has a tag of its own name, with medians over the finite samples: ``scale/…``, ``effective_dimension/…``,
-    ``std_error/…``, ``error_bound/…``, ``trace/…``; ``log_pseudo_volume/…`` where a layer has samples of volume 0.  A
-    map is an image under its own tag.  The CUSTOM SCALARS tab has all layers in one chart, and one chart with the band
-    per layer.  A non-finite number never reaches a chart or a histogram: it is left out, and counted.
+    A layer's name there is ``NN_layer``: its zero-padded place in the order of firing, then its name with every
+    character other than letters, digits, ``.``, ``-`` and ``_`` replaced by ``_`` (``block#1`` becomes ``04_block_1``;
+    the model itself is ``00_model``).  The chart is ``logvol`` for log √det g and the effective volume alone
+    (``Exact``, ``TopK``, and ``Along`` on a slice's tangents); else the report's ``quantity``: ``frame_volume``,
+    ``scale``, ….  The CUSTOM SCALARS tab has all layers in one chart, and one chart with the band per layer.  A
+    non-finite number never reaches a chart or a histogram: it is left out, and counted.
 
     Args:
-        log_dir: a directory, or a ``SummaryWriter`` that you already have (yours to resume and to close).
-        histograms: whether to write the histograms, the largest part of the file.
+        log_dir: a directory, or a ``SummaryWriter`` that you already have (yours to resume and to close; what is not
+            torch's own gets no events for the Geometry tab).
+        histograms: whether to write the histograms.
         layout: whether to write the custom-scalars layout; a run has one, so turn it off where you write your own.
 
     A resumed run continues in its directory: at the first write the event file is opened, and where an earlier
@@ -78,12 +91,12 @@ class TensorBoardWriter(Writer):
     nothing is purged: pass that writer instead, made with its own ``purge_step``.
 
     Every write ends with a flush: a run that is killed loses nothing.  Values are stored in float32, as TensorBoard
-    does.
+    does, the logarithms of the singular values in float16 (within 0.05 % of the logarithm).
 
     Raises:
         ProbeError: tensorboard is not installed; the events cannot be written (a full disk, a read-only directory).
 
-    Cost: a copy of the report to the host and some 10 kB per report and layer with histograms, 1 kB without.
+    Cost: a copy of the report to the host and, for 64 samples with 16 singular values, some 4 kB per report and layer.
 
     >>> import tempfile, torch, torchgeom_probe as tgp
     >>> from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -106,6 +119,8 @@ class TensorBoardWriter(Writer):
         self._labels: dict[str, str] = {}
         self._charted: tuple[str, ...] = ()
         self._conventions = ""
+        self._samples: ProbeSamples | None = None
+        self._identified = False
         self._events: Any = None
         self._log_dir: Path | None = None
         if isinstance(log_dir, str | os.PathLike):
@@ -136,12 +151,21 @@ class TensorBoardWriter(Writer):
                 self._labels[name] = label(len(self._labels), name, width=width)
         return {name: self._labels[name] for name in report}
 
+    def write_samples(self, step: int, samples: ProbeSamples) -> None:
+        """Take note of the samples of the next :meth:`write`: who they are, and what the model predicts."""
+        self._samples = samples
+
     def write(self, step: int, report: GeometryReport) -> None:
         """Write every tag of the class's table at ``step``, and flush."""
         labels = self.tags(report)
+        statistics = {name: layer.statistics() for name, layer in report.items()}
         with self._opened(step) as events:
+            if self._samples is not None and not self._identified:
+                self._add(events, "samples", "", packed_identity(self._samples), step)
+                self._identified = True
+            self._add(events, "probe", "", packed_report(report, statistics, self._samples), step)
             for name, layer in report.items():
-                self._write_layer(events, step, labels[name], layer)
+                self._write_layer(events, step, labels[name], layer, statistics[name])
             text = _conventions(report, labels)
             if text != self._conventions:
                 self._conventions = text
@@ -154,14 +178,30 @@ class TensorBoardWriter(Writer):
         """Write one number of the run as a whole; one that is not finite in float32 is left out."""
         if abs(value) <= _FLOAT32_MAX:
             with self._opened(step) as events:
-                events.add_scalar(tag, value, step)
+                events.add_scalar(f"{REST}/{tag.removeprefix('geometry/')}", value, step)
 
     def write_map(self, tag: str, result: Any, step: int) -> None:
-        """Write a result, drawn as by ``tgp.plot``, or a matplotlib figure as an image; the figure stays open."""
-        figure_class = optional("matplotlib.figure", extra="figures").Figure
-        figure = result if isinstance(result, figure_class) else plot(result, title=f"{tag}, step {step}")
+        """Write a scan's numbers; any other result, drawn as by ``tgp.plot``, or a figure, as an image (it stays open).
+
+        A :class:`~torchgeom_probe.SliceScan` is shown by the Geometry tab: each layer's values, the predictions, the
+        entropy and the samples at the corners.
+        """
         with self._opened(step) as events:
+            if isinstance(result, SliceScan) and _torchs_own(events):
+                self._add(events, "map", tag, packed_map(result), step)
+                return
+            figure_class = optional("matplotlib.figure", extra="figures").Figure
+            figure = result if isinstance(result, figure_class) else plot(result, title=f"{tag}, step {step}")
             events.add_figure(tag, figure, step, close=False)
+
+    def write_study(self, study: BoundaryStudy, step: int) -> None:
+        """Write the profiles of a :class:`~torchgeom_probe.BoundaryStudy`, for the Geometry tab."""
+        with self._opened(step) as events:
+            self._add(events, "profile", "", packed_study(study), step)
+
+    def _add(self, events: Any, kind: str, tag: str, record: Record, step: int) -> None:
+        if _torchs_own(events):
+            events._get_file_writer().add_summary(summary(kind, tag, record), step)
 
     def close(self) -> None:
         """Flush and close the event file; a ``SummaryWriter`` of yours stays open.  Writing reopens."""
@@ -173,10 +213,13 @@ class TensorBoardWriter(Writer):
                     events, self._events = self._events, None
                     events.close()
 
-    def _write_layer(self, events: Any, step: int, name: str, layer: LayerGeometry) -> None:
-        found, chart = layer.statistics(), chart_of(layer)
-        scalars = charts(layer, name)
-        scalars |= {f"{chart}_band/{name}/{part}": found[part] for part in ("p10", "median", "p90")}
+    def _write_layer(
+        self, events: Any, step: int, name: str, layer: LayerGeometry, statistics: Mapping[str, float]
+    ) -> None:
+        chart = chart_of(layer)
+        scalars = {f"{chart}_band/{name}/{part}": statistics[part] for part in ("p10", "p90")}
+        for tag, value in charts(layer, name, statistics).items():
+            scalars[tag if tag.startswith((f"{chart}/", "sigma_max/")) else f"{REST}/{tag}"] = value
         for tag, value in scalars.items():
             if abs(value) <= _FLOAT32_MAX:  # false for nan and ±inf too
                 events.add_scalar(tag, value, step)
@@ -200,7 +243,7 @@ class TensorBoardWriter(Writer):
         if earlier:
             _try_bytes(self._log_dir)
         # Everything that a fresh reader needs is written anew: what is purged takes the layout and the text with it.
-        self._charted, self._conventions = (), ""
+        self._charted, self._conventions, self._identified = (), "", False
         return optional("torch.utils.tensorboard", extra="tensorboard").SummaryWriter(
             str(self._log_dir), purge_step=step if ours_alone else None, filename_suffix=_SUFFIX
         )
@@ -237,18 +280,16 @@ def _edges(values: Float[Tensor, " samples"]) -> list[float]:
 
 def _layout(labels: tuple[str, ...], layer: LayerGeometry) -> dict[str, dict[str, list[Any]]]:
     chart, unit = chart_of(layer), f" [{layer.unit}]" if layer.unit else ""
-    beside = [name for name in ("scale", "effective_dimension") if name in layer.extras]
     together = {
         f"{layer.heading} by layer{unit}": ["Multiline", [rf"{chart}/\d+_.*"]],
-        **{f"{name.replace('_', ' ')} by layer": ["Multiline", [rf"{name}/\d+_.*"]] for name in beside},
         "largest σ by layer": ["Multiline", [r"sigma_max/\d+_.*"]],
-        "rank by layer": ["Multiline", [r"rank/\d+_.*"]],
-        "samples that are not finite, by layer": ["Multiline", [r"nonfinite/\d+_.*"]],
     }
     # A margin chart looks its three tags up as they are: escaped like the patterns above, it stays empty for `a.b`.
-    parts = ("median", "p10", "p90")
     bands = {
-        f"{name}: p10, median, p90{unit}": ["Margin", [f"{chart}_band/{name}/{part}" for part in parts]]
+        f"{name}: p10, median, p90{unit}": [
+            "Margin",
+            [f"{chart}/{name}", *(f"{chart}_band/{name}/{part}" for part in ("p10", "p90"))],
+        ]
         for name in labels
     }
     return {"volume element": together, "volume element, band over the samples": bands}
@@ -280,9 +321,13 @@ def _conventions(report: GeometryReport, labels: dict[str, str]) -> str:
     charts_of = dict.fromkeys(chart_of(layer) for layer in report.values())
     named = {t.replace("CHART", chart): meaning for chart in charts_of for t, meaning in TAGS.items()}
     extras = {name for layer in report.values() for name in layer.extras}
-    named |= {tag: meaning for tag, meaning in EXTRA_TAGS.items() if tag.split("/")[0] in extras}
+    named |= {tag: meaning for tag, meaning in EXTRA_TAGS.items() if tag.split("/")[1] in extras}
     legend += [f"| {tag} | {meaning} |" for tag, meaning in (named | MONITOR_TAGS).items()]
     return "\n".join([*rows, "", units, "", *legend])
+
+
+def _torchs_own(events: Any) -> bool:
+    return isinstance(events, optional("torch.utils.tensorboard", extra="tensorboard").SummaryWriter)
 
 
 def _takes(target: Any) -> bool:

@@ -420,7 +420,7 @@ def test_five_real_barlow_twins_steps_with_the_callback(tmp_path):
         assert [(e.step, e.value) for e in events.Scalars(f"frame_volume/{number:02d}_{name}")] == [
             (step, pytest.approx(median)) for step, median in medians if math.isfinite(median)
         ]
-        counted = [(e.step, e.value) for e in events.Scalars(f"nonfinite/{number:02d}_{name}")]
+        counted = [(e.step, e.value) for e in events.Scalars(f"z_geometry/nonfinite/{number:02d}_{name}")]
         assert [step for step, _ in counted] == [0, 2, 4, 5]
         assert {step for step, count in counted if count == 4} == {
             step for step, median in medians if math.isnan(median)

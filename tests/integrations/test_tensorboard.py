@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import socket
 import subprocess
 import sys
 import textwrap
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock, call
@@ -23,6 +18,7 @@ import torch
 from torchgeom_probe.integrations.tensorboard import EXTRA_TAGS, MONITOR_TAGS, TAGS, TensorBoardWriter
 
 import torchgeom_probe as tgp
+from tensorboards import serving
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.monitor.writers import Writer
 from torchgeom_probe.report import GeometryReport, LayerGeometry
@@ -33,7 +29,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util
 
 INF, NAN = math.inf, math.nan
-GROUPS = ("logvol", "sigma_max", "rank", "nonfinite")
+GROUPS = ("logvol", "sigma_max", "z_geometry/rank", "z_geometry/nonfinite")
 
 
 def layer(log_volume, *, k=3, **fields):
@@ -95,21 +91,20 @@ def test_every_value_comes_back_as_the_statistics_of_the_report(tmp_path):
             expected = {
                 f"logvol/{label}": numbers["median"],
                 f"logvol_band/{label}/p10": numbers["p10"],
-                f"logvol_band/{label}/median": numbers["median"],
                 f"logvol_band/{label}/p90": numbers["p90"],
                 f"sigma_max/{label}": numbers["sigma_max"],
-                f"rank/{label}": numbers["rank"],
-                f"nonfinite/{label}": numbers["nonfinite"],
+                f"z_geometry/rank/{label}": numbers["rank"],
+                f"z_geometry/nonfinite/{label}": numbers["nonfinite"],
             }
             for tag, value in expected.items():
                 (found,) = [e.value for e in events.Scalars(tag) if e.step == step]
                 assert found == np.float32(value), tag
     # by hand, so that the comparison above cannot pass on a wrong statistic
     assert [e.value for e in events.Scalars("logvol/00_layer1")] == [0.0, 0.5]
-    assert [e.value for e in events.Scalars("nonfinite/02_model")] == [4.0, 4.0]
+    assert [e.value for e in events.Scalars("z_geometry/nonfinite/02_model")] == [4.0, 4.0]
     assert [e.value for e in events.Scalars("sigma_max/01_layer2.0.conv_1")] == [np.float32(15 / 7)] * 2
-    assert [e.value for e in events.Scalars("log_pseudo_volume/02_model")] == [np.float32(-2.5)] * 2
-    assert "log_pseudo_volume/00_layer1" not in events.Tags()["scalars"]
+    assert [e.value for e in events.Scalars("z_geometry/log_pseudo_volume/02_model")] == [np.float32(-2.5)] * 2
+    assert "z_geometry/log_pseudo_volume/00_layer1" not in events.Tags()["scalars"]
 
 
 def test_histograms_hold_the_finite_samples_and_nothing_else(tmp_path):
@@ -147,7 +142,7 @@ def test_nothing_that_is_not_finite_reaches_a_chart(tmp_path):
     assert "logvol/00_broken" not in tags["scalars"]
     assert "sigma_max/01_huge" not in tags["scalars"], "1e300 overflows float32 and would be stored as inf"
     assert "logvol_histogram/00_broken" not in tags["histograms"]
-    assert events.Scalars("nonfinite/00_broken")[0].value == 3
+    assert events.Scalars("z_geometry/nonfinite/00_broken")[0].value == 3
 
 
 def test_what_other_estimators_measure_has_tags_of_its_own(tmp_path):
@@ -161,16 +156,16 @@ def test_what_other_estimators_measure_has_tags_of_its_own(tmp_path):
         std_error=torch.tensor([0.5, 0.25, 0.125]),
     )
     events = written(tmp_path, [(0, GeometryReport({"a": one}))])
-    found = {group: events.Scalars(f"{group}/00_a")[0].value for group in ("trace", "log_det", "std_error")}
+    found = {group: events.Scalars(f"z_geometry/{group}/00_a")[0].value for group in ("trace", "log_det", "std_error")}
     assert found == {"trace": 4.0, "log_det": -3.0, "std_error": 0.25}
-    assert not {"error_bound/00_a", "interval/00_a"} & set(events.Tags()["scalars"])
+    assert not {"z_geometry/error_bound/00_a", "z_geometry/interval/00_a"} & set(events.Tags()["scalars"])
 
 
 def test_what_is_no_log_volume_and_has_no_rank_is_charted_as_a_value(tmp_path):
     one = replace(layer([1.0, 2.0, 4.0]), quantity="value", unit="", rank=None, log_pseudo_volume=None)
     events = written(tmp_path, [(0, GeometryReport({"a": replace(one, singular_values=torch.zeros(3, 0))}))])
     tags = events.Tags()
-    charts = {"value/00_a": 2.0, "value_band/00_a/median": 2.0, "nonfinite/00_a": 0.0}
+    charts = {"value/00_a": 2.0, "z_geometry/nonfinite/00_a": 0.0}
     assert {tag: events.Scalars(tag)[0].value for tag in charts} == charts
     assert set(tags["scalars"]) == {*charts, "value_band/00_a/p10", "value_band/00_a/p90"}
     assert tags["histograms"] == ["value_histogram/00_a"]
@@ -178,7 +173,7 @@ def test_what_is_no_log_volume_and_has_no_rank_is_charted_as_a_value(tmp_path):
     layout = layout_pb2.Layout.FromString(tensor_util.make_ndarray(proto).item())
     charts = {chart.title: chart for category in layout.category for chart in category.chart}
     assert list(charts["value by layer"].multiline.tag) == [r"value/\d+_.*"]
-    assert charts["00_a: p10, median, p90"].margin.series[0].value == "value_band/00_a/median"
+    assert charts["00_a: p10, median, p90"].margin.series[0].value == "value/00_a"
 
 
 def test_a_layer_keeps_its_number_and_a_hundred_layers_sort(tmp_path):
@@ -206,7 +201,7 @@ def test_the_layout_shows_all_layers_in_one_chart_and_a_band_for_each(tmp_path):
     (pattern,) = charts["log-volume by layer [nat]"].multiline.tag
     assert [tag for tag in scalars if re.match(pattern, tag)] == [f"logvol/{label}" for label in LABELS.values()]
     bands = [chart.margin.series[0] for title, chart in charts.items() if "p10" in title]
-    assert [series.value for series in bands] == [f"logvol_band/{label}/median" for label in LABELS.values()]
+    assert [series.value for series in bands] == [f"logvol/{label}" for label in LABELS.values()]
     for series in bands:  # as they are, unescaped: the page looks them up by name
         assert {series.value, series.lower, series.upper} <= set(scalars)
         assert (series.lower[-3:], series.upper[-3:]) == ("p10", "p90")
@@ -441,51 +436,20 @@ def server(tmp_path_factory):
     written(log_dir / "run", [(step, report(shift=step)) for step in (0, 10, 20)])
     written(log_dir / "run", [(step, report(shift=100 + step)) for step in (20, 30)])
     monitored(log_dir / "monitored")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "tensorboard.main",
-        "--logdir",
-        str(log_dir),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    with (
-        (log_dir / "server.txt").open("w") as output,
-        subprocess.Popen(command, stdout=output, stderr=output) as process,
-    ):
-
-        def ask(path, **query):
-            address = f"http://127.0.0.1:{port}/data/{path}?{urllib.parse.urlencode(query)}"
-            with urllib.request.urlopen(address, timeout=30) as answer:
-                return json.load(answer)
-
-        try:
-            deadline = time.monotonic() + 90
-            while True:
-                try:
-                    tags = ask("plugin/scalars/tags")
-                    if len(tags.get("run", ())) >= 7 * len(LABELS) and len(tags.get("monitored", ())) >= 16:
-                        break
-                except (urllib.error.URLError, ConnectionError, TimeoutError):
-                    pass
-                assert process.poll() is None, (log_dir / "server.txt").read_text()
-                assert time.monotonic() < deadline, (log_dir / "server.txt").read_text()
-                time.sleep(0.2)
-            yield ask
-        finally:
-            process.terminate()
+    with serving(log_dir, tmp_path_factory.mktemp("beside")) as ask:
+        deadline = time.monotonic() + 90
+        while True:
+            tags = ask("plugin/scalars/tags")
+            if len(tags.get("run", ())) >= 6 * len(LABELS) and len(tags.get("monitored", ())) >= 16:
+                break
+            assert time.monotonic() < deadline, tags
+            time.sleep(0.2)
+        yield ask
 
 
 def test_the_docs_promise_the_tags_that_there_are():
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     groups = {tag.split("/")[0] for tag in TAGS | EXTRA_TAGS}
-    groups |= {"std_error", "error_bound", "trace", "log_pseudo_volume"}  # where they were measured
     groups |= {"logvol", "frame_volume"}  # what CHART stands for
     texts = readme + TensorBoardWriter.__doc__
     named = re.findall(r"`(\w+/\w+)`", texts) + [f"{g}/…" for g in re.findall(r"`(\w+)/…`", texts)]
@@ -502,7 +466,7 @@ def test_the_server_knows_every_tag_that_the_docs_promise(server):
         known = {*server("plugin/scalars/tags")[run], *server("plugin/histograms/tags")[run], *texts}
         wanted = {t.replace("NN_layer", label).replace("CHART", "logvol") for t in promised for label in labels}
         assert wanted <= known, wanted - known
-        extras = {f"log_pseudo_volume/{LABELS['']}"} if run == "run" else set()
+        extras = {f"z_geometry/log_pseudo_volume/{LABELS['']}"} if run == "run" else set()
         assert known - wanted == extras, "a tag that the docs do not mention"
 
 
@@ -512,12 +476,12 @@ def test_the_server_shows_what_failed_the_share_and_a_slice_map_every_mth_probe(
 
     # probes at 0, 2, 4, 6, 8; the one at 4 raised
     assert [step for step, _ in points("logvol/00_1")] == [0, 2, 6, 8]
-    assert points("geometry/failures") == [[0, 0.0], [2, 0.0], [4, 1.0], [6, 1.0], [8, 1.0]]
-    shares = points("geometry/overhead")
+    assert points("z_geometry/failures") == [[0, 0.0], [2, 0.0], [4, 1.0], [6, 1.0], [8, 1.0]]
+    shares = points("z_geometry/overhead")
     assert [step for step, _ in shares] == [2, 4, 6, 8]
     assert all(0 < share < 1 for _, share in shares)
-    images = server("plugin/images/images", run="monitored", tag="slice/plane", sample=0)
-    assert [image["step"] for image in images] == [0, 6]  # every 3rd probe
+    (run,) = [run for run in server("plugin/geometry/runs")["runs"] if run["name"] == "monitored"]
+    assert run["map"] == {"slice/plane": [0, 6]}  # every 3rd probe
 
 
 def test_the_server_answers_with_the_values_and_the_resumed_run_has_no_doubles(server):
@@ -533,11 +497,8 @@ def test_the_server_answers_with_the_values_and_the_resumed_run_has_no_doubles(s
 def test_the_server_draws_the_charts_of_the_layout(server):
     categories = server("plugin/custom_scalars/layout")["category"]
     charts = {chart["title"]: chart for category in categories for chart in category["chart"]}
-    assert len(charts) == 6 + len(LABELS) + 2  # what either run has of all layers, and the bands of both
+    assert len(charts) == 2 + len(LABELS) + 2  # what there is of all layers, and the bands of both runs
     (pattern,) = charts["log-volume by layer [nat]"]["multiline"]["tag"]
     answer = server("plugin/custom_scalars/scalars", run="run", tag=pattern)
     assert answer["regex_valid"]
     assert set(answer["tag_to_events"]) == {f"logvol/{label}" for label in LABELS.values()}
-    (pattern,) = charts["effective dimension by layer"]["multiline"]["tag"]
-    answer = server("plugin/custom_scalars/scalars", run="monitored", tag=pattern)
-    assert set(answer["tag_to_events"]) == {"effective_dimension/00_1", "effective_dimension/01_2"}

@@ -197,12 +197,13 @@ def test_a_finished_training_is_loaded_not_repeated(tmp_path):
 def test_the_maps_are_in_tensorboard_and_the_callers_random_state_is_left_alone(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    sampled = {"tensors": 0}  # all of them
     torch.manual_seed(0)
     state = torch.random.get_rng_state()
     go(tmp_path)
     assert torch.equal(torch.random.get_rng_state(), state)
-    events = EventAccumulator(str(tmp_path / "trainings" / "noisy" / "events")).Reload()
-    assert [image.step for image in events.Images("noisy/plane")] == [0, 5, 15, 20]
+    events = EventAccumulator(str(tmp_path / "trainings" / "noisy" / "events"), size_guidance=sampled).Reload()
+    assert [written.step for written in events.Tensors("geometry/map/noisy/plane")] == [0, 5, 15, 20]
     assert [point.step for point in events.Scalars("logvol/00_2")] == [0, 3, 6, 9, 12, 15, 18]
 
 

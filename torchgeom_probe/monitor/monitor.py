@@ -17,7 +17,7 @@ from torchgeom_probe.distributed import Ranks
 from torchgeom_probe.errors import ProbeError, refuse_unknown
 from torchgeom_probe.monitor.failures import Failures
 from torchgeom_probe.monitor.optimizer import Followed
-from torchgeom_probe.monitor.samples import fingerprint, refuse_no_samples
+from torchgeom_probe.monitor.samples import ProbeSamples, fingerprint, labels_of, refuse_no_samples
 from torchgeom_probe.monitor.schedules import (
     Budget,
     Clock,
@@ -70,7 +70,8 @@ class Monitor:
             and shown once per kind as a ``RuntimeWarning``, and the training goes on; ``"raise"``: it is raised.  What
             is wrong with the set-up is raised by the first probe in any case: a batch that the model cannot take,
             layers that never run, a file that cannot be written.
-        indices: where ``x_probe`` stands in your data set; kept in ``state_dict()``, nothing else is done with it.
+        indices: where ``x_probe`` stands in your data set; kept in ``state_dict()``, and shown by writers.
+        labels: each probe sample's class or name, for writers that show samples (TensorBoard's Geometry tab).
         keep: how many reports ``history`` holds, the latest ones; None for all.  Of all but the last, what only a warm
             start would need (``right_singular_vectors``) is let go.
         maps: tag → a :class:`~torchgeom_probe.Line` or :class:`~torchgeom_probe.Plane`, scanned at the same layers
@@ -125,6 +126,7 @@ class Monitor:
         writer: Any = None,
         on_error: Literal["warn", "raise"] = "warn",
         indices: Sequence[int] | None = None,
+        labels: Sequence[int | str] | Tensor | None = None,
         keep: int | None = 1000,
         maps: Mapping[str, MapOf] | None = None,
         maps_every: int = 10,
@@ -143,6 +145,7 @@ class Monitor:
         _refuse_no_maps(self.maps, self.writers)
         self.x_probe = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), x_probe)
         self.indices = None if indices is None else [int(i) for i in indices]
+        self.labels = labels_of(labels, x_probe)
         self.probes = 0
         self.last_probed: int | None = None
         self._failures = Failures(on_error)
@@ -255,9 +258,11 @@ class Monitor:
                     self._history.append((self._step, report))
             working = list(self.writers)
             if report is not None:
+                samples = ProbeSamples(self._probe, self.x_probe, self.indices, self.labels)
                 for writer in self.writers:
                     before = self.failures
                     with self._failures.counted(f"{type(writer).__name__}.write", self._step, raised=first):
+                        writer.write_samples(self._step, samples)
                         writer.write(self._step, report)
                     if self.failures > before:
                         working.remove(writer)

@@ -1,15 +1,71 @@
-"""The samples of a monitor: what can be probed at, and the fingerprint that a resumed run is compared by."""
+"""The samples of a monitor: what can be probed at, what they are, and the fingerprint of a resumed run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch.utils._pytree import tree_leaves
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import digest
-from torchgeom_probe.model.inputs import refuse_unless_dense
+from torchgeom_probe.model.inputs import Inputs, refuse_unless_dense
+from torchgeom_probe.model.isolation import measuring
+from torchgeom_probe.model.predictions import decisions, logits_of
+from torchgeom_probe.probe import GeometryProbe
 from torchgeom_probe.shapes import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeSamples:
+    """What a probe was made at, for writers that show it.
+
+    Attributes:
+        probe: the probe, on the model as it is now.
+        x: the samples, as the probe takes them.
+        indices: where they stand in the user's data set, or None.
+        labels: what the user calls them, a class or a name each, or None.
+    """
+
+    probe: GeometryProbe
+    x: Any
+    indices: Sequence[int] | None = None
+    labels: Sequence[int | str] | None = None
+
+    @cached_property
+    def decisions(self) -> Mapping[str, Tensor]:
+        """Each sample's predicted class and margin, … (``predictions.decisions``); empty where the output is no logits.
+
+        Cost: one plain forward pass, when it is first asked for.
+        """
+        inputs = Inputs.of(self.x, self.probe.model, wrt=self.probe.wrt, from_source=self.probe.source is not None)
+        with measuring(self.probe.model, mode=self.probe.mode):
+            output = inputs.run(self.probe.model)
+            try:
+                return decisions(logits_of(output, readout=None, batch=inputs.size))
+            except ProbeError:
+                return {}
+
+
+def labels_of(labels: Any, x_probe: Any) -> list[int | str] | None:
+    """Return one class or name a sample, as plain Python values.
+
+    Raises:
+        ProbeError: more or fewer labels than samples, or labels of another kind.
+    """
+    if labels is None:
+        return None
+    found = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    size = next(len(leaf) for leaf in tree_leaves(x_probe) if isinstance(leaf, Tensor))
+    if len(found) != size or not all(isinstance(label, int | str) for label in found):
+        kinds = ", ".join(dict.fromkeys(type(label).__name__ for label in found))
+        raise ProbeError(
+            f"labels= takes one class (int) or name (str) for each of the {size} probe samples; got {len(found)} of "
+            f"type {kinds or 'none'}.\nWrite:  tgp.Monitor(model, x[:16], labels=y[:16], ...)"
+        )
+    return found
 
 
 def refuse_no_samples(x_probe: Any) -> None:

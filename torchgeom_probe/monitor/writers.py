@@ -10,11 +10,15 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import finite_or_null, write_atomically
 from torchgeom_probe.report import GeometryReport, LayerGeometry
+
+if TYPE_CHECKING:
+    from torchgeom_probe.boundary.study import BoundaryStudy
+    from torchgeom_probe.monitor.samples import ProbeSamples
 
 # Modules that register a writer of theirs; imported when a target comes that no writer so far takes.
 _INTEGRATIONS = ("torchgeom_probe.integrations.tensorboard",)
@@ -38,8 +42,14 @@ class Writer:
     def write(self, step: int, report: GeometryReport) -> None:
         """Record the report of one training step."""
 
+    def write_samples(self, step: int, samples: ProbeSamples) -> None:
+        """Take note of what the report that comes next was measured at."""
+
     def write_scalar(self, tag: str, value: float, step: int) -> None:
         """Record one number of the run as a whole."""
+
+    def write_study(self, study: BoundaryStudy, step: int) -> None:
+        """Record a study of decision boundaries."""
 
     def write_map(self, tag: str, result: Any, step: int) -> None:
         """Draw a result that ``tgp.plot`` knows (a slice scan), or show a figure of matplotlib as it is."""
@@ -119,7 +129,7 @@ def chart_of(layer: LayerGeometry) -> str:
     return "logvol" if layer.quantity == "log_volume" else layer.quantity
 
 
-def charts(layer: LayerGeometry, name: str) -> dict[str, float]:
+def charts(layer: LayerGeometry, name: str, statistics: Mapping[str, float] | None = None) -> dict[str, float]:
     """Return one layer's statistics by the tags of their charts: all but the band over the samples.
 
     The log pseudo-volume is left out where no volume is zero: it would be the volume again.
@@ -130,7 +140,7 @@ def charts(layer: LayerGeometry, name: str) -> dict[str, float]:
     ['logvol/00_model', 'sigma_max/00_model', 'rank/00_model', 'nonfinite/00_model', 'scale/00_model', \
 'effective_dimension/00_model']
     """
-    found = layer.statistics()
+    found = layer.statistics() if statistics is None else statistics
     value = {f"{chart_of(layer)}/{name}": found["median"]}
     left_out = {"mean", "p10", "median", "p90"}
     if not layer.value.isneginf().any():

@@ -93,7 +93,8 @@ def views(data: Images, *, grid: int) -> tuple[View, View]:
 def watch(data: Images, of: Training) -> dict[str, Any]:
     """√det g at 32 test images, some 40 times in the training."""
     every = max(1, of.epochs * of.steps_per_epoch // 40)
-    return {"x_probe": data.test_images[:32], "layers": [LAYER], "estimator": Exact(), "every": every}
+    samples = {"x_probe": data.test_images[:32], "labels": data.test_labels[:32]}
+    return {**samples, "layers": [LAYER], "estimator": Exact(), "every": every}
 
 
 def fig2(results: Results) -> None:

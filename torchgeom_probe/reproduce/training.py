@@ -28,7 +28,6 @@ from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.files import digest, finite_or_null, write_atomically, write_json
 from torchgeom_probe.monitor.monitor import Monitor
 from torchgeom_probe.monitor.writers import writers_of
-from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.reproduce.settings import Say, Settings
 from torchgeom_probe.shapes import Float, Int, Tensor
 from torchgeom_probe.slices.result import SliceScan
@@ -297,12 +296,11 @@ class _Loop(Trained):
                 saved = time.monotonic()
 
     def show(self, view: View, epoch: int) -> None:
-        """Scan, and draw into TensorBoard what had not been scanned before."""
+        """Scan, and write to TensorBoard what had not been scanned before."""
         new = not self._scanned(view, epoch).exists()
         found = self.scan(view, epoch)
         if new:
-            figure = plot(found, class_names=view.class_names, title=f"epoch {epoch}")
-            self.board.write_map(f"{self.name}/{view.name}", figure, epoch * self.training.steps_per_epoch)
+            self.board.write_map(f"{self.name}/{view.name}", found, epoch * self.training.steps_per_epoch)
 
     def _one_epoch(self) -> float:
         """Train on every sample once; returns the mean loss of the steps."""
