@@ -19,7 +19,7 @@ from torchgeom_probe.check import CheckReport
 from torchgeom_probe.errors import LayerRefusal, ProbeError, refuse_unknown
 from torchgeom_probe.estimators import Along, Auto, Estimator, Subspace
 from torchgeom_probe.estimators.base import estimator_of
-from torchgeom_probe.estimators.cost import Cost, seconds_per_row
+from torchgeom_probe.estimators.cost import Cost, cost_of, seconds_per_row
 from torchgeom_probe.jacobian.jacobians import EngineName, Jacobians
 from torchgeom_probe.jacobian.plan import Plan, coupled_samples, make_plan
 from torchgeom_probe.model.hooked import HookedModel, Transform
@@ -305,11 +305,12 @@ class GeometryProbe:
         if self._closed:
             raise ProbeError("this probe is closed.\nMake a new one:  GeometryProbe(model, layers=...)")
 
-    def cost(self, x: Any) -> Cost:
+    def cost(self, x: Any) -> Any:
         """Say what ``measure(x)`` will take, without measuring: rows, bytes, seconds, chunks, and why.
 
-        The seconds are rows times the time of a row in a plain forward pass, which is run for this on up to eight
-        samples.
+        Of a DataLoader or Dataset what ``measure_dataset`` will take, from a few seconds of it.
+
+        The seconds are rows times the time of a row in a plain forward pass, run for this on up to eight samples.
 
         >>> probe = GeometryProbe(nn.Sequential(nn.Linear(5, 3), nn.Tanh()), layers="*", estimator=Subspace(k=2))
         >>> cost = probe.cost(torch.randn(7, 5))
@@ -321,6 +322,9 @@ class GeometryProbe:
         ...
           0 (n = 3), 1 (n = 3): 2 directions, one dual pass for all layers
         """
+        return cost_of(x, self)
+
+    def _cost(self, x: Any) -> Cost:
         self._refuse_closed()
         with measuring(self._hooked.model, mode=self.mode):
             while True:
