@@ -9,12 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import Tokens
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
-from torch.utils.data import WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import torchgeom_probe as tgp
-from models import Tokens
 from torchgeom_probe.dataset import stream
 
 pytest.importorskip("pyarrow")
@@ -99,7 +106,9 @@ def test_what_cannot_be_measured_at_all_is_said_at_once(tmp_path):
 
     with pytest.raises(tgp.ProbeError, match="the model's own forward pass fails on x of shape"):
         measured(Wrong(20), tmp_path / "a")
-    with pytest.raises(tgp.ProbeError, match=r"no sample of the data set could be measured: OSError: sample 0(.|\n)*data\[0\]"):
+    with pytest.raises(
+        tgp.ProbeError, match=r"no sample of the data set could be measured: OSError: sample 0(.|\n)*data\[0\]"
+    ):
         measured(Synthetic(5, bad=range(5)), tmp_path / "b")
 
 
@@ -121,12 +130,12 @@ def _worker(path, rank, size, length, seconds):
     measured(Synthetic(length, bad=[1, length - 1], nan=[3]), path, batch_size=8)
 
 
-def _killed(path, ranks, length, *, times, after):
+def _killed(path, ranks, length, *, times, after, flush=0.02):
     """Run on some ranks; kill all of them at a random moment, so often; then let other numbers of ranks end it."""
     context, drawn = multiprocessing.get_context("fork"), random.Random(0)
     for round in range(times + 1):
         size = ranks if round < times else 3
-        workers = [context.Process(target=_worker, args=(path, r, size, length, 0.02)) for r in range(size)]
+        workers = [context.Process(target=_worker, args=(path, r, size, length, flush)) for r in range(size)]
         for worker in workers:
             worker.start()
         if round < times:
@@ -155,7 +164,7 @@ def test_killed_and_resumed_by_other_ranks_the_table_is_the_same_bytes(tmp_path)
 
 @pytest.mark.slow
 def test_20_000_samples_killed_20_times(tmp_path):
-    _same_bytes(tmp_path, 20_000, times=20, after=(0.2, 1.5))
+    _same_bytes(tmp_path, 20_000, times=20, after=(0.5, 3.0), flush=0.2)
 
 
 def test_a_full_disk_and_ctrl_c(tmp_path, monkeypatch):
@@ -188,7 +197,9 @@ def test_a_full_disk_and_ctrl_c(tmp_path, monkeypatch):
             return super().__getitem__(index)
 
     path = tmp_path / "stopped"
-    with pytest.raises(KeyboardInterrupt, match="2 of 3 batches are in .*stopped, and the same call goes on from there"):
+    with pytest.raises(
+        KeyboardInterrupt, match=r"2 of 3 batches are in .*stopped, and the same call goes on from there"
+    ):
         measured(Stopped(24), path, batch_size=8)
     assert not tgp.DatasetTable(path).complete
     with pytest.raises(tgp.ProbeError, match=r"is not complete: 2 of 3 units"):
@@ -211,6 +222,7 @@ def test_iterables_and_their_order(tmp_path):
 
     assert measured(Stream(), tmp_path / "stream", batch_size=4).to_arrow().equals(first)
     assert measured(DataLoader(Stream(), 4), tmp_path / "loader").to_arrow().equals(first)
+
     def stopping():
         yield batches[0]
         raise KeyboardInterrupt

@@ -131,7 +131,7 @@ class Units:
 
     def file(self, index: int) -> str | None:
         """The name of a sample's file, where the data set lists them as torchvision's do."""
-        dataset = self.dataset
+        dataset: Any = self.dataset
         while isinstance(dataset, Subset):
             dataset, index = dataset.dataset, dataset.indices[index]
         listed = next(
@@ -152,7 +152,7 @@ def _as_it_is(unit: Unit) -> Unit:
 
 
 def _order(loader: DataLoader, length: int) -> Sequence[int]:
-    """The indices that a loader draws: the data set's own order, however it shuffles; ranks share them by themselves."""
+    """The indices that a loader draws, in the data set's own order, however it shuffles or shares them."""
     odd: Any = loader.batch_sampler
     if type(odd) is BatchSampler:
         odd = loader.sampler

@@ -82,8 +82,9 @@ def measure_dataset(
         input: place or key of what the model takes, or several; None: the first entry that is no label, of a dict those
             that ``forward`` names.  Padding at the end that an ``attention_mask`` marks is cut off first.
         readout: maps the model's output to logits [B, C]; where there are none, there are no predictions.
-        batch_size, num_workers, collate_fn: as DataLoader has them; None: those of the loader.  With workers,
-            loading overlaps measuring.
+        batch_size: samples a batch; None: the loader's, else 64.
+        num_workers: processes that load, while this one measures; None: the loader's, else 0.
+        collate_fn: from samples to a batch; None: the loader's.
         progress: show a progress bar; None: only on a terminal.
         options: the probe's: layers, estimator, normalize, engine, ….
 
@@ -168,7 +169,8 @@ class Rows:
         Raises:
             Exception: no sample of it could be measured, nor was one before.
         """
-        tables, failed = [], dict(unit.failed)
+        tables: list[pyarrow.Table] = []
+        failed = dict(unit.failed)
         if unit.indices:
             try:
                 tables += self._measured(unit)
@@ -286,8 +288,8 @@ class _Run:
             self._flush()
             if isinstance(stop, KeyboardInterrupt):
                 raise KeyboardInterrupt(
-                    f"measure_dataset was stopped: {len(self.table.done())} of {len(units) or 'unknown'} batches are in "
-                    f"{self.table.path}, and the same call goes on from there"
+                    f"measure_dataset was stopped: {len(self.table.done())} of {len(units) or 'unknown'} batches are "
+                    f"in {self.table.path}, and the same call goes on from there"
                 ) from None
             raise
         self._wait()

@@ -33,8 +33,8 @@ _GROUP = 65536
 class DatasetTable:
     """The rows that :func:`~torchgeom_probe.measure_dataset` has put into a folder, in the order of their index.
 
-    Columns: ``index``, ``label``, ``file``, ``prediction``, ``entropy``, ``margin`` (where there are any), ``num_inputs``
-    (d), ``error`` (why a sample was not measured); and of each layer ``layer/quantity``, ``layer/num_features`` (n),
+    Columns: ``index``, ``label``, ``file``, ``prediction``, ``entropy``, ``margin`` (where there are any), ``error``
+    (why a sample was not measured), ``num_inputs`` (d); of each layer ``layer/quantity``, ``layer/num_features`` (n),
     ``layer/sigma_max``, ``layer/rank``, ``layer/std_error`` … as its estimator has them.  Natural logarithms.
 
     Args:
@@ -51,7 +51,7 @@ class DatasetTable:
             raise ProbeError(
                 f"{self.path} holds no measured data set.\nMeasure one:  tgp.measure_dataset(model, data, path=...)"
             )
-        self._schemas: dict[Path, Any] = {}
+        self._seen: dict[Path, tuple[Any, dict[str, Any]]] = {}
 
     def __repr__(self) -> str:
         return f"DatasetTable({str(self.path)!r}: {len(self)} samples, layers {list(self.layers)})"
@@ -98,7 +98,7 @@ class DatasetTable:
 
     def schema(self) -> pyarrow.Schema:
         """Every column of any part: those of the samples, then layer by layer the value and the others by name."""
-        schemas = [schema.remove_metadata() for schema in map(self._schema, self._files())]
+        schemas = [self._read(file)[0] for file in self._files()]
         found = arrow("pyarrow").unify_schemas([*schemas, _index()], promote_options="permissive")
         layers = list(self.layers)
 
@@ -186,13 +186,14 @@ class DatasetTable:
         whole = self.path / "table.parquet"
         return [whole] if whole.exists() else sorted((self.path / "parts").glob("*.parquet"))
 
-    def _schema(self, file: Path) -> pyarrow.Schema:
-        if file not in self._schemas:
-            self._schemas[file] = arrow("pyarrow.parquet").read_schema(file)
-        return self._schemas[file]
-
     def _footer(self, file: Path) -> dict[str, Any]:
-        return json.loads(self._schema(file).metadata[KEY])
+        return self._read(file)[1]
+
+    def _read(self, file: Path) -> tuple[pyarrow.Schema, dict[str, Any]]:
+        if file not in self._seen:
+            schema = arrow("pyarrow.parquet").read_schema(file)
+            self._seen[file] = schema.remove_metadata(), json.loads(schema.metadata[KEY])
+        return self._seen[file]
 
 
 def _index() -> pyarrow.Schema:
