@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.model.stages import stage_layers
@@ -178,13 +179,36 @@ def read_images(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     >>> [(image.mode, image.size) for image in read_images(folder)]
     [('RGB', (5, 7))]
     """
-    pil = optional("PIL.Image", extra="timm")
+    images = []
+    for file in image_files(source):
+        try:
+            images.append(open_image(file))
+        except (OSError, optional("PIL.Image", extra="timm").DecompressionBombError) as error:
+            raise ProbeError(f"{file} is no image that Pillow can read: {error}") from error
+    return images
+
+
+def open_image(file: str | os.PathLike[str]) -> Image.Image:
+    """Read one image as RGB, the right way up as its EXIF data say; of an animation the first frame."""
+    with optional("PIL.Image", extra="timm").open(file) as image:
+        return optional("PIL.ImageOps", extra="timm").exif_transpose(image).convert("RGB")
+
+
+def image_files(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, deep: bool = False) -> list[Path]:
+    """The files of images: those named, and every image of a directory in the order of their names.
+
+    ``deep``: of its subdirectories too.
+
+    Raises:
+        ProbeError: nothing there, or no image among the files.
+    """
+    known = set(optional("PIL.Image", extra="timm").registered_extensions())
     paths = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(p) for p in source]
-    known = set(pil.registered_extensions())
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += sorted(p for p in path.iterdir() if p.suffix.lower() in known and not p.name.startswith("."))
+            inside = path.rglob("*") if deep else path.iterdir()
+            files += sorted(p for p in inside if p.suffix.lower() in known and not p.name.startswith("."))
         elif path.is_file():
             files.append(path)
         else:
@@ -192,14 +216,34 @@ def read_images(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     if not files:
         where, usual = ", ".join(map(str, paths)) or "an empty list", ".jpg .jpeg .png .webp .bmp .gif .tif"
         raise ProbeError(f"no image in {where}: looked for {', '.join(sorted(known & {*usual.split()}))} and others.")
-    images = []
-    for file in files:
-        try:
-            with pil.open(file) as image:
-                images.append(image.convert("RGB"))
-        except (OSError, pil.DecompressionBombError) as error:
-            raise ProbeError(f"{file} is no image that Pillow can read: {error}") from error
-    return images
+    return files
+
+
+class ImageFiles(Dataset):
+    """The images of folders as a data set: the transformed image, and as its label the name of its folder.
+
+    Args:
+        source: files and directories, with what is below them.
+        transform: from an image to the model's input: ``load(name).transform``.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> folder = tempfile.mkdtemp(suffix="cats")
+    >>> Image.new("L", (5, 7)).save(folder + "/grey.png")
+    >>> image, label = ImageFiles(folder, transform=lambda image: image.size)[0]
+    >>> image, label.endswith("cats")
+    ((5, 7), True)
+    """
+
+    def __init__(self, source: Any, transform: Callable[[Image.Image], Any]) -> None:
+        self.files, self.transform = image_files(source, deep=True), transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, str]:
+        file = self.files[index]
+        return self.transform(open_image(file)), file.parent.name
 
 
 def _made(name: str, options: Mapping[str, Any], failed: str | None = None, advice: str = "") -> nn.Module:

@@ -27,7 +27,7 @@ ORDER = [
     {"curvature", "distributed"},
     {"slices"},
     {"boundary"},
-    {"monitor"},
+    {"monitor", "dataset"},
     {"plotting"},
     {"cli", "reproduce", "integrations"},
 ]

@@ -13,6 +13,9 @@ from torchgeom_probe.boundary.population import boundary_study
 from torchgeom_probe.boundary.study import BoundaryStudy, compare_networks
 from torchgeom_probe.check import CheckReport
 from torchgeom_probe.curvature.scalar import scalar_curvature
+from torchgeom_probe.dataset.cost import DatasetCost
+from torchgeom_probe.dataset.stream import measure_dataset
+from torchgeom_probe.dataset.table import DatasetTable
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators import Along, Estimator, Exact, LogDet, Subspace, TopK, Trace
 from torchgeom_probe.monitor.monitor import Monitor
@@ -35,6 +38,8 @@ __all__ = [
     "Budget",
     "CSVWriter",
     "CheckReport",
+    "DatasetCost",
+    "DatasetTable",
     "Estimator",
     "Every",
     "Exact",
@@ -61,6 +66,7 @@ __all__ = [
     "compare_networks",
     "magnification",
     "measure",
+    "measure_dataset",
     "paired_effect",
     "plot",
     "scalar_curvature",

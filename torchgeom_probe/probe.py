@@ -19,7 +19,7 @@ from torchgeom_probe.check import CheckReport
 from torchgeom_probe.errors import LayerRefusal, ProbeError, refuse_unknown
 from torchgeom_probe.estimators import Along, Auto, Estimator, Subspace
 from torchgeom_probe.estimators.base import estimator_of
-from torchgeom_probe.estimators.cost import Cost, seconds_per_row
+from torchgeom_probe.estimators.cost import Cost, cost_of, seconds_per_row
 from torchgeom_probe.jacobian.jacobians import EngineName, Jacobians
 from torchgeom_probe.jacobian.plan import Plan, coupled_samples, make_plan
 from torchgeom_probe.jacobian.replay.replays import NotReplayedError, Replays
@@ -344,22 +344,24 @@ class GeometryProbe:
         if self._closed:
             raise ProbeError("this probe is closed.\nMake a new one:  GeometryProbe(model, layers=...)")
 
-    def cost(self, x: Any) -> Cost:
+    def cost(self, x: Any) -> Any:
         """Say what ``measure(x)`` will take, without measuring: rows, bytes, seconds, chunks, and why.
 
-        The seconds are rows times the time of a row in a plain forward pass, which is run for this on up to eight
-        samples.
+        The seconds are rows times the time of a row in a plain forward pass, run for this on up to eight samples.  Of a
+        DataLoader or Dataset: what ``measure_dataset`` takes, from a few seconds of it.
 
         >>> probe = GeometryProbe(nn.Sequential(nn.Linear(5, 3), nn.Tanh()), layers="*", estimator=Subspace(k=2))
         >>> cost = probe.cost(torch.randn(7, 5))
-        >>> cost.rows, cost.samples_at_once                # 7 samples, the primal and 2 directions each, in one pass
-        (21, 7)
+        >>> assert (cost.rows, cost.samples_at_once) == (21, 7)  # the primal and 2 directions each, in one pass
         >>> print(cost)                                    # doctest: +ELLIPSIS
         7 samples of d = 5, engine auto
           rows: 21, in 1 chunk of up to 7 samples x 2 directions at once
         ...
           0 (n = 3), 1 (n = 3): 2 directions, one dual pass for all layers
         """
+        return cost_of(x, self)
+
+    def _cost(self, x: Any) -> Cost:
         self._refuse_closed()
         with measuring(self._hooked.model, mode=self.mode, kept=self._kept):
             while True:
@@ -369,9 +371,8 @@ class GeometryProbe:
                 except LayerRefusal as refusal:
                     self._leave_out(refusal)
             seconds = seconds_per_row(self._hooked.model, inputs, plan)
-            return Cost.of(
-                self._settled(inputs), plan, inputs.size, seconds_per_row=seconds, engine=self._engine_that_runs
-            )
+            estimator, engine = self._settled(inputs), self._engine_that_runs
+            return Cost.of(estimator, plan, inputs.size, seconds_per_row=seconds, engine=engine)
 
     def check(self, x: Any, *, seed: int = 0) -> CheckReport:
         """Check the model before a long run: derivatives, samples and ops, on at most four samples.

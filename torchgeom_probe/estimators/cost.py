@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,6 +96,12 @@ class Cost:
             reasons.setdefault(count.why, []).append(f"{entry or '(model)'} (n = {self.features[entry]})")
         lines += [f"  {', '.join(entries)}: {why}" for why, entries in reasons.items()]
         return "\n".join(lines)
+
+
+@functools.singledispatch
+def cost_of(x: Any, probe: Any) -> Any:
+    """What measuring x will take: a batch, or what a room above registers, a data set."""
+    return probe._cost(x)
 
 
 def seconds_per_row(model: nn.Module, inputs: Inputs, plan: Plan) -> float:

@@ -48,9 +48,9 @@ class Inputs:
             ProbeError: no tensor, no sample, no floating tensor or several and no word which, a sparse or nested one,
                 arguments that the model does not take, another device than the model's.
         """
-        args, kwargs = _arguments(x)
+        args, kwargs = arguments_of(x)
         paths, spec = tree_flatten_with_path((args, kwargs))
-        parameters = _parameter_names(model)
+        parameters = parameter_names(model)
         leaves, names = tuple(leaf for _, leaf in paths), tuple(_name(path, parameters) for path, _ in paths)
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if not tensors:
@@ -194,7 +194,8 @@ def _refuse_other_arguments(model: nn.Module, args: Sequence[Any], kwargs: Mappi
         ) from error
 
 
-def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments that x stands for."""
     if isinstance(x, Tensor):
         return (x,), {}
     if isinstance(x, (tuple, list)):
@@ -208,7 +209,8 @@ def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _parameter_names(model: nn.Module) -> list[str]:
+def parameter_names(model: nn.Module) -> list[str]:
+    """The names of the arguments of a model's forward, in their order."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):  # a forward written in C, or one that hides its signature
@@ -265,7 +267,7 @@ def _places(
 def _place(
     wanted: str | int, leaves: Sequence[Any], names: Sequence[str], floating: Sequence[int], model: nn.Module
 ) -> int:
-    parameters = _parameter_names(model)
+    parameters = parameter_names(model)
     name = parameters[wanted] if isinstance(wanted, int) and 0 <= wanted < len(parameters) else str(wanted)
     found = [i for i in floating if names[i] == name] or [i for i in floating if names[i].split(".")[0] == name]
     found = found or [i for i in floating if names[i].split(".")[-1] == name]

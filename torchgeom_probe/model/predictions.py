@@ -5,13 +5,17 @@ Legend of axes: B samples, C classes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.model.inputs import arguments_of
+from torchgeom_probe.model.isolation import Mode, measuring
 from torchgeom_probe.shapes import Float, Tensor
 
 #: From a model's output to logits [B, C].
@@ -75,3 +79,11 @@ def decisions(logits: Float[Tensor, " batch classes"]) -> dict[str, Tensor]:
         "margin": torch.where(finite, top[:, 0] - top[:, 1], undefined),
         "confidence": torch.where(finite, p.max(-1).values, undefined),
     }
+
+
+def decided(model: nn.Module, x: Any, *, readout: Readout | None, batch: int, mode: Mode = "eval") -> dict[str, Tensor]:
+    """Run the model plainly, leave it as it was, and return its :func:`decisions` at x."""
+    args, kwargs = arguments_of(x)
+    of_readout = measuring(readout) if isinstance(readout, nn.Module) else contextlib.nullcontext()
+    with measuring(model, mode=mode), of_readout:
+        return decisions(logits_of(model(*args, **kwargs), readout=readout, batch=batch))

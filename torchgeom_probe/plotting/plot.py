@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torchgeom_probe.boundary.study import BoundaryStudy
+from torchgeom_probe.dataset.table import DatasetTable
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.plotting.datasets import plot_table
 from torchgeom_probe.plotting.layers import plot_report
 from torchgeom_probe.plotting.lines import plot_lines
 from torchgeom_probe.plotting.planes import plot_maps
@@ -25,7 +27,9 @@ def plot(result: Any, **options: Any) -> Figure:
     A :class:`~torchgeom_probe.SliceScan`, or a list of them over one slice (networks, epochs): on a line the log-volume
     of each layer against t, with entropy and classes; on a plane maps of predictions, entropy and the log-volume of
     each layer.  A :class:`~torchgeom_probe.GeometryReport`: per layer all samples, their median and 10 to 90 %.  A
-    :class:`~torchgeom_probe.BoundaryStudy`: per layer log-volume against signed distance from the boundary.
+    :class:`~torchgeom_probe.BoundaryStudy`: per layer log-volume against signed distance from the boundary.  A
+    :class:`~torchgeom_probe.DatasetTable`: per layer the distribution (``by="label"``: of each class) and the value
+    against the margin; the least and the most magnified samples (``pictures=dataset``, or the files it names).
 
     Args:
         result: what to draw.
@@ -67,3 +71,4 @@ def _plot_scans(result: Sequence[SliceScan], **options: Any) -> Figure:
 
 plot.register(GeometryReport, plot_report)
 plot.register(BoundaryStudy, plot_study)
+plot.register(DatasetTable, plot_table)

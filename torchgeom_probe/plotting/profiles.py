@@ -11,7 +11,6 @@ import numpy as np
 from torchgeom_probe.boundary.effect import BoundaryEffect, in_words
 from torchgeom_probe.boundary.statistics import Estimate
 from torchgeom_probe.boundary.study import BoundaryStudy
-from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.plotting import style
 from torchgeom_probe.plotting.style import BLUE, NORMAL, SMALL, Figure
 
@@ -30,8 +29,7 @@ def plot_study(
     Blue is the network, grey and dashed the untrained one; the dotted line is the boundary.  Above each panel stands
     the effect that the study tested, which is not read off the curve.
     """
-    if unit not in ("nat", "log10"):
-        raise ProbeError(f"unit={unit!r} is unknown.\nWrite unit='nat' (natural log, the default) or unit='log10'.")
+    style.refuse_unit(unit)
     names = style.chosen_layers(layers, list(study))
     columns = min(len(names), 3)
     rows = math.ceil(len(names) / columns)

@@ -59,10 +59,15 @@ def note(report: GeometryReport, layers: Sequence[str]) -> str:
     return "volume: " + " | ".join(dict.fromkeys(notes))
 
 
-def in_unit(layer: LayerGeometry, unit: str) -> np.ndarray:
-    """Return a layer's value [B], a log-volume in the unit ``"nat"`` or ``"log10"``."""
+def refuse_unit(unit: str) -> None:
+    """Refuse an unknown unit of logarithms."""
     if unit not in ("nat", "log10"):
         raise ProbeError(f"unit={unit!r} is unknown.\nWrite unit='nat' (natural log, the default) or unit='log10'.")
+
+
+def in_unit(layer: LayerGeometry, unit: str) -> np.ndarray:
+    """Return a layer's value [B], a log-volume in the unit ``"nat"`` or ``"log10"``."""
+    refuse_unit(unit)
     values = layer.value.detach().double().cpu().numpy()
     return values / math.log(10) if unit == "log10" and layer.unit == "nat" else values
 
@@ -175,14 +180,14 @@ def pictures(scan: SliceScan, images: Images) -> list[np.ndarray]:
     if isinstance(images, str):
         if images != "auto":
             raise ProbeError(f"images={images!r}: give the samples as pictures, images='auto' or images=None (none).")
-        images = samples if all(_is_picture(sample.shape) for sample in samples) else []
-    elif len(images) != len(samples) or not all(_is_picture(image.shape) for image in images):
+        images = samples if all(is_picture(sample.shape) for sample in samples) else []
+    elif len(images) != len(samples) or not all(is_picture(image.shape) for image in images):
         raise ProbeError(
             f"images has the shapes {[tuple(image.shape) for image in images]}; a {type(scan.slice).__name__} has "
             f"{len(samples)} samples, each drawn as [H, W], [1, H, W], [3, H, W] or [H, W, 3].\n"
             "Shape them so:  images=[sample.reshape(8, 8) for sample in plane.samples]"
         )
-    return [_picture(image) for image in images]
+    return [picture(image) for image in images]
 
 
 def show_picture(axes: Any, picture: np.ndarray, name: str, *, size: float, pad: float) -> None:
@@ -192,12 +197,14 @@ def show_picture(axes: Any, picture: np.ndarray, name: str, *, size: float, pad:
     axes.set_title(name, fontsize=size, pad=pad)
 
 
-def _is_picture(shape: Sequence[int]) -> bool:
+def is_picture(shape: Sequence[int]) -> bool:
+    """Whether a sample of this shape can be shown."""
     coloured = len(shape) == 3 and (shape[0] in (1, 3) or shape[2] == 3)
     return (coloured or len(shape) == 2) and sorted(shape)[-2] >= 4
 
 
-def _picture(image: Any) -> np.ndarray:
+def picture(image: Any) -> np.ndarray:
+    """A sample as a picture [H, W] or [H, W, 3] in [0, 1]."""
     pixels = torch.as_tensor(image).detach().double().cpu().numpy()
     if pixels.ndim == 3 and pixels.shape[0] in (1, 3):
         pixels = pixels[0] if pixels.shape[0] == 1 else np.moveaxis(pixels, 0, -1)

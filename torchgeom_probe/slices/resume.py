@@ -12,6 +12,7 @@ from torch import nn
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import digest, write_atomically, write_json
+from torchgeom_probe.probe import GeometryProbe
 
 
 class Parts:
@@ -73,6 +74,20 @@ def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, where:
             f"{where} holds another {what}: its {', '.join(different)} differ{how}.\n"
             f"Save to another path, or delete what is there:  {what}(..., path='another{ending}')"
         )
+
+
+def probe_settings(probe: GeometryProbe) -> dict[str, Any]:
+    """Return what a probe measures and how, as JSON can hold it; equal in every process that measures the same."""
+    return {
+        "layers": sorted({*probe.layers, *probe.left_out}),  # what "auto" leaves out is known after the first chunk
+        "estimator": repr(probe.estimator),
+        "normalize": probe.normalize,
+        "transform": in_words(probe.transforms),
+        "engine": probe.engine,
+        "source": probe.source,
+        "wrt": in_words(probe.wrt),
+        "mode": probe.mode,
+    }
 
 
 def in_words(value: Any) -> Any:

@@ -5,7 +5,6 @@ slice → points, tangents → per chunk of points: geometry of every layer, the
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,12 +16,11 @@ from tqdm import tqdm
 from torchgeom_probe.errors import ProbeError, refuse_unknown
 from torchgeom_probe.estimators import Auto
 from torchgeom_probe.files import decoded, encoded
-from torchgeom_probe.model.isolation import measuring
-from torchgeom_probe.model.predictions import Readout, decisions, logits_of
+from torchgeom_probe.model.predictions import Readout, decided
 from torchgeom_probe.probe import GeometryProbe, ProbeOptions, probe_of
 from torchgeom_probe.shapes import Tensor
 from torchgeom_probe.slices.result import SliceScan, packed
-from torchgeom_probe.slices.resume import Parts, in_words, refuse_other, state_digest
+from torchgeom_probe.slices.resume import Parts, in_words, probe_settings, refuse_other, state_digest
 from torchgeom_probe.slices.slice import Line, Plane
 
 if TYPE_CHECKING:
@@ -89,7 +87,9 @@ def scan(
     refuse_unknown(options, scan, *ProbeOptions.__annotations__)
     probe = probe_of(model_or_probe, options)
     along = options.get("estimator") is None and probe.estimator == Auto()
-    settings = _settings(probe, readout, along=along)
+    settings = {**probe_settings(probe), "readout": in_words(readout)}
+    if along:
+        settings["estimator"] = _TANGENTS
     if path is None:
         settings["batch_size"] = batch_size or _CHUNK
         return SliceScan.joined(slice, settings, list(_chunks(probe, slice, readout, settings, None, progress)))
@@ -109,21 +109,6 @@ def scan(
     return found
 
 
-def _settings(probe: GeometryProbe, readout: Readout | None, *, along: bool) -> dict[str, Any]:
-    """Return what is scanned and how, as JSON can hold it; equal in every process that scans the same."""
-    return {
-        "layers": sorted({*probe.layers, *probe.left_out}),  # what "auto" leaves out is known after the first chunk
-        "estimator": _TANGENTS if along else repr(probe.estimator),
-        "readout": in_words(readout),
-        "normalize": probe.normalize,
-        "transform": in_words(probe.transforms),
-        "engine": probe.engine,
-        "source": probe.source,
-        "wrt": in_words(probe.wrt),
-        "mode": probe.mode,
-    }
-
-
 def _chunks(
     probe: GeometryProbe,
     slice: Line | Plane,
@@ -135,7 +120,11 @@ def _chunks(
     """Yield what was found at one chunk of points after the other: what is stored of it, or what is measured now."""
     device = next((t.device for t in (*probe.model.parameters(), *probe.model.buffers())), slice.a.device)
     points, tangents = slice.points().detach().to(device), slice.tangents().detach().to(device)
-    _decided(probe, points[:1], readout)  # what a readout gets wrong is said before the first minute is spent
+
+    def decide(x: Tensor) -> dict[str, Tensor]:
+        return decided(probe.model, x, readout=readout, batch=len(x), mode=probe.mode)
+
+    decide(points[:1])  # what a readout gets wrong is said before the first minute is spent
     hidden = None if progress is None else not progress  # None: tqdm shows its bar on a terminal alone
     with tqdm(total=len(points), desc="scan", unit="point", disable=hidden) as bar:
         for index, x in enumerate(points.split(settings["batch_size"])):
@@ -143,14 +132,8 @@ def _chunks(
             if data is None:
                 along = tangents[:, None].expand(-1, *x.shape) if settings["estimator"] == _TANGENTS else None
                 report = probe.measure(x, directions=along, progress=False)
-                data = encoded(*packed(report, _decided(probe, x, readout)), kind=_PART)
+                data = encoded(*packed(report, decide(x)), kind=_PART)
                 if parts is not None:
                     parts.put(index, data)
             yield decoded(data, kind=_PART, origin=f"chunk {index}")
             bar.update(len(x))
-
-
-def _decided(probe: GeometryProbe, x: Tensor, readout: Readout | None) -> dict[str, Tensor]:
-    of_readout = measuring(readout) if isinstance(readout, nn.Module) else contextlib.nullcontext()
-    with measuring(probe.model, mode=probe.mode), of_readout:
-        return decisions(logits_of(probe.model(x), readout=readout, batch=len(x)))

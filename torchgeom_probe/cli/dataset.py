@@ -1,0 +1,57 @@
+"""``torchgeom-probe dataset``: every image of a folder, a row an image, resumable, also by several processes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from torchgeom_probe.cli.models import add_probe, estimator_of, model_of
+from torchgeom_probe.dataset.stream import measure_dataset
+from torchgeom_probe.errors import ProbeError, optional
+from torchgeom_probe.plotting.files import save
+from torchgeom_probe.plotting.plot import plot
+
+
+def add(verbs: Any) -> None:
+    """Add the verb's parser."""
+    parser = verbs.add_parser(
+        "dataset",
+        help="measure every image of a folder (needs the extras 'timm', 'dataset' and 'figures')",
+        description="Stopped or killed, the same command goes on where it was; torchrun -m torchgeom_probe.cli.main "
+        "dataset ... shares the images over processes.  The name of an image's folder is its label.",
+    )
+    add_probe(parser)
+    parser.add_argument("--estimator", metavar="NAME", help="as for measure")
+    parser.add_argument("-k", type=int, help="directions of subspace, singular values of topk")
+    parser.add_argument("--batch-size", type=int, default=16, help="images a batch (default 16)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that load images (default 1)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("torchgeom_runs/dataset"), metavar="DIR")
+    parser.set_defaults(run=run, resumes=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print a summary; write ``table.parquet`` and ``dataset.png``."""
+    model, loaded = model_of(arguments)
+    if loaded is None or arguments.images is None:
+        raise ProbeError("dataset takes --images DIR and a model that knows its own preprocessing: --model timm:NAME")
+    images = optional("torchgeom_probe.integrations.timm", extra="timm").ImageFiles
+    table = measure_dataset(
+        model.to(arguments.device),
+        images(arguments.images, loaded.transform),
+        path=arguments.out,
+        label=1,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.workers,
+        layers=arguments.layers,
+        estimator=estimator_of(arguments),
+        engine=arguments.engine,
+        source=arguments.source,
+    )
+    if int(os.environ.get("RANK", 0)) == 0 and table.complete:
+        print(table.compact())
+        several = table.to_pandas(["label"])["label"].nunique() > 1
+        figure = plot(table, by="label" if several else None, title=f"{arguments.model}")
+        print(f"Wrote {arguments.out / 'table.parquet'} and {save(figure, arguments.out / 'dataset.png')}.")
