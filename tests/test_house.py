@@ -26,7 +26,7 @@ ORDER = [
     {"probe"},
     {"curvature", "distributed"},
     {"slices"},
-    {"boundary"},
+    {"boundary", "loss"},
     {"monitor"},
     {"plotting"},
     {"cli", "reproduce", "integrations"},

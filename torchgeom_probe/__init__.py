@@ -15,6 +15,8 @@ from torchgeom_probe.check import CheckReport
 from torchgeom_probe.curvature.scalar import scalar_curvature
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators import Along, Estimator, Exact, LogDet, Subspace, TopK, Trace
+from torchgeom_probe.loss.pushforward import pushforward
+from torchgeom_probe.loss.step import penalty
 from torchgeom_probe.monitor.monitor import Monitor
 from torchgeom_probe.monitor.schedules import Budget, Every, LogSpaced, Schedule
 from torchgeom_probe.monitor.writers import CSVWriter, JSONWriter, Writer
@@ -62,7 +64,9 @@ __all__ = [
     "magnification",
     "measure",
     "paired_effect",
+    "penalty",
     "plot",
+    "pushforward",
     "scalar_curvature",
     "scan",
 ]

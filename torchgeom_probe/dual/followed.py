@@ -97,7 +97,7 @@ class Followed(TorchFunctionMode):
         found = [args[0]] if writes else [o for o in tree_leaves(out) if smooth(o)]
         self._remember(found)
         unseen = self.reverse and writes and not torch.is_grad_enabled()
-        if (unseen or not all(map(self.carries, found))) and not _inside_a_custom_function():
+        if (unseen or not all(map(self.carries, found))) and not inside_a_custom_function():
             raise EngineRefusal(self._why_lost(func))
         return out
 
@@ -110,7 +110,7 @@ class Followed(TorchFunctionMode):
     def _refuse_alias(self, func: Any, constants: list[Tensor]) -> None:
         for tensor in constants if self._memory else ():
             held = self._memory.get(_innermost(tensor).untyped_storage().data_ptr())
-            if held is not None and not held.expired() and not _inside_a_custom_function():
+            if held is not None and not held.expired() and not inside_a_custom_function():
                 raise EngineRefusal(
                     f"the tangent was lost: {name_of(func)!r} takes a constant in the memory of a tensor that depends "
                     "on the input (made by nn.Parameter(h), from_dlpack, _make_subclass).\n"
@@ -154,7 +154,7 @@ def _innermost(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _inside_a_custom_function() -> bool:
+def inside_a_custom_function() -> bool:
     """Whether the op runs in the forward of an autograd.Function: without gradients, but its backward has them."""
     running: FrameType | None = sys._getframe()
     codes = set()
