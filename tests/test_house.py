@@ -26,7 +26,7 @@ ORDER = [
     {"probe"},
     {"curvature", "distributed"},
     {"slices"},
-    {"boundary"},
+    {"boundary", "loss"},
     {"monitor", "dataset"},
     {"plotting"},
     {"cli", "reproduce", "integrations"},

@@ -18,6 +18,8 @@ from torchgeom_probe.dataset.stream import measure_dataset
 from torchgeom_probe.dataset.table import DatasetTable
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators import Along, Estimator, Exact, LogDet, Subspace, TopK, Trace
+from torchgeom_probe.loss.pushforward import pushforward
+from torchgeom_probe.loss.step import penalty
 from torchgeom_probe.monitor.monitor import Monitor
 from torchgeom_probe.monitor.schedules import Budget, Every, LogSpaced, Schedule
 from torchgeom_probe.monitor.writers import CSVWriter, JSONWriter, Writer
@@ -68,7 +70,9 @@ __all__ = [
     "measure",
     "measure_dataset",
     "paired_effect",
+    "penalty",
     "plot",
+    "pushforward",
     "scalar_curvature",
     "scan",
 ]

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torchgeom_probe.dual.followed import Followed, has_tangent
 from torchgeom_probe.dual.ops import smooth
+from torchgeom_probe.dual.passes import current_pass
 from torchgeom_probe.errors import EngineRefusal, first_line
 from torchgeom_probe.shapes import Tensor
 
@@ -63,6 +64,8 @@ class OneOp:
             why = first_line(error)
         if complete:
             return tuple(found)
+        if current_pass().graph:
+            raise EngineRefusal(f"{why}; and of reverse mode there is no gradient")
         torch.set_rng_state(state)  # the same numbers again
         try:
             return self._by_reverse()

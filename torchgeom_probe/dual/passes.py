@@ -9,6 +9,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from torchgeom_probe.errors import ProbeError
 
 
@@ -41,6 +43,8 @@ class Pass:
         known: primals that passes at the same samples share (``KnownPrimals`` of ``rules/convolution.py``).
         used: the names of the ops that ran, by what became of them (:func:`recording`).
         at_end: what to do when the pass ends, the last first; None outside of a pass.
+        graph: whether autograd follows the buffers (``graph.py``).
+        batch_statistics: whether batch normalisation by the batch's statistics is let through, as constants along x.
     """
 
     key: Key = field(default_factory=Key)
@@ -48,6 +52,8 @@ class Pass:
     known: Any = None
     used: dict[str, set[str]] | None = None
     at_end: contextlib.ExitStack | None = None
+    graph: bool = False
+    batch_statistics: bool = False
 
 
 _OUTSIDE = Pass()
@@ -55,6 +61,11 @@ _CURRENT: ContextVar[Pass] = ContextVar("dual_pass", default=_OUTSIDE)  # each t
 
 #: The pass that is running; outside of any, one in which nothing is deferred, known or recorded.
 current_pass = _CURRENT.get
+
+
+def followed() -> bool:
+    """Whether autograd follows the buffers here: then no rule writes into memory that it may have saved."""
+    return _CURRENT.get().graph and torch.is_grad_enabled()
 
 
 @contextlib.contextmanager
@@ -68,13 +79,13 @@ def within(**changes: Any) -> Iterator[Pass]:
 
 
 @contextlib.contextmanager
-def dual_pass() -> Iterator[Pass]:
+def dual_pass(**changes: Any) -> Iterator[Pass]:
     """Run the body as a pass of its own, whose tensors nothing outside of it can read.
 
     Raises:
         ProbeError: something tried, in another thread.
     """
-    with contextlib.ExitStack() as at_end, within(key=Key(), deferred=[], at_end=at_end) as running:
+    with contextlib.ExitStack() as at_end, within(key=Key(), deferred=[], at_end=at_end, **changes) as running:
         try:
             yield running
         finally:

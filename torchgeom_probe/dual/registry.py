@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from torchgeom_probe.dual.ops import ops_named
+from torchgeom_probe.dual.passes import followed
 from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
 from torchgeom_probe.shapes import Tensor
 
@@ -54,7 +55,8 @@ def in_place_of(function: Rule) -> Rule:
     def push(input: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(input, DualTensor):
             return NotImplemented
-        out = function(input, *args, **kwargs)
+        given = DualTensor(input.buffer.clone()) if followed() else input  # autograd may save it
+        out = function(given, *(given if a is input else a for a in args), **kwargs)
         if not isinstance(out, DualTensor) or out.buffer.shape != input.buffer.shape:
             return NotImplemented
         if out.buffer.is_complex() and not input.buffer.is_complex():
@@ -188,7 +190,7 @@ def listed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def row_by_row(buffer: Tensor) -> bool:
     """Whether a loop over the rows beats one broadcasting kernel: on the CPU, with rows that outweigh a call."""
-    return buffer.device.type == "cpu" and buffer.numel() >= _ROW_NUMBERS * buffer.shape[0]
+    return buffer.device.type == "cpu" and buffer.numel() >= _ROW_NUMBERS * buffer.shape[0] and not followed()
 
 
 _ROW_NUMBERS = 1 << 13

@@ -25,6 +25,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from torchgeom_probe.dual.followed import inside_a_custom_function
+from torchgeom_probe.dual.graph import refuse_unfollowed, refuse_wrong
 from torchgeom_probe.dual.one_op import OneOp
 from torchgeom_probe.dual.ops import (
     CONSTANT,
@@ -137,6 +138,8 @@ class DualTensor(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         running = current_pass()
+        if running.graph:
+            refuse_unfollowed()
         if running.deferred and func not in METADATA and func not in TAKES_DEFERRED:
             running.deferred[0].buffer  # noqa: B018  (built before this op can write to what it is built from)
         rule = RULES.get(func)
@@ -153,6 +156,8 @@ class DualTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # Reached only past __torch_function__: from C++ (custom autograd functions, extensions).
+        if current_pass().graph:
+            refuse_wrong(func)
         if func in _ALIASES:
             return args[0]
         return _unfused(func, args, kwargs or {})
@@ -184,6 +189,8 @@ def _ruled(rule: Rule, func: Any, args: Any, kwargs: Any) -> Any:
         _raise_if_the_models_own(func, args, kwargs)
         if mutates(func, args, kwargs):
             raise  # half of it may be written
+        if current_pass().graph:
+            raise EngineRefusal(f"the rule of {name_of(func)!r} has no gradient here: {first_line(error)}") from error
         return NotImplemented
 
 
@@ -207,7 +214,12 @@ def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
         return _on_primals(func, args, kwargs)
     if known in DETACHES:
         x = args[0] if args else kwargs["input"]
-        return x if mutates(func) else DualTensor(x.buffer)
+        # The derivative goes through; a gradient of the loss stops as it was told to.
+        buffer = x.buffer.detach() if current_pass().graph else x.buffer
+        if mutates(func):
+            x._buffer = buffer
+            return x
+        return DualTensor(buffer)
     refusal = unfollowable(func, args, kwargs)
     if refusal is not None:  # an autograd.Function has a derivative of its own, which the other engines take
         raise EngineRefusal(str(refusal)) if inside_a_custom_function() else refusal
@@ -238,6 +250,8 @@ def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _by_torch(func: Any, args: Any, kwargs: Any, writes: bool) -> Any:
     """Run one op by its derivative in torch."""
+    if current_pass().graph:
+        refuse_wrong(func)
     leaves, spec = tree_flatten((args, kwargs))
     buffers = {i: leaf.buffer for i, leaf in enumerate(leaves) if isinstance(leaf, DualTensor)}
     one_op = OneOp(func, leaves, spec, buffers, writes, may_be_constant=meaning_of(func) in ONE_FOR_EACH)
@@ -271,7 +285,7 @@ def _became_dual(target: Any, leaves: list[Any]) -> bool:
         torch.utils.swap_tensors(target, dual)
     except RuntimeError:  # something in C++ holds it
         return False
-    running.at_end.callback(_exchanged_back, target, dual)
+    running.at_end.callback(_exchanged_back, target, dual, running.graph)
     return True
 
 
@@ -279,9 +293,11 @@ def _became_dual(target: Any, leaves: list[Any]) -> bool:
 _ALONE = 2
 
 
-def _exchanged_back(target: Tensor, dual: Tensor) -> None:
+def _exchanged_back(target: Tensor, dual: Any, keep: bool) -> None:
     with contextlib.suppress(RuntimeError):  # something holds it: it is refused where it is used again
         torch.utils.swap_tensors(target, dual)
+        if keep:  # as a plain pass would have left it
+            target.detach().copy_(dual._buffer[0].detach())
 
 
 def _refuse_unfollowable_writes(func: Any, args: Any, kwargs: Any, writes: bool) -> None:

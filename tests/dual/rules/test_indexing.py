@@ -50,6 +50,8 @@ CASES = {
     "index_add_": [call(D(5, 7), 1, index(6, 3), D(5, 3))],
     "index_copy_": [call(D(5, 7), 1, torch.tensor([3, 1]), D(5, 2))],
     "masked_select": [call(D(5, 7), mask(5, 7)), call(D(5, 1), mask(3, 1, 7))],
+    "select_scatter": [call(D(5, 7), D(5), 1, 2), call(P(5, 7), D(7), 0, 2), call(D(5, 7), P(5), -1, 3)],
+    "slice_scatter": [call(D(5, 7), D(5, 3), 1, 2, 5), call(D(5, 7), D(2, 7), 0, start=1, step=2)],
     "index_fill": [call(D(5, 7), 1, index(7, 3), 2.5), call(D(5, 7), -1, index(7, 3), D())],
     "index_fill_": [call(D(5, 7), 1, index(6, 3), 2.5), call(D(5, 7), -1, index(6, 3), D())],
 }

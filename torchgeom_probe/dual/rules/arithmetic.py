@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from torchgeom_probe.dual.graph import refuse_no_gradient, shifted
 from torchgeom_probe.dual.ops import ops_named
+from torchgeom_probe.dual.passes import followed
 from torchgeom_probe.dual.registry import (
     aligned,
     any_dual,
@@ -35,6 +37,12 @@ def _add(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     if isinstance(input, DualTensor) and isinstance(other, DualTensor):
         return DualTensor(torch.add(left, right, alpha=alpha))
     x = left if isinstance(input, DualTensor) else right
+    if followed():
+        plain, sign = (other, alpha) if x is left else (input, 1)
+        rows = x if x is left or alpha == 1 else x * alpha
+        shape = torch.broadcast_shapes(x.shape[1:], getattr(plain, "shape", ()))
+        dtype = torch.result_type(primal_of(input), primal_of(other))
+        return DualTensor(shifted(rows.expand(len(x), *shape).to(dtype, copy=True), plain if sign == 1 else plain * sign))
     value = torch.add(primal_of(input), primal_of(other), alpha=alpha)
     # empty_like keeps the memory format, which only fits where nothing was broadcast
     same = x.shape[1:] == value.shape
@@ -51,7 +59,7 @@ def _add_in_place(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     if isinstance(other, DualTensor):
         input.buffer.add_(operands(input, other)[1], alpha=alpha)
     else:
-        input.buffer[0].add_(other, alpha=alpha)
+        shifted(input.buffer, other if alpha == 1 else other * alpha)
     return input
 
 
@@ -85,6 +93,8 @@ def _mul(input: Any, other: Any) -> Any:
 def _mul_in_place(input: Any, other: Any) -> Any:
     if not isinstance(input, DualTensor) or ndim_of(other) > ndim_of(input):
         return NotImplemented
+    if followed():
+        return in_place_of(_mul)(input, other)
     if not isinstance(other, DualTensor):
         input.buffer.mul_(other)
         return input
@@ -132,11 +142,9 @@ def _positive(input: DualTensor) -> DualTensor:
 def _pow(input: Any, exponent: Any) -> Any:
     # (p^c)' = c p^(c-1);  (b^p)' = b^p log b;  of two duals  (p^q)' = p^q (q' log p + q p'/p)  is left to the fallback
     if isinstance(input, DualTensor) and isinstance(exponent, (int, float)) and exponent != 0:
-        p = input.primal
-        return pushed(input, p.pow(exponent), p.pow(exponent - 1).mul_(exponent))
+        return pushed(input, lambda p: (p.pow(exponent), p.pow(exponent - 1).mul_(exponent)))
     if isinstance(exponent, DualTensor) and isinstance(input, (int, float)) and input > 0:
-        value = torch.pow(input, exponent.primal)
-        return pushed(exponent, value, value * math.log(input))
+        return pushed(exponent, lambda p: ((value := torch.pow(input, p)), value * math.log(input)))
     return NotImplemented
 
 
@@ -242,6 +250,8 @@ def smooth_binary(op: Any, partials: Callable[..., tuple[Any, Any]]) -> Rule:
     def push(input: Any, other: Any) -> Any:
         # y' = ∂f/∂a a' + ∂f/∂b b'
         value = op(primal_of(input), primal_of(other))
+        if followed():
+            refuse_no_gradient(op, value, primal_of(input), primal_of(other))
         slopes = partials(primal_of(input), primal_of(other), value)
         tangents: Any = 0
         for x, operand, slope in zip((input, other), operands(input, other), slopes, strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from torchgeom_probe.dual.passes import followed
 from torchgeom_probe.dual.registry import any_dual, from_end, reduced, register, row_by_row, rows_of, rule
 from torchgeom_probe.dual.tensor import DualTensor
 from torchgeom_probe.shapes import Tensor
@@ -23,8 +24,11 @@ _SCORE_BYTES_ELSEWHERE = 1 << 28
 def softmax_rows(buffer: Tensor, dim: int, softmax: Callable[..., Tensor] = torch.softmax) -> Tensor:
     """The softmax of a buffer along a negative axis; torch's safe one is 0 where all is -∞."""
     # y = softmax(p);  y' = y (t - Σ y t), a symmetric Jacobian: torch's own backward kernel applies it in one sweep
-    out = torch.empty_like(buffer)
     y = softmax(buffer[0], dim)
+    if followed():
+        weighted = buffer[1:] * y
+        return torch.cat([y[None], weighted - weighted.sum(dim, keepdim=True) * y])
+    out = torch.empty_like(buffer)
     out[0].copy_(y)
     if row_by_row(buffer) and buffer.is_contiguous():
         for row in range(1, buffer.shape[0]):
@@ -51,8 +55,11 @@ def _log_softmax(input: DualTensor, dim: int | None = None, _stacklevel: int = 3
     dim = from_end(dim, input.buffer.ndim - 1)
     b = input.buffer if dtype is None else input.buffer.to(dtype)
     y = torch.log_softmax(b[0], dim)
+    mean = (b[1:] * y.exp()).sum(dim, keepdim=True)
+    if followed():
+        return DualTensor(torch.cat([y[None], b[1:] - mean]))
     out = torch.empty_like(b)
-    torch.sub(b[1:], (b[1:] * y.exp()).sum(dim, keepdim=True), out=out[1:])
+    torch.sub(b[1:], mean, out=out[1:])
     out[0].copy_(y)
     return DualTensor(out)
 
@@ -102,15 +109,17 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Any:
     # o = y v, y = softmax(s), s = c q kᵀ + mask.  With a = y s':  y' = a - y Σ a,  so  o' = a v - (Σ a) o + y v'
-    if dropout_p or (is_causal and attn_mask is not None):
+    if is_causal and attn_mask is not None:
         return NotImplemented
     batched = min(query.ndim, key.ndim, value.ndim) > 2 and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
-    if not batched or any_dual(attn_mask) or not any_dual(query, key, value):
-        return _attention_by_parts(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    if not batched or dropout_p or any_dual(attn_mask) or not any_dual(query, key, value):
+        return _attention_by_parts(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     q, k, v = _Heads(query), _Heads(key), _Heads(value)
     c = 1 / math.sqrt(q.width) if scale is None else scale
     rows = rows_of(query, key, value)
     mask = _mask(attn_mask, is_causal, query.shape[:-2], q, k)
+    if followed():
+        return DualTensor(_attended(q, k, v, c, mask, attn_mask is not None).reshape(rows, *query.shape[:-1], v.width))
     # Laid out as [..., L, H, E] under the hood: the model's next step puts the heads side by side.
     out = q.primal.new_empty((rows, q.samples, q.length, q.heads, v.width)).transpose(2, 3)
     for samples, heads, tangents in _pieces(q, k, rows - 1):
@@ -128,6 +137,31 @@ def _attention(
             pushed = _pushed(y, o, q_here * c, k_here * c, v_here, *moves)
             out[1:][t, samples, heads] = pushed.view(*shape[:3], -1, v.width).permute(3, 0, 1, 2, 4)
     return DualTensor(out.reshape(rows, *query.shape[:-1], v.width))
+
+
+def _attended(q: _Heads, k: _Heads, v: _Heads, c: float, mask: Tensor | None, safe: bool) -> Tensor:
+    """The same as [R, samples, heads, L, E], all at once and with nothing written to."""
+    all_of_it = slice(None), slice(None)
+    q_all, k_all, v_all = (x.primal.flatten(0, 1) for x in (q, k, v))
+    scores = (q_all * c) @ k_all.mT
+    if mask is not None:
+        scores = scores + (mask.flatten(0, 1) if mask.ndim == 4 else mask)
+    y = torch._safe_softmax(scores, -1) if safe else torch.softmax(scores, -1)
+    o = y @ v_all
+    dq, dk, dv = (x.tangents_at(slice(None), *all_of_it) for x in (q, k, v))  # [H, L, T, E]
+    out: Any = 0
+    if dq is not None or dk is not None:
+        a: Any = 0
+        if dq is not None:
+            a = torch.bmm(dq.flatten(1, 2), k_all.mT * c).unflatten(1, dq.shape[1:3])
+        if dk is not None:
+            a = a + torch.bmm(q_all * c, dk.transpose(1, 2).flatten(1, 2).mT).unflatten(2, (dk.shape[2], -1))
+        a = a * y[:, :, None]
+        out = torch.bmm(a.flatten(1, 2), v_all).unflatten(1, a.shape[1:3])
+        out = torch.addcmul(out, a.sum(-1, keepdim=True), o[:, :, None], value=-1)
+    if dv is not None:
+        out = out + torch.bmm(y, dv.flatten(2, 3)).unflatten(2, dv.shape[2:])
+    return torch.cat([o[None], out.permute(2, 0, 1, 3)]).unflatten(1, (q.samples, q.heads))
 
 
 class _Heads:
@@ -217,11 +251,18 @@ def _mask(attn_mask: Any, is_causal: bool, batch: Any, q: _Heads, k: _Heads) -> 
 
 
 def _attention_by_parts(
-    query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None, enable_gqa: bool
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
 ) -> Any:
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     c = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = query @ key.transpose(-2, -1) * c
     mask = attn_mask
@@ -230,4 +271,4 @@ def _attention_by_parts(
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     weights = torch.softmax(scores, -1) if attn_mask is None else torch._safe_softmax(scores, -1)
-    return weights @ value
+    return (F.dropout(weights, dropout_p) if dropout_p else weights) @ value

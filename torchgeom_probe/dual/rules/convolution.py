@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from torchgeom_probe.dual.passes import current_pass, within
+from torchgeom_probe.dual.graph import shifted
+from torchgeom_probe.dual.passes import current_pass, followed, within
 from torchgeom_probe.dual.registry import any_dual, folded, rows_like, rule_of_each
 from torchgeom_probe.dual.tensor import DualTensor, Rule
 from torchgeom_probe.errors import EngineRefusal
@@ -70,6 +71,8 @@ class Convolution:
     size: int
     #: versions of what it is made from: a write to one of them in the meantime shows
     versions: tuple[int, ...]
+    #: whether autograd follows it, wherever it runs
+    graph: bool
 
     def __call__(self) -> Tensor:
         """(w * x + b)' = w * x'."""
@@ -92,22 +95,26 @@ class Convolution:
                 "the model writes in place to the input of a convolution, and uses the convolution's result after that"
                 " as well as before.\nMeasure with engine='functorch', or write that op out of place."
             )
-        return _convolved(self.input, weight, bias, self.convolve, self.arguments).buffer
+        with torch.set_grad_enabled(self.graph):
+            return _convolved(self.input, weight, bias, self.convolve, self.arguments).buffer
 
 
 def _convolved(
     x: DualTensor, weight: Tensor, bias: Tensor | None, convolve: Callable[..., Tensor], arguments: tuple[Any, ...]
 ) -> DualTensor:
     def on_batch(rows: Tensor) -> Tensor:
-        return convolve(rows, weight, None, *arguments)
+        out = convolve(rows, weight, None, *arguments)
+        return shifted(out, shift, len(rows) // x.buffer.shape[0]) if graph and shift is not None else out
 
+    graph = followed()
+    shift = None if bias is None else bias.reshape(-1, *[1] * (weight.ndim - 2))
     known: KnownPrimals | None = current_pass().known
     if x.buffer.ndim == weight.ndim:  # without a batch axis the rows are the batch
         out = DualTensor(on_batch(x.buffer))
     else:
         out = folded(x, on_batch) if known is None else known.convolved(x, on_batch)
-    if bias is not None:
-        out.buffer[0].add_(bias.reshape(-1, *[1] * (weight.ndim - 2)))
+    if shift is not None and not graph:
+        out.buffer[0].add_(shift)
     return out
 
 
@@ -130,7 +137,7 @@ def _convolution(convolve: Any, spatial: int, *, defers: bool) -> Rule:
         if shape is None:
             return _convolved(input, weight, bias, bound, arguments)
         size = input.buffer.shape[0] * math.prod(shape)
-        make = Convolution(bound, input, weight, bias, arguments, size, _versions(input, weight, bias))
+        make = Convolution(bound, input, weight, bias, arguments, size, _versions(input, weight, bias), torch.is_grad_enabled())
         return DualTensor.deferred(make, shape, _strides(shape, _channels_last(input, weight)), input.buffer)
 
     return push

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from torchgeom_probe.dual.ops import MADE_LIKE
+from torchgeom_probe.dual.passes import followed
 from torchgeom_probe.dual.registry import aligned, any_dual, ndim_of, primal_of, rule, rule_of_each, with_rows
 from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
+from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.shapes import Tensor
 
 
@@ -47,9 +49,10 @@ def _constant_in_place(op: Any) -> Rule:
         # filled with numbers that do not depend on the input, or only in steps
         if not isinstance(input, DualTensor):
             return NotImplemented
-        op(input.buffer[0], *map(primal_of, args), **{key: primal_of(value) for key, value in kwargs.items()})
-        input.buffer[1:].zero_()
-        return input
+        value = input.buffer.detach()  # which shares its memory: the steps of a function have no gradient
+        op(value[0], *map(primal_of, args), **{key: primal_of(value) for key, value in kwargs.items()})
+        value[1:].zero_()
+        return input if not followed() else _copy(input, value[0].clone())
 
     return push
 
@@ -59,6 +62,10 @@ def _normal(mean: Any, std: Any = 1.0, size: Any = None, *, generator: Any = Non
     # y = μ + σ ε, for the ε that was drawn:  y' = μ' + σ' ε
     if size is not None:
         return NotImplemented
+    if followed():
+        raise EngineRefusal(
+            "torch gives torch.normal(mean, std) no gradient.\nWrite  mean + std * torch.randn_like(std)"
+        )
     deviation = torch.normal(primal_of(mean), primal_of(std), generator=generator) - primal_of(mean)
     return mean + deviation + (0 if not any_dual(std) else deviation / primal_of(std) * (std - primal_of(std)))
 

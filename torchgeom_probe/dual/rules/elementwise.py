@@ -8,17 +8,36 @@ from typing import Any
 
 import torch
 
+from torchgeom_probe.dual.graph import Pushed, refuse_no_gradient
 from torchgeom_probe.dual.ops import inplace_at, ops_named
-from torchgeom_probe.dual.registry import any_dual, register, rule
+from torchgeom_probe.dual.passes import followed
+from torchgeom_probe.dual.registry import any_dual, register, rule, rule_of_each
 from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
 from torchgeom_probe.shapes import Tensor
 
 aten = torch.ops.aten
 
 
-def pushed(x: DualTensor, value: Tensor, slope: Tensor, *, writes: bool = False) -> DualTensor:
-    """Value in row 0, slope times the tangents in the others."""
+def pushed(
+    x: DualTensor, function: Callable[[Tensor], tuple[Tensor, Tensor]], *, writes: bool = False, op: Any = None
+) -> Any:
+    """Value in row 0, slope times the tangents in the others, from ``function(p) -> (value, slope)``."""
     b = x.buffer
+    if followed():
+        b = b.clone() if writes else b
+        with torch.enable_grad():
+            p = b[0].detach().requires_grad_()
+            at_p = p, *function(p)
+        if at_p[1].shape != p.shape:
+            return NotImplemented
+        refuse_no_gradient(op, at_p[1], p)
+        if writes:
+            x.buffer.copy_(Pushed.apply(b, at_p))  # type: ignore[no-untyped-call]
+            return x
+        return DualTensor(Pushed.apply(b, at_p))  # type: ignore[no-untyped-call]
+    value, slope = function(b[0])
+    if value.shape != b.shape[1:]:  # clamp with a larger bound
+        return NotImplemented
     if writes:
         b[1:].mul_(slope)
         b[0].copy_(value)
@@ -31,6 +50,15 @@ def pushed(x: DualTensor, value: Tensor, slope: Tensor, *, writes: bool = False)
 
 def _one(p: Tensor) -> Tensor:
     return p.new_ones(()).expand_as(p)  # no memory: torch's own backward kernels of f turn it into f'
+
+
+def _silu_slope(p: Tensor) -> Tensor:
+    return torch.sigmoid(p) * (1 + p * torch.sigmoid(-p))
+
+
+def _mish_slope(p: Tensor) -> Tensor:
+    t = torch.tanh(torch.nn.functional.softplus(p))
+    return t + p * torch.sigmoid(p) * (1 - t * t)
 
 
 #: name → f'(p, y, *args) with y = f(p).  The in-place forms (``name_`` and ``inplace=True``) come with the name.
@@ -52,11 +80,12 @@ SLOPES: dict[str, Callable[..., Tensor]] = {
     "Tensor.__abs__": lambda p, y: p.sign(),
     "erf": lambda p, y: 2 / math.sqrt(math.pi) * (-p * p).exp(),
     "gelu": lambda p, y, approximate="none": aten.gelu_backward(_one(p), p, approximate=approximate),
-    "silu": lambda p, y: aten.silu_backward(_one(p), p),
-    "mish": lambda p, y: aten.mish_backward(_one(p), p),
+    # torch's kernels of these have no derivative in turn
+    "silu": lambda p, y: aten.silu_backward(_one(p), p) if not p.requires_grad else _silu_slope(p),
+    "mish": lambda p, y: aten.mish_backward(_one(p), p) if not p.requires_grad else _mish_slope(p),
     "softplus": lambda p, y, beta=1, threshold=20: aten.softplus_backward(_one(p), p, beta, threshold),
     "hardswish": lambda p, y: aten.hardswish_backward(_one(p), p),
-    "hardsigmoid": lambda p, y: aten.hardsigmoid_backward(_one(p), p),
+    "hardsigmoid": lambda p, y: aten.hardsigmoid_backward(_one(p), p.detach()),
     "relu6": lambda p, y: aten.hardtanh_backward(_one(p), p, 0, 6),
     "leaky_relu": lambda p, y, negative_slope=0.01: aten.leaky_relu_backward(_one(p), p, negative_slope, False),
 }
@@ -71,32 +100,31 @@ BY_ONE_JVP = (
 
 
 def _elementwise(op: Any, formula: Callable[..., Tensor] | None, *, writes: bool) -> Rule:
-    place, random = inplace_at(op), "rrelu" in op.__name__
+    place = inplace_at(op)
 
     def push(input: Any, *args: Any, inplace: bool = False, **kwargs: Any) -> Any:
         if not isinstance(input, DualTensor) or any_dual(*args, *kwargs.values()):
             return NotImplemented
         if place is not None and len(args) >= place:
             inplace, args = args[place - 1], args[: place - 1]
-        if random and (kwargs.get("training") or (len(args) > 2 and args[2])):
-            return NotImplemented  # a random slope per element: the fallback draws it once for all tangents
-        p = input.primal
-        if p.is_complex():  # these are derivatives along the real axis
+        if input.buffer.is_complex():  # these are derivatives along the real axis
             if "silu" not in op.__name__:
                 return NotImplemented
             out = input * torch.sigmoid(input)  # torch's own derivative takes the conjugate slope
             return input.copy_(out) if inplace or writes else out
-        if formula is None:
-            try:
-                value, slope = torch.func.jvp(lambda q: op(q, *args, **kwargs), (p,), (torch.ones_like(p),))[:2]
-            except NotImplementedError:  # not in this type
-                return NotImplemented
-            if value.shape != p.shape:  # clamp with a larger bound
-                return NotImplemented
-        else:
+        if followed() and any(getattr(a, "requires_grad", False) for a in (*args, *kwargs.values())):
+            return NotImplemented  # a bound that is learned
+
+        def function(p: Tensor) -> tuple[Tensor, Tensor]:
+            if formula is None:
+                return torch.func.jvp(lambda q: op(q, *args, **kwargs), (p,), (torch.ones_like(p),))[:2]
             value = op(p, *args, **kwargs)
-            slope = formula(p, value, *args, **kwargs)
-        return pushed(input, value, slope, writes=inplace or writes)
+            return value, formula(p, value, *args, **kwargs)
+
+        try:
+            return pushed(input, function, writes=inplace or writes, op=op)
+        except NotImplementedError:  # no forward derivative in this type
+            return NotImplemented
 
     return push
 
@@ -117,11 +145,14 @@ def _relu(input: DualTensor, inplace: bool = False) -> DualTensor:
     # f' = [p > 0]: torch's own masking kernel on all rows at once; row 0 becomes p [p > 0] = relu(p)
     if inplace:
         return _relu_in_place(input)
-    return DualTensor(aten.threshold_backward(input.buffer, input.primal.expand_as(input.buffer), 0))
+    return DualTensor(aten.threshold_backward(input.buffer, input.primal.detach().expand_as(input.buffer), 0))
 
 
 @rule("relu_")
 def _relu_in_place(input: DualTensor) -> DualTensor:
+    if followed():
+        input.buffer.mul_(input.primal.detach() > 0)
+        return input
     t, p = input.tangents, input.primal
     aten.threshold_backward.grad_input(t, p.expand_as(t), 0, grad_input=t)
     p.relu_()
@@ -149,11 +180,26 @@ def _glu(input: DualTensor, dim: int = -1) -> Any:
     return a * b.sigmoid()
 
 
-@rule(
+@rule_of_each(
     "dropout dropout_ dropout1d dropout2d dropout3d feature_dropout feature_dropout_ alpha_dropout alpha_dropout_"
     " feature_alpha_dropout feature_alpha_dropout_"
 )
-def _dropout(
-    input: DualTensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, train: bool = True
-) -> Any:
-    return NotImplemented if training and train else input
+def _dropout(op: Any) -> Rule:
+    name = op.__name__
+    drop, writes = (getattr(torch, name[:-1]), True) if name.endswith("_") else (op, False)
+
+    def push(
+        input: DualTensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, train: bool = True
+    ) -> Any:
+        # affine in the input once the mask is drawn, which is one for all rows
+        if not (training and train):
+            return input
+        if input.buffer.is_complex():
+            return NotImplemented
+
+        def function(q: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.func.jvp(lambda r: drop(r, p, True), (q,), (torch.ones_like(q),))[:2]
+
+        return pushed(input, function, writes=writes or inplace)
+
+    return push

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torchgeom_probe.dual.registry import aligned, any_dual, at, ndim_of, rows_of, rule, with_rows
+from torchgeom_probe.dual.registry import aligned, any_dual, at, ndim_of, rows_of, rule, rule_of_each, with_rows
 from torchgeom_probe.dual.tensor import DualTensor, Rule
 from torchgeom_probe.shapes import Tensor
 
@@ -111,6 +111,16 @@ def _index_op(op: Any) -> Rule:
 
 for _name in ("scatter", "scatter_add", "index_add", "index_copy"):
     rule(_name, in_place=f"{_name}_")(_index_op(getattr(torch, _name)))
+
+
+@rule_of_each("select_scatter slice_scatter")
+def _written_at(op: Any) -> Rule:
+    # of a vmap of these torch's gradient is wrong: one call on all rows
+    def push(input: Any, src: Any, dim: int = 0, *where: Any, **kwargs: Any) -> Any:
+        rows = rows_of(input, src)
+        return DualTensor(op(with_rows(input, rows), with_rows(src, rows), at(dim), *where, **kwargs))
+
+    return push
 
 
 @rule("masked_select")

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from torchgeom_probe.dual.graph import BatchNormed, Standardised, shifted
+from torchgeom_probe.dual.passes import current_pass, followed
 from torchgeom_probe.dual.registry import any_dual, ndim_of, register, row_by_row, rule
 from torchgeom_probe.dual.tensor import DualTensor
 from torchgeom_probe.errors import ProbeError
@@ -26,7 +29,11 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     # y = s p + c with s = w / √(var + ε), c = b - s mean;  y' = s t.  A deferred convolution takes s into its weight.
-    if training or running_mean is None:
+    by_the_batch = training or running_mean is None
+    if by_the_batch and current_pass().batch_statistics and not any_dual(weight, bias):
+        running = running_mean, running_var
+        return DualTensor(BatchNormed.apply(input.buffer, weight, bias, running, momentum, eps))  # type: ignore[no-untyped-call]
+    if by_the_batch:
         raise ProbeError(
             "batch normalisation by the statistics of the batch couples the samples: no sample has a metric of its own."
             "\nMeasure in eval mode (mode='eval') with running statistics (track_running_stats=True)."
@@ -41,7 +48,7 @@ def _batch_norm(
         return DualTensor(convolution.scaled(scale, shift))
     spread = (-1, *[1] * (ndim_of(input) - 2))
     out = input.buffer * scale.reshape(spread).to(input.buffer.dtype)
-    out[0].add_(shift.reshape(spread))
+    out = shifted(out, shift.reshape(spread))
     return DualTensor(out)
 
 
@@ -54,6 +61,9 @@ register(
 def _standardised(buffer: Tensor, axes: int, eps: float, weight: Tensor | None = None) -> Tensor:
     """The rows of a buffer made zero-mean, unit-variance over its last axes, then times the weight (without a bias)."""
     # x̂ = (p - mean) r, r = 1/√(var + ε);  x̂' = r (c - x̂ mean(x̂ c)), c = t - mean t
+    if followed():
+        out = Standardised.apply(buffer.flatten(-axes), eps).view(buffer.shape)  # type: ignore[no-untyped-call]
+        return out if weight is None else out * weight
     if row_by_row(buffer):
         return _standardised_by_kernel(buffer, axes, eps, weight)
     dims = list(range(-axes, 0))
@@ -93,7 +103,7 @@ def _layer_norm(
         return NotImplemented
     out = _standardised(input.buffer, len(normalized_shape), eps, weight)
     if bias is not None:
-        out[0].add_(bias)
+        out = shifted(out, bias)
     return DualTensor(out)
 
 
@@ -107,9 +117,9 @@ def _group_norm(
     out = _standardised(b.unflatten(2, (num_groups, -1)).flatten(3), 1, eps).reshape(b.shape)
     spread = (-1, *[1] * (b.ndim - 3))
     if weight is not None:
-        out.mul_(weight.reshape(spread))
+        out = out * weight.reshape(spread) if followed() else out.mul_(weight.reshape(spread))
     if bias is not None:
-        out[0].add_(bias.reshape(spread))
+        out = shifted(out, bias.reshape(spread))
     return DualTensor(out)
 
 
@@ -126,8 +136,10 @@ def _instance_norm(
 ) -> Any:
     if not use_input_stats:
         return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    if ndim_of(input) < 3 or running_mean is not None:
+    if ndim_of(input) < 3 or (running_mean is not None and not followed()):
         return NotImplemented
+    if running_mean is not None:  # which this writes to, as a plain pass does
+        F.instance_norm(input.primal.detach(), running_mean, running_var, None, None, True, momentum, eps)
     return _group_norm(input, input.shape[1], weight, bias, eps)
 
 
@@ -145,8 +157,15 @@ def _rms_norm(input: DualTensor, normalized_shape: Any, weight: Any = None, eps:
     b, dims = input.buffer, list(range(-len(normalized_shape), 0))
     eps = torch.finfo(b.dtype).eps if eps is None else eps
     out = b * torch.rsqrt(b[0].square().mean(dims, keepdim=True) + eps)
+    if followed():
+        out = _without_own_share(out, (out[1:] * out[0]).mean(dims, keepdim=True))
+        return DualTensor(out if weight is None else out * weight)
     out[1:].addcmul_((out[1:] * out[0]).mean(dims, keepdim=True), out[0], value=-1)
     return DualTensor(out if weight is None else out.mul_(weight))
+
+
+def _without_own_share(rows: Tensor, share: Tensor) -> Tensor:
+    return torch.cat([rows[:1], rows[1:] - share * rows[0]])
 
 
 @rule("F.normalize")
@@ -158,5 +177,7 @@ def _normalize(input: DualTensor, p: float = 2.0, dim: int = 1, eps: float = 1e-
     length = torch.linalg.vector_norm(input.primal, dim=axis, keepdim=True)
     result = input.buffer / length.clamp_min(eps)
     grows = (result[1:] * result[0]).sum(axis, keepdim=True) * (length > eps)
+    if followed():
+        return DualTensor(_without_own_share(result, grows))
     result[1:].addcmul_(grows, result[0], value=-1)
     return DualTensor(result)

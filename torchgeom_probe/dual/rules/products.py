@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from torchgeom_probe.dual.graph import shifted
 from torchgeom_probe.dual.registry import (
     aligned,
     any_dual,
@@ -30,7 +31,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
         return out if bias is None else out + bias
     out = F.linear(input.buffer, weight)
     if bias is not None:
-        out[0].add_(bias)
+        out = shifted(out, bias)
     return DualTensor(out)
 
 
@@ -130,5 +131,5 @@ def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     out = multilinear(lambda a, b: torch.einsum("...i,oij,...j->...o", a, weight, b), input1, input2)
     if bias is not None:
-        out.buffer[0].add_(bias)
+        shifted(out.buffer, bias)
     return out

@@ -67,8 +67,8 @@ def _grid_sampler(input: Any, grid: Any, interpolation_mode: int, padding_mode: 
     out[0].copy_(value)
     out[1:].zero_()
     if isinstance(input, DualTensor):
-        for row, tangent in zip(out[1:], input.tangents, strict=True):
-            row.copy_(torch.grid_sampler(tangent, places, *how))
+        for row, tangent in enumerate(input.tangents, start=1):
+            out[row].copy_(torch.grid_sampler(tangent, places, *how))
     if isinstance(grid, DualTensor):
         # torch's backward kernel sums over the channels: each of them becomes a sample of its own
         channels = image.shape[1]

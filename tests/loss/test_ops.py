@@ -1,0 +1,131 @@
+"""Gradients through every op of torch's own table in a pass that keeps a graph, and what is refused for cause."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dual.tables import calls_of
+from dual.test_torch_ops import COMMON, EVERY, OPS
+from loss.gradients import judged_gradient
+
+from torchgeom_probe.dual import DualTensor, dual_pass
+from torchgeom_probe.dual.graph import WRONG
+from torchgeom_probe.errors import EngineRefusal, ProbeError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+#: name → why the gradient is not that of the differences, for a plain tensor in a plain step of torch either
+AS_IN_TORCH = {
+    "igamma": "raises: no derivative by its first argument",
+    "igammac": "raises: no derivative by its first argument",
+    "special_zeta": "raises: no derivative by its first argument",
+    "linalg_eig": "raises: of complex eigenvectors only a part is unique",
+    "linalg_eigh": "nan where eigenvalues are equal",
+    "nn_functional_cosine_embedding_loss": "none by the target",
+    "nn_functional_hinge_embedding_loss": "none by the target",
+    "nn_functional_max_unpool1d": "the samples name a place twice",
+    "nn_functional_max_unpool2d": "the samples name a place twice",
+    "nn_functional_max_unpool3d": "the samples name a place twice",
+}
+
+
+@contextlib.contextmanager
+def as_in_a_step():
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def faults(name, most):
+    with as_in_a_step():
+        verdicts = [(call, judged_gradient(*rest)) for call, *rest in calls_of(OPS[name], most, layouts=False)]
+    return [f"{call}: {v.kind}: {v.what}" for call, v in verdicts if v.kind in ("wrong", "crashed")]
+
+
+@pytest.mark.parametrize("name", COMMON[::2])
+def test_gradients_of_common_ops(name):
+    assert not faults(name, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in AS_IN_TORCH])
+def test_gradients_of_every_op(name):
+    assert not faults(name, 3)
+
+
+def _square(n=5):
+    return torch.randn(n, n, dtype=torch.float64)
+
+
+#: name in WRONG → a call that shows it: (function, point)
+EVIDENCE = {
+    "layer_norm": lambda: (lambda x: F.layer_norm(x, (8,)), torch.randn(6, 8).double()),
+    "native_layer_norm": lambda: (lambda x: torch.native_layer_norm(x, [8], None, None, 1e-5)[0], torch.randn(6, 8).double()),
+    "batch_norm": lambda: (lambda x: F.batch_norm(x, None, None, None, None, True), torch.randn(6, 8).double()),
+    "native_batch_norm": lambda: (
+        lambda x: torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)[0], torch.randn(6, 8).double(),
+    ),
+    "instance_norm": lambda: (lambda x: F.instance_norm(x), torch.randn(2, 3, 10).double()),
+    "cumprod": lambda: (lambda x: x.cumprod(-1), torch.randn(3, 5).double().index_fill_(1, torch.tensor([1]), 0.0)),
+    "det": lambda: (torch.det, torch.randn(4, 5, 5).double()),
+    "slogdet": lambda: (lambda x: torch.linalg.slogdet(x)[1], torch.randn(4, 5, 5).double()),
+    "logdet": lambda: (lambda x: torch.logdet(x @ x.mT), torch.randn(4, 5, 5).double()),
+    "solve": lambda: (lambda x, b=_square(): torch.linalg.solve(x, b), _square()),
+    "solve_ex": lambda: (lambda x, b=_square(): torch.linalg.solve_ex(x, b)[0], _square()),
+    "tensorsolve": lambda: (lambda x, b=torch.randn(5).double(): torch.linalg.tensorsolve(x, b), _square()),
+    "householder_product": lambda: (
+        lambda x, tau=torch.rand(3).double(): torch.linalg.householder_product(x, tau), torch.randn(5, 3).double(),
+    ),
+    "orgqr": lambda: (lambda x, tau=torch.rand(3).double(): torch.orgqr(x, tau), torch.randn(5, 3).double()),
+}  # fmt: skip
+
+
+def test_every_entry_of_the_list_has_its_evidence():
+    assert {op for ops in WRONG.values() for op in ops.split()} == set(EVIDENCE)
+
+
+@pytest.mark.parametrize("name", EVIDENCE)
+def test_what_torch_has_wrong_is_refused_or_has_a_rule(name):
+    function, x = EVIDENCE[name]()
+    v, w = torch.randn_like(x), torch.randn_like(x)
+    u = torch.randn_like(function(x))
+
+    def value(y):
+        return (u * torch.func.jvp(function, (y,), (v,))[1]).sum()
+
+    def quotient(h):
+        return float((8 * (value(x + h * w) - value(x - h * w)) - (value(x + 2 * h * w) - value(x - 2 * h * w))) / (12 * h))
+
+    leaf = x.clone().requires_grad_()
+    try:
+        torchs = float((torch.autograd.grad(value(leaf), leaf)[0] * w).sum())
+        wrong = not abs(torchs - quotient(1e-4)) < 1e-4 * max(1.0, abs(quotient(1e-4)))
+    except RuntimeError:  # the graph of the tangent does not hold x at all
+        wrong = True
+    assert wrong, "mended in this torch: bound its version in WRONG"
+    with dual_pass(graph=True):
+        b = torch.stack([x, v]).requires_grad_()
+        try:
+            out = function(DualTensor(b * 1.0)).buffer[1]
+        except ProbeError as error:
+            assert "wrong, without an error" in str(error) or "couples the samples" in str(error)
+            return
+        found = (torch.autograd.grad((u * out).sum(), b)[0][0] * w).sum()
+    assert abs(float(found) - quotient(1e-4)) < 1e-6 * max(1.0, abs(float(found)))
+
+
+def test_ops_that_torch_has_no_gradient_of_are_refused():
+    with dual_pass(graph=True):
+        x = DualTensor(torch.rand(2, 5, dtype=torch.float64).requires_grad_() * 1.0)
+        with pytest.raises(EngineRefusal, match=r"torch has no gradient of 'special_bessel_j0'"):
+            torch.special.bessel_j0(x)
+        with pytest.raises(EngineRefusal, match=r"torch has no gradient of 'special_hermite_polynomial_h'"):
+            torch.special.hermite_polynomial_h(x, 3)
+        with pytest.raises(EngineRefusal, match=r"write it|Write  mean \+ std"):
+            torch.normal(x, 1.0)
+        with pytest.raises(EngineRefusal, match="has no derivative that could be used"):
+            torch.scatter_reduce(x, 0, torch.zeros(5, dtype=torch.int64), x, "prod")
