@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from torchgeom_probe.boundary.magnification import magnification
 
 import torchgeom_probe as tgp
-from torchgeom_probe.boundary.magnification import magnification
 from torchgeom_probe.reproduce.results import Results
 from torchgeom_probe.reproduce.settings import Settings
 

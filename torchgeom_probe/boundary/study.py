@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from torchgeom_probe.boundary.effect import BoundaryEffect, in_words
-from torchgeom_probe.boundary.paired import Tested, student
-from torchgeom_probe.boundary.statistics import Estimate
+from torchgeom_probe.boundary.paired import Estimate, Tested, student
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import write_json
 
@@ -63,9 +62,11 @@ class BoundaryStudy(Mapping[str, BoundaryEffect]):
         return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{body}</table><small>{notes}</small>"
 
     def _cells(self) -> list[list[str]]:
-        rows = [["layer", "effect [nat]", "p", "½ log tr g", "volume", "untrained alone", "pairs", "units", "verdict"]]
+        others = ["½ log tr g", "volume", "switches", "untrained alone"]
+        rows = [["layer", "effect [nat]", "p", *others, "pairs", "units", "verdict"]]
         for name, e in self.items():
-            others = ("–" if tested is None else str(tested.estimate) for tested in (e.trace, e.volume, e.initial))
+            columns = e.trace, e.volume, e.switches, e.initial
+            others = ["–" if tested is None else str(tested.estimate) for tested in columns]
             counts = (str(e.num_pairs), f"{e.num_units} {e.units}")
             rows.append([name or "(model)", str(e.estimate), in_words(e.p_value), *others, *counts, e.verdict])
         return rows
@@ -155,6 +156,7 @@ def _over_networks(effects: Sequence[BoundaryEffect]) -> BoundaryEffect:
         initial=of(lambda e: e.initial),
         trace=of(lambda e: e.trace),
         volume=of(lambda e: e.volume),
+        switches=of(lambda e: e.switches),
         profile=profile(lambda e: e.profile),
         initial_profile=None if first.initial_profile is None else profile(lambda e: e.initial_profile),
         margin_slope=_mean([effect.margin_slope.estimate for effect in effects]),

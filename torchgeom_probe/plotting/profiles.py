@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from torchgeom_probe.boundary.effect import BoundaryEffect, in_words
-from torchgeom_probe.boundary.statistics import Estimate
+from torchgeom_probe.boundary.paired import Estimate
 from torchgeom_probe.boundary.study import BoundaryStudy
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.plotting import style

@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any
 
 from torchgeom_probe.boundary.magnification import Magnification
-from torchgeom_probe.boundary.statistics import Estimate
+from torchgeom_probe.boundary.paired import Estimate
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import write_atomically, write_json
 from torchgeom_probe.plotting.files import animated, save, small_png
