@@ -368,9 +368,9 @@ def test_of_two_classes_a_trend_between_them_is_no_effect_and_what_is_at_the_bou
     assert planted.estimate.interval[0] < 0.2 < planted.estimate.interval[1]
     assert planted.p_value < 1e-6
     same = dataclasses.replace(laid_out, pairs=dataclasses.replace(pairs, t=torch.where(sign > 0, 0.3, 0.7).double()))
+    fields = inference.LayerFields({"speed": torch.randn(count, 4)})
     with pytest.raises(tgp.ProbeError, match=r"nearer to the same class on every line.*\n.*contrast='peak'"):
-        speed = torch.randn(count, 4)
-        inference.effect_of("layer", inference.LayerFields({"speed": speed}), same, "mirror", ())
+        inference.effect_of("layer", fields, same, "mirror", ())
 
 
 def test_the_switches_of_relu_units_are_counted_along_the_line(x):
