@@ -41,6 +41,7 @@ class BoundaryEffect:
         num_pairs, num_units, units: pairs used, and how many of what they are made of; ``"networks"`` where several
             networks were compared.
         dropped: reason → pairs left out.
+        profiled, distance: what the profile is of, and against, in words.
     """
 
     name: str
@@ -62,6 +63,8 @@ class BoundaryEffect:
     num_units: int
     units: str
     dropped: Mapping[str, int]
+    profiled: str = "log |Jv|"
+    distance: str = "along the line between two samples, in units of its length"
 
     @property
     def supported(self) -> bool | None:

@@ -63,7 +63,7 @@ def effect_of(
     inside = design.within[:, : len(design.weights)].all(1)
     kept = effect.isfinite() & inside
     dropped = pairs.dropped | {
-        "no such point of one class": int((~inside).sum()),
+        f"no such point {'of one class' if main == 'volume' else 'within the data'}": int((~inside).sum()),
         "log-volume not finite": int((inside & ~effect.isfinite()).sum()),
     }
     dropped = {why: count for why, count in dropped.items() if count}

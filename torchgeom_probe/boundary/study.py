@@ -18,7 +18,7 @@ from torchgeom_probe.boundary.paired import Estimate, Tested, student
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import write_json
 
-_LEAST_NETWORKS = 3
+LEAST_NETWORKS = 3
 
 
 class BoundaryStudy(Mapping[str, BoundaryEffect]):
@@ -119,9 +119,9 @@ def compare_networks(studies: Sequence[BoundaryStudy]) -> BoundaryStudy:
     >>> assert found["1"].units == "networks" and found["1"].num_units == 3
     """
     studies = list(studies)
-    if len(studies) < _LEAST_NETWORKS or not all(isinstance(study, BoundaryStudy) for study in studies):
+    if len(studies) < LEAST_NETWORKS or not all(isinstance(study, BoundaryStudy) for study in studies):
         raise ProbeError(
-            f"networks as units need at least {_LEAST_NETWORKS} studies; got {len(studies)}.\n"
+            f"networks as units need at least {LEAST_NETWORKS} studies; got {len(studies)}.\n"
             "Train the network with other seeds:  "
             "compare_networks([boundary_study(net, x, initial=net0, seed=i) for i, (net, net0) in enumerate(trained)])"
         )
