@@ -20,19 +20,27 @@ assert curve[0].step == 0, "the network before training is missing"
 assert all(math.isfinite(point.value) for point in curve)
 assert len({point.value for point in curve}) > 5, "the curve does not move"
 assert len(events.Histograms("logvol_histogram/00_sigmoid")) == len(curve)
+assert len(events.Scalars("logvol/01_sigmoid2")) == len(curve)
+losses, accuracies = (events.Scalars(f"training/{name}") for name in ("loss", "test_accuracy"))
+assert losses[-1].value < losses[0].value
+assert 0 < accuracies[-1].value <= 1
 
 with (out / "geometry.csv").open(newline="") as file:
-    rows = list(csv.DictReader(file))
+    rows = [row for row in csv.DictReader(file) if row["layer"] == "sigmoid"]
 assert [int(row["step"]) for row in rows] == [point.step for point in curve]
 assert all(abs(float(row["median"]) - point.value) < 1e-3 for row, point in zip(rows, curve, strict=True))
 
-(layer,) = json.loads((out / "report.json").read_text())["layers"]
-assert len(layer["log_volume"]) == 32
-assert layer["nonfinite"] == 0
+layers = json.loads((out / "report.json").read_text())["layers"]
+assert len(layers) == 2
+assert all(len(layer["log_volume"]) == 32 and layer["nonfinite"] == 0 for layer in layers)
 
-for name in ("line.png", "plane.png"):
+study = tgp.BoundaryStudy.load(out / "study.json")
+assert list(study) == ["sigmoid", "sigmoid2"]
+assert all(effect.num_pairs >= 100 and math.isfinite(effect.estimate) for effect in study.values())
+
+for name in ("line.png", "plane.png", "profile.png"):
     picture = matplotlib.image.imread(out / name)
-    assert picture.shape[0] > 400, f"{name} has only {picture.shape[0]} rows"
+    assert picture.shape[0] > 300, f"{name} has only {picture.shape[0]} rows"
     assert picture[..., :3].std() > 0.05, f"{name} is blank"
 
 for name in ("line_before", "line_after", "plane_before", "plane_after"):

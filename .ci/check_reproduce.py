@@ -19,25 +19,27 @@ def refuse(constant):
     raise ValueError(f"{constant} in a JSON file")
 
 
-count = {"tests": 0, "pictures": 0, "scans": 0}
+count = {"studies": 0, "slices": 0, "pictures": 0, "scans": 0}
 for figure in figures:
     stored = json.loads((out / figure / "results.json").read_text(), parse_constant=refuse)
     assert stored["figure"] == figure
     assert stored["settings"]["quick"] is True
     assert stored["quirks"], f"{figure} lists no quirk of the paper's code"
-    assert stored["magnification"], f"{figure} tests nothing"
-    for test in stored["magnification"]:
-        assert 0 <= test["p_value"] <= 1
-        assert test["rho"] is None or -1 <= test["rho"] <= 1
-        assert test["sentence"].startswith(test["layer"])
-        assert test["initial"] is not None, f"{figure}: no untrained network beside {test['layer']}"
-        assert math.isfinite(test["decile_gap"]["value"])
-    tests, found = stored["magnification"], stored["hypothesis"]
-    assert found["tests"] == len(tests)
-    assert found["supported"] == sum(test["supported"] for test in tests)
-    assert len(found["not_supported"]) == found["tests"] - found["supported"]
+    assert stored["studies"], f"{figure} studies nothing"
+    assert stored["slices"], f"{figure} describes no slice"
+    for study in stored["studies"]:
+        assert 0 <= study["p_value"] <= 1
+        assert all(math.isfinite(number) for number in study["estimate"])
+        assert study["sentence"].startswith(study["name"])
+        assert study["initial"] is not None, f"{figure}: no untrained network beside {study['name']}"
+        assert study["num_pairs"] >= 10
+    for found in stored["slices"]:
+        assert found["rho"] is None or -1 <= found["rho"] <= 1
+        assert "an illustration" in found["sentence"]
+        assert found["initial"] is not None
     assert all(check["ok"] for check in stored["checks"].values())
-    count["tests"] += len(tests)
+    count["studies"] += len(stored["studies"])
+    count["slices"] += len(stored["slices"])
 
     pictures = sorted((out / figure).glob("*.png"))
     assert pictures, f"{figure} drew nothing"

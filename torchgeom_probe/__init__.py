@@ -6,7 +6,6 @@ g = JᵀJ, per layer and sample.
 
 from torchgeom_probe import analytic
 from torchgeom_probe.boundary.effect import BoundaryEffect
-from torchgeom_probe.boundary.magnification import Magnification, magnification
 from torchgeom_probe.boundary.paired import paired_effect
 from torchgeom_probe.boundary.points import BoundaryPoints, boundary_points
 from torchgeom_probe.boundary.population import boundary_study
@@ -52,7 +51,6 @@ __all__ = [
     "Line",
     "LogDet",
     "LogSpaced",
-    "Magnification",
     "Monitor",
     "Plane",
     "ProbeError",
@@ -66,7 +64,6 @@ __all__ = [
     "boundary_points",
     "boundary_study",
     "compare_networks",
-    "magnification",
     "measure",
     "measure_dataset",
     "paired_effect",

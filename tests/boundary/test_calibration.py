@@ -4,14 +4,14 @@ import math
 
 import pytest
 
+pytest.importorskip("sklearn")
+from benchmarks.boundary import Draws, odd_or_even
+
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def draws():
-    pytest.importorskip("sklearn")
-    from benchmarks.boundary import Draws  # here: it needs sklearn
-
     return Draws(networks=8, epochs=120)
 
 
@@ -19,12 +19,13 @@ def rejected(p_values):
     return sum(p < 0.05 for p in p_values) / len(p_values)
 
 
-@pytest.mark.parametrize("contrast", ["mirror", "peak"])
-@pytest.mark.parametrize("null", ["field 0.35", "field 0.5", "field 2", "untrained", "foreign"])
+@pytest.mark.parametrize("contrast", ["mirror", "peak", "same_class"])
+@pytest.mark.parametrize("null", ["field 0.35", "field 0.5", "field 2", "two 1", "two 4", "untrained", "foreign"])
 def test_true_nulls_are_rejected_in_no_more_than_5_percent(draws, null, contrast):
     kind, _, length = null.partition(" ")
     draw = {
         "field": lambda i: draws.fields(i, contrast, float(length)),
+        "two": lambda i: draws.fields(i, contrast, float(length), odd_or_even),
         "untrained": lambda i: draws.untrained(i, contrast),
         "foreign": lambda i: draws.foreign(i, contrast),
     }[kind]

@@ -12,8 +12,8 @@ from torch import nn
 
 import torchgeom_probe as tgp
 from torchgeom_probe.boundary import design, inference, population
+from torchgeom_probe.boundary.paired import Estimate
 from torchgeom_probe.boundary.pairs import Pairs
-from torchgeom_probe.boundary.statistics import Estimate
 from torchgeom_probe.slices.resume import Parts
 
 
@@ -60,7 +60,8 @@ def log_speed(z, slope):
 @pytest.mark.parametrize("contrast", ["mirror", "peak"])
 def test_a_layer_whose_profile_is_known(contrast):
     x = torch.zeros(60, 2, dtype=torch.float64)
-    x[:, 1] = torch.tensor([-1.0, 3.0]).double().repeat(30)  # w·x along every line: from -1 to 3, through 0 at t = 1/4
+    # w·x along the lines: from -1 to 3, or from 1 to -3, through 0 at t = 1/4 (those through 1/2 are left out)
+    x[:, 1] = torch.tensor([-1.0, 3.0, 1.0, -3.0]).double().repeat(15)
     w = torch.tensor([0.5, 1.0], dtype=torch.float64)
     found = tgp.boundary_study(
         Graph(w), x, layers="layer", contrast=contrast, offsets=(-0.2, 0.1), pairs=20, progress=False
@@ -203,7 +204,7 @@ def test_it_goes_on_after_a_kill_and_loads_what_is_done(x, tmp_path, monkeypatch
     assert 0 not in chunks[1:]
     assert dict(found) == dict(expected)
     assert [p.name for p in tmp_path.iterdir()] == ["study.json"]
-    monkeypatch.setattr(population, "_measured", None)  # not measured again
+    monkeypatch.setattr(population, "_chunks", None)  # not measured again
     assert dict(study(model, x, **options)) == dict(expected)
     with pytest.raises(tgp.ProbeError, match=r"another boundary_study: its seed differ.*\n.*another.json"):
         study(model, x, **options | {"seed": 1})
@@ -342,3 +343,56 @@ def test_the_verdict_knows_too_few_from_none(x):
     assert verdict(-0.3, 0.1, 0.01) == "the opposite, smaller near the boundary"
     assert verdict(0.02, 0.05, 0.4) == "no difference found, and none above 0.07 nats"
     assert verdict(0.02, 0.2, 0.8) == f"too few to tell: ± 0.1 nats takes about 80 {effect.units}"
+
+
+def test_of_two_classes_a_trend_between_them_is_no_effect_and_what_is_at_the_boundary_is():
+    count = 200
+    t, ends, one = torch.rand(count).double(), torch.arange(2 * count).reshape(count, 2), torch.zeros(count, 2).long()
+    classes = torch.tensor([[0, 1], [1, 0]]).repeat(count // 2, 1)
+    sign = (classes[:, 1] - classes[:, 0]).double()
+    t = torch.where(sign > 0, 0.2 + 0.4 * t, 0.8 - 0.4 * t)  # nearer to class 0, on average
+    pairs = Pairs(ends, classes, ends, t, one, "regions of the input", {})
+    points, weights = torch.zeros(count, 4, 1), torch.tensor([1.0, -1.0], dtype=torch.float64)
+    within = torch.ones(count, 4, dtype=torch.bool)
+    laid_out = design.Design(pairs, points, points[:, 0], weights, within, torch.rand(count, 2))
+
+    def found(at_boundary):
+        places = torch.stack([t, 1 - t, torch.zeros(count), torch.ones(count)], 1)
+        speed = 2.0 * sign[:, None] * places + 0.1 * torch.randn(count, 4)
+        speed[:, 0] += at_boundary
+        return inference.effect_of("layer", inference.LayerFields({"speed": speed}), laid_out, "mirror", ())
+
+    null, planted = found(0.0), found(0.2)
+    assert abs(null.estimate) < 4 * 0.1 * (2 / count) ** 0.5 * 1.5
+    assert null.p_value > 0.01
+    assert planted.estimate.interval[0] < 0.2 < planted.estimate.interval[1]
+    assert planted.p_value < 1e-6
+    same = dataclasses.replace(laid_out, pairs=dataclasses.replace(pairs, t=torch.where(sign > 0, 0.3, 0.7).double()))
+    fields = inference.LayerFields({"speed": torch.randn(count, 4)})
+    with pytest.raises(tgp.ProbeError, match=r"nearer to the same class on every line.*\n.*contrast='peak'"):
+        inference.effect_of("layer", fields, same, "mirror", ())
+
+
+def test_the_switches_of_relu_units_are_counted_along_the_line(x):
+    class Units(nn.Module):
+        """Units that switch at w·x = 0.3 and -0.3, a boundary at 0: near it a short step meets none of them."""
+
+        def __init__(self, act):
+            super().__init__()
+            self.act = act
+
+        def forward(self, x):
+            z = x[:, :1]
+            self.act(torch.cat([z, z + 0.1, z - 0.1, z - 0.4], 1))
+            return torch.cat([-z, z, z * 0 - 9], 1)
+
+    rows = torch.randn(400, 3).double()
+    for act in (nn.ReLU(), nn.Tanh()):
+        effect = tgp.boundary_study(Units(act), rows, layers=["act"], pairs=60, progress=False)["act"]
+        assert (effect.switches is None) == isinstance(act, nn.Tanh)
+    effect = tgp.boundary_study(Units(nn.ReLU()), rows, layers=["act"], pairs=60, progress=False)["act"]
+    # At every crossing exactly one of the four units switches within ± 0.01 of the line (0.25 / 0.02 per line), and at
+    # the mirrored point few do.
+    assert 6 < effect.switches.estimate < 13
+    assert "share of ReLU units that switch" in str(effect)
+    assert f"{effect.switches.estimate}" in str(tgp.BoundaryStudy({"act": effect}, settings={}))

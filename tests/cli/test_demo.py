@@ -18,15 +18,18 @@ def test_demo_from_end_to_end(tmp_path, capsys):
     printed = capsys.readouterr().out
     for phrase in (
         "log √det g, all d directions",
-        "On the line: sigmoid",
-        "On the plane: sigmoid",
-        "the untrained network: ρ",
+        "Line: sigmoid, on this one slice",
+        "Plane: sigmoid2, on this one slice",
+        "sigmoid2: ",
+        "trained minus untrained",
         "tensorboard --logdir",
     ):
         assert phrase in printed
     events = EventAccumulator(str(tmp_path / "events")).Reload()
-    assert len(events.Scalars("logvol/00_sigmoid")) >= 10
-    for name in ("line.png", "plane.png"):
+    for tag in ("logvol/00_sigmoid", "logvol/01_sigmoid2", "training/loss", "training/test_accuracy"):
+        assert len(events.Scalars(tag)) >= 10
+    assert list(tgp.BoundaryStudy.load(tmp_path / "study.json")) == ["sigmoid", "sigmoid2"]
+    for name in ("line.png", "plane.png", "profile.png"):
         assert matplotlib.image.imread(tmp_path / name)[..., :3].std() > 0.05
     scan = tgp.SliceScan.load(tmp_path / "plane_after.safetensors")
     assert scan.report["sigmoid"].num_directions == 64

@@ -69,7 +69,7 @@ def test_three_photographs_give_a_plane(work, capsys):
     again = tgp.scan(namespace["make"](), found.slice, layers=["1", "3"], progress=False)
     for layer in ("1", "3"):
         assert torch.allclose(found.log_volume[layer], again.log_volume[layer], atol=1e-4)
-        assert f"On this plane, {layer} " in said
+        assert f"{layer}, on this one slice, " in said
     assert torch.equal(found.predictions, again.predictions)
     assert (work / "out" / "plane.png").read_bytes()[:4] == b"\x89PNG"
     assert (work / "out" / "plane.pdf").read_bytes()[:4] == b"%PDF"
@@ -81,7 +81,7 @@ def test_three_photographs_give_a_plane(work, capsys):
 
 def test_two_photographs_give_a_line(work, capsys):
     assert main(command(work, "a", "b", grid="24")) == 0
-    assert "On this line, 1 " in capsys.readouterr().out
+    assert "1, on this one slice, " in capsys.readouterr().out
     assert tgp.SliceScan.load(work / "out" / "scan.safetensors").slice.shape == (24,)
     assert (work / "out" / "line.png").exists()
 
@@ -91,7 +91,7 @@ def test_trained_weights_without_a_control_are_said_to_have_none(work, capsys):
     exec(FACTORY, namespace)
     torch.save(namespace["make"]().state_dict(), work / "weights.pt")
     assert main([*command(work, "a", "b", "c"), "--checkpoint", str(work / "weights.pt")]) == 0
-    assert "These correlations have no control" in capsys.readouterr().out
+    assert "One slice illustrates, and has no control" in capsys.readouterr().out
 
 
 def test_stopped_in_the_middle_it_ends_with_the_same_bytes(work, monkeypatch, capsys):

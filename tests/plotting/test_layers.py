@@ -41,7 +41,7 @@ def test_points_bar_and_median_of_every_layer(report, unit):
     assert [text.get_text() for text in axes.get_yticklabels()] == ["1", "3"]
     assert axes.yaxis_inverted()  # the first layer at the top
     assert "√det g" in figure.get_supxlabel()
-    assert "J divided by √n" in figure.get_supxlabel()
+    assert "features divided by" in figure.get_supxlabel()
 
 
 def test_a_value_that_is_no_log_volume_keeps_its_own_unit(report):

@@ -14,12 +14,14 @@ def test_a_line_before_and_after(lines):
         after, before=before, images=[torch.rand(5, 5) for _ in range(2)], class_names=animals, names=("old", "new")
     )
     first, second, entropy = figure.axes[:3]
-    assert [a.get_ylabel().split("\n")[0] for a in (first, second, entropy)] == ["1", "3", "entropy [nat]"]
+    assert [a.get_ylabel().split("\n")[0] for a in (first, second, entropy)] == ["layer 1", "layer 3", "entropy [nat]"]
     curves = [curve for curve in first.lines if len(curve.get_xdata()) == 31]
     assert np.allclose(curves[0].get_ydata(), before.log_volume["1"])
     assert np.allclose(curves[1].get_ydata(), after.log_volume["1"])
     assert [curve.get_label() for curve in curves] == ["old", "new"]
     assert np.allclose(entropy.lines[1].get_ydata(), after.entropy)
+    highest = max(before.entropy.max(), after.entropy.max())
+    assert entropy.get_ylim()[1] > 1.02 * highest  # no curve lies on the frame
     # one dotted line a change of class, half-way between the two points
     labels = after.predictions.numpy()
     expected = [(i + 0.5) / 30 for i in range(30) if labels[i] != labels[i + 1]]

@@ -18,30 +18,43 @@ def images(count):
 
 
 def maps(figure):
-    """Title → the images of its column, top row first."""
-    found = {}
-    columns = {}
+    """Title of the field (above its panel, or at the left of its row) → its images, in the order of the scans."""
+    found, row = {}, None
     for axes in figure.axes:
         if axes.images and axes.get_subplotspec() is not None and axes.get_subplotspec().get_gridspec().ncols > 1:
-            column = axes.get_subplotspec().colspan.start
-            columns.setdefault(column, axes.get_title())
-            found.setdefault(columns[column], []).append(axes.images[0])
+            beside = axes.get_ylabel() if len(axes.get_ylabel()) > 1 else row
+            row = beside or row
+            name = row if row is not None else axes.get_title()
+            found.setdefault(name.removeprefix("layer "), []).append(axes.images[0])
     return found
 
 
-def test_a_plane_before_and_after_shares_one_colour_scale_a_column(planes):
+def test_a_plane_before_and_after_is_a_column_each_and_shares_one_colour_scale_a_row(planes):
     before, after = planes
-    figure = plot(after, before=before, title="two rows")
+    figure = plot(after, before=before, title="two columns")
     found = maps(figure)
     assert list(found) == ["prediction", "entropy", "1", "3"]
-    for title, (upper, lower) in found.items():
-        assert upper.get_clim() == lower.get_clim() or title == "prediction"
+    for title, (left, right) in found.items():
+        assert left.get_clim() == right.get_clim() or title == "prediction"
     assert torch.equal(torch.tensor(np.array(found["3"][1].get_array())), after.log_volume["3"].double())
     assert torch.equal(torch.tensor(np.array(found["1"][0].get_array())), before.log_volume["1"].double())
-    assert {axes.get_xlabel() for axes in figure.axes} >= {"class", "entropy [nat]", "log √det g [nat]"}
-    assert "J divided by √n" in figure.get_supxlabel()
+    assert {axes.get_ylabel() for axes in figure.axes} >= {"class", "entropy [nat]", "log √det g [nat]"}
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["before training", "after training"]
+    assert "features divided by √(their number)" in figure.get_supxlabel().replace("\n", " ")
     assert [found["1"][0].origin, tuple(found["1"][0].get_extent())] == ["lower", (-1.1, 1.1, -1.1, 1.1)]
     assert found["1"][0].get_clim() != found["3"][0].get_clim()
+
+
+def test_one_scan_of_many_layers_is_wrapped_and_predictions_can_be_left_out(planes):
+    model = nn.Sequential(*[part for _ in range(5) for part in (nn.Linear(25, 25), nn.Tanh())])
+    found = scan(model, planes[0].slice, layers=[str(i) for i in range(1, 10, 2)], progress=False)
+    figure = plot(found, images=images(3))
+    panels = [axes for axes in figure.axes if axes.images and axes.get_title()]
+    names = [axes.get_title() for axes in panels]
+    assert names == ["prediction", "entropy", *(f"layer {i}" for i in range(1, 10, 2))]
+    assert {axes.get_subplotspec().get_gridspec().ncols for axes in panels} == {4}
+    assert figure.get_figwidth() <= 7.3
+    assert list(maps(plot(planes, decided=False))) == ["1", "3"]
 
 
 def test_the_boundary_is_drawn_where_the_class_changes():
@@ -58,19 +71,21 @@ def test_the_boundary_is_drawn_where_the_class_changes():
         (contour,) = (c for c in axes.collections if hasattr(c, "levels"))
         vertices = np.concatenate([path.vertices for path in contour.get_paths() if len(path.vertices)])
         assert len(vertices) > 20
+        assert np.abs(vertices[:, 1]).max() == pytest.approx(axes.get_ylim()[1])  # the line reaches the frame
         # tanh(x) = -0.4 tanh(y): off the grid points, and hit to a small part of a grid step (0.05)
-        assert np.abs(np.tanh(vertices[:, 0]) + 0.4 * np.tanh(vertices[:, 1])).max() < 1e-3
+        inner = vertices[np.abs(vertices[:, 1]) <= 1]
+        assert np.abs(np.tanh(inner[:, 0]) + 0.4 * np.tanh(inner[:, 1])).max() < 1e-3
 
 
 def test_the_ticks_of_a_colour_bar_stand_apart(planes):
     figure = plot(planes, layers=["1"], unit="log10", relative=True)
     figure.canvas.draw()
-    bars = [a for a in figure.axes if a.get_xlabel() and "log" in a.get_xlabel()]
+    bars = [a for a in figure.axes if a.get_ylabel() and "log" in a.get_ylabel()]
     assert bars
     for bar in bars:
-        extents = sorted((t.get_window_extent() for t in bar.get_xticklabels() if t.get_text()), key=lambda e: e.x0)
+        extents = sorted((t.get_window_extent() for t in bar.get_yticklabels() if t.get_text()), key=lambda e: e.y0)
         assert len(extents) >= 2
-        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(extents))
+        assert all(a.y1 < b.y0 for a, b in itertools.pairwise(extents))
 
 
 def test_points_that_are_not_finite_stay_grey(planes):
@@ -94,22 +109,35 @@ def test_a_flat_volume_is_one_colour_not_amplified_rounding(planes):
     assert high - low > 1e-5
 
 
-def test_samples_are_drawn_where_they_lie(planes):
+def test_a_nearly_constant_volume_has_one_tick_and_grey_cells_are_explained(planes):
+    volume = planes[0].report["1"].log_volume
+    volume[:] = -300 + 1e-3 * torch.randn(volume.shape, dtype=volume.dtype)
+    bar = maps(plot(planes[0]))["1"][0].colorbar
+    assert [text.get_text() for text in bar.ax.get_xticklabels()] == ["−300"]
+    assert "grey" not in plot(planes[0]).get_supxlabel()
+    volume[3] = -torch.inf
+    assert "grey: not finite" in plot(planes[0]).get_supxlabel()
+    planes[0].predictions[:] = 1
+    assert "no line: one class is predicted everywhere" in plot(planes[0]).get_supxlabel()
+
+
+def test_samples_are_marked_where_they_lie_and_shown_below(planes):
     figure = plot(planes[0], images=images(3))
-    insets = figure.axes[0].child_axes
-    assert [inset.get_title() for inset in insets] == ["a", "b", "c"]
-    figure.draw_without_rendering()
-    for inset, corner in zip(insets, planes[0].slice.corners.tolist(), strict=True):
-        box = inset.get_position()
-        centre = figure.transFigure.transform(((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2))
-        assert np.abs(figure.axes[0].transData.inverted().transform(centre) - corner).max() < 0.02
+    marks = figure.axes[0].texts
+    assert [mark.get_text() for mark in marks] == ["a", "b", "c"]
+    assert np.allclose([mark.get_position() for mark in marks], planes[0].slice.corners)
+    assert [inset.get_title() for inset in shown_below(figure)] == ["a", "b", "c"]
+
+
+def shown_below(figure):
+    return [inset for axes in figure.axes for inset in axes.child_axes if inset.images]
 
 
 def test_pictures_are_taken_from_a_slice_of_pictures():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Tanh(), nn.Linear(4 * 36, 3))
     found = scan(model, Plane(*torch.rand(3, 3, 8, 8), steps=5), layers=["0"], progress=False)
-    assert len(plot(found).axes[0].child_axes) == 3
-    assert len(plot(found, images=None).axes[0].child_axes) == 0
+    assert len(shown_below(plot(found))) == 3
+    assert len(shown_below(plot(found, images=None))) == 0
     assert [p.shape for p in pictures(found, "auto")] == [(8, 8, 3)] * 3
 
 
@@ -122,7 +150,7 @@ def test_units_and_the_relative_scale(planes):
     relative = maps(plot(planes[0], relative=True))["1"][0].get_array()
     assert np.ma.median(relative) == pytest.approx(0, abs=1e-12)
     logged = maps(plot(planes[0], log_entropy=True))["entropy"][0].get_array()
-    assert np.allclose(logged, planes[0].entropy.log10())
+    assert np.allclose(logged, planes[0].entropy.log())
 
 
 def test_a_scale_of_whole_rows_has_its_bar_beside_them_and_of_columns_below(planes):

@@ -16,10 +16,10 @@ from torchgeom_probe.plotting import style
 
 def test_a_result_is_drawn_by_its_type(planes, lines):
     report = tgp.measure(nn.Linear(3, 5), torch.randn(11, 3), layers=[""], estimator=tgp.Exact())
-    assert plot(lines[0]).axes[0].get_ylabel() == "1\nlog √det g [nat]"
-    assert plot(lines[0], unit="log10").axes[0].get_ylabel() == "1\nlog₁₀ √det g"
-    assert [axes.get_title() for axes in plot(planes[1]).axes[:4]] == ["prediction", "entropy", "1", "3"]
-    assert [axes.get_title() for axes in plot(planes[1], layers=["3"]).axes[:3]] == ["prediction", "entropy", "3"]
+    assert plot(lines[0]).axes[0].get_ylabel() == "layer 1\nlog √det g [nat]"
+    assert plot(lines[0], unit="log10").axes[0].get_ylabel() == "layer 1\nlog₁₀ √det g"
+    assert [axes.get_title() for axes in plot(planes[1]).axes[:4]] == ["prediction", "entropy", "layer 1", "layer 3"]
+    assert [axes.get_title() for axes in plot(planes[1], layers=["3"]).axes[:3]] == ["prediction", "entropy", "layer 3"]
     rows = [
         axes.get_ylabel() for axes in plot(planes[1], before=planes[0]).axes if axes.get_title() or axes.get_ylabel()
     ]

@@ -37,7 +37,7 @@ def test_curves_and_bands_are_the_profiles(study, unit):
             ends = [scale * end for value in profile.values() for end in value.interval]
             assert (band.min(), band.max()) == pytest.approx((min(ends), max(ends)))
         assert (untrained.get_label(), trained.get_label()) == ("untrained", "trained")
-        assert axes.get_title().startswith(f"{name}\n{scale * float(effect.estimate):+.2f}"[:5])
+        assert axes.get_title().startswith(f"layer {name}\n{scale * float(effect.estimate):+.2f}"[:11])
         assert f"] {unit}, p" in axes.get_title()
     assert f"[{unit}]" in figure.axes[0].get_ylabel()
     assert figure.get_suptitle().strip() == "A study"
@@ -45,7 +45,7 @@ def test_curves_and_bands_are_the_profiles(study, unit):
 
 
 def test_some_layers_alone_and_one_network_alone(study):
-    assert [axes.get_title().split("\n")[0] for axes in tgp.plot(study, layers="3").axes] == ["3"]
+    assert [axes.get_title().split("\n")[0] for axes in tgp.plot(study, layers="3").axes] == ["layer 3"]
     bare = tgp.BoundaryStudy(
         {"1": tgp.BoundaryEffect.of(study["1"].record() | {"initial": None, "initial_profile": None})}, settings={}
     )

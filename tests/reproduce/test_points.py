@@ -1,5 +1,7 @@
 """Figure 1: the closed form beside the measurement."""
 
+import copy
+
 import pytest
 import torch
 
@@ -37,3 +39,21 @@ def test_the_curvature_of_the_maps_is_the_measured_metrics():
     _, ricci = points.closed_form(model, found)
     measured = tgp.scalar_curvature(model, plane.points(), layer=points.LAYER)  # of J, not J / √n
     assert torch.allclose(ricci.flatten(), 7 * measured, rtol=1e-8)
+
+
+def test_the_profile_along_normals_finds_a_ridge_on_the_boundary_and_none_before():
+    torch.manual_seed(0)
+    initial = points.PaperNetwork(2, 40, 2)
+    x, labels = points.sinusoid(400)
+    model = copy.deepcopy(initial)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(600):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+    effect = points.along_normals(model, initial)[points.LAYER]
+    assert effect.supported
+    assert effect.estimate > 0.3
+    assert abs(effect.initial.estimate) < 0.1
+    assert effect.profiled == "log √det g"
+    assert effect.profile[0.2] < -0.3 < effect.initial_profile[0.2]

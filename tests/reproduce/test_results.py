@@ -1,14 +1,17 @@
-"""Results say where the hypothesis fails; checks that fail; small pictures for the gallery."""
+"""Results say what studies found; checks that fail; small pictures for the gallery."""
 
+import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from annotations import shapes_unchecked
 
 import torchgeom_probe as tgp
-from torchgeom_probe.boundary.magnification import magnification
-from torchgeom_probe.reproduce.results import Results
+from torchgeom_probe.reproduce.results import Results, table
 from torchgeom_probe.reproduce.settings import Settings
+from torchgeom_probe.reproduce.training import View
 
 pytest.importorskip("matplotlib")
 
@@ -17,42 +20,61 @@ def settings(tmp_path, **options):
     return Settings(out=tmp_path, **options)
 
 
-def field(sign):
-    x, y = torch.meshgrid(torch.linspace(-1, 1, 30), torch.linspace(-1, 1, 30), indexing="xy")
-    boundary = x - 0.6 * torch.sin(4 * y)
-    entropy = torch.exp(-((boundary / 0.3) ** 2))
-    return sign * 2 * entropy + 0.1 * torch.cos(9 * y), entropy, (boundary > 0).long()
+def line_task(seed):
+    """Points of a plane, a network that tells its sides, and the network before training."""
+    torch.manual_seed(seed)
+    x = torch.randn(300, 2)
+    labels = (x[:, 0] > 0.2).long() + (x[:, 0] > 1.0).long()
+    model = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    initial, optimizer = copy.deepcopy(model), torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+    return x, model, initial
 
 
-@pytest.mark.parametrize(("sign", "supported"), [(1, True), (-1, False)])
-def test_results_say_where_the_hypothesis_fails(sign, supported, tmp_path):
-    volume, entropy, classes = field(sign)
+def studied(seed):
+    x, model, initial = line_task(seed)
+    options = {"layers": ["1"], "pairs": 20, "offsets": (-0.2, 0.2), "progress": False}
+    return tgp.boundary_study(model, x, initial=initial, seed=seed, **options)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_results_say_what_the_studies_found_and_the_table_has_a_row_a_layer(count, tmp_path):
+    said = []
+    results = Results("fig9", "a test", settings(tmp_path), say=said.append)
+    studies = [studied(seed) for seed in range(count)]
+    results.found("net", studies)
+    results.finish()
+    stored = json.loads((tmp_path / "fig9" / "results.json").read_text())
+    (study,) = stored["studies"]
+    effect = tgp.compare_networks(studies)["1"] if count == 3 else studies[0]["1"]
+    assert study["sentence"] == str(effect)
+    assert study["supported"] == effect.supported
+    assert study["estimate"][0] == pytest.approx(float(effect.estimate))
+    assert f"net: {effect}." in said
+    assert (tmp_path / "fig9" / "net_profile.png").exists()
+    head, line, row = table(tmp_path).splitlines()
+    assert head.count("|") == line.count("|") == row.count("|")
+    assert row.startswith(f"| net, 1 | {effect.estimate} |")
+    assert f"| {count} ({effect.num_pairs} pairs) | {effect.verdict} |" in row
+
+
+def test_a_slice_is_described_beside_the_untrained_network(tmp_path):
+    x, model, initial = line_task(0)
+    line = tgp.Line(x[0], x[1], steps=20)
+    view = View("line", line, {"layers": ["1"]})
+    scans = {epoch: tgp.scan(net, line, layers=["1"], progress=False) for epoch, net in ((0, initial), (9, model))}
+    of = SimpleNamespace(name="net", epochs=(0, 9), scan=lambda view, epoch: scans[epoch])
     said = []
     results = Results("figure", "a test", settings(tmp_path), say=said.append)
-    found = magnification(volume, entropy, predictions=classes, name="layer3", initial=0 * volume)
-    results.record(found, network="net", view="plane", epoch=7)
-    results.finish()
-    stored = json.loads((tmp_path / "figure" / "results.json").read_text())
-    (test,) = stored["magnification"]
-    assert test["supported"] is supported
-    assert test["rho"] == pytest.approx(found.rho)
-    assert test["initial"]["rho"] is None  # constant before training: null, which any JSON reader takes
-    if supported:
-        assert stored["hypothesis"] == {"tests": 1, "supported": 1, "not_supported": []}
-    else:
-        (failing,) = stored["hypothesis"]["not_supported"]
-        assert failing["where"] == "net, plane, layer3"
-        assert "shows the opposite" in failing["because"]
-        assert any("supported in 0 of 1 tests; not in: net, plane, layer3" in line for line in said)
-
-
-def test_no_more_than_before_training_is_no_support():
-    volume, entropy, classes = field(1)
-    assert magnification(volume, entropy, predictions=classes).supported
-    same = magnification(volume, entropy, predictions=classes, initial=volume)
-    assert not same.supported
-    assert "no more than before training" in str(same)
-    assert not magnification(volume, entropy, predictions=0 * classes).supported  # no boundary crosses it
+    with shapes_unchecked():
+        results.describe(of, view)
+    (found,) = results.numbers["slices"]
+    assert found["name"] == "1"
+    assert found["initial"]["rho"] == scans[9].magnification("1", initial=scans[0]).initial.rho
+    assert "an illustration, of about" in said[0]
 
 
 def test_a_failing_check_is_stored_and_raised(tmp_path):
@@ -75,4 +97,4 @@ def test_the_gallery_gets_small_pictures(tmp_path):
     assert {p.name for p in (tmp_path / "figure").iterdir()} == {"map.png", "map.pdf", "map.gif"}
     (small,) = (tmp_path / "gallery").iterdir()
     assert small.name == "figure_map.png"
-    assert 10_000 < small.stat().st_size <= 150_000
+    assert 5_000 < small.stat().st_size <= 150_000

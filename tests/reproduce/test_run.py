@@ -31,24 +31,27 @@ def test_both_figures_from_the_command_line(tmp_path, capsys):
     printed = capsys.readouterr().out
     for phrase in (
         "ok    √det g measured in float32 against the closed form",
-        "sinusoid_25, plane: sigmoid",
-        "xor_25, plane: sigmoid",
-        "the untrained network: ρ",
+        "sinusoid_25, plane: sigmoid, on this one slice",
+        "xor_25, plane: sigmoid, on this one slice",
+        "sinusoid_25: sigmoid: ",
+        "over 3 networks",
         "digits: test accuracy",
-        "digits, line: sigmoid",
-        "fig2: the hypothesis is supported in",
+        "| digits, sigmoid |",
     ):
         assert phrase in printed
     for name, pictures in (("fig1", ["volumes", "xor_25"]), ("fig2", ["line", "plane"])):
         stored = json.loads((tmp_path / name / "results.json").read_text())
         assert stored["quirks"]
-        for test in stored["magnification"]:
+        for test in (*stored["slices"], *stored["studies"]):
             assert test["sentence"] in printed
             assert test["initial"] is not None
         for picture in pictures:
             assert matplotlib.image.imread(tmp_path / name / f"{picture}.png")[..., :3].std() > 0.05
     assert json.loads((tmp_path / "fig1" / "results.json").read_text())["checks"]["closed_form"]["ok"]
-    assert {p.name for p in (tmp_path / "gallery").iterdir()} == {"fig1_volumes.png", "fig2_line.png", "fig2_plane.png"}
+    assert {p.name for p in (tmp_path / "gallery").iterdir()} == {
+        *("fig1_volumes.png", "fig1_sinusoid_25_profile.png"),
+        *("fig2_line.png", "fig2_plane.png", "fig2_digits_profile.png"),
+    }
 
 
 @pytest.mark.slow
@@ -56,10 +59,10 @@ def test_the_four_figures_in_quick_form(tmp_path):
     said = []
     settings = Settings(quick=True, out=tmp_path, gallery=tmp_path / "gallery")
     reproduce(["fig3", "fig4", "fig5", "fig6"], settings, say=said.append)
-    for figure, tests in (("fig3", 2), ("fig4", 9), ("fig5", 8), ("fig6", 4)):
+    for figure, slices, studies in (("fig3", 2, 8), ("fig4", 9, 8), ("fig5", 8, 4), ("fig6", 4, 4)):
         results = json.loads((tmp_path / figure / "results.json").read_text())
-        assert len(results["magnification"]) == tests
-        assert all("initial" in test for test in results["magnification"])
+        assert len(results["slices"]) == slices
+        assert len(results["studies"]) == studies
         assert len(results["quirks"]) >= 8
     # fig3 and fig4 are of the same trainings, and so are fig5 and fig6.
     assert sum(line.startswith("photos_gelu: 1 epochs") for line in said) == 1
@@ -67,5 +70,5 @@ def test_the_four_figures_in_quick_form(tmp_path):
     pictures = {p.name for p in tmp_path.glob("fig*/*.p*")}
     assert {"plane_gelu.png", "blocks.pdf", "line_motorcycle_cat.png", "plane.png"} <= pictures
     sizes = [p.stat().st_size for p in (tmp_path / "gallery").glob("*.png")]
-    assert len(sizes) == 4
+    assert len(sizes) == 5
     assert max(sizes) < 150_000

@@ -10,6 +10,7 @@ from torchgeom_probe.reproduce.settings import Settings
     ("options", "message"),
     [
         ({"preset": "pocket"}, "preset='pocket' is unknown"),
+        ({"seeds": 2}, r"--seeds 2: a study is of one network, or compares 3 or more"),
         ({"epochs": 0}, "--epochs 0 trains nothing"),
         ({"device": "cuda:99"}, r"--device cuda:99 is not to be had here.*\nWrite --device cpu"),
     ],

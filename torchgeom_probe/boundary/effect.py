@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torchgeom_probe.boundary.paired import Tested
-from torchgeom_probe.boundary.statistics import Estimate
+from torchgeom_probe.boundary.paired import Estimate, Tested
 
 #: Nats: an effect that a study should be able to tell from none.
 _WORTH_FINDING = 0.1
@@ -33,6 +32,8 @@ class BoundaryEffect:
             line's own.  None over networks of which one has none.
         volume: the same contrast of a volume, where one was measured; ``volume_estimand`` says which.
         dimensions: of that volume: its effect divided by them compares with a speed.
+        switches: the same contrast of the local complexity (Humayun et al., arXiv:2310.12977), a rival account: the
+            share of the layer's ReLU units that switch on or off, per length of the line.  None of a layer without.
         profile: signed distance from the crossing, in units of the line, → mean of log |Jv| minus that at the crossing.
         initial_profile: the untrained network's, or None.
         margin_slope: nats that log |Jv| changes with a unit of the margin (a logit), from one end of a line to the
@@ -40,6 +41,7 @@ class BoundaryEffect:
         num_pairs, num_units, units: pairs used, and how many of what they are made of; ``"networks"`` where several
             networks were compared.
         dropped: reason → pairs left out.
+        profiled, distance: what the profile is of, and against, in words.
     """
 
     name: str
@@ -53,6 +55,7 @@ class BoundaryEffect:
     volume: Tested | None
     volume_estimand: str | None
     dimensions: int | None
+    switches: Tested | None
     profile: Mapping[float, Estimate]
     initial_profile: Mapping[float, Estimate] | None
     margin_slope: Tested
@@ -60,6 +63,8 @@ class BoundaryEffect:
     num_units: int
     units: str
     dropped: Mapping[str, int]
+    profiled: str = "log |Jv|"
+    distance: str = "along the line between two samples, in units of its length"
 
     @property
     def supported(self) -> bool | None:
@@ -95,6 +100,8 @@ class BoundaryEffect:
             )
         if self.trace is not None:
             parts.append(f"of ½ log tr g {self.trace.estimate}")
+        if self.switches is not None:
+            parts.append(f"share of ReLU units that switch, per line {self.switches.estimate}")
         if self.initial is not None:
             parts.append(f"the untrained network by itself {self.initial.estimate}")
         else:
@@ -112,7 +119,7 @@ class BoundaryEffect:
         """Make an effect of what :meth:`record` gave."""
         known = dict(record)
         known["estimate"] = _estimate(known["estimate"])
-        for name in ("own", "initial", "trace", "volume", "margin_slope"):
+        for name in ("own", "initial", "trace", "volume", "switches", "margin_slope"):
             if known[name] is not None:
                 known[name] = Tested(_estimate(known[name][0]), _number(known[name][1]))
         for name in ("profile", "initial_profile"):

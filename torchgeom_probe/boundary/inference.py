@@ -5,6 +5,7 @@ Legend of axes: N pairs (lines), P points of a line, C of them in the contrast.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,14 +14,16 @@ import torch
 from torchgeom_probe.boundary.contrasts import CONTRASTS
 from torchgeom_probe.boundary.design import LEAST_PAIRS, LEAST_UNITS, Design, refuse_few
 from torchgeom_probe.boundary.effect import BoundaryEffect
-from torchgeom_probe.boundary.paired import Tested, paired_effect
-from torchgeom_probe.boundary.pairs import Pairs
-from torchgeom_probe.boundary.statistics import Estimate
+from torchgeom_probe.boundary.paired import Estimate, Tested, paired_effect
+from torchgeom_probe.boundary.pairs import CLASSES, Pairs
+from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.shapes import Tensor
 
 _PATH = "the path's speed |Jv| along the line (no volume)"
 #: Nats: where no pair differs by more, as of an affine layer, the differences are rounding, whatever their pattern.
 _ROUNDING = 1e-5
+#: The share of a constant that a trend between classes must leave.
+_CONFOUNDED = 1e-3
 
 
 @dataclass
@@ -29,7 +32,7 @@ class LayerFields:
 
     Attributes:
         trained, initial: quantity → [N, P], of the network and of the untrained one, which may have none: ``"speed"``,
-            log |Jv|; ``"trace"``, ½ log tr g; ``"volume"``, [N, C].
+            log |Jv|; ``"trace"``, ½ log tr g; ``"volume"``, [N, C]; ``"switches"``, [N, C], of ReLU networks.
         volume: in words.
         dimensions: of the volume.
     """
@@ -51,41 +54,53 @@ def effect_of(
     """Test one layer.
 
     Raises:
-        ProbeError: too few pairs at which its log-volume is finite.
+        ProbeError: too few pairs at which its log-volume is finite; of few classes, boundaries that all lie nearer to
+            the same one.
     """
-    pairs = design.pairs
+    pairs, own, untrained = design.pairs, fields.trained, fields.initial
     main = "volume" if contrast == "same_class" else "speed"
     effect = design.contrasted(fields.minus_initial(main))
     inside = design.within[:, : len(design.weights)].all(1)
     kept = effect.isfinite() & inside
     dropped = pairs.dropped | {
-        "no such point of one class": int((~inside).sum()),
+        f"no such point {'of one class' if main == 'volume' else 'within the data'}": int((~inside).sum()),
         "log-volume not finite": int((inside & ~effect.isfinite()).sum()),
     }
     dropped = {why: count for why, count in dropped.items() if count}
     refuse_few(int(kept.sum()), len(pairs.units[kept].unique()), dropped, layer=name)
-    (estimate, p_value), num_units, units = _tested(effect, pairs, kept)
+
+    def tested(values: Tensor) -> tuple[Tested, int, str] | None:
+        """Of a contrast, where both it and the main one are finite."""
+        where = values.isfinite() & kept
+        if contrast == "mirror" and pairs.regions_are != CLASSES:
+            values = _without_trend(values, pairs, where)
+        return _tested(values, pairs, where) if where.sum() >= LEAST_PAIRS else None
 
     def beside(quantity: str) -> Tested | None:
-        if quantity not in fields.trained or contrast == "same_class":  # the others of its fields compare two lines
+        known = quantity in own and (not untrained or quantity in untrained)
+        if not known or contrast == "same_class":  # the others of its fields compare two lines
             return None
-        values = design.contrasted(fields.minus_initial(quantity))
-        finite = values.isfinite() & kept
-        return _tested(values, pairs, finite)[0] if finite.sum() >= LEAST_PAIRS else None
+        found = tested(design.contrasted(fields.minus_initial(quantity)))
+        return found and found[0]
 
-    own, untrained = fields.trained, fields.initial
+    def alone(of: dict[str, Tensor]) -> Tested | None:
+        found = tested(design.contrasted(of[main])) if of else None
+        return found and found[0]
+
+    (estimate, p_value), num_units, units = tested(effect) or _tested(effect, pairs, kept)
     return BoundaryEffect(
         name=name,
         estimand=f"{_PATH if main == 'speed' else fields.volume}, {CONTRASTS[contrast].words}",
         contrast=contrast,
         estimate=estimate,
         p_value=p_value,
-        own=_tested(design.contrasted(own[main]), pairs, kept)[0],
-        initial=_tested(design.contrasted(untrained[main]), pairs, kept)[0] if untrained else None,
+        own=alone(own) or Tested(Estimate(math.nan), math.nan),
+        initial=alone(untrained),
         trace=beside("trace"),
         volume=beside("volume"),
         volume_estimand=fields.volume,
         dimensions=fields.dimensions,
+        switches=beside("switches"),
         profile=_profile(own["speed"], design, offsets),
         initial_profile=_profile(untrained["speed"], design, offsets) if untrained else None,
         margin_slope=_slope(fields.minus_initial("speed"), design, kept),
@@ -94,6 +109,30 @@ def effect_of(
         units=units,
         dropped=dropped,
     )
+
+
+def _without_trend(values: Tensor, pairs: Pairs, where: Tensor) -> Tensor:
+    """What of a contrast is left when a change from one predicted class to another along the lines is regressed out.
+
+    Boundaries lie nearer to some classes than to others, so 2t* − 1 is not 0 on average from class a to class b, and
+    a field that falls from a to b has a contrast between t* and 1 − t* without any boundary.  Among many classes these
+    cancel; of two there is one such pair, and a test without this rejects 7 to 11 % of smooth nulls.
+    """
+    classes, ends = pairs.classes[where].unique(), pairs.classes[where]
+    signs = (ends[:, 1:] == classes).double() - (ends[:, :1] == classes).double()
+    trends, ones = (2 * pairs.t[where] - 1)[:, None] * signs, torch.ones(len(ends), dtype=torch.float64)
+    level = ones - trends @ (torch.linalg.pinv(trends) @ ones)  # what of a constant is no trend
+    if level.mean() < _CONFOUNDED:
+        raise ProbeError(
+            "the boundary lies nearer to the same class on every line, so that a change from class to class cannot be "
+            "told from what is at the boundary.\n"
+            "Compare with the neighbours on both sides, in which a trend cancels:  contrast='peak'"
+        )
+    design, found = torch.cat([ones[:, None], trends], 1), values.clone()
+    residuals = values[where] - design @ (torch.linalg.pinv(design) @ values[where])
+    # Each pair's part in the intercept, about it.
+    found[where] = (level @ values[where]) / level.sum() + level / level.mean() * residuals
+    return found
 
 
 def _tested(values: Tensor, pairs: Pairs, where: Tensor) -> tuple[Tested, int, str]:

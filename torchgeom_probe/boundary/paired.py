@@ -14,9 +14,42 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy  # its submodules are loaded when they are first used: importing this costs little
 
-from torchgeom_probe.boundary.statistics import Estimate
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.shapes import Tensor
+
+
+class Estimate(float):
+    """A number with its 95 % interval: a float with ``.interval``, (low, high) or None where none can be had.
+
+    As text it has the digits that its interval lets it have: two of half the interval's width.
+
+    >>> gap = Estimate(3.1, (2.2, 4.0))
+    >>> gap > 3, gap.interval
+    (True, (2.2, 4.0))
+    >>> print(gap, "and", Estimate(0.0891, (0.0487, 0.1294)))
+    +3.10 [2.20, 4.00] and +0.089 [0.049, 0.129]
+    """
+
+    interval: tuple[float, float] | None
+
+    def __new__(cls, value: float, interval: tuple[float, float] | None = None) -> Estimate:
+        """Join the number with its interval."""
+        estimate = super().__new__(cls, value)
+        estimate.interval = interval
+        return estimate
+
+    def __getnewargs__(self) -> tuple[float, tuple[float, float] | None]:  # type: ignore[override]
+        return float(self), self.interval
+
+    def __repr__(self) -> str:
+        return f"Estimate({float(self)!r}, {self.interval!r})"
+
+    def __str__(self) -> str:
+        low, high = self.interval or (math.nan, math.nan)
+        if not 0 < high - low < math.inf:
+            return f"{float(self):+.2g}"
+        digits = max(0, 1 - math.floor(math.log10((high - low) / 2)))
+        return f"{float(self):+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 class Tested(NamedTuple):

@@ -21,6 +21,7 @@ from torchgeom_probe.shapes import Float, Int, Tensor
 _AT_ONCE = 64
 #: Of fewer predicted classes the samples are clustered instead: of two, each line would share both with every other.
 _FEW_CLASSES, _REGIONS = 5, 6
+CLASSES = "predicted classes"
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +115,7 @@ def crossing_pairs(
         t.append(found[good])
         missing -= len(good)
     kept = torch.cat(ends)
-    regions, are = classes, "predicted classes"
+    regions, are = classes, CLASSES
     if len(classes[kept].unique()) < _FEW_CLASSES:
         regions, are = _clustered(x, _REGIONS, generator), "regions of the input"
     dropped = {why: n for why, n in dropped.items() if n}

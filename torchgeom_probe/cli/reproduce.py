@@ -14,7 +14,7 @@ def add(verbs: Any) -> None:
     """Add the verb's parser."""
     parser = verbs.add_parser(
         "reproduce",
-        help="the paper's figures, one command each, with the test of its hypothesis (needs the extra 'all')",
+        help="the paper's figures, one command each, with a study of its decision boundaries (needs the extra 'all')",
         description="Trains, scans, tests and draws a figure of the paper.  Stopped or killed, the same command "
         "goes on where it was, and ends with the same results.",
     )
@@ -26,11 +26,17 @@ def add(verbs: Any) -> None:
         help="embedded: data of the installed packages, minutes on two cores (default); paper: the paper's data and "
         "training",
     )
+    parser.add_argument("--data", choices=("digits", "mnist5k", "mnist"), help="the digits of fig2 (see demo --help)")
     parser.add_argument(
         "--data-root", type=Path, default=Path("data"), metavar="DIR", help="where the paper's data sets are or go"
     )
     parser.add_argument("--epochs", type=int, help="in place of the figure's own number")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        help="networks that the study of decision boundaries compares (default: fig1, fig2: 8; fig3, fig4: 3; else 1)",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="a small version that takes seconds a figure")
     parser.add_argument(

@@ -30,8 +30,8 @@ _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # More names do not fit under a map, and more outlines hide it.
 _DRAWN_CLASSES = 6
 _CONTROL = (
-    "These correlations have no control: nothing here tells what training did from what the architecture alone does.  "
-    "Scan the same photographs with the untrained network into another --out and compare."
+    "One slice illustrates, and has no control here: nothing tells what training did from what the architecture alone "
+    "does.  The test, over many pairs of images:  torchgeom-probe boundary"
 )
 _UNTRAINED = "These weights are untrained: what correlates here does so without any training."
 
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(note)
     drawn, names = _few_classes(found, own, names)
     title = "The plane of {}, {} and {}" if rest else "From {} to {}"
-    options: dict[str, Any] = {"images": pictures, "class_names": names, "unit": "log10", "log_entropy": True}
+    options: dict[str, Any] = {"images": pictures, "class_names": names, "log_entropy": True}
     figure = plot(drawn, title=title.format(*(Path(image).stem for image in arguments.images)), **options)
     written = [save(figure, out / f"{type(on).__name__.lower()}{ending}") for ending in (".png", ".pdf")]
     record = {"images": [Path(p).name for p in arguments.images], "magnification": statistics, "note": note}
@@ -101,7 +101,7 @@ def _statistics(found: SliceScan) -> dict[str, str]:
     for layer in found.report:
         try:
             statistics[layer] = str(found.magnification(layer))
-            print(f"On this {type(found.slice).__name__.lower()}, {statistics[layer]}.")
+            print(f"{statistics[layer]}.")
         except ProbeError as error:  # a constant entropy, a layer without finite volumes: said, and the others go on
             statistics[layer] = str(error)
             print(statistics[layer])

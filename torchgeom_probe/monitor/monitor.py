@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from torchgeom_probe.boundary.paired import Tested
 from torchgeom_probe.distributed import Ranks
 from torchgeom_probe.errors import ProbeError, refuse_unknown
+from torchgeom_probe.monitor.boundary import BoundaryWatch
 from torchgeom_probe.monitor.failures import Failures
 from torchgeom_probe.monitor.optimizer import Followed
 from torchgeom_probe.monitor.samples import ProbeSamples, fingerprint, labels_of, refuse_no_samples
@@ -79,6 +81,9 @@ class Monitor:
             tgp.scan(model, plane, readout=...)``, or a matplotlib figure (it is closed afterwards).  The writers that
             draw (TensorBoard) show it under the tag.
         maps_every: draw the maps at each M-th probe.
+        boundary: [B, *input], held-out samples of a classifier: at each probe log |Jv| where lines between them cross
+            its decision boundaries, minus that at their mirrored points, charts ``boundary/…`` and
+            ``monitor.boundary.history``.  The pairs stay the same (:class:`~torchgeom_probe.monitor.boundary`).
         distributed: None: where the model is a DistributedDataParallel, its ranks share the samples of each probe;
             True: all ranks of the default process group do (they hold the same weights); False: each process probes for
             itself.
@@ -130,6 +135,7 @@ class Monitor:
         keep: int | None = 1000,
         maps: Mapping[str, MapOf] | None = None,
         maps_every: int = 10,
+        boundary: Tensor | None = None,
         distributed: bool | None = None,
         **options: Unpack[ProbeOptions],
     ) -> None:
@@ -143,6 +149,7 @@ class Monitor:
         self.maps = dict(maps or {})
         self.maps_every = maps_every
         _refuse_no_maps(self.maps, self.writers)
+        self.boundary = None if boundary is None else BoundaryWatch(boundary)
         self.x_probe = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), x_probe)
         self.indices = None if indices is None else [int(i) for i in indices]
         self.labels = labels_of(labels, x_probe)
@@ -270,6 +277,9 @@ class Monitor:
                 for tag, draw_map in self.maps.items():
                     with self._failures.counted(f"the map {tag!r}", self._step):
                         self._write_map(tag, draw_map)
+            if self.boundary is not None and self._writes:
+                with self._failures.counted("the boundaries", self._step):
+                    self._write_boundaries(self.boundary.measured(self._probe, self._step))
             if self._writes:
                 self._write_own_accounts(working, first)
         return report
@@ -410,6 +420,11 @@ class Monitor:
             with self._failures.counted(f"{type(writer).__name__}.write_scalar", self._step, raised=first):
                 for tag, value in accounts.items():
                     writer.write_scalar(tag, value, self._step)
+
+    def _write_boundaries(self, effects: Mapping[str, Tested]) -> None:
+        for writer in self.writers:
+            for i, (layer, (estimate, _)) in enumerate(effects.items()):
+                writer.write_scalar(f"boundary/{i:02d}_{layer or 'model'}", float(estimate), self._step)
 
     def _write_map(self, tag: str, made_from: MapOf) -> None:
         if isinstance(made_from, Line | Plane):

@@ -35,15 +35,17 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 160) -> Pat
 
 
 def small_png(figure: Figure, limit: int) -> bytes:
-    """Return a figure as a PNG of 256 colours of at most ``limit`` bytes, at the highest resolution that fits.
+    """Return a figure as a PNG of at most ``limit`` bytes, at the highest resolution that fits.
+
+    In all its colours where it is then as wide as a page; else of 256, which bands smooth fields.
 
     >>> from matplotlib.figure import Figure
     >>> len(small_png(Figure(), 20_000)) <= 20_000
     True
     """
-    for dpi in (130, 115, 100, 90, 80, 70, 60, 50):
-        buffer = io.BytesIO()
-        _palette_image(figure, dpi).save(buffer, format="png", optimize=True)
+    for dpi, whole in ((115, True), (100, True), (115, False), (90, False), (70, False), (50, False)):
+        buffer, image = io.BytesIO(), _image(figure, dpi)
+        (image if whole else _quantized(image)).save(buffer, format="png", optimize=True)
         if buffer.tell() <= limit:
             break
     return buffer.getvalue()
@@ -59,7 +61,7 @@ def animated(frames: Iterable[Figure]) -> bytes:
     >>> animated([Figure(), Figure()])[:6]
     b'GIF89a'
     """
-    images = [_palette_image(figure, dpi=80) for figure in frames]
+    images = [_quantized(_image(figure, dpi=80)) for figure in frames]
     if not images:
         raise ProbeError("an animation of no frames.\nGive one figure an epoch:  animated([figure_0, figure_1])")
     buffer, times = io.BytesIO(), [600] * (len(images) - 1) + [2400]  # milliseconds
@@ -73,7 +75,10 @@ def _rendered(figure: Figure, ending: str, dpi: int) -> io.BytesIO:
     return buffer
 
 
-def _palette_image(figure: Figure, dpi: int) -> Any:
+def _image(figure: Figure, dpi: int) -> Any:
+    return optional("PIL.Image", extra="figures").open(_rendered(figure, ".png", dpi)).convert("RGB")
+
+
+def _quantized(image: Any) -> Any:
     pillow = optional("PIL.Image", extra="figures")
-    image = pillow.open(_rendered(figure, ".png", dpi)).convert("RGB")
     return image.quantize(256, method=pillow.Quantize.MEDIANCUT, dither=pillow.Dither.NONE)

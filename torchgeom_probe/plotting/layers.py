@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import Literal
 
@@ -30,7 +29,7 @@ def plot_report(
     """
     names = style.chosen_layers(layers, list(report))
     chosen = [report[name] for name in names]
-    figure = style.new_figure(7.0, 0.34 * len(chosen) + 1.6)
+    figure = style.new_figure(style.PAGE, 0.34 * len(chosen) + 1.6)
     axes = figure.add_subplot()
     random = np.random.default_rng(0)
     for row, layer in enumerate(chosen):
@@ -53,5 +52,5 @@ def plot_report(
     axes.tick_params(axis="x", labelsize=SMALL)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
     legend = "dot: a sample; bar: 10 to 90 % of them; line: their median"
-    style.finish(figure, title, "\n".join([legend, *textwrap.wrap(style.note(report, names), 125)]))
+    style.finish(figure, title, f"{legend}\n{style.note(report, names)}")
     return figure

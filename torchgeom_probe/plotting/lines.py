@@ -25,17 +25,18 @@ def plot_lines(drawn: Scans) -> Figure:
     """
     scans, names = drawn.scans, drawn.names or [""] * len(drawn.scans)
     pictures = style.pictures(scans[-1], drawn.images)
-    fields = [(f"{layer or 'model'}\n{drawn.label(layer)}", drawn.values(layer)) for layer in drawn.shown]
+    fields = [(f"{style.titled(layer)}\n{drawn.label(layer)}", drawn.values(layer)) for layer in drawn.shown]
     fields.append(("entropy [nat]", [scan.entropy.numpy() for scan in drawn.every]))
     heights = [1.55] * len(fields) + [0.3] * len(scans) + [1.1] * bool(pictures)
-    figure = style.new_figure(7.0, sum(heights) + 0.05 * len(scans) + 0.9)
+    figure = style.new_figure(style.PAGE, sum(heights) + 0.05 * len(scans) + 0.9)
     panels = figure.subplots(len(heights), height_ratios=heights, sharex=True)
     curves = [line | {"label": name} for line, name in zip(_styles(len(scans)), names, strict=True)]
     *_, entropy = upper = panels[: len(fields)]
     for axes, (label, values) in zip(upper, fields, strict=True):
         _draw_curves(axes, scans[-1], values, curves)
         axes.set_ylabel(label.replace(" − ", "\n− "), fontsize=NORMAL)
-    entropy.set_ylim(bottom=min(0.0, entropy.get_ylim()[0]))
+    # Above all of it: an undecided network's entropy is the same everywhere, and would lie on the frame.
+    entropy.set_ylim(min(0.0, entropy.get_ylim()[0]), 1.08 * max(entropy.dataLim.y1, 1e-9))
     figure.align_ylabels(upper)
     if drawn.names is not None:
         columns = min(len(scans), 5)

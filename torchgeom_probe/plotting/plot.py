@@ -26,10 +26,11 @@ def plot(result: Any, **options: Any) -> Figure:
 
     A :class:`~torchgeom_probe.SliceScan`, or a list of them over one slice (networks, epochs): on a line the log-volume
     of each layer against t, with entropy and classes; on a plane maps of predictions, entropy and the log-volume of
-    each layer.  A :class:`~torchgeom_probe.GeometryReport`: per layer all samples, their median and 10 to 90 %.  A
-    :class:`~torchgeom_probe.BoundaryStudy`: per layer log-volume against signed distance from the boundary.  A
-    :class:`~torchgeom_probe.DatasetTable`: per layer the distribution (``by="label"``: of each class) and the value
-    against the margin; the least and the most magnified samples (``pictures=dataset``, or the files it names).
+    each layer, of several scans a column each.  A :class:`~torchgeom_probe.GeometryReport`: per layer all samples,
+    their median and 10 to 90 %.  A :class:`~torchgeom_probe.BoundaryStudy`: per layer log-volume against signed
+    distance from the boundary.  A :class:`~torchgeom_probe.DatasetTable`: per layer the distribution (``by="label"``:
+    of each class) and the value against the margin; the least and the most magnified samples (``pictures=dataset``, or
+    the files it names).
 
     Args:
         result: what to draw.
@@ -45,7 +46,7 @@ def plot(result: Any, **options: Any) -> Figure:
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
     >>> along = tgp.scan(model, Line(torch.zeros(2), torch.ones(2), steps=20), layers=["1"], progress=False)
     >>> figure = plot(along)
-    >>> assert [axes.get_ylabel() for axes in figure.axes][:2] == ["1\nlog √det g [nat]", "entropy [nat]"]
+    >>> assert [axes.get_ylabel() for axes in figure.axes][:2] == ["layer 1\nlog √det g [nat]", "entropy [nat]"]
     >>> report = tgp.measure(model, torch.randn(9, 2), layers=["0", "1"], estimator=tgp.Exact())
     >>> assert plot(report, unit="log10").axes[0].get_xlabel() == "log-volume [log10]"
     """

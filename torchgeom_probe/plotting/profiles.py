@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from torchgeom_probe.boundary.effect import BoundaryEffect, in_words
-from torchgeom_probe.boundary.statistics import Estimate
+from torchgeom_probe.boundary.paired import Estimate
 from torchgeom_probe.boundary.study import BoundaryStudy
 from torchgeom_probe.plotting import style
 from torchgeom_probe.plotting.style import BLUE, NORMAL, SMALL, Figure
@@ -33,7 +33,7 @@ def plot_study(
     names = style.chosen_layers(layers, list(study))
     columns = min(len(names), 3)
     rows = math.ceil(len(names) / columns)
-    figure = style.new_figure(7.0 if columns > 1 else 5.4, 2.5 * rows + 0.9)
+    figure = style.new_figure(style.PAGE if columns > 1 else 5.4, 2.5 * rows + 0.9)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes in panels.flat[len(names) :]:
         axes.set_axis_off()
@@ -44,15 +44,15 @@ def plot_study(
             _draw(axes, effect.initial_profile, unit, color=_GREY, linestyle="--", label="untrained")
         _draw(axes, effect.profile, unit, color=BLUE, linestyle="-", label="trained" if trained else "the network")
         axes.axvline(0.0, color="black", linewidth=0.9, linestyle=":")
-        axes.set_title(f"{name or 'model'}\n{_tested(effect, unit)}", fontsize=SMALL, linespacing=1.3)
+        axes.set_title(f"{style.titled(name)}\n{_tested(effect, unit)}", fontsize=SMALL, linespacing=1.3)
         axes.tick_params(labelsize=SMALL)
         axes.grid(alpha=0.25, linewidth=0.6)
     for axes in panels[:, 0]:
-        axes.set_ylabel(f"log |Jv| − that at\nthe boundary [{unit}]", fontsize=NORMAL)
+        axes.set_ylabel(f"{effect.profiled} − that at\nthe boundary [{unit}]", fontsize=NORMAL)
     for axes in panels.flat[max(0, len(names) - columns) : len(names)]:
         axes.tick_params(labelbottom=True)
     panels.flat[0].legend(fontsize=SMALL, loc="lower center", framealpha=0.9, edgecolor="none")
-    note = "signed distance from the boundary along the line between two samples, in units of its length"
+    note = f"signed distance from the boundary {effect.distance}"
     style.finish(figure, title, f"{note}\nband: 95 % interval; above each panel: what was tested, at the crossing")
     return figure
 

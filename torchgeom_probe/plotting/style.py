@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,29 +35,42 @@ Images = Sequence[Tensor | np.ndarray] | Literal["auto"] | None
 
 BLUE = "#31688e"
 SMALL, NORMAL, LARGE = 8.0, 9.5, 12.0
+#: The width of a figure in inches at which these letters can be read on a page of the size of a README.
+PAGE = 7.2
 
 
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure; width and height in inches."""
     mpl("matplotlib")
     figure = mpl("matplotlib.figure").Figure(figsize=(width, height), layout="compressed", facecolor="white")
-    figure.get_layout_engine().set(h_pad=0.06)
+    figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06)
     return figure
 
 
 def finish(figure: Any, title: str | None, note: str | None) -> None:
     """Put the title above and the note, in small letters, below."""
-    if title is not None:  # with an empty line, which keeps it off the column titles
-        figure.suptitle(f"{title}\n", fontsize=LARGE, linespacing=0.6)
+    if title is not None:  # with empty lines, which keep it off the edge and the column titles
+        figure.suptitle(f"\n{title}\n", fontsize=LARGE, linespacing=0.6)
     if note is not None:
+        width = int(17 * figure.get_figwidth())
+        note = "\n".join(part for line in note.splitlines() for part in textwrap.wrap(line, width))
         figure.supxlabel(note, fontsize=SMALL - 0.5, color="#555555")
 
 
 def note(report: GeometryReport, layers: Sequence[str]) -> str:
     """Say what the volumes of these layers are: every estimand and normalisation among them, once."""
-    chosen = [report[name] for name in layers]
-    notes = [f"{layer.estimand}; J {'' if layer.normalized else 'not '}divided by √n" for layer in chosen]
+    slices = "length or area that the layer gives to a unit of the slice (log √det of its metric on the slice)"
+    plain = {"log √det VᵀgV, V the given directions": slices}
+    notes = []
+    for layer in (report[name] for name in layers):
+        notes.append(plain.get(layer.estimand, layer.estimand))
+        notes[-1] += "; features divided by √(their number)" if layer.normalized else ""
     return "volume: " + " | ".join(dict.fromkeys(notes))
+
+
+def titled(layer: str) -> str:
+    """A layer's name for a panel: "layer 1" of a bare "1"; "model" of the model's own output."""
+    return layer if "layer" in layer or "." in layer else f"layer {layer}" if layer else "model"
 
 
 def refuse_unit(unit: str) -> None:
@@ -97,7 +111,8 @@ class Scans:
         unit: of the log-volumes: ``"nat"`` or ``"log10"``.
         relative: draw each log-volume minus its median over the slice, so that its pattern shows even where training
             has moved its level by more than the pattern's range.
-        log_entropy: on planes, log10 of the entropy, as in the paper: a confident network's spans many orders.
+        log_entropy: on planes, the log of the entropy: a confident network's spans many orders.
+        decided: on planes, also maps of the predictions and of the entropy.
         title: above the figure.
 
     Raises:
@@ -113,6 +128,7 @@ class Scans:
     unit: Literal["nat", "log10"] = "nat"
     relative: bool = False
     log_entropy: bool = False
+    decided: bool = True
     title: str | None = None
 
     def __post_init__(self) -> None:

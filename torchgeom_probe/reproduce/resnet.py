@@ -18,7 +18,7 @@ from torchgeom_probe.estimators.topk import TopK, paper_pool
 from torchgeom_probe.reproduce.data import Images, load_cifar10, load_photos
 from torchgeom_probe.reproduce.results import Results, drawn, frames
 from torchgeom_probe.reproduce.settings import Settings
-from torchgeom_probe.reproduce.training import Training, View, accuracy
+from torchgeom_probe.reproduce.training import Trained, Training, View, accuracy
 from torchgeom_probe.shapes import Tensor
 
 ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU"}
@@ -120,29 +120,41 @@ def plane_view(images: Images, settings: Settings) -> View:
     return View("plane", plane, {"layers": list(STAGES)}, images.class_names)
 
 
+def of_labels(images: Images, results: Results, *, study: bool = False) -> dict[str, Trained]:
+    """Train networks of three seeds with each activation, study the boundaries of all blocks; return the first ones."""
+    networks, plane = {}, plane_view(images, results.settings)
+    for act in ACTIVATIONS:
+        of = by_labels(images, results.settings, act)
+        several = results.train(of, [plane], seeds=results.settings.choose(embedded=3, paper=1, quick=1))
+        # Crops of one photograph are not independent.
+        groups = images.test_labels if images.name == "photos" else None
+        results.study(several, images.test_images, layers=list(STAGES), groups=groups, gallery=act == "gelu" and study)
+        networks[act] = several[0]
+    return networks
+
+
 def fig3(results: Results) -> None:
-    """Train with GELU and ReLU, scan the plane at every snapshot, test the last block of the last one and draw."""
+    """Train with GELU and ReLU, scan the plane at every snapshot and draw; study the boundaries."""
     images = load_images(results.settings)
     plane = plane_view(images, results.settings)
-    for act, name in ACTIVATIONS.items():
-        trained = results.train(by_labels(images, results.settings, act), [plane])
-        results.test(trained, plane, layers=["layer4"])
-        scans, title = trained.scans(plane), f"{name}: {images.title}"
+    for act, trained in of_labels(images, results).items():
+        results.describe(trained, plane, layers=["layer4"])
+        scans, title = trained.scans(plane), f"{ACTIVATIONS[act]}: {images.title}"
         results.picture(f"plane_{act}", drawn(plane, scans, layers=["layer4"], title=title), gallery=act == "gelu")
         results.animation(f"plane_{act}", frames(plane, scans, layers=["layer4"], title=title))
 
 
 def fig4(results: Results) -> None:
-    """Test and draw every block of both networks, on the slice's tangents, and of one by the paper's own volume.
+    """Study and draw every block of both networks, on the slice's tangents, and of one by the paper's own volume.
 
     That is of the 10 largest σ of a block's output, pooled to 512 features; in quick form of 3, of the last block's.
     """
     settings = results.settings
     images = load_images(settings)
     plane = plane_view(images, settings)
-    networks = {act: results.train(by_labels(images, settings, act), [plane]) for act in ACTIVATIONS}
+    networks = of_labels(images, results, study=True)
     for trained in networks.values():
-        results.test(trained, plane)
+        results.describe(trained, plane)
     last = {ACTIVATIONS[act]: of.scan(plane, of.epochs[-1]) for act, of in networks.items()}
     results.picture("blocks", drawn(plane, last, title=f"Four blocks after training: {images.title}"), gallery=True)
 
@@ -150,6 +162,6 @@ def fig4(results: Results) -> None:
     options = {"layers": list(layers), "estimator": TopK(k=k, tol=3e-3), "transform": paper_pool, "batch_size": 16}
     coarser = images.plane(settings.choose(embedded=6, paper=20, quick=4))
     top, trained = View("plane_top", coarser, options, images.class_names), networks["gelu"]
-    results.test(trained, top)
+    results.describe(trained, top)
     title = f"The paper's volume, {k} largest σ of 512 pooled features: {images.title}"
     results.picture("blocks_top", drawn(top, trained.scans(top, trained.three[::2]), title=title))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from torchgeom_probe.boundary.magnification import Magnification
-from torchgeom_probe.boundary.statistics import Estimate
+from torchgeom_probe.boundary.effect import BoundaryEffect, in_words
+from torchgeom_probe.boundary.population import boundary_study
+from torchgeom_probe.boundary.study import LEAST_NETWORKS, BoundaryStudy, compare_networks
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import write_atomically, write_json
 from torchgeom_probe.plotting.files import animated, save, small_png
@@ -15,6 +19,7 @@ from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.plotting.style import Figure
 from torchgeom_probe.reproduce.settings import Say, Settings
 from torchgeom_probe.reproduce.training import Trained, Training, View, train
+from torchgeom_probe.shapes import Tensor
 from torchgeom_probe.slices.result import SliceScan
 
 _GALLERY_BYTES = 150_000
@@ -40,7 +45,7 @@ def drawn(view: View, scans: Mapping[str, SliceScan], **options: Any) -> Figure:
 
     Training moves the level of log √det g by more than its pattern's range: each log-volume is shown about its median.
     """
-    style: dict[str, Any] = {"unit": "log10", "relative": True, "log_entropy": True}
+    style: dict[str, Any] = {"relative": True, "log_entropy": True}
     return plot(list(scans.values()), **style | {"names": list(scans), "class_names": view.class_names} | options)
 
 
@@ -66,22 +71,30 @@ class Results:
         self.numbers: dict[str, Any] = {
             "figure": figure,
             "title": title,
-            "settings": {name: getattr(settings, name) for name in ("preset", "quick", "seed", "device", "epochs")},
+            "settings": {
+                name: getattr(settings, name) for name in ("preset", "quick", "seed", "seeds", "device", "epochs")
+            },
             "quirks": quirks(figure),
             "trainings": {},
-            "magnification": [],
+            "studies": [],
+            "slices": [],
             "checks": {},
         }
 
-    def train(self, training: Training, views: Sequence[View], **options: Any) -> Trained:
-        """Train, or find it trained, scan the views (:func:`train`); store its numbers, and say those at its end."""
-        trained = train(training, self.settings, views=views, say=self.say, **options)
-        self.numbers["trainings"][trained.name] = {**training.described, "history": trained.history}
-        before, *_, after = trained.history
-        for name in (name for name in after if name.endswith("accuracy")):
-            what = f"{trained.name}: {name.replace('_', ' ')}"
-            self.say(f"{what} {after[name]:.3f} ({before[name]:.3f} before training)")
-        return trained
+    def train(self, training: Training, views: Sequence[View], *, seeds: int = 1, **options: Any) -> list[Trained]:
+        """Train networks of so many seeds (``--seeds`` goes before); the first is the figure's own, and scanned."""
+        own = self.settings
+        networks = [train(training, own, views=views, say=self.say, **options)]
+        for seed in range(own.seed + 1, own.seed + (own.seeds or seeds)):
+            other = replace(training, name=f"{training.name}_seed{seed}")
+            networks.append(train(other, replace(own, seed=seed), say=self.say))
+        for trained in networks:
+            self.numbers["trainings"][trained.name] = {**training.described, "history": trained.history}
+            before, *_, after = trained.history
+            for name in (name for name in after if name.endswith("accuracy")):
+                what = f"{trained.name}: {name.replace('_', ' ')}"
+                self.say(f"{what} {after[name]:.3f} ({before[name]:.3f} before training)")
+        return networks
 
     def check(self, name: str, *, value: float, bound: float, what: str) -> bool:
         """Store and say whether a number is at most its bound; a figure whose check fails ends with a failure."""
@@ -90,19 +103,34 @@ class Results:
         self.say(f"{'ok  ' if ok else 'FAIL'}  {what}: {value:.2g} (at most {bound:g})")
         return ok
 
-    def test(self, trained: Trained, view: View, *, layers: Sequence[str] | None = None) -> None:
-        """Test the hypothesis on layers of the last scan, None: all, the untrained network's log-volume as control."""
+    def describe(self, trained: Trained, view: View, *, layers: Sequence[str] | None = None) -> None:
+        """Say of layers of the last scan, None: all, how their volume goes with the entropy, before training beside."""
         epoch = trained.epochs[-1]
         after, before = trained.scan(view, epoch), trained.scan(view, 0)
         for layer in list(after.report) if layers is None else layers:
-            found = after.magnification(layer, initial=before, seed=self.settings.seed)
-            self.record(found, network=trained.name, view=view.name, epoch=epoch)
+            found = after.magnification(layer, initial=before)
+            self.say(f"{trained.name}, {view.name}: {found}")
+            place = {"network": trained.name, "view": view.name, "epoch": epoch, "sentence": str(found)}
+            self.numbers["slices"].append(place | asdict(found))
 
-    def record(self, found: Magnification, *, network: str, view: str, epoch: int) -> None:
-        """Store one test, and say its sentence."""
-        self.say(f"{network}, {view}: {found}")
-        place = {"network": network, "view": view, "epoch": epoch}
-        self.numbers["magnification"].append(place | _in_numbers(found))
+    def study(self, networks: Sequence[Trained], x: Tensor, *, gallery: bool = False, **options: Any) -> None:
+        """Test the hypothesis at held-out samples: each network against itself before training, then all of them."""
+        options = {"pairs": 20, "offsets": (-0.2, 0.2)} | options if self.settings.quick else options
+        studies = []
+        for seed, of in enumerate(networks):  # each with pairs of its own
+            model, before, path = of.model(of.epochs[-1]), of.model(0), of.folder / "study.json"
+            options |= {"readout": of.readout(of.epochs[-1]), "seed": seed, "path": path}
+            studies.append(boundary_study(model, x.to(self.settings.device), initial=before, **options))
+        self.found(networks[0].name, studies, gallery=gallery)
+
+    def found(self, name: str, studies: Sequence[BoundaryStudy], *, gallery: bool = False, **options: Any) -> None:
+        """Store and say what studies of networks of one kind found, of three or more the networks as units; draw it."""
+        study = compare_networks(studies) if len(studies) >= LEAST_NETWORKS else studies[0]
+        for effect in study.values():
+            self.say(f"{name}: {effect}.")
+            words = {"network": name, "sentence": str(effect), "supported": effect.supported, "cells": cells(effect)}
+            self.numbers["studies"].append(words | effect.record())
+        self.picture(f"{name}_profile", plot(study, title=f"Near the boundary: {name}", **options), gallery=gallery)
 
     def picture(self, name: str, figure: Figure, *, gallery: bool = False) -> None:
         """Write ``name.png`` and ``name.pdf``; with ``gallery`` also the small PNG, where one was asked for."""
@@ -120,18 +148,7 @@ class Results:
         write_atomically(self.folder / f"{name}.gif", animated(frames))
 
     def finish(self) -> None:
-        """Say where the hypothesis holds and where it fails, and write ``results.json``."""
-        tests = self.numbers["magnification"]
-        failing = [
-            {"where": f"{test['network']}, {test['view']}, {test['layer']}", "because": test["sentence"]}
-            for test in tests
-            if not test["supported"]
-        ]
-        supported = len(tests) - len(failing)
-        self.numbers["hypothesis"] = {"tests": len(tests), "supported": supported, "not_supported": failing}
-        if tests:
-            where = f"; not in: {'; '.join(test['where'] for test in failing)}." if failing else "."
-            self.say(f"{self.figure}: the hypothesis is supported in {supported} of {len(tests)} tests{where}")
+        """Write ``results.json``; a check that failed is raised."""
         path = write_json(self.folder / "results.json", self.numbers)
         self.say(f"Wrote {path} and the pictures beside it.")
         failed = [name for name, check in self.numbers["checks"].items() if not check["ok"]]
@@ -142,11 +159,20 @@ class Results:
             )
 
 
-def _in_numbers(found: Magnification) -> dict[str, Any]:
-    def estimate(value: Estimate | None) -> dict[str, Any] | None:
-        return None if value is None else {"value": float(value), "interval": value.interval}
+def cells(effect: BoundaryEffect) -> list[str]:
+    """One row of the table: layer, effect, p, volume, untrained alone, networks, verdict."""
+    others = ["–" if tested is None else str(tested.estimate) for tested in (effect.volume, effect.initial)]
+    counts = f"{effect.num_units if effect.units == 'networks' else 1} ({effect.num_pairs} pairs)"
+    return [effect.name, str(effect.estimate), in_words(effect.p_value), *others, counts, effect.verdict]
 
-    numbers = {"layer": found.name, "supported": found.supported, "sentence": str(found), **vars(found)}
-    del numbers["name"]
-    numbers |= {name: estimate(numbers[name]) for name in ("decile_gap", "peak_to_boundary")}
-    return numbers | {"initial": None if found.initial is None else _in_numbers(found.initial)}
+
+def table(out: Path) -> str:
+    """The studies of every figure under ``out`` as one Markdown table, each network once."""
+    head = ["network, layer", "effect [nat]", "p", "of the volume", "untrained alone", "networks", "verdict"]
+    rows: dict[str, list[str]] = {}
+    for path in sorted(out.glob("fig*/results.json")):
+        for study in json.loads(path.read_text(encoding="utf-8"))["studies"]:
+            layer, *others = study["cells"]
+            rows[f"{study['network']}, {layer}"] = others
+    lines = [head, ["---"] * len(head), *([name, *row] for name, row in rows.items())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -12,8 +12,9 @@ import time
 from collections.abc import Sequence
 
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.files import write_atomically
 from torchgeom_probe.reproduce import barlow_twins, digits, points, resnet
-from torchgeom_probe.reproduce.results import Results
+from torchgeom_probe.reproduce.results import Results, table
 from torchgeom_probe.reproduce.settings import Say, Settings
 
 #: Name → what makes it, and what it shows; ``all`` is all of them.
@@ -53,6 +54,8 @@ def reproduce(names: Sequence[str], settings: Settings, *, say: Say = print) -> 
         run(results)
         results.finish()
         say(f"{name} took {_duration(time.perf_counter() - start)}.")
+    write_atomically(settings.out / "studies.md", f"{table(settings.out)}\n".encode())
+    say(f"\nNear decision boundaries, trained minus untrained:\n{table(settings.out)}")
     if len(chosen) > 1:
         say(f"\n{len(chosen)} figures in {_duration(time.perf_counter() - began)}, under {settings.out}.")
 

@@ -24,14 +24,16 @@ class Settings:
             ``"paper"``: the paper's data and training.
         quick: a small version, for a test of the installation.
         seed: of the weights, the data's order and its noise.
+        seeds: how many networks a study of decision boundaries is over; None: the figure's own number.
         device: where to train and to scan.
+        data: the digits of fig2 and the demo, ``"digits"``, ``"mnist5k"`` or ``"mnist"``; None: the preset's.
         data_root: where the data of ``paper`` are, or go.
         out: the directory of trainings and figures.
         epochs: in place of the figure's own number.
         gallery: also write a small PNG of the main pictures here.
 
     Raises:
-        ProbeError: an unknown preset; a device that torch does not have here; epochs below 1.
+        ProbeError: an unknown preset; a device that torch does not have here; epochs below 1; 2 seeds.
 
     >>> Settings(quick=True).choose(embedded=200, paper=1000, quick=2)
     2
@@ -40,7 +42,9 @@ class Settings:
     preset: str = "embedded"
     quick: bool = False
     seed: int = 0
+    seeds: int | None = None
     device: str = "cpu"
+    data: str | None = None
     data_root: Path = Path("data")
     out: Path = Path("torchgeom_runs/reproduce")
     epochs: int | None = None
@@ -51,6 +55,10 @@ class Settings:
             raise ProbeError(f"preset={self.preset!r} is unknown. Write --preset embedded or --preset paper.")
         if self.epochs is not None and self.epochs < 1:
             raise ProbeError(f"--epochs {self.epochs} trains nothing. Write --epochs 1 or more.")
+        if self.seeds is not None and (self.seeds < 1 or self.seeds == 2):
+            raise ProbeError(
+                f"--seeds {self.seeds}: a study is of one network, or compares 3 or more. Write --seeds 3."
+            )
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:

@@ -153,12 +153,15 @@ class Trained:
 
     def scan(self, view: View, epoch: int) -> SliceScan:
         """Scan the network of ``epoch`` along ``view``, or load what was scanned before."""
-        model, readout = self.model(epoch), self.training.readout
-        if readout is not None and epoch not in self._readouts:
+        options = {"batch_size": 64, **view.options, "readout": self.readout(epoch)}
+        return scan(self.model(epoch), view.slice, path=self._scanned(view, epoch), **options)
+
+    def readout(self, epoch: int) -> nn.Module | None:
+        """What makes logits of the output of the network of ``epoch``, or None."""
+        if self.training.readout is not None and epoch not in self._readouts:
             with _seeded(self.settings):
-                self._readouts[epoch] = readout(model)
-        options = {"batch_size": 64, **view.options, "readout": self._readouts.get(epoch)}
-        return scan(model, view.slice, path=self._scanned(view, epoch), **options)
+                self._readouts[epoch] = self.training.readout(self.model(epoch))
+        return self._readouts.get(epoch)
 
     def scans(self, view: View, epochs: Sequence[int] | None = None) -> dict[str, SliceScan]:
         """Scan some epochs, None: all snapshots, along ``view``: "epoch 0" → scan, in their order."""
@@ -289,11 +292,21 @@ class _Loop(Trained):
         left = range(self.epoch, epoch)
         for _ in tqdm(left, f"{self.name} to epoch {epoch}", unit="epoch", leave=False, disable=None if left else True):
             loss = self._one_epoch()
+            self._log(loss)
             if self.epoch == epoch:
                 self._keep(loss)
             elif time.monotonic() - saved > _CHECKPOINT_SECONDS:
                 self.save()
                 saved = time.monotonic()
+
+    def _log(self, loss: float) -> None:
+        """Write the loss of every epoch to TensorBoard, and beside a Monitor's curves some 40 times the accuracies."""
+        numbers = {"loss": loss}
+        if self.monitor is not None and self.epoch % max(1, self.training.epochs // 40) == 0:
+            numbers |= self.training.evaluate(self.network.eval())
+            self.network.train()
+        for name, value in numbers.items():
+            self.board.write_scalar(f"training/{name}", value, self.epoch * self.training.steps_per_epoch)
 
     def show(self, view: View, epoch: int) -> None:
         """Scan, and write to TensorBoard what had not been scanned before."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,10 +15,8 @@ from torchgeom_probe.files import encoded, read, write_atomically
 from torchgeom_probe.model.predictions import DECISIONS
 from torchgeom_probe.report import GeometryReport
 from torchgeom_probe.shapes import Float, Int, Tensor
+from torchgeom_probe.slices.magnification import Magnification, magnification
 from torchgeom_probe.slices.slice import Line, Plane
-
-if TYPE_CHECKING:
-    from torchgeom_probe.boundary.magnification import Magnification
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,29 +68,23 @@ class SliceScan:
         """
         return {name: layer.log_volume.reshape(self.slice.shape) for name, layer in self.report.items()}
 
-    def magnification(self, layer: str, *, initial: SliceScan | None = None, seed: int = 0) -> Magnification:
-        """Test whether ``layer`` magnifies near the boundary, beside the scan ``initial`` before training.
+    def magnification(self, layer: str, *, initial: SliceScan | None = None) -> Magnification:
+        """Describe how ``layer``'s log-volume goes with the entropy here, beside the scan ``initial`` before training.
 
-        The statistics, their units and nulls: :func:`torchgeom_probe.magnification`.
+        An illustration: the test is :func:`torchgeom_probe.boundary_study`.
 
         Raises:
-            ProbeError: a layer that was not scanned; an ``initial`` of another slice.
+            ProbeError: a layer that was not scanned; an ``initial`` of another slice; fewer than 16 finite points; the
+                same entropy everywhere.
         """
-        from torchgeom_probe.boundary.magnification import magnification  # here: boundary/ is the room above
-
         if initial is not None and self.slice.digest != initial.slice.digest:
             raise ProbeError(
                 "initial was scanned over another slice, so its points are not these points.\n"
                 "Scan both networks over one slice:  initial = scan(untrained, trained_scan.slice, layers=...)"
             )
-        return magnification(
-            self._volume_of(layer),
-            self.entropy,
-            initial=None if initial is None else initial._volume_of(layer),
-            predictions=self.predictions,
-            name=layer or "the model",
-            seed=seed,
-        )
+        before = None if initial is None else initial._volume_of(layer)
+        name = layer or "the model"
+        return magnification(self._volume_of(layer), self.entropy, self.predictions, initial=before, name=name)
 
     def _volume_of(self, layer: str) -> Tensor:
         if layer not in self.report:

@@ -1,0 +1,75 @@
+"""Boundaries while they form: fixed pairs, crossings of now, the numbers of a study, charts."""
+
+import copy
+import math
+
+import pytest
+import torch
+from annotations import shapes_unchecked
+from torch import nn
+
+import torchgeom_probe as tgp
+from torchgeom_probe.monitor.boundary import BoundaryWatch
+
+
+def net(classes=6):
+    return nn.Sequential(nn.Linear(2, 24), nn.Tanh(), nn.Linear(24, classes))
+
+
+class Scalars(tgp.Writer):
+    def __init__(self):
+        self.found = []
+
+    def write_scalar(self, tag, value, step):
+        self.found.append((tag, value, step))
+
+
+def test_curves_of_a_training():
+    torch.manual_seed(0)
+    model, x = net(), 2 * torch.randn(200, 2)
+    labels = (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long() + 2 * (x[:, 1] > 1).long()
+    optimizer, writer = torch.optim.Adam(model.parameters(), lr=0.02), Scalars()
+    alone = copy.deepcopy(model)
+    other = torch.optim.Adam(alone.parameters(), lr=0.02)
+    options = {"layers": ["1"], "every": 20, "writer": writer, "boundary": x[100:], "on_error": "raise"}
+    with tgp.Monitor(model, x[:5], **options).follow(optimizer) as monitor:
+        for network, steps in ((model, optimizer), (alone, other)):
+            for _ in range(60):
+                steps.zero_grad()
+                nn.functional.cross_entropy(network(x[:100]), labels[:100]).backward()
+                steps.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+    charts = [(value, step) for tag, value, step in writer.found if tag == "boundary/00_1"]
+    assert [step for _, step in charts] == [step for step, _ in monitor.boundary.history]
+    assert charts[-1][1] == 60
+    assert all(math.isfinite(value) for value, _ in charts)
+    assert float(monitor.boundary.history[-1][1]["1"].estimate) == charts[-1][0]
+
+
+def test_the_number_is_the_contrast_of_the_path_at_its_crossing():
+    torch.manual_seed(1)
+    model, x = net().double().requires_grad_(False), 2 * torch.randn(120, 2, dtype=torch.float64)
+    watch, probe = BoundaryWatch(x), tgp.GeometryProbe(model, layers=["1"])
+    effect = watch.measured(probe, 0)["1"]
+    layer, values = model[:2], []
+    for i, j in watch._ends.tolist():
+        found = tgp.boundary_points(model, x[i : i + 1], x[j : j + 1], near="middle")
+        speeds = [
+            torch.func.jvp(layer, ((x[i] + t * (x[j] - x[i]))[None],), ((x[j] - x[i])[None],))[1].norm().log()
+            for t in (found.t.item(), 1 - found.t.item())
+        ]
+        values.append(float(speeds[0] - speeds[1]))
+    assert float(effect.estimate) == pytest.approx(sum(values) / len(values), abs=1e-9)
+    before = watch._ends.clone()
+    model[2].bias[0] += 0.5  # boundaries move, the pairs do not
+    watch.measured(probe, 1)
+    assert torch.equal(watch._ends, before)
+    model[2].bias[0] += 1e6  # one class
+    assert watch.measured(probe, 2) == {}
+    assert [step for step, _ in watch.history] == [0, 1]
+
+
+def test_what_is_no_set_of_samples_is_refused():
+    for wrong in (torch.zeros(30, 2, dtype=torch.long), torch.zeros(5, 2), [1.0]):
+        with shapes_unchecked(), pytest.raises(tgp.ProbeError, match=r"boundary= takes 20 held-out.*\n.*x_held_out"):
+            tgp.Monitor(net(), torch.randn(3, 2), boundary=wrong)
