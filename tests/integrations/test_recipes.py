@@ -44,9 +44,13 @@ def test_these_are_the_recipes():
         "ddp",
         "lightly_barlow_twins",
         "lightning_trainer",
+        "lora_accelerate",
         "plain_loop",
+        "running_metric",
         "timm_finetuning",
         "tokens",
+        "trackers",
+        "transformers_trainer",
     ]
 
 
@@ -119,9 +123,75 @@ def test_ddp(tmp_path, capsys, monkeypatch):
     assert report["1"].log_volume.shape == (32,)
 
 
+def test_running_metric(capsys):
+    report, printed = run("running_metric", capsys)
+    assert report["1"].value.shape == (24,)
+    assert f"{float(report['1'].value.mean())}" in printed
+
+
+def test_trackers(capsys):
+    from torchgeom_probe.integrations.recipes.trackers import MlflowWriter, WandbWriter
+
+    class Seen:  # both libraries' own signatures; the real ones below
+        def __init__(self):
+            self.logged = []
+
+        def log(self, data, step):
+            self.logged.append((step, data))
+
+        log_metrics = log
+
+    run_, mlflow = Seen(), Seen()
+    report, _ = run("trackers", capsys, writers=[WandbWriter(run_), MlflowWriter(mlflow)])
+    assert run_.logged == mlflow.logged
+    assert [step for step, _ in run_.logged] == [1, 2]
+    assert run_.logged[1][1]["1/median"] == report["1"].statistics()["median"]
+
+
+def test_wandb_offline(tmp_path, capsys, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    from torchgeom_probe.integrations.recipes.trackers import WandbWriter
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with wandb.init(mode="offline", dir=tmp_path, project="geometry") as offline:
+        report, _ = run("trackers", capsys, writers=[WandbWriter(offline)])
+        assert offline.summary["1/median"] == report["1"].statistics()["median"]
+
+
+def test_mlflow_to_a_folder(tmp_path, capsys):
+    mlflow = pytest.importorskip("mlflow")
+    from torchgeom_probe.integrations.recipes.trackers import MlflowWriter
+
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/runs.db")
+    with mlflow.start_run() as started:
+        report, _ = run("trackers", capsys, writers=[MlflowWriter(mlflow)])
+    found = mlflow.get_run(started.info.run_id).data.metrics
+    assert found["1/median"] == report["1"].statistics()["median"]
+
+
+def test_lora_and_accelerate(capsys):
+    pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+    report, _ = run("lora_accelerate", capsys)
+    assert list(report) == ["base_model.model.1", "base_model.model.3"]
+
+
+def test_transformers_trainer(capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    report, _ = run("transformers_trainer", capsys)
+    assert list(report) == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+    assert report["bert.encoder.layer.0"].num_inputs == 8 * 32
+
+
+#: What brings the library, where the extra ``dev`` does not.
+NEEDS = {"transformers_trainer": "transformers", "lora_accelerate": "peft"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_as_a_command(name, tmp_path):
+    pytest.importorskip(NEEDS.get(name, "torch"))
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     torchrun += ["--rdzv-endpoint", "localhost:0"]
     done = subprocess.run(

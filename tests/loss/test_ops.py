@@ -98,7 +98,9 @@ def test_what_torch_has_wrong_is_refused_or_has_a_rule(name):
         return (u * torch.func.jvp(function, (y,), (v,))[1]).sum()
 
     def quotient(h):
-        return float((8 * (value(x + h * w) - value(x - h * w)) - (value(x + 2 * h * w) - value(x - 2 * h * w))) / (12 * h))
+        return float(
+            (8 * (value(x + h * w) - value(x - h * w)) - (value(x + 2 * h * w) - value(x - 2 * h * w))) / (12 * h)
+        )
 
     leaf = x.clone().requires_grad_()
     try:
