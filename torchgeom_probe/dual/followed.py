@@ -30,7 +30,8 @@ from torchgeom_probe.shapes import Tensor
 
 _BATCH_NORMS = {torch.nn.functional.batch_norm, torch.batch_norm}
 _COPIES = {torch.tensor, torch.Tensor.new_tensor, torch.normal}
-_FORWARD_AD = {torch._VF._unpack_dual, torch._VF._make_dual}
+#: Forward mode's own, and what autograd.Function.apply calls on its way out: a view is known by its memory.
+_NOT_THE_MODELS = {torch._VF._unpack_dual, torch._VF._make_dual, torch.Tensor.view_as}
 _GRADIENT_HOOKS = {torch.Tensor.register_hook, torch.Tensor.retain_grad}
 
 
@@ -56,7 +57,7 @@ class Followed(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, known = kwargs or {}, meaning_of(func)
-        if known in METADATA or func in _FORWARD_AD:
+        if known in METADATA or func in _NOT_THE_MODELS:
             return func(*args, **kwargs)
         tensors = [a for a in tree_leaves((args, kwargs)) if smooth(a)]
         constants = [a for a in tensors if not self.carries(a)]

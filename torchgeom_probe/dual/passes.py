@@ -26,9 +26,10 @@ class Key:
         self.read_elsewhere |= threading.get_ident() != self.thread
         return ProbeError(
             "the model kept a tensor of an earlier measurement (in a list, a cache or an object of its own) and "
-            "computes with it now.\nKeep such state in a buffer or an attribute of the module, which a measurement puts "
-            "back, or clear it after measuring.\nA model that computes in threads of its own looks the same:  measure it "
-            "with engine='vjp'"
+            "computes with it now.\n"
+            "Keep such state in a buffer or an attribute of the module, which a measurement puts back, or clear it "
+            "after measuring.\n"
+            "A model that computes in threads of its own looks the same:  measure it with engine='vjp'"
         )
 
 
