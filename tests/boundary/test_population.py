@@ -3,6 +3,11 @@
 import copy
 import dataclasses
 import math
+import os
+import socket
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import scipy
@@ -396,3 +401,45 @@ def test_the_switches_of_relu_units_are_counted_along_the_line(x):
     assert 6 < effect.switches.estimate < 13
     assert "share of ReLU units that switch" in str(effect)
     assert f"{effect.switches.estimate}" in str(tgp.BoundaryStudy({"act": effect}, settings={}))
+
+
+RANKS = textwrap.dedent(
+    """
+    import os, sys, torch
+    from torch import nn
+    import torchgeom_probe as tgp
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank, target = torch.distributed.get_rank(), sys.argv[1]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 11), nn.Tanh(), nn.Linear(11, 7))
+    x = 2 * torch.randn(300, 5)
+    options = {"layers": ["1"], "pairs": 100, "progress": False}
+    shared = tgp.boundary_study(model, x, distributed=True, path=target, **options)
+    assert dict(shared) == dict(tgp.boundary_study(model, x, **options)), rank
+    try:
+        tgp.boundary_study(model, x + rank, distributed=True, **options)
+    except tgp.ProbeError as error:
+        assert "ranks [1] studied another model or other samples" in str(error)
+    else:
+        raise AssertionError("not refused")
+    torch.distributed.destroy_process_group()
+    """
+)
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_pairs_and_both_have_the_study(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RANKS, str(tmp_path / "study.json")]
+    processes = [subprocess.Popen(command, env={**common, "RANK": str(rank)}) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["study.json"]
+
+
+def test_ranks_without_a_process_group_are_refused(x):
+    with pytest.raises(tgp.ProbeError, match=r"there is no process group.*\n.*init_process_group"):
+        study(net(), x, distributed=True)

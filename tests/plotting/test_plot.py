@@ -20,10 +20,8 @@ def test_a_result_is_drawn_by_its_type(planes, lines):
     assert plot(lines[0], unit="log10").axes[0].get_ylabel() == "layer 1\nlog₁₀ √det g"
     assert [axes.get_title() for axes in plot(planes[1]).axes[:4]] == ["prediction", "entropy", "layer 1", "layer 3"]
     assert [axes.get_title() for axes in plot(planes[1], layers=["3"]).axes[:3]] == ["prediction", "entropy", "layer 3"]
-    rows = [
-        axes.get_ylabel() for axes in plot(planes[1], before=planes[0]).axes if axes.get_title() or axes.get_ylabel()
-    ]
-    assert [name for name in rows if name] == ["before training", "after training"]
+    columns = [axes.get_title() for axes in plot(planes[1], before=planes[0]).axes if axes.get_title()]
+    assert columns == ["before training", "after training"]
     assert len(plot(tuple(planes), names=["one", "other"]).axes) == len(plot(planes).axes)
     assert [text.get_text() for text in plot(report).axes[0].get_yticklabels()] == ["model"]
 
