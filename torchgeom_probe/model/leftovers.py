@@ -107,12 +107,10 @@ def _holders(left: list[Any]) -> tuple[list[Any], set[int]]:
     for _ in range(3):
         inside |= {id(thing) for thing in wanted}
         referrers = [r for r in gc.get_referrers(*wanted) if r is not wanted and r is not left]
-        for referrer in referrers:
-            holder = referrer if isinstance(referrer, _CONTAINERS) else _attributes(referrer)
-            if holder is not None and not any(holder is other for other in holders):
-                holders.append(holder)
+        found = [referrer if isinstance(referrer, _CONTAINERS) else _attributes(referrer) for referrer in referrers]
+        holders += [h for i, h in enumerate(found) if h is not None and not any(h is o for o in (*holders, *found[:i]))]
         wanted = [r for r in referrers if isinstance(r, tuple)]
-        del referrers, referrer  # a list that holds the tuples as well
+        del referrers  # a list that holds the tuples as well
         if not wanted:
             break
     # What belongs to a thing of C alone (the list inside of a queue) is not ours to shorten.

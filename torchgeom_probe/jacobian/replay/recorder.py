@@ -155,11 +155,13 @@ class Ran:
 
     Attributes:
         codes: code → the globals that it ran with.
+        callers: code → the codes that called it.
         builtins: code of the caller → the functions of C: (their module, name, type of what they are a method of).
     """
 
     def __init__(self) -> None:
         self.codes: dict[types.CodeType, dict[str, Any]] = {}
+        self.callers: dict[types.CodeType, set[types.CodeType]] = {}
         self.builtins: dict[types.CodeType, set[tuple[str | None, str, type]]] = {}
 
     @contextlib.contextmanager
@@ -174,6 +176,8 @@ class Ran:
     def _note(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "call":
             self.codes.setdefault(frame.f_code, frame.f_globals)
+            if frame.f_back is not None:
+                self.callers.setdefault(frame.f_code, set()).add(frame.f_back.f_code)
         elif event == "c_call":
             called = arg.__module__, arg.__name__, type(getattr(arg, "__self__", None))
             self.builtins.setdefault(frame.f_code, set()).add(called)

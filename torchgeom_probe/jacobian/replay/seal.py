@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import sys
 import types
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -66,13 +67,13 @@ class Seal:
         self.state = state
         modules = list(state.model.modules())
         _refuse_hooks(modules)
-        users = {code: outside for code, outside in ran.codes.items() if not _trusted(outside)}
+        users = _untrusted(ran)
         _refuse_unknown(users, ran, state)
         self._code = Identities()
         for kind in {kind for module in modules for kind in type(module).__mro__ if kind.__module__.startswith("torch.")}:
             self._code.container(types.MappingProxyType, vars(kind))
         for code, outside in ran.codes.items():
-            if not str(outside.get("__name__", "")).startswith(_OUR_ROOMS):
+            if not _home(outside).startswith(_OUR_ROOMS):
                 _names_sealed(self._code, outside, code.co_names, code in users)
         names = {name for code in users for name in _words(code)}
         by_name = any(name in _BY_NAME for code in users for _, name, _ in ran.builtins.get(code, ()))
@@ -113,9 +114,22 @@ def _switches() -> tuple[Any, ...]:
     )
 
 
-def _trusted(outside: Mapping[str, Any]) -> bool:
-    name = str(outside.get("__name__", ""))
-    return name.split(".")[0] in _TRUSTED or name.startswith(_OUR_ROOMS)
+def _home(outside: Mapping[str, Any]) -> str:
+    """The module that a code's globals belong to."""
+    return str(outside.get("__name__", ""))
+
+
+def _untrusted(ran: Ran) -> dict[types.CodeType, dict[str, Any]]:
+    """The code that may depend on more than is sealed: users', and what of the standard library it calls."""
+    doubtful = {code: outside for code, outside in ran.codes.items() if not _trusted(_home(outside))}
+    found = {c: o for c, o in doubtful.items() if _home(o).split(".")[0] not in sys.stdlib_module_names}
+    while more := {c: o for c, o in doubtful.items() if c not in found and found.keys() & ran.callers.get(c, set())}:
+        found |= more
+    return found
+
+
+def _trusted(module: str) -> bool:
+    return module.split(".")[0] in _TRUSTED or module.startswith(_OUR_ROOMS)
 
 
 def _refuse_hooks(modules: Iterable[nn.Module]) -> None:
@@ -143,12 +157,12 @@ def _refuse_unknown(users: Mapping[types.CodeType, Any], ran: Ran, state: State)
     known = {inner for function in state.functions for inner in _inner(function.__code__)}
     for code, outside in users.items():
         if code not in known:
-            raise Refused(f"runs {code.co_name!r} of {outside.get('__name__')}, which nothing leads to")
+            raise Refused(f"runs {code.co_name!r} of {_home(outside)}, which nothing leads to")
         if odd := _UNSEALED & set(code.co_names):
             raise Refused(f"{code.co_name!r} asks for {min(odd)!r} of a tensor")
         for module, name, owner in ran.builtins.get(code, ()):
             home = module or owner.__module__
-            if name in _REFUSED or not _trusted({"__name__": home}):
+            if name in _REFUSED or not _trusted(home):
                 raise Refused(f"{code.co_name!r} calls {home}.{name}")
 
 
