@@ -29,6 +29,7 @@ TABLES = (
     "topk",
     "logdet",
     "overhead",
+    "tab",
     "slices",
     "boundary",
     "studies",

@@ -1,7 +1,7 @@
 // Depth × time: a number of every layer (rows, in the order of firing) at every probe (columns), a panel a run.
 
 import {
-  CHOSEN, ask, axis, chart, isDark, name, normalised, nth, on, safe, select, short, time, unit,
+  CHOSEN, ask, axis, chart, isDark, name, normalised, nth, number as digits, on, safe, select, short, time, unit,
 } from "./charts.js";
 
 const WORDS = {
@@ -63,11 +63,11 @@ export async function drawDepth(card, state, choose) {
       y: domain[1], yref: "paper", yanchor: "bottom",
     });
     if (own.run === state.run) layout.shapes.push(...marks(own, state, x, y));
+    const z = state.change ? own.values.map(change) : own.values;
     return {
-      type: "heatmap", xaxis: x, yaxis: y, coloraxis: "coloraxis", x: own.steps, y: rows, hoverongaps: false,
-      z: state.change ? own.values.map(change) : own.values,
-      text: own.layers.map((layer) => own.steps.map(() => safe(name(layer.name)))),
-      hovertemplate: "%{text}<br>step %{x}: %{z:.4g}<extra></extra>",
+      type: "heatmap", xaxis: x, yaxis: y, coloraxis: "coloraxis", x: own.steps, y: rows, z,
+      text: z.map((values, i) => values.map((value) => `${safe(name(own.layers[i].name))}<br>${digits(value)}`)),
+      hovertemplate: "%{text}<br>step %{x}<extra></extra>",
     };
   });
   const plot = card.plot();

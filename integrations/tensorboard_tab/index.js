@@ -77,7 +77,7 @@ function choose(change) {
 }
 
 const guarded = (own, made) =>
-  Promise.resolve(made()).catch((error) => own.says(empty(`This could not be drawn: ${error.message}`)));
+  Promise.resolve(made()).catch((error) => own.says(empty(`This could not be drawn: ${error?.message ?? error}`)));
 
 async function drawOnce() {
   state.shown = runs.map((run) => run.name).filter((name) => !hidden.has(name));
@@ -90,7 +90,9 @@ async function drawOnce() {
     document.body.dataset.drawn = "nothing";
     return;
   }
-  const layer = own.layers.some((one) => one.name === state.layer) ? state.layer : own.layers.at(-1).name;
+  // The deepest layer with a finite value at the last step, unless one was chosen.
+  const finite = own.layers.filter((_, row) => own.values[row].at(-1) != null);
+  const layer = (own.layers.find((one) => one.name === state.layer) ?? finite.at(-1) ?? own.layers.at(-1)).name;
   const step = own.steps.includes(state.step) ? state.step : own.steps.at(-1);
   if (own.run !== state.run || layer !== state.layer || step !== state.step) { // it is now: mark what is chosen
     Object.assign(state, { run: own.run, layer, step });

@@ -108,8 +108,8 @@ export async function drawSamples(card, state, choose) {
     ...base, ...curves([sample]), showlegend: false, line: { color: CHOSEN, width: 3 },
     marker: { color: CHOSEN, size: 6 },
   });
-  traces.push({
-    type: "histogram", y: found.value[own.at], xaxis: "x2", nbinsy: 24, showlegend: false,
+  if (own.finite.length) traces.push({ // of none Plotly cannot make bins
+    type: "histogram", y: own.finite.map((i) => own.value(i)), xaxis: "x2", nbinsy: 24, showlegend: false,
     marker: { color: "#90a4ae" }, hovertemplate: "%{x} samples<extra></extra>" });
   const plot = card.plot();
   await chart(plot, traces, {

@@ -74,9 +74,9 @@ export async function drawMaps(card, state) {
       layout.annotations.push(title(layer.name, room, layer.name === state.layer));
       const panel = {
         x, y, room, ticks, values: found.value[place], label: layer.heading + unit(layer.unit),
-        range: state.fixed ? found.range[place] : extent(found.value[place].flat()) };
-      const across = { domain: room.x, anchor: y, zeroline: false, constrain: "domain" };
-      const up = { domain: room.y, anchor: x, zeroline: false, constrain: "domain" };
+        range: extent(state.fixed ? found.range[place] : found.value[place].flat()) };
+      const across = { domain: room.x, anchor: y, showgrid: line, zeroline: false, constrain: "domain" };
+      const up = { domain: room.y, anchor: x, showgrid: line, zeroline: false, constrain: "domain" };
       layout[nth("xaxis", k)] = axis(line ? "t, from a to b" : "u", across);
       layout[nth("yaxis", k)] = line ? axis(panel.label, { ...up, range: padded(panel.range) })
         : axis("v", { ...up, scaleanchor: x });
@@ -89,11 +89,12 @@ export async function drawMaps(card, state) {
   });
 }
 
+// From the least to the largest, with room around where all are one, or none is finite.
 const extent = (values) => {
-  const finite = values.filter((value) => value != null);
-  return [Math.min(...finite), Math.max(...finite)];
+  const finite = values.filter((value) => value != null), low = Math.min(...finite), high = Math.max(...finite);
+  return low < high ? [low, high] : finite.length ? [low - 0.5, high + 0.5] : [0, 1];
 };
-const padded = ([low, high]) => [low - 0.06 * (high - low || 1), high + 0.06 * (high - low || 1)];
+const padded = ([low, high]) => [low - 0.06 * (high - low), high + 0.06 * (high - low)];
 
 function curve({ x, y, ticks, values }, { predictions }, layout) {
   const middles = ticks.slice(1).map((t, i) => (t + ticks[i]) / 2);

@@ -1,0 +1,153 @@
+"""What TensorBoard's Geometry tab costs: the training that writes, the disk, the server, and who waits for a picture."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchgeom_probe.integrations.tensorboard import TensorBoardWriter
+
+from benchmarks.timing import Settings
+from torchgeom_probe.report import GeometryReport, LayerGeometry
+
+TITLE = "TensorBoard's Geometry tab"
+NOTE = """\
+A log of 12 layers × 64 samples × 16 singular values, of a training of 1000 probes. "write" is one `TensorBoardWriter.write`, with
+charts and histograms: CPU time of the process, the thread that writes the file included, a mean; a Monitor's budget counts it.
+"index" is the one walk through the event files of a server that has just started, "again" the walk after one more probe. The rest is
+seen from a headless Chromium over a real TensorBoard server: "first paint" from the moment in which the tab's own page is asked for
+until all that it shows is drawn, in a server that reads the log for the first time and in one that has its index; "click" from the
+click on another layer and step until the samples are drawn, a median of nine. "server" is that process's peak memory above that of
+the same TensorBoard with an empty folder. Without a browser its columns are empty."""
+
+METHOD = "one server and one browser, by the wall where somebody waits"
+
+LAYERS, SAMPLES, RANK = 12, 64, 16
+
+
+def reports(generator: torch.Generator) -> Callable[[int], GeometryReport]:
+    """Return step → a report of noise around curves that differ from layer to layer."""
+
+    def layer(name: str, place: int, step: int) -> LayerGeometry:
+        noise = torch.randn(SAMPLES, RANK, generator=generator)
+        sigma = (0.3 * noise + math.sin(step / 3000 + place / 3) - torch.arange(RANK) / 8).exp().sort(-1).values.flip(-1)
+        value = sigma.log().sum(-1)
+        return LayerGeometry(
+            name=name,
+            estimand="log √det VᵀgV, V a random orthonormal 16-frame",
+            engine="fused",
+            value=value,
+            singular_values=sigma,
+            num_features=512,
+            num_inputs=3072,
+            num_directions=RANK,
+            normalized=True,
+            quantity="frame_volume",
+            rank=torch.full((SAMPLES,), RANK),
+            log_pseudo_volume=value,
+            extras={"scale": sigma.square().mean(-1).log() / 2, "effective_dimension": sigma.sum(-1)},
+        )
+
+    return lambda step: GeometryReport({f"blocks.{k}": layer(f"blocks.{k}", k, step) for k in range(LAYERS)})
+
+
+def written(folder: Path, probes: int) -> tuple[float, float, TensorBoardWriter]:
+    """Write a log; return the CPU seconds and the bytes of one probe."""
+    made = reports(torch.Generator().manual_seed(0))
+    writer, spent = TensorBoardWriter(folder), 0.0
+    for step in range(probes):
+        report = made(10 * step)
+        began = time.process_time()
+        writer.write(10 * step, report)
+        spent += time.process_time() - began
+    return spent / probes, sum(path.stat().st_size for path in folder.iterdir()) / probes, writer
+
+
+def peak(process: Any) -> float:
+    """The most MB that a process has had in memory so far."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
+
+
+class Seen:
+    """A tab in a browser, and how long things take in it."""
+
+    def __init__(self, browser: Any) -> None:
+        self.browser = browser
+
+    def paint(self, address: str) -> float:
+        """Seconds until everything is drawn."""
+        began = time.perf_counter()
+        self.browser.get(f"{address}/data/plugin_entry.html?name=geometry")
+        while not self.browser.execute_script("return document.body.dataset.drawn"):
+            time.sleep(0.01)
+        return time.perf_counter() - began
+
+    def click(self, row: int, step: int) -> float:
+        """Seconds from a click on a cell to the samples of its layer, as the page's own clock has them."""
+        return self.browser.execute_async_script(
+            "const [row, x, done] = arguments, began = performance.now();"
+            "const before = document.body.dataset.drawn, plots = document.querySelectorAll('.js-plotly-plot');"
+            "plots[0].emit('plotly_click', { points: [{ curveNumber: 0, x, y: row }] });"
+            "const look = () => document.body.dataset.drawn === before ? setTimeout(look, 5)"
+            "  : requestAnimationFrame(() => done((performance.now() - began) / 1000));"
+            "look();",
+            row,
+            step,
+        )
+
+
+def seen(logs: Path, beside: Path, probes: int) -> list[str]:
+    """First paint unread and indexed, a click, the server's memory: as a row has them."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from tensorboards import chromium, serving, why_no_browser  # what the tests look at the tab with
+
+    if why_no_browser():
+        return ["–"] * 4
+    (beside / "nothing").mkdir()
+    with serving(beside / "nothing", beside / "empty") as ask:
+        ask("plugin/geometry/runs")
+        base = peak(ask.process)
+    with serving(logs, beside / "full") as ask, chromium() as browser:
+        tab = Seen(browser)
+        first, indexed = tab.paint(ask.address), min(tab.paint(ask.address) for _ in range(3))
+        clicks = sorted(tab.click(k, 10 * (probes // (k + 2))) for k in range(9))
+        return [f"{first:.1f}", f"{indexed:.1f}", f"{clicks[4]:.2f}", f"{peak(ask.process) - base:.0f}"]
+
+
+def table(settings: Settings) -> Iterator[str]:
+    """Yield the table line by line."""
+    probes = 20 if settings.quick else 1000
+    yield (
+        "| probes | write [ms] | a probe on disk [kB] | the log [MB] | index [s] | again [s] | first paint, unread [s] | "
+        "indexed [s] | click [s] | server [MB] |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    with tempfile.TemporaryDirectory() as folder:
+        logs, beside = Path(folder, "logs"), Path(folder, "beside")
+        beside.mkdir()
+        spent, size, writer = written(logs / "run", probes)
+        with contextlib.closing(writer):
+            walks = indexed(logs, lambda: writer.write(10 * probes, reports(torch.Generator())(10 * probes)))
+        others = [f"{spent * 1e3:.1f}", f"{size / 1e3:.1f}", f"{size * probes / 1e6:.1f}", *walks]
+        yield "| " + " | ".join([str(probes), *others, *seen(logs, beside, probes)]) + " |"
+
+
+def indexed(logs: Path, more: Callable[[], None]) -> list[str]:
+    """Seconds of the first walk through the files, and of the one after another probe."""
+    from integrations.tensorboard_tab.reading import Index  # of this checkout, by the place that it lies in
+
+    index, took = Index({str(logs): None}), []
+    for before in (lambda: None, more):
+        before()
+        began = time.perf_counter()
+        index.update()
+        took.append(time.perf_counter() - began)
+    return [f"{took[0]:.2f}", f"{took[1]:.3f}"]
