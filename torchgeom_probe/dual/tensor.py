@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from torchgeom_probe.dual.graph import refuse_unfollowed, refuse_wrong
+from torchgeom_probe.dual.graph import CUSTOM_FUNCTION, refuse_unfollowed, refuse_wrong
 from torchgeom_probe.dual.one_op import OneOp
 from torchgeom_probe.dual.ops import (
     CONSTANT,
@@ -72,12 +72,18 @@ class DualTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, buffer: Tensor) -> DualTensor:
         """Wrap a buffer, which the tensor then owns: in-place ops write to it."""
+        running = current_pass()
         dual = torch.Tensor._make_wrapper_subclass(
-            cls, buffer.shape[1:], strides=buffer.stride()[1:], dtype=buffer.dtype, device=buffer.device
+            cls,
+            buffer.shape[1:],
+            strides=buffer.stride()[1:],
+            dtype=buffer.dtype,
+            device=buffer.device,
+            requires_grad=running.graph and buffer.requires_grad,  # a custom function asks
         )
         torch._C._set_throw_on_mutable_data_ptr(dual)  # or C++ that asks for its memory (dlpack) ends the process
         dual._buffer = buffer
-        dual._made_in = current_pass().key
+        dual._made_in = running.key
         return dual
 
     def __init__(self, buffer: Tensor) -> None:
@@ -123,6 +129,8 @@ class DualTensor(torch.Tensor):
                 " puts back, or clear it after measuring.\nA model that computes in threads of its own looks the same: "
                 " measure it with engine='vjp'"
             )
+        if self.requires_grad and torch._C.TensorBase.grad_fn.__get__(self) is not None:  # type: ignore[attr-defined]
+            raise EngineRefusal(CUSTOM_FUNCTION)
         if self._buffer is None:
             self._defer_no_more()
             self._buffer = self._make()
