@@ -172,12 +172,7 @@ def refuse_unfollowed() -> None:
     if hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", ""):
         raise EngineRefusal(_CHECKPOINTS)
     if not torch.is_grad_enabled() and inside_a_custom_function():
-        raise EngineRefusal(
-            "the model calls a custom autograd.Function on a tensor that depends on the input: its backward knows"
-            " nothing of the tangents, so the gradient would be wrong.  Activation checkpointing with"
-            " use_reentrant=True is one.\nWrite it with torch's own ops for the loss, or turn checkpointing off:  "
-            "model.set_grad_checkpointing(False), or  model.gradient_checkpointing_disable()"
-        )
+        raise EngineRefusal(CUSTOM_FUNCTION)
 
 
 def refuse_no_gradient(op: Any, value: Tensor, *primals: Any) -> None:
@@ -190,6 +185,12 @@ def refuse_no_gradient(op: Any, value: Tensor, *primals: Any) -> None:
         raise EngineRefusal(f"torch has no gradient of {name_of(op)!r}.\nWrite it with what torch has a gradient of.")
 
 
+CUSTOM_FUNCTION = (
+    "the model calls a custom autograd.Function on a tensor that depends on the input: its backward knows nothing of the"
+    " tangents, so the gradient would be wrong.  Activation checkpointing with use_reentrant=True is one.\nWrite it with"
+    " torch's own ops for the loss, or turn checkpointing off:  model.set_grad_checkpointing(False), or "
+    " model.gradient_checkpointing_disable()"
+)
 _CHECKPOINTS = (
     "the model runs a part under activation checkpointing, which is run again in the backward pass, without the"
     " tangents.\nTurn it off for the loss:  model.set_grad_checkpointing(False), or "

@@ -25,7 +25,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from torchgeom_probe.dual.followed import inside_a_custom_function
-from torchgeom_probe.dual.graph import refuse_unfollowed, refuse_wrong
+from torchgeom_probe.dual.graph import CUSTOM_FUNCTION, refuse_unfollowed, refuse_wrong
 from torchgeom_probe.dual.one_op import OneOp
 from torchgeom_probe.dual.ops import (
     CONSTANT,
@@ -68,12 +68,18 @@ class DualTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, buffer: Tensor) -> DualTensor:
         """Wrap a buffer, which the tensor then owns: in-place ops write to it."""
+        running = current_pass()
         dual = torch.Tensor._make_wrapper_subclass(
-            cls, buffer.shape[1:], strides=buffer.stride()[1:], dtype=buffer.dtype, device=buffer.device
+            cls,
+            buffer.shape[1:],
+            strides=buffer.stride()[1:],
+            dtype=buffer.dtype,
+            device=buffer.device,
+            requires_grad=running.graph and buffer.requires_grad,  # a custom function asks
         )
         torch._C._set_throw_on_mutable_data_ptr(dual)  # or C++ that asks for its memory (dlpack) ends the process
         dual._buffer = buffer
-        dual._made_in = current_pass().key
+        dual._made_in = running.key
         return dual
 
     def __init__(self, buffer: Tensor) -> None:
@@ -114,6 +120,8 @@ class DualTensor(torch.Tensor):
         """[1 + k, *shape]: the primal and its tangents.  A tensor that outlived its pass is refused, never read."""
         if self._made_in is not current_pass().key:
             raise self._made_in.outside()
+        if self.requires_grad and torch._C.TensorBase.grad_fn.__get__(self) is not None:  # type: ignore[attr-defined]
+            raise EngineRefusal(CUSTOM_FUNCTION)
         if self._buffer is None:
             self._defer_no_more()
             self._buffer = self._make()

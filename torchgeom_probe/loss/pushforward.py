@@ -178,7 +178,10 @@ class _Pushing:
                     output = model(*args, **kwargs)
                 finally:
                     root.remove()
-            _make_attributes_plain(hooked.model)
+            left = _left_on_modules(hooked.model)
+        for attributes, name, value in left:
+            if isinstance(value, DualTensor):  # not one that was a plain tensor before it was written to, and is again
+                attributes[name] = value._buffer[0]
         self._refuse_missing()
         return Step(output, self._layers)
 
@@ -231,12 +234,15 @@ def _plain(output: Any) -> Any:
     return tree_map(lambda leaf: leaf.primal if isinstance(leaf, DualTensor) else leaf, output)
 
 
-def _make_attributes_plain(model: nn.Module) -> None:
-    """What the forward pass has left on modules (a running mean, the last features) is what a plain pass leaves."""
-    for module in model.modules():
-        for attributes in (vars(module), module._buffers):
-            for name in [n for n, value in attributes.items() if isinstance(value, DualTensor)]:
-                attributes[name] = attributes[name].primal
+def _left_on_modules(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """What the forward pass has left on modules: a running mean, the last features."""
+    return [
+        (attributes, name, value)
+        for module in model.modules()
+        for attributes in (vars(module), module._buffers)
+        for name, value in attributes.items()
+        if isinstance(value, DualTensor) and len(value.buffer)  # builds it while the pass runs
+    ]
 
 
 @contextlib.contextmanager

@@ -180,6 +180,10 @@ def _glu(input: DualTensor, dim: int = -1) -> Any:
     return a * b.sigmoid()
 
 
+#: what a dropped unit of alpha dropout becomes, negative: SELU's α λ
+_SELU = 1.7580993408473766
+
+
 @rule_of_each(
     "dropout dropout_ dropout1d dropout2d dropout3d feature_dropout feature_dropout_ alpha_dropout alpha_dropout_"
     " feature_alpha_dropout feature_alpha_dropout_"
@@ -191,14 +195,19 @@ def _dropout(op: Any) -> Rule:
     def push(
         input: DualTensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, train: bool = True
     ) -> Any:
-        # affine in the input once the mask is drawn, which is one for all rows
-        if not (training and train):
+        # affine in the input once the mask is drawn, which is one for all rows, drawn as a plain pass draws it
+        if not (training and train) or p == 0:
             return input
         if input.buffer.is_complex():
             return NotImplemented
 
         def function(q: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.func.jvp(lambda r: drop(r, p, True), (q,), (torch.ones_like(q),))[:2]
+            if "alpha" not in name:
+                slope = drop(torch.ones_like(q), p, True)
+                return q * slope, slope
+            shift = drop(torch.zeros_like(q), p, True)  # above 0 where it is kept (Klambauer et al., arXiv:1706.02515)
+            slope = (shift > 0).to(q.dtype) / math.sqrt((_SELU * _SELU * p + 1) * (1 - p) or 1)
+            return q * slope + shift, slope
 
         return pushed(input, function, writes=writes or inplace)
 
