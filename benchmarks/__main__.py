@@ -31,6 +31,7 @@ TABLES = (
     "overhead",
     "slices",
     "boundary",
+    "dataset",
 )
 PAGE = Path(__file__).parent / "README.md"
 
