@@ -33,6 +33,7 @@ TABLES = (
     "slices",
     "boundary",
     "studies",
+    "dataset",
 )
 PAGE = Path(__file__).parent / "README.md"
 

@@ -16,12 +16,13 @@ from torchgeom_probe.dataset.cost import DatasetCost
 from torchgeom_probe.dataset.stream import measure_dataset
 from torchgeom_probe.dataset.table import DatasetTable
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators import Along, Estimator, Exact, LogDet, Subspace, TopK, Trace
+from torchgeom_probe.estimators import Along, Directions, Estimator, Exact, LogDet, Subspace, TopK, Trace
 from torchgeom_probe.loss.pushforward import pushforward
 from torchgeom_probe.loss.step import penalty
 from torchgeom_probe.monitor.monitor import Monitor
 from torchgeom_probe.monitor.schedules import Budget, Every, LogSpaced, Schedule
 from torchgeom_probe.monitor.writers import CSVWriter, JSONWriter, Writer
+from torchgeom_probe.plotting.directions import plot_directions
 from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.probe import GeometryProbe, measure
 from torchgeom_probe.report import GeometryReport, LayerGeometry
@@ -41,6 +42,7 @@ __all__ = [
     "CheckReport",
     "DatasetCost",
     "DatasetTable",
+    "Directions",
     "Estimator",
     "Every",
     "Exact",
@@ -69,6 +71,7 @@ __all__ = [
     "paired_effect",
     "penalty",
     "plot",
+    "plot_directions",
     "pushforward",
     "scalar_curvature",
     "scan",

@@ -19,6 +19,7 @@ import torch
 
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.files import encoded, read, write_atomically, write_json
+from torchgeom_probe.linalg.directions import HasDirections
 from torchgeom_probe.linalg.spectrum import SpectralDensity
 from torchgeom_probe.shapes import Float, Int, Tensor
 
@@ -29,7 +30,7 @@ else:  # pandas is optional: its types are for the type checker alone
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LayerGeometry:
+class LayerGeometry(HasDirections):
     """The local geometry of one layer's feature map Φ around each of B samples.
 
     With J = ∂Φ/∂x at a sample (divided by √n when ``normalized``, the paper's convention) and g = JᵀJ:
@@ -59,7 +60,8 @@ class LayerGeometry:
         extras: name → [B, ...], what else was found: ``scale`` (½ log(tr g/d)), ``effective_dimension``, ``interval``
             [B, 2] (95 %), ``num_products`` (Jv and Jᵀu formed for each sample), ….  Each is an attribute, too.
         spectrum: the spectral density of g, or None; see :meth:`GeometryReport.density`.
-        right_singular_vectors: [B, q, d], the leading ones, for ``measure(x, start=report)``, or None.
+        right_singular_vectors: [B, q, d], for ``directions()`` and ``measure(x, start=report)``, or None.
+        input_shape: of one sample of the space that is pulled back to.
 
     Tensors stay on the model's device.
     """
@@ -83,6 +85,7 @@ class LayerGeometry:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     spectrum: SpectralDensity | None = None
     right_singular_vectors: Float[Tensor, "batch q d"] | None = None
+    input_shape: tuple[int, ...] = ()
 
     def __getattr__(self, name: str) -> Tensor:
         extras = self.__dict__.get("extras", {})
@@ -217,13 +220,12 @@ class LayerGeometry:
 
     def _constants(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {n: v for n, v in own.items() if v is None or isinstance(v, (str, bool, int, float))}
+        return {n: v for n, v in own.items() if v is None or isinstance(v, (str, bool, int, float, tuple))}
 
 
 def _finite(values: Tensor) -> Tensor:
     """The finite numbers, as float64 on the host; they may be none."""
-    values = values.detach().double().cpu()
-    return values[values.isfinite()]
+    return (host := values.detach().double().cpu())[host.isfinite()]
 
 
 def _median(values: Tensor) -> float:
@@ -300,12 +302,11 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         """A table for people: per layer n, d, k, the value's median and spread, rank, σ_max and the extras."""
         rows = self._cells()
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
+        rows.insert(1, ["-" * w for w in widths])
+        padded = [
+            [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in rows
         ]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join([*lines, *self._legend()])
+        return "\n".join(["  ".join(cells) for cells in padded] + self._legend())
 
     def _repr_html_(self) -> str:
         head, *rows = [[html.escape(cell) for cell in row] for row in self._cells()]
@@ -362,7 +363,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
 
     def _rows(self) -> list[dict[str, Any]]:
         constants = ("unit", "num_features", "num_inputs", "num_directions", "normalized", "engine", "estimand")
-        rows: list[dict[str, Any]] = []
+        rows = []
         for layer in self.values():
             sigma = layer.singular_values
             columns: dict[str, Tensor | None] = {layer.quantity: layer.value}
@@ -422,7 +423,8 @@ class GeometryReport(Mapping[str, LayerGeometry]):
                 exact = metadata["spectrum_is_exact"][i]
                 spectrum = SpectralDensity(nodes, weights, constants["num_inputs"], exact)
             known = {**constants, "spectrum": spectrum, **_as_fields(own)}
-            known["extras"] = {name: known["extras"][name] for name in metadata["extras"][i]}
+            extras = {name: known["extras"][name] for name in metadata["extras"][i]}
+            known |= {"input_shape": tuple(constants["input_shape"]), "extras": extras}
             layers[constants["name"]] = LayerGeometry(**known)
         return GeometryReport(layers, left_out=metadata["left_out"])
 

@@ -167,6 +167,7 @@ def conventions(jacobians: Jacobians, entry: str, engine: str) -> dict[str, Any]
         "engine": engine,
         "num_features": jacobians.plan.features[entry],
         "num_inputs": jacobians.plan.num_inputs,
+        "input_shape": jacobians.plan.space,
         "normalized": jacobians.normalize,
     }
 

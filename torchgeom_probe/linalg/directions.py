@@ -107,3 +107,30 @@ def basis(start: int, stop: int, shape: Sequence[int], *, like: Tensor) -> Float
 def for_every_sample(rows: Float[Tensor, "k d"], shape: Sequence[int], batch: int) -> Tensor:
     """[k, d] → [k, B, *shape], the same directions at every sample (an expanded view)."""
     return rows.view(rows.shape[0], 1, *shape).expand(-1, batch, *shape)
+
+
+class HasDirections:
+    """What keeps right singular vectors of J, as directions of input space."""
+
+    name: str
+    estimand: str
+    num_directions: int
+    input_shape: tuple[int, ...]
+    right_singular_vectors: Tensor | None
+
+    def directions(self, k: int | None = None) -> Float[Tensor, "k batch *space"]:
+        """[k, B, *x.shape[1:]]: the unit directions of ``singular_values``, in their order; the largest entry positive.
+
+        Raises:
+            ProbeError: an estimator that does not keep them, or keeps fewer.
+        """
+        found, most = self.right_singular_vectors, self.num_directions
+        if found is None or not 1 <= (most if k is None else k) <= most:
+            kept = "none" if found is None else str(most)
+            raise ProbeError(
+                f"layer {self.name!r} was measured as {self.estimand!r}, which keeps {kept} of its directions.\n"
+                f"Measure with estimator=Directions(k={max(1, k or 4)})"
+            )
+        found = found[:, :k] if k else found[:, :most]
+        signs = found.gather(2, found.abs().argmax(2, keepdim=True)).sign()
+        return (signs * found).transpose(0, 1).unflatten(2, self.input_shape)

@@ -219,10 +219,12 @@ def is_picture(shape: Sequence[int]) -> bool:
     return (coloured or len(shape) == 2) and sorted(shape)[-2] >= 4
 
 
-def picture(image: Any) -> np.ndarray:
-    """A sample as a picture [H, W] or [H, W, 3] in [0, 1]."""
+def picture(image: Any, *, spread: bool = True) -> np.ndarray:
+    """A sample as a picture [H, W] or [H, W, 3] in [0, 1]: ``spread`` over it, or there already."""
     pixels = torch.as_tensor(image).detach().double().cpu().numpy()
     if pixels.ndim == 3 and pixels.shape[0] in (1, 3):
         pixels = pixels[0] if pixels.shape[0] == 1 else np.moveaxis(pixels, 0, -1)
+    if not spread:
+        return pixels
     span = np.ptp(pixels)
     return (pixels - pixels.min()) / span if span > 0 else np.zeros_like(pixels)
