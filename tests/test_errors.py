@@ -325,10 +325,10 @@ def test_an_output_as_wide_as_the_longest_sample():
 
     refused = r"or how wide, changes with the others.*\n.*measure one at a time"
     with pytest.raises(tgp.ProbeError, match=refused):
-        tgp.measure(Packed(), batch(2, 2, 4), layers="")
-    assert tgp.measure(Packed(), batch(4, 2, 2), layers="")[""].num_features == 20  # together they are as wide as that
+        tgp.measure(Packed(), batch(4, 2, 2), layers="")
+    assert tgp.measure(Packed(), batch(4, 4, 2), layers="")[""].num_features == 20  # together they are as wide as that
     with pytest.raises(tgp.ProbeError, match=refused):
-        tgp.measure(Packed(), batch(4, 2, 2, 2), layers="", memory_budget=4000)  # and one by one they are not
+        tgp.measure(Packed(), batch(4, 4, 2, 2), layers="", memory_budget=4000)  # and one by one they are not
     assert tgp.measure(Packed(), batch(2), layers="")[""].num_features == 10
 
 

@@ -201,10 +201,11 @@ def coupled_samples(entry: str) -> ProbeError:
     """The error for a layer whose output at one sample depends on the other samples."""
     return ProbeError(
         f"layer {entry!r} couples the samples: what it puts out at one of them, or how wide, changes with the others, "
-        "so no sample has a metric of its own.\n"
+        "or with its place among them, so no sample has a metric of its own.\n"
         "Put the samples first (nn.LSTM and attention: batch_first=True); normalise by running statistics, in eval "
         "mode; a set that is one sample (the nodes of a graph) goes into a Module that takes it as x[None]; where "
-        "samples are padded to the longest of the batch, measure one at a time."
+        "samples are padded to the longest of the batch, measure one at a time; a table with a row for each of them goes "
+        "in as an argument beside x."
     )
 
 
@@ -307,19 +308,24 @@ def _samples(
 ) -> tuple[frozenset[int], bool, tuple[str, ...]]:
     """Which arguments are cut with the samples; whether no part can be run; which entries couple the samples.
 
-    Other samples beside them must not change what a layer puts out at the first ones.  Where it does, an argument that
-    happens to be as long as the batch may have been cut (a table, say), or the samples depend on each other.
+    A sample among copies of itself must give what it gives in the batch.  Where it does not, an argument that happens to
+    be as long as the batch may have been cut (a table, say), or the samples depend on each other, or on their places.
     """
     count = 2 if own.size > 2 else 3
 
     def apart(inputs: Inputs) -> list[str] | None:
-        try:
-            other = hooked.outputs(inputs.repeated(count), keep=_COMPARED).features
-        except LayerRefusal:
-            raise
-        except Exception:
-            return None
-        return [e for e, values in found.features.items() if compare and not _same(values, other.get(e))]
+        different: list[str] = []
+        for sample in range(min(own.size, 2) if compare else 1):  # two: whichever sample matters, one run is without it
+            try:
+                other = hooked.outputs(inputs.at([sample] * count), keep=_COMPARED).features
+            except LayerRefusal:
+                raise
+            except Exception:
+                return None
+            if compare:
+                alone = {e: values[[sample] * count] for e, values in found.features.items()}
+                different += [e for e, values in alone.items() if not _same(values, other.get(e))]
+        return different
 
     fixed = frozenset(own.wrt or sorted(own.per_sample)[:1])
     doubtful = sorted(own.per_sample - fixed)
@@ -336,24 +342,21 @@ def _samples(
         if different == []:
             return candidate, False, ()
         first = different if candidate == own.per_sample else first
-    if first is not None:
-        return own.per_sample, False, tuple(first)
     # One sample that is a set (the nodes of a graph), which its Module takes as x[None]: none of it can be repeated.
     one_set = own.size == 1 and refusal is not None and refusal.layers.keys() == hooked.layers.keys()
-    if refusal is not None and not one_set:
+    if first is None and refusal is not None and not one_set:
         raise refusal
-    # No part of the batch can be run: every sample at once, and others in their places to see whether they matter.
-    if not compare or own.size == 1:
+    if first is None and (not compare or own.size == 1):  # no part of the batch can be run
         return own.per_sample, True, ()
     try:
-        copies = hooked.outputs(own.with_copies_of_the_first(), keep=1).features
+        copies = hooked.outputs(own.with_copies_of_the_first(), keep=_COMPARED).features
     except Exception:
-        return own.per_sample, True, ()
-    return (
-        own.per_sample,
-        True,
-        tuple(e for e, values in found.features.items() if not _same(values[:1], copies.get(e))),
-    )
+        copies = {}
+    if first is not None:  # what puts out the same for other samples depends on none of them
+        different = [e for e in dict.fromkeys(first) if not _same(found.features[e], copies.get(e))]
+    else:
+        different = [e for e, values in found.features.items() if copies and not _same(values[:1], copies.get(e))]
+    return own.per_sample, first is None, tuple(different)
 
 
 def _same(values: Tensor, other: Tensor | None) -> bool:
