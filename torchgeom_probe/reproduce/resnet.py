@@ -16,7 +16,7 @@ from torch import nn
 from torchgeom_probe.errors import optional
 from torchgeom_probe.estimators.topk import TopK, paper_pool
 from torchgeom_probe.reproduce.data import Images, load_cifar10, load_photos
-from torchgeom_probe.reproduce.results import Results, drawn, frames
+from torchgeom_probe.reproduce.results import Results, drawn
 from torchgeom_probe.reproduce.settings import Settings
 from torchgeom_probe.reproduce.training import Trained, Training, View, accuracy
 from torchgeom_probe.shapes import Tensor
@@ -141,7 +141,6 @@ def fig3(results: Results) -> None:
         results.describe(trained, plane, layers=["layer4"])
         scans, title = trained.scans(plane), f"{ACTIVATIONS[act]}: {images.title}"
         results.picture(f"plane_{act}", drawn(plane, scans, layers=["layer4"], title=title), gallery=act == "gelu")
-        results.animation(f"plane_{act}", frames(plane, scans, layers=["layer4"], title=title))
 
 
 def fig4(results: Results) -> None:
