@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,16 +31,13 @@ def plot_maps(drawn: Scans) -> Figure:
         fields = [("prediction", CLASSES, [None] * len(entropies)), ("entropy", entropy, entropies)]
     fields += [(style.titled(la), Scale(drawn.label(la)), drawn.values(la)) for la in drawn.shown]
     maps = [[Map(s, values[i], scale) for i, s in enumerate(drawn.scans)] for _, scale, values in fields]
-    count, titles = len(drawn.scans), [name for name, *_ in fields]
+    titles, rows = [name for name, *_ in fields], cast("list[list[Map | None]]", maps)
     names: dict[str, Any] = {"row_names": titles, "column_names": drawn.names}
-    rows: list[list[Map | None]] = [list(row) for row in maps]
-    if count == 1:  # its fields in reading order
-        wide = 4 if len(rows) > 5 else len(rows)
+    if len(drawn.scans) == 1:  # its fields in reading order
+        wide, names = 4 if len(rows) > 5 else len(rows), {}
         singles = [replace(row[0], title=title) for row, title in zip(maps, titles, strict=True)]
         padded = [*singles, *[None] * (-len(singles) % wide)]
-        rows, names = [padded[i : i + wide] for i in range(0, len(padded), wide)], {"row_names": None}
-        if drawn.names is not None and len(rows) == 1:
-            names = {"row_names": drawn.names}
+        rows = [padded[i : i + wide] for i in range(0, len(padded), wide)]
     return plot_grid(
         rows,
         images=drawn.images,

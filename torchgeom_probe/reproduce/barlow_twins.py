@@ -131,4 +131,6 @@ def fig6(results: Results) -> None:
     trained, (*_, plane) = train_without_labels(images, results)
     results.describe(trained, plane)
     title = f"Barlow Twins: {images.title}"
-    results.picture("plane", drawn(plane, trained.scans(plane, trained.three[::2]), title=title), gallery=True)
+    results.picture(
+        "plane", drawn(plane, trained.scans(plane, trained.three[::2]), decided=False, title=title), gallery=True
+    )

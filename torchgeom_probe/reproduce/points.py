@@ -38,7 +38,7 @@ TOLERANCE = 1e-5
 #: Along the boundary's normals, in units of the plane.
 _APART, _OFFSETS = 0.2, tuple(i / 20 for i in range(-8, 9) if i)
 
-_NOTE = "lines: the network's own decision boundary; g = JᵀJ / n, per unit of the input plane (x to the right, y up)"
+_NOTE = "g = JᵀJ / n, per unit of the input plane (x to the right, y up)"
 
 
 def sinusoid(count: int = 400, *, seed: int = 0) -> tuple[Float[Tensor, "samples 2"], Int[Tensor, " samples"]]:
@@ -214,7 +214,7 @@ def _title(trained: Trained) -> str:
 
 
 def _maps(trained: Trained, view: View) -> Figure:
-    """Rows: start, half-way, end; columns: prediction, entropy, measured and closed-form √det g, Ricci scalar."""
+    """Columns: start, half-way, end; rows: prediction, entropy, measured and closed-form √det g, Ricci scalar."""
     entropy, volume = Scale("entropy [nat]", "magma"), Scale("log √det g [nat]")
     curvature = Scale("Ricci scalar R", "signed")
     rows = []
@@ -224,9 +224,9 @@ def _maps(trained: Trained, view: View) -> Figure:
         volumes = [Map(found, logs, volume) for logs in (found.log_volume[LAYER], exact)]
         rows.append([Map(found), Map(found, found.entropy, entropy), *volumes, Map(found, ricci, curvature)])
     return plot_grid(
-        rows,
-        row_names=[f"epoch {epoch}" for epoch in trained.three],
-        column_names=["prediction", "entropy", "√det g, measured", "√det g, closed form", "Ricci scalar"],
+        list(zip(*rows, strict=True)),
+        column_names=[f"epoch {epoch}" for epoch in trained.three],
+        row_names=["prediction", "entropy", "√det g, measured", "√det g, closed form", "Ricci scalar"],
         class_names=view.class_names,
         corners=False,
         title=_title(trained),

@@ -155,7 +155,9 @@ def fig4(results: Results) -> None:
     for trained in networks.values():
         results.describe(trained, plane)
     last = {ACTIVATIONS[act]: of.scan(plane, of.epochs[-1]) for act, of in networks.items()}
-    results.picture("blocks", drawn(plane, last, title=f"Four blocks after training: {images.title}"), gallery=True)
+    results.picture(
+        "blocks", drawn(plane, last, decided=False, title=f"Four blocks after training: {images.title}"), gallery=True
+    )
 
     layers, k = (STAGES[-1:], 3) if settings.quick else (STAGES, 10)
     options = {"layers": list(layers), "estimator": TopK(k=k, tol=3e-3), "transform": paper_pool, "batch_size": 16}
