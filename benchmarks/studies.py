@@ -58,7 +58,10 @@ NETWORKS: dict[str, tuple[Callable[[int, int], nn.Sequential], list[str], Callab
     "GELU CNN": (cnn(nn.GELU), ["1", "3", "5", "8"], lambda p: torch.optim.Adam(p, lr=1e-3)),
     "ReLU CNN": (cnn(nn.ReLU), ["1", "3", "5", "8"], lambda p: torch.optim.Adam(p, lr=1e-3)),
 }
-HEAD = "| data, network, layer | networks | accuracy | effect [nat] | p | ½ log tr g | switches | untrained alone | verdict |"
+HEAD = (
+    "| data, network, layer | networks | accuracy | effect [nat] | p | ½ log tr g | switches | untrained alone | "
+    "verdict |"
+)
 
 
 def halves(images: Images, held_out: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

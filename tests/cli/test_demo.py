@@ -37,7 +37,7 @@ def test_demo_from_end_to_end(tmp_path, capsys):
 
 @pytest.mark.parametrize("options", [["--quick"], ["--epochs", "2", "--width", "70"]], ids=["quick", "other settings"])
 def test_a_full_demo_is_not_replaced_by_another(tmp_path, capsys, options):
-    full = ["demo", "--epochs", "1", "--width", "64", "--grid", "12", "--out", str(tmp_path)]
+    full = ["demo", "--epochs", "1", "--width", "80", "--grid", "12", "--out", str(tmp_path)]
     assert main(full) == 0
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert main(["demo", "--grid", "12", "--out", str(tmp_path), *options]) == 1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from torchgeom_probe import ProbeError, plot
-from torchgeom_probe.plotting.files import animated, save
+from torchgeom_probe.plotting.files import save
 
 
 @pytest.mark.parametrize("ending", [".png", ".pdf", ".svg"])
@@ -27,5 +27,3 @@ def test_what_is_no_file_of_a_figure_is_refused(lines, tmp_path):
         save(plot(lines), tmp_path / "map.bmp")
     with pytest.raises(ProbeError, match=r"no file without an ending"):
         save(plot(lines), tmp_path / "map")
-    with pytest.raises(ProbeError, match=r"an animation of no frames.*\n.*animated"):
-        animated([])

@@ -173,16 +173,6 @@ def test_a_scale_of_whole_rows_has_its_bar_beside_them_and_of_columns_below(plan
     assert signed[0].get_clim()[0] == -signed[0].get_clim()[1]
 
 
-def test_scales_and_classes_span_rows_that_are_not_drawn(planes):
-    figures = [plot(scan, like=planes) for scan in planes]
-    for title in ("entropy", "1", "3"):
-        first, second = (maps(figure)[title][0] for figure in figures)
-        assert first.get_clim() == second.get_clim()
-    bars = [next(axes for axes in figure.axes if axes.get_xlabel() == "class") for figure in figures]
-    names = [[text.get_text() for text in bar.get_xticklabels()] for bar in bars]
-    assert names == [[str(c) for c in torch.cat([scan.predictions for scan in planes]).unique().tolist()]] * 2
-
-
 def test_a_class_has_its_colour_in_every_figure_and_stands_below_it_on_the_bar(planes):
     labels = torch.full((11, 11), 7)
     labels[:, :4] = 2

@@ -61,6 +61,23 @@ def test_results_say_what_the_studies_found_and_the_table_has_a_row_a_layer(coun
     assert f"| {count} ({effect.num_pairs} pairs) | {effect.verdict} |" in row
 
 
+def test_a_network_of_one_class_is_said_to_have_no_study(tmp_path):
+    x, model, initial = line_task(0)
+    with torch.no_grad():
+        model[2].bias[1] += 1e4
+    networks = {0: initial, 9: model}
+    of = SimpleNamespace(
+        name="net", epochs=(0, 9), folder=tmp_path, model=networks.__getitem__, readout=lambda epoch: None
+    )
+    said = []
+    results = Results("figure", "a test", settings(tmp_path), say=said.append)
+    with shapes_unchecked():
+        results.study([of], x, layers=["1"])
+    assert "net: no study of its boundaries: all 300 samples are predicted as one class" in said[0]
+    assert results.numbers["refused"][0]["network"] == "net"
+    assert not results.numbers["studies"]
+
+
 def test_a_slice_is_described_beside_the_untrained_network(tmp_path):
     x, model, initial = line_task(0)
     line = tgp.Line(x[0], x[1], steps=20)
@@ -93,8 +110,7 @@ def test_the_gallery_gets_small_pictures(tmp_path):
     figure.add_subplot().imshow(torch.rand(300, 300).numpy())
     results = Results("figure", "a test", settings(tmp_path, gallery=tmp_path / "gallery"), say=lambda line: None)
     results.picture("map", figure, gallery=True)
-    results.animation("map", [figure, figure])
-    assert {p.name for p in (tmp_path / "figure").iterdir()} == {"map.png", "map.pdf", "map.gif"}
+    assert {p.name for p in (tmp_path / "figure").iterdir()} == {"map.png", "map.pdf"}
     (small,) = (tmp_path / "gallery").iterdir()
     assert small.name == "figure_map.png"
     assert 5_000 < small.stat().st_size <= 150_000

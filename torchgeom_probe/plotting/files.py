@@ -1,10 +1,9 @@
-"""Figures as files: PNG, PDF and SVG that are the same again, small PNGs for a page, animations."""
+"""Figures as files: PNG, PDF and SVG that are the same again, small PNGs for a page."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +47,6 @@ def small_png(figure: Figure, limit: int) -> bytes:
         (image if whole else _quantized(image)).save(buffer, format="png", optimize=True)
         if buffer.tell() <= limit:
             break
-    return buffer.getvalue()
-
-
-def animated(frames: Iterable[Figure]) -> bytes:
-    """Return figures of one size as an animated GIF, the last one held; equal figures give equal bytes.
-
-    Raises:
-        ProbeError: no frame.
-
-    >>> from matplotlib.figure import Figure
-    >>> animated([Figure(), Figure()])[:6]
-    b'GIF89a'
-    """
-    images = [_quantized(_image(figure, dpi=80)) for figure in frames]
-    if not images:
-        raise ProbeError("an animation of no frames.\nGive one figure an epoch:  animated([figure_0, figure_1])")
-    buffer, times = io.BytesIO(), [600] * (len(images) - 1) + [2400]  # milliseconds
-    images[0].save(buffer, "gif", save_all=True, append_images=images[1:], duration=times, loop=0, disposal=2)
     return buffer.getvalue()
 
 

@@ -26,7 +26,7 @@ def plot_lines(drawn: Scans) -> Figure:
     scans, names = drawn.scans, drawn.names or [""] * len(drawn.scans)
     pictures = style.pictures(scans[-1], drawn.images)
     fields = [(f"{style.titled(layer)}\n{drawn.label(layer)}", drawn.values(layer)) for layer in drawn.shown]
-    fields.append(("entropy [nat]", [scan.entropy.numpy() for scan in drawn.every]))
+    fields.append(("entropy [nat]", [scan.entropy.numpy() for scan in scans]))
     heights = [1.55] * len(fields) + [0.3] * len(scans) + [1.1] * bool(pictures)
     figure = style.new_figure(style.PAGE, sum(heights) + 0.05 * len(scans) + 0.9)
     panels = figure.subplots(len(heights), height_ratios=heights, sharex=True)

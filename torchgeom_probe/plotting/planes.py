@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,23 +27,19 @@ def plot_maps(drawn: Scans) -> Figure:
     entropy = Scale("ln (entropy / nat)" if drawn.log_entropy else "entropy [nat]", "magma")
     fields: list[tuple[str, Scale, Sequence[Any]]] = []
     if drawn.decided:
-        entropies = [scan.entropy.log() if drawn.log_entropy else scan.entropy for scan in drawn.every]
+        entropies = [scan.entropy.log() if drawn.log_entropy else scan.entropy for scan in drawn.scans]
         fields = [("prediction", CLASSES, [None] * len(entropies)), ("entropy", entropy, entropies)]
     fields += [(style.titled(la), Scale(drawn.label(la)), drawn.values(la)) for la in drawn.shown]
-    maps = [[Map(s, values[i], scale) for i, s in enumerate(drawn.every)] for _, scale, values in fields]
-    count, titles = len(drawn.scans), [name for name, *_ in fields]
+    maps = [[Map(s, values[i], scale) for i, s in enumerate(drawn.scans)] for _, scale, values in fields]
+    titles, rows = [name for name, *_ in fields], cast("list[list[Map | None]]", maps)
     names: dict[str, Any] = {"row_names": titles, "column_names": drawn.names}
-    rows: list[list[Map | None]] = [list(row[:count]) for row in maps]
-    if count == 1:  # its fields in reading order
-        wide = 4 if len(rows) > 5 else len(rows)
+    if len(drawn.scans) == 1:  # its fields in reading order
+        wide, names = 4 if len(rows) > 5 else len(rows), {}
         singles = [replace(row[0], title=title) for row, title in zip(maps, titles, strict=True)]
         padded = [*singles, *[None] * (-len(singles) % wide)]
-        rows, names = [padded[i : i + wide] for i in range(0, len(padded), wide)], {"row_names": None}
-        if drawn.names is not None and len(rows) == 1:
-            names = {"row_names": drawn.names}
+        rows = [padded[i : i + wide] for i in range(0, len(padded), wide)]
     return plot_grid(
         rows,
-        like=[row[count:] for row in maps],
         images=drawn.images,
         class_names=drawn.class_names,
         title=drawn.title,
@@ -103,7 +99,6 @@ class Map:
 def plot_grid(
     rows: Sequence[Sequence[Map | None]],
     *,
-    like: Sequence[Sequence[Map]] = (),
     row_names: Sequence[str] | None = None,
     column_names: Sequence[str] | None = None,
     images: Images = None,
@@ -119,7 +114,6 @@ def plot_grid(
 
     Args:
         rows: the maps, row by row, as many in each; None leaves a place empty.
-        like: maps that are not drawn, and whose values and classes the scales span, too.
         row_names: at the left.
         column_names: above.
         images: the samples as pictures, drawn below the maps; "auto" takes them from the slice.
@@ -147,8 +141,7 @@ def plot_grid(
             raise ProbeError(f"{len(names)} {what} names for {count} {what}s: give one each, or None.")
     places = [entry for row in rows for entry in row]
     maps = [entry for entry in places if entry is not None]
-    spanned = [*maps, *(entry for row in like for entry in row)]
-    present = torch.cat([entry.scan.predictions.flatten() for entry in spanned]).unique().tolist()
+    present = torch.cat([entry.scan.predictions.flatten() for entry in maps]).unique().tolist()
     pictures, bars = style.pictures(maps[0].scan, images), _bars(rows)
     beside, below, height = "right" in bars.values(), "bottom" in bars.values(), len(rows)
     bars_beside = lengths[0] if beside and any(entry.title for entry in maps) else int(beside)
@@ -156,7 +149,7 @@ def plot_grid(
     shape = [panel] * height + [0.85] * bool(pictures)
     figure = style.new_figure(panel * lengths[0] + 0.4 + 0.75 * bars_beside, sum(shape) + 0.75 + 0.9 * below)
     panels = figure.subplots(len(shape), lengths[0], squeeze=False, height_ratios=shape)
-    colours = {scale: _colours(scale, [e.values for e in spanned if e.scale is scale], present) for scale in bars}
+    colours = {scale: _colours(scale, [e.values for e in maps if e.scale is scale], present) for scale in bars}
     shown: dict[Scale, list[Any]] = {scale: [] for scale in bars}
     for entry, axes in zip(places, panels[:height].flat, strict=True):
         if entry is None:

@@ -103,7 +103,6 @@ class Scans:
     Args:
         scans: what is drawn, in its order.
         names: of the scans.
-        like: scans whose values the axes and colours span, too: for frames of an animation give all of its scans.
         layers: which, in which order; None: all.
         images: the samples as pictures [H, W], [1, H, W], [3, H, W] or [H, W, 3]; "auto" takes them from the slice
             where they look like pictures; None draws none.
@@ -121,7 +120,6 @@ class Scans:
 
     scans: Sequence[SliceScan]
     names: Sequence[str] | None = None
-    like: Sequence[SliceScan] = ()
     layers: Sequence[str] | None = None
     images: Images = "auto"
     class_names: Sequence[str] | None = None
@@ -132,10 +130,10 @@ class Scans:
     title: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.scans or not all(isinstance(scan, SliceScan) for scan in self.every):
-            held = ", ".join(dict.fromkeys(type(scan).__name__ for scan in self.every)) or "nothing"
+        if not self.scans or not all(isinstance(scan, SliceScan) for scan in self.scans):
+            held = ", ".join(dict.fromkeys(type(scan).__name__ for scan in self.scans)) or "nothing"
             raise ProbeError(f"no list of scans: it holds {held}.\nScan first:  tgp.plot([tgp.scan(model, plane)])")
-        if len({scan.slice.digest for scan in self.every}) > 1:
+        if len({scan.slice.digest for scan in self.scans}) > 1:
             raise ProbeError(
                 "the scans are of different slices, so they cannot be drawn point by point.\n"
                 "Scan both networks over one slice:  before = scan(net0, plane, ...); after = scan(net, plane, ...)"
@@ -144,19 +142,14 @@ class Scans:
             raise ProbeError(f"{len(self.names)} names for {len(self.scans)} scans: give one each, or None.")
 
     @property
-    def every(self) -> list[SliceScan]:
-        """What is drawn, then what the axes span, too; each once, so that all frames of an animation span the same."""
-        return [*self.scans, *(scan for scan in self.like if scan not in self.scans)]
-
-    @property
     def shown(self) -> list[str]:
         """The layers to draw, which every scan has."""
         last = self.scans[-1].report
-        return chosen_layers(self.layers, [name for name in last if all(name in scan.report for scan in self.every)])
+        return chosen_layers(self.layers, [name for name in last if all(name in scan.report for scan in self.scans)])
 
     def values(self, layer: str) -> list[np.ndarray]:
         """What was measured of a layer over the slice of every scan; log-volumes in ``unit``."""
-        found = [in_unit(scan.report[layer], self.unit).reshape(scan.slice.shape) for scan in self.every]
+        found = [in_unit(scan.report[layer], self.unit).reshape(scan.slice.shape) for scan in self.scans]
         return [v - np.median(v[np.isfinite(v)]) if self.relative and np.isfinite(v).any() else v for v in found]
 
     def label(self, layer: str) -> str:

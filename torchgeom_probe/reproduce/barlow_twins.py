@@ -11,7 +11,7 @@ from torch import nn
 from torchgeom_probe.errors import optional
 from torchgeom_probe.reproduce import resnet
 from torchgeom_probe.reproduce.data import Images
-from torchgeom_probe.reproduce.results import Results, drawn, frames
+from torchgeom_probe.reproduce.results import Results, drawn
 from torchgeom_probe.reproduce.settings import Settings
 from torchgeom_probe.reproduce.training import Trained, Training, View, accuracy
 from torchgeom_probe.shapes import Float, Tensor
@@ -131,5 +131,6 @@ def fig6(results: Results) -> None:
     trained, (*_, plane) = train_without_labels(images, results)
     results.describe(trained, plane)
     title = f"Barlow Twins: {images.title}"
-    results.picture("plane", drawn(plane, trained.scans(plane, trained.three[::2]), title=title), gallery=True)
-    results.animation("plane", frames(plane, trained.scans(plane), layers=[LAYERS[-1]], title=title))
+    results.picture(
+        "plane", drawn(plane, trained.scans(plane, trained.three[::2]), decided=False, title=title), gallery=True
+    )

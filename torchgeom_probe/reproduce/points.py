@@ -22,7 +22,7 @@ from torchgeom_probe.estimators import Exact
 from torchgeom_probe.plotting.planes import Map, Scale, plot_grid
 from torchgeom_probe.plotting.style import Figure
 from torchgeom_probe.probe import measure
-from torchgeom_probe.reproduce.results import Results, frames
+from torchgeom_probe.reproduce.results import Results
 from torchgeom_probe.reproduce.settings import Settings
 from torchgeom_probe.reproduce.training import Trained, Training, View, accuracy
 from torchgeom_probe.shapes import Float, Int, Tensor
@@ -38,7 +38,7 @@ TOLERANCE = 1e-5
 #: Along the boundary's normals, in units of the plane.
 _APART, _OFFSETS = 0.2, tuple(i / 20 for i in range(-8, 9) if i)
 
-_NOTE = "lines: the network's own decision boundary; g = JᵀJ / n, per unit of the input plane (x to the right, y up)"
+_NOTE = "g = JᵀJ / n, per unit of the input plane (x to the right, y up)"
 
 
 def sinusoid(count: int = 400, *, seed: int = 0) -> tuple[Float[Tensor, "samples 2"], Int[Tensor, " samples"]]:
@@ -150,9 +150,6 @@ def fig1(results: Results) -> None:
             results.found(networks[0].name, studies, gallery=True)
     _check(results, found)
     results.picture("volumes", _overview(found), gallery=True)
-    widest, view = found[-2]
-    options = {"title": _title(widest), "relative": False, "log_entropy": False}
-    results.animation("training", frames(view, widest.scans(view), **options))
 
 
 def along_normals(model: nn.Module, initial: nn.Module, *, seed: int = 0) -> BoundaryStudy:
@@ -175,8 +172,8 @@ def along_normals(model: nn.Module, initial: nn.Module, *, seed: int = 0) -> Bou
     within, weights = (points.abs() <= 1).all(2).cpu(), torch.tensor([1.0, -0.5, -0.5], dtype=torch.float64)
     design = Design(pairs, points, normals, weights, within, decided["margin"][pairs.ends])
     fields = [measure(m, points.flatten(0, 1), layers=[LAYER], estimator=Exact())[LAYER] for m in (model, initial)]
-    volumes = ({"speed": field.log_volume.reshape(points.shape[:2])} for field in fields)
-    found = effect_of(LAYER, LayerFields(*volumes), design, "peak", _OFFSETS)
+    after, before = ({"speed": field.log_volume.reshape(points.shape[:2])} for field in fields)
+    found = effect_of(LAYER, LayerFields(after, before), design, "peak", _OFFSETS)
     words = f"log √det g, at the boundary above its neighbours at ± {_APART} along its normal"
     distance = "along its normal, towards the class above it"
     return BoundaryStudy({LAYER: replace(found, estimand=words, profiled="log √det g", distance=distance)}, settings={})
@@ -217,7 +214,7 @@ def _title(trained: Trained) -> str:
 
 
 def _maps(trained: Trained, view: View) -> Figure:
-    """Rows: start, half-way, end; columns: prediction, entropy, measured and closed-form √det g, Ricci scalar."""
+    """Columns: start, half-way, end; rows: prediction, entropy, measured and closed-form √det g, Ricci scalar."""
     entropy, volume = Scale("entropy [nat]", "magma"), Scale("log √det g [nat]")
     curvature = Scale("Ricci scalar R", "signed")
     rows = []
@@ -227,9 +224,9 @@ def _maps(trained: Trained, view: View) -> Figure:
         volumes = [Map(found, logs, volume) for logs in (found.log_volume[LAYER], exact)]
         rows.append([Map(found), Map(found, found.entropy, entropy), *volumes, Map(found, ricci, curvature)])
     return plot_grid(
-        rows,
-        row_names=[f"epoch {epoch}" for epoch in trained.three],
-        column_names=["prediction", "entropy", "√det g, measured", "√det g, closed form", "Ricci scalar"],
+        list(zip(*rows, strict=True)),
+        column_names=[f"epoch {epoch}" for epoch in trained.three],
+        row_names=["prediction", "entropy", "√det g, measured", "√det g, closed form", "Ricci scalar"],
         class_names=view.class_names,
         corners=False,
         title=_title(trained),

@@ -16,7 +16,7 @@ from torch import nn
 from torchgeom_probe.errors import optional
 from torchgeom_probe.estimators.topk import TopK, paper_pool
 from torchgeom_probe.reproduce.data import Images, load_cifar10, load_photos
-from torchgeom_probe.reproduce.results import Results, drawn, frames
+from torchgeom_probe.reproduce.results import Results, drawn
 from torchgeom_probe.reproduce.settings import Settings
 from torchgeom_probe.reproduce.training import Trained, Training, View, accuracy
 from torchgeom_probe.shapes import Tensor
@@ -141,7 +141,6 @@ def fig3(results: Results) -> None:
         results.describe(trained, plane, layers=["layer4"])
         scans, title = trained.scans(plane), f"{ACTIVATIONS[act]}: {images.title}"
         results.picture(f"plane_{act}", drawn(plane, scans, layers=["layer4"], title=title), gallery=act == "gelu")
-        results.animation(f"plane_{act}", frames(plane, scans, layers=["layer4"], title=title))
 
 
 def fig4(results: Results) -> None:
@@ -156,7 +155,9 @@ def fig4(results: Results) -> None:
     for trained in networks.values():
         results.describe(trained, plane)
     last = {ACTIVATIONS[act]: of.scan(plane, of.epochs[-1]) for act, of in networks.items()}
-    results.picture("blocks", drawn(plane, last, title=f"Four blocks after training: {images.title}"), gallery=True)
+    results.picture(
+        "blocks", drawn(plane, last, decided=False, title=f"Four blocks after training: {images.title}"), gallery=True
+    )
 
     layers, k = (STAGES[-1:], 3) if settings.quick else (STAGES, 10)
     options = {"layers": list(layers), "estimator": TopK(k=k, tol=3e-3), "transform": paper_pool, "batch_size": 16}

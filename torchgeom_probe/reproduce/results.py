@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
@@ -14,7 +14,7 @@ from torchgeom_probe.boundary.population import boundary_study
 from torchgeom_probe.boundary.study import LEAST_NETWORKS, BoundaryStudy, compare_networks
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import write_atomically, write_json
-from torchgeom_probe.plotting.files import animated, save, small_png
+from torchgeom_probe.plotting.files import save, small_png
 from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.plotting.style import Figure
 from torchgeom_probe.reproduce.settings import Say, Settings
@@ -49,10 +49,13 @@ def drawn(view: View, scans: Mapping[str, SliceScan], **options: Any) -> Figure:
     return plot(list(scans.values()), **style | {"names": list(scans), "class_names": view.class_names} | options)
 
 
-def frames(view: View, scans: Mapping[str, SliceScan], **options: Any) -> Iterator[Figure]:
-    """Draw each scan by itself, as :func:`drawn` does, on the scales of all."""
-    for name, scan in scans.items():
-        yield drawn(view, {name: scan}, like=list(scans.values()), **options)
+def illustration(after: SliceScan, layer: str, before: SliceScan) -> tuple[str, dict[str, Any]]:
+    """What one slice shows of a layer, in words and numbers; where it shows nothing, why."""
+    try:
+        found = after.magnification(layer, initial=before)
+    except ProbeError as error:  # a constant entropy, a singular metric
+        return str(error), {}
+    return str(found), asdict(found)
 
 
 class Results:
@@ -77,6 +80,7 @@ class Results:
             "quirks": quirks(figure),
             "trainings": {},
             "studies": [],
+            "refused": [],
             "slices": [],
             "checks": {},
         }
@@ -108,19 +112,24 @@ class Results:
         epoch = trained.epochs[-1]
         after, before = trained.scan(view, epoch), trained.scan(view, 0)
         for layer in list(after.report) if layers is None else layers:
-            found = after.magnification(layer, initial=before)
-            self.say(f"{trained.name}, {view.name}: {found}")
-            place = {"network": trained.name, "view": view.name, "epoch": epoch, "sentence": str(found)}
-            self.numbers["slices"].append(place | asdict(found))
+            sentence, numbers = illustration(after, layer, before)
+            self.say(f"{trained.name}, {view.name}: {sentence}")
+            place = {"network": trained.name, "view": view.name, "epoch": epoch, "name": layer, "sentence": sentence}
+            self.numbers["slices"].append(place | numbers)
 
     def study(self, networks: Sequence[Trained], x: Tensor, *, gallery: bool = False, **options: Any) -> None:
         """Test the hypothesis at held-out samples: each network against itself before training, then all of them."""
-        options = {"pairs": 20, "offsets": (-0.2, 0.2)} | options if self.settings.quick else options
+        options |= {"pairs": 20, "offsets": (-0.2, 0.2), "share": True} if self.settings.quick else {}
         studies = []
-        for seed, of in enumerate(networks):  # each with pairs of its own
-            model, before, path = of.model(of.epochs[-1]), of.model(0), of.folder / "study.json"
-            options |= {"readout": of.readout(of.epochs[-1]), "seed": seed, "path": path}
-            studies.append(boundary_study(model, x.to(self.settings.device), initial=before, **options))
+        try:
+            for seed, of in enumerate(networks):  # each with pairs of its own
+                model, before, path = of.model(of.epochs[-1]), of.model(0), of.folder / "study.json"
+                options |= {"readout": of.readout(of.epochs[-1]), "seed": seed, "path": path}
+                studies.append(boundary_study(model, x.to(self.settings.device), initial=before, **options))
+        except ProbeError as error:  # after an epoch all may be predicted as one class
+            self.say(f"{of.name}: no study of its boundaries: {error}")
+            self.numbers["refused"].append({"network": of.name, "because": str(error)})
+            return
         self.found(networks[0].name, studies, gallery=gallery)
 
     def found(self, name: str, studies: Sequence[BoundaryStudy], *, gallery: bool = False, **options: Any) -> None:
@@ -142,10 +151,6 @@ class Results:
         if gallery and self.settings.gallery is not None:
             small = small_png(figure, _GALLERY_BYTES)
             write_atomically(self.settings.gallery / f"{self.figure}_{name}.png", small)
-
-    def animation(self, name: str, frames: Iterable[Figure]) -> None:
-        """Write ``name.gif``, one frame a figure, the last one held."""
-        write_atomically(self.folder / f"{name}.gif", animated(frames))
 
     def finish(self) -> None:
         """Write ``results.json``; a check that failed is raised."""
