@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,7 +14,7 @@ from torch.nn import functional
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators.base import Estimator, ProductCount, conventions, counted, dense_count
 from torchgeom_probe.jacobian.jacobians import Jacobians
-from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians
+from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians, pushed_together
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.krylov import leading, random_block
 from torchgeom_probe.linalg.volume import log_volume, rank_tolerance
@@ -75,7 +76,7 @@ class TopK(Estimator):
     """
 
     k: int = 10
-    tol: float = 1e-3
+    tol: float = 0.02
     block: int | None = None
     seed: int = 0
     max_products: int | None = None
@@ -144,41 +145,54 @@ class TopK(Estimator):
     def estimate(
         self, jacobians: Jacobians, *, start: Mapping[str, LayerGeometry] | None = None
     ) -> dict[str, LayerGeometry]:
-        """Measure every layer at the samples of one chunk; from the singular vectors of ``start`` where it has them."""
-        vectors = {} if start is None else {e: g.right_singular_vectors for e, g in start.items()}
+        """Measure every layer at the samples of one chunk; from what ``start`` found there, where it is of use."""
         block = self._block(jacobians.device.type)
         with layer_jacobians(jacobians, estimator=f"TopK(k={self.k})", at_once=block) as maps:
-            return {e: self._layer(jacobians, jacobian, vectors.get(e)) for e, jacobian in maps.items()}
+            expanded = {
+                e: m for e, m in maps.items() if not self._dense_at_once(min(m.num_features, m.num_inputs))
+            }
+            begun, images = time.perf_counter(), {}
+            if len(expanded) > 1 and start is None:
+                generator = torch.Generator().manual_seed(self.seed)
+                random = random_block(next(iter(maps.values())), block, generator)
+                images = pushed_together(jacobians, maps, random)
+            shared = (time.perf_counter() - begun) / max(1, len(expanded))
+            return {e: self._layer(jacobians, m, images.get(e), shared if e in expanded else 0.0) for e, m in maps.items()}
 
-    def _layer(self, jacobians: Jacobians, jacobian: LayerJacobian, start: Tensor | None) -> LayerGeometry:
+    def _layer(self, jacobians: Jacobians, jacobian: LayerJacobian, image: Tensor | None, shared: float) -> LayerGeometry:
+        begun = time.perf_counter() - shared
         smaller = min(jacobian.num_features, jacobian.num_inputs)
         block = min(self._block(jacobian.device.type), smaller)
         vectors: Tensor | None = None
         how = "dense"
         if self._dense_at_once(smaller):
             sigma, bound, products = self._dense(jacobian)
+            converged = torch.ones_like(bound)
         else:
             how = "block Krylov"
             generator = torch.Generator().manual_seed(self.seed)
             found = leading(
                 jacobian,
-                random_block(jacobian, block, generator) if start is None else start.to(jacobian.device).double(),
+                random_block(jacobian, block, generator),
                 k=self.k,
                 block=block,
                 tolerance=self.tol,
                 max_products=self._most_products(smaller, block),
                 generator=generator,
-                warm=start is not None,
+                image=image,
             )
             sigma, bound, products, vectors = found.values, found.bound, found.products, found.vectors
+            converged = found.converged.double()
             if self._may_go_dense and not bool(found.converged.all()):
                 how = "block Krylov, dense where that did not converge"
                 exact, exact_bound, _ = self._dense(jacobian)
                 sigma = torch.where(found.converged[:, None], sigma, exact)
                 bound = torch.where(found.converged, bound, exact_bound)
                 products = torch.where(found.converged, products, jacobian.products)
+                converged = torch.ones_like(converged)
         tolerance = rank_tolerance(jacobian.dtype)
         volume, rank, pseudo = log_volume(sigma, num_directions=self.k, tolerance=tolerance)
+        seconds = torch.full_like(bound, (time.perf_counter() - begun) / jacobian.batch)
         return LayerGeometry(
             **conventions(jacobians, jacobian.entry, jacobian.engine),
             estimand=f"Σ log σ_i over the {self.k} largest singular values of J (effective volume; {how})",
@@ -190,7 +204,7 @@ class TopK(Estimator):
             num_directions=self.k,
             rank_tolerance=tolerance,
             error_bound=bound,
-            extras={"num_products": products},
+            extras={"num_products": products, "converged": converged, "seconds": seconds},
             right_singular_vectors=vectors,
         )
 

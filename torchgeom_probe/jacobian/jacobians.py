@@ -17,6 +17,7 @@ from torchgeom_probe.errors import EngineRefusal, ProbeError, first_line
 from torchgeom_probe.jacobian import functorch, fused, vjp
 from torchgeom_probe.jacobian.plan import Plan, coupled_samples
 from torchgeom_probe.jacobian.replay.replays import NotReplayedError, Replays
+from torchgeom_probe.jacobian.vjp import Reached
 from torchgeom_probe.linalg.gram import Factor, streamed_factor
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
@@ -176,23 +177,23 @@ class Jacobians:
         """JV of every layer, handed to the sink layer by layer as blocks [k, B, n_i].
 
         ``any_order``: the sink does not mind in which order the features come.  ``until`` names the last entry that is
-        wanted: the dual pass ends there, and what comes after it in the model is not run.
+        wanted, where it is not the last of all: the dual pass ends there, and what comes after it in the model is not run.
         """
-        if until is not None:
-            with contextlib.suppress(_Reached):
-                self.push(directions, _ending_at(until, sink))
-            return
         fired: set[str] = set()
+        last = list(self.plan.features)[-1] if until is None else until
 
         def noting(entry: str, blocks: list[Tensor]) -> None:
             fired.add(entry)
             if sum(block.shape[2] for block in blocks) != self.plan.features.get(entry, 0) > 0:
                 raise coupled_samples(entry)
             sink(entry, blocks)
+            if entry == last:
+                raise Reached
 
-        self._push(directions, noting, any_order)
+        with contextlib.suppress(Reached):
+            self._push(directions, noting, any_order)
         odd = fired ^ self.plan.features.keys()
-        if odd:
+        if until is None and odd:
             raise ProbeError(
                 f"{min(odd)!r} fired for some samples only: the model calls a module a different number of times for "
                 "different samples.\n"
@@ -231,7 +232,7 @@ class Jacobians:
             except EngineRefusal as refusal:
                 refusals.append(f"  {engine}: {first_line(refusal)}")
                 continue
-            except _Reached:
+            except Reached:
                 self.engine = engine
                 raise
             self.engine = engine
@@ -274,15 +275,20 @@ class Jacobians:
             ) from error
 
     @contextlib.contextmanager
-    def pullback(self, at_once: int = 1, *, compared: bool = True) -> Iterator[vjp.Pullback]:
+    def pullback(
+        self, at_once: int = 1, *, compared: bool = True, until: str | None = None
+    ) -> Iterator[vjp.Pullback]:
         """Reverse mode at these samples: Jᵀu of every layer, not scaled; ``compared`` with the dual pass.
+
+        The primal pass ends with the entry ``until``, or with the last one: nothing after it is asked for.
 
         ``at_once`` cotangents go together where the saved pass fits so often.
         """
         self._refuse_alone()
         copies = self.plan.copies(at_once, self.inputs.size, self.device)
         try:
-            with vjp.pullback(self.hooked, self.inputs, copies=copies, layout=self.plan.layout, see=self._see) as back:
+            options: dict[str, Any] = {"copies": copies, "layout": self.plan.layout, "see": self._see}
+            with vjp.pullback(self.hooked, self.inputs, until=until or list(self.plan.features)[-1], **options) as back:
                 if compared and self.engine in ("auto", "fused"):
                     self._refuse_surrogates(back)
                 yield back
@@ -340,19 +346,6 @@ class Jacobians:
 
 #: Where `finite` says it of the input; no layer has such a name.
 _INPUT = "<input>"
-
-
-class _Reached(BaseException):
-    """No Exception: neither the model's nor our own error handling may take it for a failure."""
-
-
-def _ending_at(entry: str, sink: fused.Sink) -> fused.Sink:
-    def ending(fired: str, blocks: list[Tensor]) -> None:
-        sink(fired, blocks)
-        if fired == entry:
-            raise _Reached
-
-    return ending
 
 
 def _refuse_another_value(engine: str, entry: str, values: list[Tensor], reference: Tensor) -> None:

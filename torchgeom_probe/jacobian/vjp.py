@@ -21,6 +21,13 @@ from torchgeom_probe.model.isolation import frozen, same_random_numbers
 from torchgeom_probe.shapes import Tensor
 
 
+class Reached(BaseException):
+    """Ends a pass at the last entry that is asked for.
+
+    No Exception: neither the model's nor our own error handling may take it for a failure.
+    """
+
+
 class Pullback:
     """The saved primal pass: ``features[entry]`` [c·B, n] with their graph back to ``point`` [c·B, *space].
 
@@ -59,11 +66,17 @@ class Pullback:
 
 @contextlib.contextmanager
 def pullback(
-    hooked: HookedModel, inputs: Inputs, *, see: Seer = unseen, copies: int = 1, layout: Layout | None = None
+    hooked: HookedModel,
+    inputs: Inputs,
+    *,
+    see: Seer = unseen,
+    copies: int = 1,
+    layout: Layout | None = None,
+    until: str | None = None,
 ) -> Iterator[Pullback]:
     """Make the primal pass, parameters held constant, and yield every layer's pullback; the graph ends with the body.
 
-    ``layout``: images may lie in memory as it says.
+    ``layout``: images may lie in memory as it says.  ``until``: the pass ends with this entry.
     """
     point = starting_point(hooked, inputs)
     point = torch.cat([point] * copies) if copies > 1 else point
@@ -73,18 +86,25 @@ def pullback(
         if layout is not None and layout.suits(point):
             last = point.contiguous(memory_format=torch.channels_last)
             try:
-                saved = _saved(hooked, inputs, last, copies, weights=weights_with_channels_last(hooked.model))
+                weights = weights_with_channels_last(hooked.model)
+                saved = _saved(hooked, inputs, last, copies, weights=weights, until=until)
             except RuntimeError:  # a model that calls .view on what a convolution made counts on its layout
-                saved = _saved(hooked, inputs, point, copies)
+                saved = _saved(hooked, inputs, point, copies, until=until)
         else:
-            saved = _saved(hooked, inputs, point, copies)
+            saved = _saved(hooked, inputs, point, copies, until=until)
         for entry, features in saved.features.items():
             see(entry, [features.detach()[: len(point) // copies]])
         yield saved
 
 
 def _saved(
-    hooked: HookedModel, inputs: Inputs, point: Tensor, copies: int, *, weights: dict[str, Tensor] | None = None
+    hooked: HookedModel,
+    inputs: Inputs,
+    point: Tensor,
+    copies: int,
+    *,
+    weights: dict[str, Tensor] | None = None,
+    until: str | None = None,
 ) -> Pullback:
     point.requires_grad_()
     outputs: dict[str, Tensor] = {}
@@ -96,12 +116,15 @@ def _saved(
         if not whole.requires_grad:
             raise hooked.no_tangent(entry, "it does not depend on it, or runs under no_grad or inference_mode")
         outputs[entry] = whole
+        if entry == until:
+            raise Reached
 
     # The random numbers of every pass are the same, as in forward mode.
     with (
         same_random_numbers(point.device),
         torch.enable_grad(),
         _without_gradient_hooks(hooked.model),
+        contextlib.suppress(Reached),
         Followed(reverse=True),
     ):
         # A fresh non-leaf: a model whose first op is in place must not write to a leaf that requires a gradient.

@@ -1,31 +1,25 @@
 """The k leading singular values of J, with a bound on their error, from products Jv and Jᵀu alone: block Golub-Kahan.
 
 **What grows.**  For every sample two sets of orthonormal vectors: V of inputs and U of features (columns in these
-formulas, rows in the code).  U spans what J makes of V:
-    J V = U C,  C = Uᵀ J V [m, m].
-A round adds b vectors to each, in two half-steps:
-    push   J F, for a block F of b new vectors orthogonal to V; what of J F lies outside of U is added to U, as G;
-    pull   Jᵀ G, which completes Jᵀ U.
-F spans the residuals (below) as well as b vectors can.  From a random start, V is then the block Krylov space of
-g = JᵀJ; from the singular vectors of an earlier measurement it grows where those fail.  What is added is made
-orthogonal to all that is there, twice.
+formulas, rows in the code), a block at a time, in half-steps:
+    push   J F for the newest block F of V.  What lies outside of U joins U as G:  J V = U C,  C = Uᵀ J V.
+    pull   Jᵀ G for the newest block G of U.  What lies outside of V is the next F:  Jᵀ U = V Cᵀ + F Tᵀ.
+From a random start V is the block Krylov space of g = JᵀJ; from the singular vectors of an earlier measurement it grows
+where those fail.  All that is known of J is one small matrix M: C after a push, [C T] after a pull.
 
-**What is read off.**  The SVD C = P S Qᵀ gives the Ritz values S_i and the Ritz pairs u_i = U P_i, v_i = V Q_i:
-    J v_i = S_i u_i,   Jᵀ u_i = S_i v_i + r_i,   with residuals r_i orthogonal to V.
-S_i is at most σ_i, and only rises as the spaces grow.  After a push, before the pull, the old vectors of U have their
-Jᵀ U within the grown V; its SVD gives pairs that are half a step further:
-    Jᵀ u_i = S_i w_i,  J w_i = S_i u_i + r_i,   with residuals r_i orthogonal to the old U.
+**What is read off.**  The singular values S_i of M, M = P S Qᵀ.  Each is at most σ_i, and only rises as the spaces grow.
+The next half-step gives the residuals of the pairs u_i = U P_i, v_i = (V F) Q_i: only the newest block can miss anything,
+so after a push J v_i − S_i u_i = G (UᵀJF-block of C) Q_i's last entries, after a pull Jᵀu_i − S_i v_i = F TᵀP_i's last.
 
-**When it ends,** and why the bound on the error holds: see :mod:`torchgeom_probe.linalg.stopping`.
+**When it ends,** and how far off the values may be then: see :mod:`torchgeom_probe.linalg.stopping`.
 
-Legend of axes: B samples, b the block, m the vectors so far, c Ritz pairs that are looked at, k the values wanted,
-D inputs, N features.
+Legend of axes: B samples, b the block, m the vectors so far, k the values wanted, D inputs, N features, X either.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -45,9 +39,8 @@ class Leading:
 
     Attributes:
         values: [B, k] float64, descending; lower bounds of the true ones.
-        bound: [B] on the sum of the errors of their logarithms, in nats; inf where the residuals are too large to say.
-        converged: [B], whether the stopping rule was met, and nothing crowded.
-        crowded: [B], whether more copies of a multiple value than the block holds may be missing among the k.
+        bound: [B] on the sum of the errors of their logarithms, in nats.
+        converged: [B], whether the bound is within the tolerance.
         products: [B], Jv and Jᵀu together.
         vectors: [B, q, D], right singular vectors, k and two spare ones; zero where there are no more.
         left: [B, q, N], the left ones.
@@ -56,10 +49,23 @@ class Leading:
     values: Float[Tensor, "B k"]
     bound: Float[Tensor, " B"]
     converged: Bool[Tensor, " B"]
-    crowded: Bool[Tensor, " B"]
     products: Int[Tensor, " B"]
     vectors: Float[Tensor, "B q D"]
     left: Float[Tensor, "B q N"]
+
+    @staticmethod
+    def empty(jacobian: Operator, k: int) -> Leading:
+        """Of every sample nothing."""
+        count, device = jacobian.batch, jacobian.device
+        values = torch.zeros(count, k, dtype=torch.float64, device=device)
+        return Leading(
+            values=values,
+            bound=torch.full_like(values[:, 0], torch.inf),
+            converged=torch.zeros(count, dtype=torch.bool, device=device),
+            products=torch.zeros(count, dtype=torch.long, device=device),
+            vectors=values.new_zeros(count, k + SPARE, jacobian.num_inputs),
+            left=values.new_zeros(count, k + SPARE, jacobian.num_features),
+        )
 
 
 def leading(
@@ -71,216 +77,232 @@ def leading(
     tolerance: float,
     max_products: float,
     generator: torch.Generator,
-    warm: bool = False,
+    image: Float[Tensor, "B b N"] | None = None,
 ) -> Leading:
-    """Expand until every sample meets the stopping rule, or the next round would go beyond ``max_products``.
+    """Expand until every sample's bound is within the tolerance, or the next half-step would go beyond ``max_products``.
 
-    A sample's result is that of its own last round, whatever its neighbours need.  Bias: downward, within ``bound``.
-    Cost: 2 · block products a round; 40 to 140 in all at k = 10, n = 512, d = 3072 (benchmarks/README.md).
+    A sample's result is that of its own last half-step, whatever its neighbours need; from then on it costs nothing.  At
+    least k values are found, whatever ``max_products`` is.  Bias: downward, within ``bound``.
 
     Args:
         jacobian: J, by its products.
-        start: the first block, float64: random, or with ``warm`` the singular vectors of a Jacobian close by.
+        start: the first block, orthonormal float64 rows.
         k: how many values.
-        block: vectors a round, at least 4: with fewer the stopping rule misfires.
-        tolerance: on each log10 σ_i.
+        block: vectors a round, at least 4: with fewer a value may be missed.
+        tolerance: in nats, on Σ log σ_i.
         max_products: per sample.
         generator: of the random directions that fill up a block.
-        warm: whether ``start`` is not random, so that two whole steps must agree before the first verdict.
+        image: J of the start, where it is known.
 
     >>> from torchgeom_probe.linalg.operator import MatrixOperator
-    >>> J = torch.diag(torch.arange(60.0, 0.0, -1.0).double())[None]
+    >>> J = MatrixOperator(torch.diag(torch.arange(60.0, 0.0, -1.0).double())[None])
     >>> generator = torch.Generator().manual_seed(0)
-    >>> start = torch.randn(1, 4, 60, dtype=torch.float64, generator=generator)
-    >>> options = {"block": 4, "tolerance": 1e-4, "max_products": 240, "generator": generator}
-    >>> found = leading(MatrixOperator(J), start, k=2, **options)
+    >>> options = {"block": 4, "tolerance": 1e-3, "max_products": 240, "generator": generator}
+    >>> found = leading(J, random_block(J, 4, generator), k=2, **options)
     >>> error = torch.tensor([60.0, 59.0]).double().log().sum() - found.values.log().sum()
     >>> bool(found.converged), bool(0 <= error <= found.bound < 1e-3)
     (True, True)
     """
-    expanded = functools.partial(
-        _expanded, jacobian, k=k, tolerance=tolerance, max_products=max_products, generator=generator
-    )
-    found = expanded(start, block=block, warm=warm)
+    found = Leading.empty(jacobian, k)
+    everywhere = list(range(jacobian.batch))
+    options: Any = {"k": k, "tolerance": tolerance, "generator": generator}
+    crowded, spent = _expanded(jacobian, found, start, everywhere, image, max_products=max_products, **options)
     larger = min(max(2 * block, k + 2), jacobian.num_features, jacobian.num_inputs)
-    if jacobian.products + 2 * larger > max_products or not bool(found.crowded.any()):
-        return found
-    again = expanded(random_block(jacobian, larger, generator), block=larger, warm=False)
-
-    def chosen(first: Tensor, second: Tensor) -> Tensor:
-        return torch.where(found.crowded.view(-1, *(1,) * (first.ndim - 1)), second, first)
-
-    return Leading(*map(chosen, vars(found).values(), vars(again).values()))
+    if crowded and spent + 4 * larger <= max_products:
+        start = random_block(jacobian, larger, generator)[crowded]
+        _expanded(jacobian, found, start, crowded, None, max_products=max_products, spent=spent, **options)
+    return found
 
 
 def random_block(jacobian: Operator, block: int, generator: torch.Generator) -> Float[Tensor, "B b D"]:
-    """Random vectors to start from, the same at every sample (an expanded view)."""
+    """Orthonormal random rows to start from, the same at every sample (an expanded view)."""
     rows = torch.randn(block, jacobian.num_inputs, generator=generator, dtype=torch.float64)
-    return rows.to(jacobian.device).expand(jacobian.batch, -1, -1)
+    return torch.linalg.qr(rows.T).Q.T.to(jacobian.device).expand(jacobian.batch, -1, -1)
 
 
 def _expanded(
     jacobian: Operator,
-    start: Float[Tensor, "B b D"],
+    found: Leading,
+    start: Float[Tensor, "S b D"],
+    at: list[int],
+    image: Float[Tensor, "S b N"] | None,
     *,
     k: int,
-    block: int,
     tolerance: float,
     max_products: float,
     generator: torch.Generator,
-    warm: bool,
-) -> Leading:
-    """One pair of spaces, from the first block to the end; ``all_done`` makes the host wait twice a round."""
-    space = _Space(jacobian, start)
-    verdict = Verdict(jacobian, k=k, block=start.shape[1], tolerance=tolerance, warm=warm)
-    full = min(jacobian.num_features, jacobian.num_inputs)
-    fresh = orthonormal(start, None, eps=jacobian.eps)
-    random = torch.full((len(start),), not warm, device=start.device)
+    spent: int = 0,
+) -> tuple[list[int], int]:
+    """Fill in what is found at some samples; return those that need a larger block, and the products so far.
+
+    The host waits once a half-step, to know which samples are done.
+    """
+    space = _Space(jacobian, start, at, generator)
+    verdict = Verdict(k=k, block=start.shape[1], tolerance=tolerance, eps=jacobian.eps, like=space.matrix, inputs=jacobian.num_inputs)
+    crowded: list[int] = []
     while True:
-        known = space.size
-        space.push(fresh, at=verdict.waiting)  # a sample that is done costs no more pushes
-        # What J makes of a random block lies in the known range: there are no more singular values than have been seen.
-        complete = random & space.silent
-        judge = functools.partial(verdict.judge, size=space.size, complete=complete, finite=space.finite)
-        if known:
-            values, residuals = space.left_pairs(verdict.wanted(known))
-            judge(values, residuals, half=True, exhausted=False)
-            if verdict.all_done():
-                break
-        space.pull()
-        values, residuals = space.right_pairs(verdict.wanted(space.size))
-        judge(values, residuals, half=False, exhausted=space.size >= full)
-        if verdict.all_done() or jacobian.products + 2 * block > max_products:
-            break
-        fresh, random = _expansion(values, residuals, space.right, block, jacobian.eps, generator)
-    values, vectors, left = _best_values(space, verdict, k)
-    return Leading(
-        values=values,
-        bound=verdict.bound,
-        converged=verdict.done & ~verdict.crowded,
-        crowded=verdict.crowded,
-        products=verdict.products,
-        vectors=vectors,
-        left=left,
-    )
+        space.half_step(image)
+        image, spent = None, spent + start.shape[1]
+        done = verdict.judge(space.values, *space.before, complete=space.complete, exhausted=space.exhausted)
+        done = done | ~space.finite
+        if spent + start.shape[1] > max_products and space.values.shape[1] >= min(k, space.full):
+            done = torch.ones_like(done)
+        ended = done.tolist()
+        if any(ended):
+            for i, sample in enumerate(space.at):
+                if ended[i]:
+                    values, vectors, left = space.best(i, k)
+                    found.values[sample, : len(values)] = values
+                    found.vectors[sample, : len(vectors)], found.left[sample, : len(left)] = vectors, left
+                    found.bound[sample], found.converged[sample] = verdict.bound[i], verdict.met[i]
+                    found.products[sample] = spent
+                    if verdict.crowded[i]:
+                        crowded.append(sample)
+            if all(ended):
+                return sorted(crowded), spent
+            kept = [i for i, end in enumerate(ended) if not end]
+            space.keep(kept)
+            verdict.keep(kept)
+
+
+class _Rows:
+    """Orthonormal rows [S, m, X] that grow, in the precision of the products: float64 only where those are."""
+
+    def __init__(self, like: Tensor, length: int, dtype: torch.dtype) -> None:
+        self._all = torch.empty(len(like), 0, length, dtype=dtype, device=like.device)
+        self.newest = torch.empty(len(like), 0, length, dtype=torch.float64, device=like.device)
+        self.count = 0
+
+    @property
+    def rows(self) -> Tensor:
+        """All of them, in the order in which they came."""
+        return self._all[:, : self.count]
+
+    def outside(self, block_SbX: Tensor) -> Tensor:
+        """What of a block lies outside of the rows.
+
+        A product of the newest rows has its largest part along the newest rows on the other side; without it one round
+        over all rows leaves no more than rounding.
+        """
+        rest = block_SbX - (block_SbX @ self.newest.mT) @ self.newest
+        rest = rest.to(self._all.dtype)
+        return (rest - (rest @ self.rows.mT) @ self.rows).double()
+
+    def append(self, block_SbX: Tensor) -> None:
+        """Take orthonormal rows in."""
+        count = self.count + block_SbX.shape[1]
+        if count > self._all.shape[1]:  # room for as many again: to copy all at each step would cost as much as to use them
+            self._all = functional.pad(self._all, (0, 0, 0, 2 * count - self._all.shape[1]))
+        self._all[:, self.count : count] = block_SbX
+        self.newest, self.count = block_SbX, count
+
+    def keep(self, samples: list[int]) -> None:
+        """Let go of the other samples."""
+        self._all, self.newest = self._all[samples], self.newest[samples]
 
 
 class _Space:
-    """The bases V and U of every sample, and what J makes of them.
+    """The rows V and U of some samples, and the matrix M of J between them.
 
     Attributes:
-        right: V, [B, m, D].
-        left: U, [B, m, N].
-        cross: C = UᵀJV, [B, m, m].
-        pulled: JᵀU, [B, m, D]; zero for the fresh rows of U until they are pulled.
-        silent: [B], whether the last push brought nothing outside of U.
-        finite: [B], whether what it brought was finite.
+        at: which of the operator's samples.
+        right, left: V and U.
+        matrix: M = U J Vᵀ, [S, |U|, |V|], known in full.
+        full: the vectors that fill the whole space.
+        complete: [S], whether a random block was mapped into the known range: there are no more singular values.
+        finite: [S], whether what J gave was.
     """
 
-    def __init__(self, jacobian: Operator, start: Float[Tensor, "B b D"]) -> None:
-        self.jacobian = jacobian
-        samples = len(start)
-        self.right = start.new_zeros(samples, 0, jacobian.num_inputs)
-        self.left = start.new_zeros(samples, 0, jacobian.num_features)
-        self.cross = start.new_zeros(samples, 0, 0)
-        self.pulled = self.right
-        self._largest = start.new_zeros(samples)
-        self._fresh_left = self.left
+    def __init__(self, jacobian: Operator, start: Float[Tensor, "S b D"], at: list[int], generator: torch.Generator) -> None:
+        self.jacobian, self.at, self._generator = jacobian, list(at), generator
+        dtype = torch.float64 if jacobian.dtype == torch.float64 else torch.float32
+        self.right, self.left = (_Rows(start, n, dtype) for n in (jacobian.num_inputs, jacobian.num_features))
+        self.right.append(start)
+        self.matrix = start.new_zeros(len(start), 0, start.shape[1], dtype=torch.float64)
+        self.full = min(jacobian.num_features, jacobian.num_inputs)
+        self.complete = torch.zeros(len(start), dtype=torch.bool, device=start.device)
+        self.finite = ~self.complete
+        self._random = ~self.complete
+        self._largest = start.new_zeros(len(start))
+        self._pushes = True
+        self._corner = self.matrix
+        self._before: tuple[Tensor, Tensor] | None = None
+        self._svd()
 
     @property
-    def size(self) -> int:
-        """m, the rows of V."""
-        return self.right.shape[1]
+    def values(self) -> Tensor:
+        """[S, r], the singular values of M."""
+        return self._pairs[1]
 
-    def push(self, fresh: Float[Tensor, "B b D"], *, at: list[int]) -> None:
-        """Take the fresh rows into V, and what is new in J F into U; only ``at`` these samples is it needed."""
-        eps, known = self.jacobian.eps, self.size
-        image = self.jacobian.push(fresh, at=at)
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last half-step was the product with a whole basis."""
+        if self._pushes:
+            return self.left.count >= self.jacobian.num_features
+        return self.right.count >= self.jacobian.num_inputs
+
+    def _svd(self) -> None:
+        self._pairs = torch.linalg.svd(self.matrix, full_matrices=False)
+
+    def half_step(self, image: Tensor | None = None) -> None:
+        """Push the newest block of V, or pull that of U; ``image``: its product, where it is known."""
+        source, target = (self.right, self.left) if self._pushes else (self.left, self.right)
+        if image is None:
+            product = self.jacobian.push if self._pushes else self.jacobian.pull
+            image = product(source.newest, at=self.at)
+        self.finite = self.finite & image.isfinite().all(-1).all(-1)
+        image = torch.nan_to_num(image)
+        eps = self.jacobian.eps
         self._largest = torch.maximum(self._largest, image.norm(dim=2).amax(1))
-        noise = 8 * eps * self._largest[:, None, None]
-        self._fresh_left = orthonormal(image, self.left, eps=eps, noise=noise)
-        self.silent = self._fresh_left.square().sum((1, 2)) < 0.5
-        self.finite = image.isfinite().all(-1).all(-1)
-        above = torch.cat([self.cross, self.pulled @ fresh.mT], dim=2)
-        below = functional.pad(self._fresh_left @ image.mT, (known, 0))
-        self.cross = torch.cat([above, below], dim=1)
-        self.pulled = functional.pad(self.pulled, (0, 0, 0, fresh.shape[1]))
-        self.right = torch.cat([self.right, fresh], dim=1)
-        self.left = torch.cat([self.left, self._fresh_left], dim=1)
+        fresh = orthonormal(target.outside(image), None, eps=eps, noise=8 * eps * self._largest[:, None, None])
+        P, S, Qh = self._pairs
+        block = source.newest.shape[1]
+        ends = (Qh.mT if self._pushes else P)[:, -block:]  # of the pairs before, along the source's newest block
+        corner = fresh @ image.mT
+        self._before = S, ends.mT @ corner.mT
+        silent = fresh.square().sum(2) < 0.5
+        if self._pushes:
+            self.complete = self.complete | (self._random & silent.all(1))
+            grown = functional.pad(corner, (self.matrix.shape[2] - block, 0))
+            self.matrix = torch.cat([self.matrix, grown], 1)
+        else:
+            self._random = silent.all(1)
+            grown = functional.pad(corner.mT, (0, 0, self.matrix.shape[1] - block, 0))
+            self.matrix = torch.cat([self.matrix, grown], 2)
+            if bool(silent.any()):
+                fresh = self._filled(fresh, silent)
+        target.append(fresh)
+        self._pushes = not self._pushes
+        self._svd()
 
-    def pull(self) -> None:
-        """Complete JᵀU by the fresh rows of U."""
-        pulled = self.jacobian.pull(self._fresh_left)
-        fresh = pulled.shape[1]
-        self.pulled[:, -fresh:] = pulled
-        self.cross[:, -fresh:] = pulled @ self.right.mT
+    def _filled(self, fresh_SbD: Tensor, empty_Sb: Tensor) -> Tensor:
+        """Random rows in place of the empty ones: of a space that J maps into itself they know what lies beyond."""
+        random = torch.randn(*fresh_SbD.shape[1:], generator=self._generator, dtype=torch.float64)
+        random = random.to(fresh_SbD.device).expand_as(fresh_SbD)
+        random = self.right.outside(self.right.outside(random))
+        random = random - (random @ fresh_SbD.mT) @ fresh_SbD
+        rows = orthonormal(torch.where(empty_Sb[:, :, None], random, 0.0), fresh_SbD, eps=1e-9)
+        return fresh_SbD + rows.flip(1)  # rows that are zero come last, so that these fill them
 
-    def left_pairs(self, count: int) -> tuple[Tensor, Tensor]:
-        """After a push, for the old rows of U: the first pairs Jᵀu = S w, as S [B, c], and J w − S u [B, c, b].
+    @property
+    def before(self) -> tuple[Tensor, Tensor]:
+        """The values before the last half-step, [S, r], and what it says of their pairs: residuals [S, r, b]."""
+        assert self._before is not None
+        return self._before
 
-        w is known in the basis of V with its fresh block, and J w − S u lies in the fresh rows of U.  What JᵀU has
-        outside of that basis (after a warm start, whose residuals span more than a block) no product has met: it makes
-        the residual infinite.
-        """
-        known = self.size - self._fresh_left.shape[1]
-        vectors, values, basis = torch.linalg.svd(torch.nan_to_num(self.cross[:, :known]), full_matrices=False)
-        vectors, values, basis = vectors[:, :, :count], values[:, :count], basis[:, :count]
-        residuals = basis[:, :, known:] @ self.cross[:, known:, known:].mT
-        inside = values[:, :, None] * (basis @ self.right)
-        outside = (vectors.mT @ torch.nan_to_num(self.pulled[:, :known]) - inside).norm(dim=2)
-        met = outside <= 64 * self.jacobian.eps * values[:, :1]
-        return values, torch.where(met[:, :, None], residuals, torch.inf)
+    def keep(self, samples: list[int]) -> None:
+        """Let go of the other samples."""
+        self.at = [self.at[i] for i in samples]
+        self.right.keep(samples)
+        self.left.keep(samples)
+        for name in ("matrix", "complete", "finite", "_random", "_largest"):
+            setattr(self, name, getattr(self, name)[samples])
+        self._pairs = tuple(part[samples] for part in self._pairs)
 
-    def right_pairs(self, count: int) -> tuple[Tensor, Tensor]:
-        """After a pull: the first values of C, [B, c], and their residuals, [B, c, D]."""
-        vectors_left, values, vectors_right = torch.linalg.svd(torch.nan_to_num(self.cross))
-        values = values[:, :count]
-        ritz = values[:, :, None] * (vectors_right[:, :count] @ self.right)
-        return values, vectors_left.mT[:, :count] @ self.pulled - ritz
-
-
-def _expansion(
-    values_Bc: Tensor, residuals_BcD: Tensor, right: Tensor, block: int, eps: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return ([B, b, D] the next block; [B] whether all of it is random).
-
-    It spans the residuals best, each relative to its value; where they hold nothing but rounding, random directions
-    stand in.
-    """
-    top = values_Bc[:, :1]
-    weights = 1 / torch.maximum(values_Bc, 16 * eps * top).clamp_min(1e-300)
-    weighted = torch.nan_to_num(residuals_BcD * weights[:, :, None])
-    energies, mixing = torch.linalg.eigh(weighted @ weighted.mT)
-    energies, mixing = energies.flip(-1)[:, :block], mixing.flip(-1)[:, :, :block]
-    rounding = (mixing.square() * (8 * eps * top * weights)[:, :, None].square()).sum(1)
-    candidates = torch.where((energies > rounding)[:, :, None], mixing.mT @ weighted, 0.0)
-    candidates = functional.pad(candidates, (0, 0, 0, block - candidates.shape[1]))
-    candidates = orthonormal(candidates, right, eps=eps)
-    random = torch.randn(block, right.shape[2], generator=generator, dtype=torch.float64).to(right.device)
-    empty = candidates.square().sum(2, keepdim=True) < 0.5
-    filled = torch.where(empty, random / random.norm(dim=1, keepdim=True), candidates)
-    return orthonormal(filled, right, eps=eps), empty[:, :, 0].all(1)
-
-
-def _best_values(space: _Space, verdict: Verdict, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k leading values, and singular vectors, each sample's by the space that it stopped with.
-
-    Both are half a step beyond the pairs that were judged, at no price: after a push those of JV, after a pull those of
-    JᵀU.
-    """
-    rows = torch.arange(space.size, device=space.right.device)[None, :, None]
-    within = rows < verdict.size[:, None, None]
-    matrix = torch.nan_to_num(torch.where(within, space.pulled, 0.0))
-    basis, triangle = torch.linalg.qr(matrix.mT)
-    rotation, values, mixing = torch.linalg.svd(triangle)
-    kept = min(k + SPARE, values.shape[1])
-    vectors, left = (basis @ rotation[:, :, :kept]).mT, mixing[:, :kept] @ space.left
-    after_push = torch.nan_to_num(torch.where(within.mT, space.cross, 0.0))  # J V = U C
-    rotation, pushed, mixing = torch.linalg.svd(after_push)
-    half = verdict.half[:, None]
-    values = torch.where(half, pushed[:, : values.shape[1]], values)
-    vectors = torch.where(half[:, :, None], mixing[:, :kept] @ space.right, vectors)
-    left = torch.where(half[:, :, None], rotation.mT[:, :kept] @ space.left, left)
-    values = torch.where(space.pulled.isfinite().all(-1).all(-1)[:, None], values, torch.nan)
-    missing = (0, 0, 0, k + SPARE - kept)
-    return values[:, :k], functional.pad(vectors, missing), functional.pad(left, missing)
+    def best(self, i: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The k leading values of the i-th sample, and right and left vectors of a few more."""
+        P, S, Qh = (part[i] for part in self._pairs)
+        kept = min(k + SPARE, len(S))
+        vectors = (Qh[:kept].to(self.right.rows.dtype) @ self.right.rows[i]).double()
+        left = (P.mT[:kept].to(self.left.rows.dtype) @ self.left.rows[i]).double()
+        return torch.where(self.finite[i], S[:k], torch.nan), vectors, left

@@ -1,6 +1,6 @@
 """What linear algebra asks of a Jacobian: its products.  A layer's Jacobian is one such operator, a matrix another.
 
-Legend of axes: B samples, b vectors, D inputs, N features.
+Legend of axes: B samples, S some of them, b vectors, D inputs, N features.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Operator(Protocol):
     def products(self) -> int:
         """How many Jv and Jᵀu have been formed so far, per sample."""
 
-    def push(self, vectors_BbD: Float[Tensor, "B b D"], *, at: list[int] | None = None) -> Float[Tensor, "B b N"]:
-        """Jv, every sample's own vectors; ``at``: those of the other samples are not needed, and may be zero."""
+    def push(self, vectors_SbD: Float[Tensor, "S b D"], *, at: list[int] | None = None) -> Float[Tensor, "S b N"]:
+        """Jv, every sample's own vectors; of the samples ``at`` alone, where it is given."""
 
-    def pull(self, vectors_BbN: Float[Tensor, "B b N"]) -> Float[Tensor, "B b D"]:
-        """Jᵀu, every sample's own vectors."""
+    def pull(self, vectors_SbN: Float[Tensor, "S b N"], *, at: list[int] | None = None) -> Float[Tensor, "S b D"]:
+        """Jᵀu, every sample's own vectors; of the samples ``at`` alone, where it is given."""
 
     def dense(self) -> Factor:
         """The factor of the whole J, by rows or by columns, whichever are fewer."""
@@ -73,15 +73,15 @@ class MatrixOperator:
         self.device = matrix_BND.device
         self.products = 0
 
-    def push(self, vectors_BbD: Float[Tensor, "B b D"], *, at: list[int] | None = None) -> Float[Tensor, "B b N"]:
+    def push(self, vectors_SbD: Float[Tensor, "S b D"], *, at: list[int] | None = None) -> Float[Tensor, "S b N"]:
         """Jv."""
-        self.products += vectors_BbD.shape[1]
-        return vectors_BbD @ self.matrix.mT
+        self.products += vectors_SbD.shape[1]
+        return vectors_SbD @ (self.matrix if at is None else self.matrix[at]).mT
 
-    def pull(self, vectors_BbN: Float[Tensor, "B b N"]) -> Float[Tensor, "B b D"]:
+    def pull(self, vectors_SbN: Float[Tensor, "S b N"], *, at: list[int] | None = None) -> Float[Tensor, "S b D"]:
         """Jᵀu."""
-        self.products += vectors_BbN.shape[1]
-        return vectors_BbN @ self.matrix
+        self.products += vectors_SbN.shape[1]
+        return vectors_SbN @ (self.matrix if at is None else self.matrix[at])
 
     def dense(self) -> Factor:
         """The factor of the matrix itself."""

@@ -1,24 +1,27 @@
-"""When a Krylov space's values are good enough, and how far off they may be: bounds from Ritz values and residuals.
+"""How far off a Krylov space's values may be, at any moment: bounds from Ritz values, residuals and their progress.
 
-The pairs are those of :mod:`torchgeom_probe.linalg.krylov`: J v_i = S_i u_i, with residuals r_i = Jᵀ u_i − S_i v_i.
+The pairs are those of :mod:`torchgeom_probe.linalg.krylov`, S_i their values, r_i their residuals, a_j = Σ log S_i over
+the k wanted after the j-th half-step.  Four bounds on the error of a_j; the smallest that counts is taken.
 
-**Why the bound holds.**  Linear: some singular value lies within |r_i| of S_i.  Quadratic: take the first j ≥ k vectors
-v_i and complete them to an orthonormal basis of the inputs.  In it
+- **Progress.**  Where σ_1 … σ_k are close together the iteration advances as 1/j² and faster, so that what is left is at
+  most some j times the last two half-steps' gain.  How many times was calibrated (``_AHEAD``).
+- **The top.**  All k values are below σ_1, whose own bound is that of k = 1; before there is progress to be seen σ_1² is
+  below tr g, which the random start has estimated.
+- **Linear.**  Some singular value lies within |r_i| of S_i.
+- **Quadratic.**  Take the first j ≥ k vectors v_i and complete them to an orthonormal basis of the inputs.  In it
     g = JᵀJ = [[Θ, Rᵀ], [R, M]],  Θ = diag(S_1², …, S_j²),  and R has the columns S_i r_i,
-since g v_i = S_i Jᵀ u_i = S_i² v_i + S_i r_i.  Let μ be the largest eigenvalue of M.  Where μ < S_k², the Schur
-complement says of the k largest eigenvalues of g, which are at least S_k², that
+  since g v_i = S_i Jᵀ u_i = S_i² v_i + S_i r_i.  Let μ be the largest eigenvalue of M.  Where μ < S_k², the Schur
+  complement says of the k largest eigenvalues of g, which are at least S_k², that
     λ_i(g) ≤ λ_i(Θ + RᵀR/(S_k² − μ)),  i ≤ k.
-μ is not known: it is taken to be (S_{j+1} + |r_{j+1}|)².  Every split j is tried and the best one used, for the gap
-below a far value may be wide where the one below σ_k is narrow.  Of both bounds the smaller counts, value by value.
+  μ is not known: it is taken to be (S_{j+1} + |r_{j+1}|)².  Every split j is tried and the best one used.
+  The last two count only where residuals are small, in two half-steps in a row: large ones bound the distance to SOME
+  singular value, not to the one of the same number.
 
-**What no residual can see,** and what is done about it:
-- A value that the space has not met.  The bound counts only where all residuals are small, in two half-steps in a row:
-  a value that the space has begun to see shows in the next one.  How small was calibrated (the constants, below).
-- A further copy of a multiple value: b random vectors meet b copies of it and no more.  Where b Ritz values in a row
-  agree, what a hidden copy could add is part of the bound; where that is too much, the sample starts again from k + 2
-  vectors, among which no copy can be missed.
+**What neither residuals nor progress can see** is a further copy of a multiple value: b random vectors meet b copies of
+it and no more.  Where b Ritz values in a row agree, what hidden copies could add is part of the bound; where that is too
+much, the sample starts again from k + 2 vectors, among which no copy can be missed.
 
-Legend of axes: B samples, c Ritz pairs that are looked at, k the values wanted, D what a residual is a vector of.
+Legend of axes: S samples, c Ritz pairs, k the values wanted, b the block.
 """
 
 from __future__ import annotations
@@ -27,22 +30,16 @@ import math
 
 import torch
 
-from torchgeom_probe.linalg.operator import Operator
 from torchgeom_probe.shapes import Bool, Float, Tensor
 
 _LN10 = math.log(10.0)
 
-#: A bound counts only where log10 σ_i is known within the first number and |r_i|/S_i is below the second, in two
-#: half-steps in a row.  tests/linalg/test_stopping.py: no bound below the error in 6480 runs (nine spectra, n = 256,
-#: d = 512, k = 1, 3 and 10, block 4, tol 1e-2 and 1e-3); with the numbers for whole steps, below, it fails.
+#: Half-steps' gains that may lie ahead, as a share of the half-steps made; for k values _AHEAD + _AHEAD_FEW/√k.
+_AHEAD, _AHEAD_FEW = 0.6, 1.0
+#: Linear and quadratic bounds count only where log10 σ_i is known within the first number and |r_i|/S_i is below the
+#: second, in two half-steps in a row.
 _CREDIBLE = 1e-3
 _CLOSE = 0.03
-#: The same where only whole steps can be judged, as after a warm start: two of them in a row see as much with less; and
-#: what the bound is then multiplied by.  The same test: no bound below the error in 3240 warm starts (without the
-#: margin there was one, by a hundredth).
-_CREDIBLE_IN_WHOLE_STEPS = 3e-3
-_CLOSE_IN_WHOLE_STEPS = 0.06
-_MARGIN_IN_WHOLE_STEPS = 1.5
 
 #: As many Ritz values as the block has vectors are crowded where they agree within the first number; or within the
 #: second, if they agree ten times better than with the next value.
@@ -51,141 +48,142 @@ _ALIKE = 0.05
 
 
 class Verdict:
-    """What is known of each sample: whether it is done, and with what bound, after how many products and vectors.
+    """What is known of the samples that are still expanded.
 
     Attributes:
-        done: [B], whether the stopping rule was met; from then on the sample's other entries stay.
-        bound: [B] on Σ log σ_i, in nats; inf where it does not count.
-        crowded: [B], whether copies of a multiple value may be missing among the k.
-        size: [B], vectors of V in use, those of a fresh block included.
-        half: [B], whether Jᵀu of that fresh block is not known: it was half a step.
-        products: [B], Jv and Jᵀu together.
-        waiting: the samples that were not done at the last synchronisation.
+        bound: [S] on the error of Σ log σ_i, in nats.
+        met: [S], whether it is within the tolerance.
+        crowded: [S], whether it is, but for copies of a multiple value that may be missing among the k.
     """
 
-    def __init__(self, jacobian: Operator, *, k: int, block: int, tolerance: float, warm: bool) -> None:
-        self.jacobian = jacobian
-        self.k, self.block, self.tolerance = k, block, tolerance
-        samples, device = jacobian.batch, jacobian.device
-        self.done = torch.zeros(samples, dtype=torch.bool, device=device)
-        self.crowded = torch.zeros_like(self.done)
-        self.size = torch.zeros(samples, dtype=torch.long, device=device)
-        self.half = torch.zeros_like(self.done)
-        self.products = torch.zeros_like(self.size)
-        self.bound = torch.full((samples,), torch.inf, dtype=torch.float64, device=device)
-        self._credible_before = torch.zeros_like(self.done)
-        self._halves_tell = torch.full_like(self.done, not warm)
-        self.waiting = list(range(samples))
-
-    def wanted(self, reached: int) -> int:
-        """How many pairs the stopping rule looks at."""
-        return min(reached, max(self.k + 1, self.block) + 2 * self.block)
+    def __init__(self, *, k: int, block: int, tolerance: float, eps: float, like: Tensor, inputs: int) -> None:
+        self.k, self.block, self.tolerance, self.eps, self.inputs = k, block, tolerance, eps, inputs
+        self.bound = like.new_full((len(like),), torch.inf)
+        self.met = torch.zeros(len(like), dtype=torch.bool, device=like.device)
+        self.crowded = self.met
+        self._credible = self.met
+        self._steps = 0
+        self._highest = self.bound
+        self._alike_from = torch.full_like(self.met, k, dtype=torch.long)
+        self._spread = torch.zeros_like(self.bound)
+        nothing = like.new_full((len(like), 2), torch.nan)
+        #: [S, 2]: log S_1 and a_j, after this half-step and the two before; nan where there were fewer than k values.
+        self._sums = [nothing, nothing, nothing]
 
     def judge(
         self,
-        values_Bc: Float[Tensor, "B c"],
-        residuals_BcD: Float[Tensor, "B c D"],
+        values_Sc: Float[Tensor, "S c"],
+        before_Sc: Float[Tensor, "S c0"],
+        residuals_Scb: Float[Tensor, "S c0 b"],
         *,
-        size: int,
-        complete: Bool[Tensor, " B"],
-        finite: Bool[Tensor, " B"],
-        half: bool,
+        complete: Bool[Tensor, " S"],
         exhausted: bool,
-    ) -> None:
-        """Take in what a half-step has found.
+    ) -> Bool[Tensor, " S"]:
+        """Take in what a half-step has found; return which samples need no other.
 
-        ``complete`` [B]: a random block was mapped into the known range, so there are no more values; ``exhausted``: V
-        fills the whole space; ``finite`` [B]: what J gave was.
+        ``complete`` [S]: a random block was mapped into the known range, so there are no more values; ``exhausted``:
+        the space is whole.
         """
-        bound, met = self._bound(values_Bc, residuals_BcD, complete=complete, exhausted=exhausted)
-        # One half-step's word is not enough: a value that the space has only begun to see shows in the next one.
-        known = complete | exhausted
-        told = residuals_BcD.isfinite().all(-1).all(-1) | ~finite  # or it was no half-step
-        credible = bound.isfinite()
-        confirmed = credible & (self._credible_before | known)
-        self._credible_before = torch.where(told, credible, self._credible_before)
-        if half:
-            self._halves_tell = told
-        hidden, in_doubt = self._hidden_copies(values_Bc, residuals_BcD)
-        bound = torch.where(known, bound, bound + hidden)
-        bound = torch.where(confirmed, bound, torch.inf)
-        # A block that is larger than k holds every copy that counts: in doubt are their values, and further steps tell.
-        in_doubt = in_doubt & ~known
-        waits = in_doubt if self.block > self.k else torch.zeros_like(in_doubt)
-        met = (met & confirmed & told & ~waits) | ~finite
-        kept = self.done | ~told
-        self.bound = torch.where(kept, self.bound, bound)
-        self.crowded = torch.where(kept, self.crowded, in_doubt & confirmed)
-        self.size = torch.where(kept, self.size, size)
-        self.half = torch.where(kept, self.half, half)
-        self.products = torch.where(kept, self.products, self.jacobian.products)
-        self.done = self.done | met
-
-    def all_done(self) -> bool:
-        """Whether the last sample is done; from here on ``waiting`` are those that are not."""
-        self.waiting = [i for i, done in enumerate(self.done.tolist()) if not done]
-        return not self.waiting
-
-    def _bound(
-        self, values_Bc: Tensor, residuals_BcD: Tensor, *, complete: Tensor, exhausted: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return ([B] bound in nats on Σ log σ_i, [B] whether each of the k values is within tolerance of log10).
-
-        The bound is inf where an error or a residual is large: large residuals bound the distance to SOME singular
-        value, not to the one of the same number.
-        """
-        k, eps = self.k, self.jacobian.eps
-        top = values_Bc[:, :1]
-        count = values_Bc.shape[1]
-        if count < k or (count == k and not exhausted):
-            return torch.full_like(self.bound, torch.inf), torch.zeros_like(self.done)
-        floor = (16 * eps * top).clamp_min(1e-300)
-        wanted = values_Bc[:, :k]
+        k, self._steps = self.k, self._steps + 1
+        values = values_Sc[:, : k + 2 * self.block + 2]
+        top = values[:, :1]
+        floor = (16 * self.eps * top).clamp_min(1e-300)
+        wanted = values[:, :k]
+        enough = values.shape[1] >= k
         zero = wanted <= floor
-        rounding_each = torch.where(zero, 0.0, 8 * eps * top / wanted.clamp_min(1e-300))
-        rounding = rounding_each.sum(1)
-        # What lies below the k values is known worse where no half-step has been there.
-        margin = torch.where(self._halves_tell, 1.0, _MARGIN_IN_WHOLE_STEPS)
-        if exhausted:
-            return margin * rounding, torch.ones_like(self.done)
-        slack = residuals_BcD.norm(dim=2)[:, :k]
+        logs = wanted.clamp_min(1e-300).log()
+        rounding = torch.where(zero, 0.0, 8 * self.eps * top / wanted.clamp_min(1e-300)).sum(1)
+        known = complete | exhausted
+        total = torch.where(zero.any(1) | torch.tensor(not enough), torch.nan, logs.sum(1))
+        self._sums = [torch.stack([logs[:, 0], total], 1), *self._sums[:2]]
+        ahead = self._progress()
+        hidden, hidden_top = self._hidden_copies(values_Sc, before_Sc, residuals_Scb)
+        # From above all values are bounded by σ_1's bound; at first by what the random start says of tr g.
+        highest = logs[:, 0] + ahead[:, 0] + hidden_top
+        if self._steps == 1:
+            highest = (4 * values_Sc.square().sum(1) * self.inputs / self.block).clamp_min(1e-300).log() / 2
+        self._highest = torch.minimum(self._highest, highest)
+        below_top = torch.where(total.isnan(), torch.inf, k * self._highest - total)
+        close = self._by_residuals(before_Sc, residuals_Scb, complete)
+        credible = close.isfinite()
+        close = torch.where(credible & (self._credible | known), close, torch.inf)
+        self._credible = credible
+        own = torch.minimum(close, ahead[:, 1])
+        bound = torch.minimum(own + hidden, below_top)
+        bound = torch.where(known, torch.where(torch.tensor(exhausted), 0.0, close), bound)
+        settled = bound <= torch.maximum(self.tolerance - rounding, rounding)
+        self.bound = bound + rounding
+        self.met = self.bound <= self.tolerance
+        self.crowded = ~settled & ~known & (hidden > self.tolerance) & (own <= self.tolerance) & (self.block <= k)
+        return settled | self.crowded
+
+    def keep(self, samples: list[int]) -> None:
+        """Let go of the other samples."""
+        for name in ("bound", "met", "_credible", "_highest", "_alike_from", "_spread"):
+            setattr(self, name, getattr(self, name)[samples])
+        self._sums = [sums[samples] for sums in self._sums]
+
+    def _progress(self) -> Tensor:
+        """[S, 2], the progress bounds on log σ_1 and on a_j."""
+        now, last, first = self._sums
+        gain = (now - last).clamp_min(0)
+        # Where one half-step alone can be seen its gain counts twice.
+        gain = torch.where(first.isnan(), 2 * gain, torch.maximum(gain, (last - first).clamp_min(0)))
+        few = torch.tensor([1.0, self.k**-0.5], dtype=now.dtype, device=now.device)
+        return torch.nan_to_num((_AHEAD + _AHEAD_FEW * few) * self._steps * gain, nan=torch.inf)
+
+    def _by_residuals(self, values_Sc: Tensor, residuals_Scb: Tensor, complete: Tensor) -> Tensor:
+        """[S], the linear and the quadratic bound, the smaller value by value; inf where they do not count."""
+        k, count = self.k, min(values_Sc.shape[1], max(self.k + 1, self.block) + 2 * self.block)
+        if count < k or (count == k and not bool(complete.any())):
+            return torch.full_like(self.bound, torch.inf)
+        values, residuals = values_Sc[:, :count], residuals_Scb[:, :count]
+        wanted, slack = values[:, :k], residuals.norm(dim=2)[:, :k]
+        floor = (16 * self.eps * values[:, :1]).clamp_min(1e-300)
+        zero = wanted <= floor
         linear = (slack / wanted.clamp_min(1e-300)).log1p()
         # A value that is zero has no logarithm: that there are no more must be shown.
         linear = torch.where(zero, torch.where(complete[:, None] & (slack <= floor), 0.0, torch.inf), linear)
-        quadratic = torch.where(zero, torch.inf, _quadratic_error(values_Bc, residuals_BcD, zero))
-        error = torch.minimum(linear, quadratic)
-        credible_error = torch.where(self._halves_tell, _CREDIBLE, _CREDIBLE_IN_WHOLE_STEPS)[:, None] * _LN10
-        close = torch.where(self._halves_tell, _CLOSE, _CLOSE_IN_WHOLE_STEPS)[:, None]
-        credible = ((error < credible_error) & (linear < close)).all(1)
-        # Below its own rounding no value can be asked to settle.
-        met = (error < rounding_each.clamp_min(self.tolerance * _LN10)).all(1)
-        return margin * torch.where(credible, error.sum(1) + rounding, torch.inf), met & credible
+        quadratic = torch.where(zero, torch.inf, _quadratic_error(values, residuals, zero)) if count > k else torch.inf
+        error = torch.minimum(linear, quadratic) if count > k else linear
+        credible = ((error < _CREDIBLE * _LN10) & (linear < _CLOSE)).all(1)
+        return torch.where(credible, error.sum(1), torch.inf)
 
-    def _hidden_copies(self, values_Bc: Tensor, residuals_BcD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ([B] what hidden copies could add to Σ log σ_i, in nats, inf where that is too much; [B] where it is).
+    def _hidden_copies(self, now_Sc: Tensor, values_Sc: Tensor, residuals_Scb: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ([S] what hidden copies could add to Σ log σ_i, in nats; [S] what near ones could to log σ_1).
 
         Hidden copies of S_i, the first of a window of ``block`` values that agree, would take the places of the values
         S_j after the window: they add Σ_j log(S_i/S_j).  Within a window that the space does not resolve, a value is no
         better known than its neighbours are alike.
         """
-        k, block, count = self.k, self.block, values_Bc.shape[1]
-        top = values_Bc[:, :1].clamp_min(1e-300)
-        logs = (values_Bc / top).clamp_min(1e-300).log()
-        linear = (residuals_BcD.norm(dim=2) / values_Bc.clamp_min(1e-300)).log1p()
-        worst = torch.zeros_like(top[:, 0])
+        k, block, count = self.k, self.block, min(values_Sc.shape[1], self.k + self.block + 1)
+        values_Sc, residuals_Scb = values_Sc[:, :count], residuals_Scb[:, :count]
+        worst, spread = torch.zeros_like(self.bound), torch.full_like(self.bound, -1.0)
+        if not count:
+            return worst, worst
+        top = values_Sc[:, :1].clamp_min(1e-300)
+        logs = (values_Sc / top).clamp_min(1e-300).log()
+        linear = (residuals_Scb.norm(dim=2) / values_Sc.clamp_min(1e-300)).log1p()
+        gain = (now_Sc[:, :count] / top).clamp_min(1e-300).log() - logs
         for first in range(min(k, max(0, count - block + 1))):
             last = first + block - 1
             width = logs[:, first] - logs[:, last]
             gap = logs[:, last] - logs[:, last + 1] if last + 1 < count else torch.full_like(width, torch.inf)
-            crowded = (width < _TIGHT) | ((width < _ALIKE) & (width < 0.1 * gap))
-            unresolved = 2 * width + 3 * linear[:, first : last + 1].amax(1)
+            # Values of a young space agree because they are means over the spectrum; but they rise.
+            rests = gain[:, first : last + 1].amax(1) < (0.3 * width).clamp_min(_TIGHT)
+            alike = (width < _TIGHT) | ((width < _ALIKE) & (width < 0.1 * gap))
+            crowded = alike & rests & (logs[:, first] > -60)
             # Later values may all be zero to rounding: the copies would then stand in the place of nothing.
             displaced = (logs[:, first : first + 1] - logs[:, last + 1 : k]).clamp_min(0).sum(1)
-            # Where the value after the window lies far below, the block's own vectors resolve the window's values.
-            extra = displaced + torch.where(width < _TIGHT, (k - first) * unresolved, 0.0)
-            worst = torch.maximum(worst, torch.where(crowded & (logs[:, first] > -60), extra, 0.0))
-        in_doubt = worst > k * self.tolerance * _LN10
-        return torch.where(in_doubt, torch.inf, worst), in_doubt
+            worst = torch.maximum(worst, torch.where(crowded, displaced, 0.0))
+            self._alike_from = torch.where(crowded, self._alike_from.clamp_max(first), self._alike_from)
+            spread = torch.where(crowded, torch.maximum(spread, width), spread)
+        self._spread = torch.where(spread < 0, self._spread, spread)
+        # Of the first window that was ever crowded: its further values come between and above those that were there.
+        places = torch.arange(min(count, k), device=top.device)
+        unresolved = 2 * self._spread[:, None] + 3 * linear[:, :k]
+        unresolved = torch.where(places >= self._alike_from[:, None], unresolved, 0.0)
+        return worst + unresolved.sum(1), unresolved[:, 0]
 
 
 def _quadratic_error(values_Bc: Tensor, residuals_BcD: Tensor, zero_Bk: Tensor) -> Tensor:
