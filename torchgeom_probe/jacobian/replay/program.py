@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from torchgeom_probe.jacobian.replay.recorder import Recorder
+from torchgeom_probe.jacobian.replay.recorder import Made, Recorder
 from torchgeom_probe.shapes import Tensor
 
 aten = torch.ops.aten
@@ -25,20 +26,15 @@ class Program:
 
     Attributes:
         run: the calls; takes the inputs, returns the outputs.
-        graph, constants: what it was written from.
         calls: how many there are.
-        rounds_otherwise: whether some are another library's, which rounds in another order.
     """
 
     run: Callable[..., list[Tensor]]
-    graph: fx.Graph
-    constants: Mapping[str, Tensor]
     calls: int
-    rounds_otherwise: bool = False
 
 
-def program_of(recorder: Recorder, outputs: list[fx.Node]) -> Program:
-    """The function of a recording: the same calls in the same order, so the same bits."""
+def programs_of(recorder: Recorder, outputs: list[fx.Node]) -> tuple[Program, Program]:
+    """A recording as a function: of the same calls in the same order, so of the same bits; and of faster ones."""
     graph = recorder.graph
     graph.output(outputs)
     for node in list(graph.nodes):
@@ -48,14 +44,19 @@ def program_of(recorder: Recorder, outputs: list[fx.Node]) -> Program:
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users and not _is_mutable(node):
             graph.erase_node(node)
-    return _emitted(graph, recorder.constants)
+    exact = _emitted(graph, recorder.constants)
+    _weights_together(graph, {node for node in graph.nodes if recorder.is_written(node)})
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            _by_onednn(graph, node)
+    return exact, _emitted(graph, recorder.constants)
 
 
 def _is_mutable(node: fx.Node) -> bool:
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
-def _emitted(graph: fx.Graph, constants: Mapping[str, Tensor], rounds_otherwise: bool = False) -> Program:
+def _emitted(graph: fx.Graph, constants: Mapping[str, Tensor]) -> Program:
     nodes = list(graph.nodes)
     last = {argument: i for i, node in enumerate(nodes) for argument in node.all_input_nodes}
     names: dict[fx.Node, str] = {}
@@ -96,8 +97,109 @@ def _emitted(graph: fx.Graph, constants: Mapping[str, Tensor], rounds_otherwise:
                 lines.append(f" del {','.join(sorted(gone))}")
     inputs = ",".join(names[node] for node in nodes if node.op == "placeholder")
     exec(compile("\n".join([f"def run({inputs}):", *lines]), "<replay>", "exec"), outside)
-    return Program(outside["run"], graph, constants, calls, rounds_otherwise)
+    return Program(outside["run"], calls)
 
 
-def faster(program: Program, inputs: list[Tensor]) -> Program:
-    return program
+# ------------------------------------------------------------------------------------------- passes over the calls
+
+
+def _by_onednn(graph: fx.Graph, node: fx.Node) -> None:
+    """Call oneDNN itself, where a race of the two says that it is the faster: torch may ask im2col and MKL instead."""
+    arguments = [a.meta.get("made") for a in node.all_input_nodes]
+    if not arguments or any(m is None or m.dtype != torch.float32 or m.device.type != "cpu" for m in arguments):
+        return
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return
+    if node.target is aten.convolution.default and not node.args[6] and all(arguments[0].shape):
+        x, weight, bias, stride, padding, dilation, _, _, groups = node.args
+        call = aten.mkldnn_convolution.default, (x, weight, bias, padding, stride, dilation, groups)
+    elif node.target is aten.mm.default and node.args[1].target is aten.t.default and all(arguments[0].shape):
+        weight = node.args[1].args[0]
+        if not _contiguous(weight.meta["made"]):
+            return
+        call = torch.ops.mkldnn._linear_pointwise.default, (node.args[0], weight, None, "none", [], "")
+    else:
+        return
+    if _race(_Call.of(node.target, node.args), _Call.of(*call)):
+        node.target, node.args = call
+
+
+def _contiguous(made: Made) -> bool:
+    return made.stride == torch.empty(made.shape, device="meta").stride()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """An op and its arguments, tensors by how they lie."""
+
+    op: Any
+    arguments: tuple[Any, ...]
+
+    @staticmethod
+    def of(op: Any, args: Sequence[Any]) -> _Call:
+        lying = (a.meta["made"] if isinstance(a, fx.Node) else a for a in args)
+        return _Call(op, tuple(tuple(a) if isinstance(a, list) else a for a in lying))
+
+    def ready(self) -> Callable[[], Any]:
+        """The call with tensors that lie so."""
+        arguments = [a.like() if isinstance(a, Made) else list(a) if isinstance(a, tuple) else a for a in self.arguments]
+        return functools.partial(self.op, *arguments)
+
+
+@functools.lru_cache(maxsize=4096)
+def _race(call: _Call, other: _Call) -> bool:
+    """Whether the other one is faster; asked once for each shape in the life of a process."""
+    # On one thread other jobs on the machine count for little in the time of the process.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    with torch.inference_mode():
+        runs, best = (call.ready(), other.ready()), [math.inf, math.inf]
+        for _ in range(_TURNS):
+            for i, run in enumerate(runs):
+                start = clock()
+                run()
+                best[i] = min(best[i], clock() - start)
+    return best[1] < 0.95 * best[0]
+
+
+_TURNS = 6
+#: op of one tensor after another → of many together; what tells that an op of theirs is the same.
+_TOGETHER = {
+    aten.add.Tensor: aten._foreach_add.Scalar,
+    aten.rsqrt.default: aten._foreach_rsqrt.default,
+    aten.mul.Tensor: aten._foreach_mul.List,
+    aten.sub.Tensor: aten._foreach_sub.List,
+}
+
+
+def _weights_together(graph: fx.Graph, written: set[fx.Node]) -> None:
+    """Fold all batch norms at once: small ops on weights alone, which come first, many in one call."""
+    level: dict[fx.Node, int] = {}
+    groups: dict[Any, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            level[node] = 0
+        if node.target not in _TOGETHER or node.kwargs or node in written:
+            continue
+        tensors = node.all_input_nodes
+        one_scalar = node.target is aten.add.Tensor and len(tensors) == 1 and isinstance(node.args[1], float)
+        form = one_scalar or node.target is aten.rsqrt.default or len(tensors) == 2
+        form = form and (one_scalar or node.target is not aten.add.Tensor)
+        if not form or any(a not in level or a.meta["made"].shape.numel() > 1 << 14 for a in tensors):
+            continue
+        if len({a.meta["made"].shape for a in tensors} | {node.meta["made"].shape}) > 1:
+            continue
+        level[node] = 1 + max(level[a] for a in tensors)
+        groups.setdefault((level[node], node.target, node.args[1:] if one_scalar else None), []).append(node)
+    first = next(node for node in graph.nodes if node.op == "call_function")
+    for constant in [node for node in level if node.op == "get_attr"]:
+        first.prepend(constant)
+    for (_, target, scalar), nodes in sorted(groups.items(), key=lambda item: item[0][0]):
+        with graph.inserting_before(first):
+            columns = zip(*(node.args[: len(node.all_input_nodes)] for node in nodes), strict=True)
+            together = graph.call_function(_TOGETHER[target], (*map(list, columns), *(scalar or ())))
+            for i, node in enumerate(nodes):
+                one = graph.call_function(operator.getitem, (together, i))
+                one.meta = node.meta
+                node.replace_all_uses_with(one)
+        for node in nodes:
+            graph.erase_node(node)

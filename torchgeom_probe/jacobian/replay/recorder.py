@@ -7,7 +7,7 @@ import operator
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -29,6 +29,19 @@ _REFUSED_TAGS = {
 
 class Refused(Exception):
     """Why a pass is not replayed: what it depends on cannot be told for certain."""
+
+
+class Made(NamedTuple):
+    """How a tensor of the pass lay."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def like(self) -> Tensor:
+        """Another that lies so, of ordinary numbers."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device).fill_(0.5)
 
 
 class Recorder(TorchDispatchMode):
@@ -57,7 +70,7 @@ class Recorder(TorchDispatchMode):
         #: nodes whose memory is written to at some time
         self._storage: dict[fx.Node, int] = {}
         for i, tensor in enumerate(inputs):
-            self._nodes[tensor] = self.graph.placeholder(f"input_{i}")
+            self._made(tensor, self.graph.placeholder(f"input_{i}"))
             self._outside.add(_storage(tensor))
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -109,8 +122,12 @@ class Recorder(TorchDispatchMode):
 
     def _found(self, out: Tensor, node: fx.Node) -> None:
         if self._nodes.get(out) is None:  # what an op in place returns has its node
-            self._nodes[out] = node
-            self._storage[node] = _storage(out)
+            self._made(out, node)
+
+    def _made(self, tensor: Tensor, node: fx.Node) -> None:
+        self._nodes[tensor] = node
+        self._storage[node] = _storage(tensor)
+        node.meta["made"] = Made(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
     def _argument(self, tensor: Tensor, takes_any: bool) -> fx.Node:
         node = self._nodes.get(tensor)
@@ -119,7 +136,8 @@ class Recorder(TorchDispatchMode):
                 raise Refused(f"reads a tensor {list(tensor.shape)} that nothing leads to from the model")
             name = f"constant_{len(self.constants)}"
             self.constants[name] = tensor
-            node = self._nodes[tensor] = self.graph.get_attr(name)
+            node = self.graph.get_attr(name)
+            self._made(tensor, node)
             self._outside.add(_storage(tensor))
         return node
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from torchgeom_probe.jacobian.replay.program import Program, faster, program_of
+from torchgeom_probe.jacobian.replay.program import Program, programs_of
 from torchgeom_probe.jacobian.replay.recorder import Ran, Recorder, Refused
 from torchgeom_probe.jacobian.replay.seal import Seal, readable
 from torchgeom_probe.linalg.gram import Factor
@@ -171,9 +171,9 @@ class Replays:
         seal = Seal(measured_state(), ran)
         if not seal.holds():
             raise Refused("changes what it depends on in every pass")
-        exact = program_of(recorder, outputs)
+        programs = programs_of(recorder, outputs)
         empty = {e: replace(factor, gram=None) if factor.triangle is None else factor for e, factor in factors.items()}
-        return (factors, finite), Recording(exact, faster(exact, tensors), seal, empty, list(finite), self.report)
+        return (factors, finite), Recording(*programs, seal, empty, list(finite), self.report)
 
     def _audited(self, recording: Recording, tensors: list[Tensor], eager: Found) -> tuple[Found, bool]:
         """Compare a run with an eager pass."""
