@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from torchgeom_probe.boundary.study import BoundaryStudy
-from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.integrations.tensorboard_packed import (
     Record,
     packed_identity,
@@ -24,6 +21,9 @@ from torchgeom_probe.integrations.tensorboard_packed import (
     packed_study,
     summary,
 )
+
+from torchgeom_probe.boundary.study import BoundaryStudy
+from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.monitor.samples import ProbeSamples
 from torchgeom_probe.monitor.writers import Writer, chart_of, charts, label, local_path, register_writer
 from torchgeom_probe.plotting.plot import plot

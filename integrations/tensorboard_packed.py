@@ -161,7 +161,10 @@ def _extreme_directions(layers: list[LayerGeometry], x: Any) -> dict[str, np.nda
         leading = own[chosen[-1].to(own.device), 0].detach().cpu().double().reshape(-1, *x.shape[1:])
         small = _small(leading.mean(1, keepdim=True), _SIDE // 2)[:, 0]
         drawn.append((small / small.abs().amax((1, 2), keepdim=True).clamp(min=1e-30) * 127).round())
-    return {"extremes": torch.stack(chosen).numpy().astype("<i4"), "directions": torch.stack(drawn).numpy().astype("i1")}
+    return {
+        "extremes": torch.stack(chosen).numpy().astype("<i4"),
+        "directions": torch.stack(drawn).numpy().astype("i1"),
+    }
 
 
 def _stacked(parts: Iterable[Tensor | None]) -> np.ndarray:
