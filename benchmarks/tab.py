@@ -1,4 +1,4 @@
-"""What TensorBoard's Geometry tab costs: the training that writes, the disk, the server, and who waits for a picture."""
+"""What TensorBoard's Geometry tab costs: the training that writes, the disk, the server, who waits for a picture."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from torchgeom_probe.report import GeometryReport, LayerGeometry
 
 TITLE = "TensorBoard's Geometry tab"
 NOTE = """\
-A log of 12 layers × 64 samples × 16 singular values, of a training of 1000 probes. "write" is one `TensorBoardWriter.write`, with
-charts and histograms: CPU time of the process, the thread that writes the file included, a mean; a Monitor's budget counts it.
-"index" is the one walk through the event files of a server that has just started, "again" the walk after one more probe. The rest is
-seen from a headless Chromium over a real TensorBoard server: "first paint" from the moment in which the tab's own page is asked for
-until all that it shows is drawn, in a server that reads the log for the first time and in one that has its index; "click" from the
-click on another layer and step until the samples are drawn, a median of nine. "server" is that process's peak memory above that of
-the same TensorBoard with an empty folder. Without a browser its columns are empty."""
+A log of 12 layers × 64 samples × 16 singular values, of a training of 1000 probes. "write" is one
+`TensorBoardWriter.write`, with charts and histograms: CPU time of the process, the thread that writes the file
+included, a mean; a Monitor's budget counts it. "index" is the one walk through the event files of a server that has
+just started, "again" the walk after one more probe. The rest is seen from a headless Chromium over a real TensorBoard
+server: "first paint" from the moment in which the tab's own page is asked for until all that it shows is drawn, in a
+server that reads the log for the first time and in one that has its index; "click" from the click on another layer and
+step until the samples are drawn, a median of nine. "server" is that process's peak memory above that of the same
+TensorBoard with an empty folder. Without a browser its columns are empty."""
 
 METHOD = "one server and one browser, by the wall where somebody waits"
 
@@ -37,7 +38,8 @@ def reports(generator: torch.Generator) -> Callable[[int], GeometryReport]:
 
     def layer(name: str, place: int, step: int) -> LayerGeometry:
         noise = torch.randn(SAMPLES, RANK, generator=generator)
-        sigma = (0.3 * noise + math.sin(step / 3000 + place / 3) - torch.arange(RANK) / 8).exp().sort(-1).values.flip(-1)
+        curve = math.sin(step / 3000 + place / 3) - torch.arange(RANK) / 8
+        sigma = (0.3 * noise + curve).exp().sort(-1, descending=True).values
         value = sigma.log().sum(-1)
         return LayerGeometry(
             name=name,
@@ -126,8 +128,8 @@ def table(settings: Settings) -> Iterator[str]:
     """Yield the table line by line."""
     probes = 20 if settings.quick else 1000
     yield (
-        "| probes | write [ms] | a probe on disk [kB] | the log [MB] | index [s] | again [s] | first paint, unread [s] | "
-        "indexed [s] | click [s] | server [MB] |"
+        "| probes | write [ms] | a probe on disk [kB] | the log [MB] | index [s] | again [s] | "
+        "first paint, unread [s] | indexed [s] | click [s] | server [MB] |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|"
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +137,8 @@ def table(settings: Settings) -> Iterator[str]:
         beside.mkdir()
         spent, size, writer = written(logs / "run", probes)
         with contextlib.closing(writer):
-            walks = indexed(logs, lambda: writer.write(10 * probes, reports(torch.Generator())(10 * probes)))
+            last = reports(torch.Generator())(10 * probes)
+            walks = indexed(logs, lambda: writer.write(10 * probes, last))
         others = [f"{spent * 1e3:.1f}", f"{size / 1e3:.1f}", f"{size * probes / 1e6:.1f}", *walks]
         yield "| " + " | ".join([str(probes), *others, *seen(logs, beside, probes)]) + " |"
 

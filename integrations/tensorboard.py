@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from torchgeom_probe.boundary.study import BoundaryStudy
-from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.integrations.tensorboard_packed import (
     Record,
     packed_identity,
@@ -24,6 +21,9 @@ from torchgeom_probe.integrations.tensorboard_packed import (
     packed_study,
     summary,
 )
+
+from torchgeom_probe.boundary.study import BoundaryStudy
+from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.monitor.samples import ProbeSamples
 from torchgeom_probe.monitor.writers import Writer, chart_of, charts, label, local_path, register_writer
 from torchgeom_probe.plotting.plot import plot
@@ -64,20 +64,24 @@ MONITOR_TAGS = {
 }
 
 
+_UNITS = (
+    "Volumes and scales are natural logarithms (nats); divide by ln 10 ≈ 2.3026 for base 10, as in the paper's "
+    "figures.  n: the layer's features per sample; d: the numbers per sample of the space pulled back to; k: tangent "
+    "directions.  Medians, percentiles and histograms are over the finite samples; `nonfinite` counts the others."
+)
+
+
 class TensorBoardWriter(Writer):
     """Write reports to TensorBoard: a :class:`~torchgeom_probe.Writer`.
 
-    All that a report says of every sample goes, all layers packed, into ONE event a report, for TensorBoard's Geometry
-    tab: the values, extras and singular values of every sample; once, what the samples are; the numbers of every map.
-    For TensorBoard's other tabs there is, per layer, the chart of what was measured with a band and a histogram over
-    the samples, ``sigma_max/…``, and under ``z_geometry/…`` the rest: :data:`TAGS`; the TEXT tab explains all.
-
-    A layer's name there is ``NN_layer``: its zero-padded place in the order of firing, then its name with every
-    character other than letters, digits, ``.``, ``-`` and ``_`` replaced by ``_`` (``block#1`` becomes ``04_block_1``;
-    the model itself is ``00_model``).  The chart is ``logvol`` for log √det g and the effective volume alone
-    (``Exact``, ``TopK``, and ``Along`` on a slice's tangents); else the report's ``quantity``: ``frame_volume``,
-    ``scale``, ….  The CUSTOM SCALARS tab has all layers in one chart, and one chart with the band per layer.  A
-    non-finite number never reaches a chart or a histogram: it is left out, and counted.
+    Of every report ONE event, all layers packed, has what TensorBoard's Geometry tab shows: the values, extras and
+    singular values of every sample; once, what the samples are; the numbers of every map.  The other tabs have, per
+    layer, the tags of :data:`TAGS`: the chart of what was measured with a band and a histogram over the samples,
+    ``sigma_max/…``, and under ``z_geometry/…`` the rest; the TEXT tab explains them, CUSTOM SCALARS has all layers in
+    one chart.  There a layer's name is ``NN_layer``: its place in the order of firing, then its name made safe
+    (``block#1`` becomes ``04_block_1``; the model itself is ``00_model``).  The chart is ``logvol`` for log √det g and
+    the effective volume alone, else the report's ``quantity``: ``frame_volume``, ``scale``, ….  A non-finite number
+    never reaches a chart or a histogram: it is left out, and counted.
 
     Args:
         log_dir: a directory, or a ``SummaryWriter`` that you already have (yours to resume and to close; what is not
@@ -90,8 +94,8 @@ class TensorBoardWriter(Writer):
     TensorBoard hides them for all tags of the directory; so where another ``SummaryWriter`` logs to the same directory
     nothing is purged: pass that writer instead, made with its own ``purge_step``.
 
-    Every write ends with a flush: a run that is killed loses nothing.  Values are stored in float32, as TensorBoard
-    does, the logarithms of the singular values in float16 (within 0.05 % of the logarithm).
+    Every write ends with a flush: a run that is killed loses nothing.  Values are stored in float32, the logarithms of
+    the singular values in float16 (within 0.05 % of the logarithm).
 
     Raises:
         ProbeError: tensorboard is not installed; the events cannot be written (a full disk, a read-only directory).
@@ -159,11 +163,12 @@ class TensorBoardWriter(Writer):
         """Write every tag of the class's table at ``step``, and flush."""
         labels = self.tags(report)
         statistics = {name: layer.statistics() for name, layer in report.items()}
+        samples, self._samples = self._samples, None  # it knows the model: not to be kept
         with self._opened(step) as events:
-            if self._samples is not None and not self._identified:
-                self._add(events, "samples", "", packed_identity(self._samples), step)
+            if samples is not None and not self._identified:
+                self._add(events, "samples", "", packed_identity(samples), step)
                 self._identified = True
-            self._add(events, "probe", "", packed_report(report, statistics, self._samples), step)
+            self._add(events, "probe", "", packed_report(report, statistics, samples), step)
             for name, layer in report.items():
                 self._write_layer(events, step, labels[name], layer, statistics[name])
             text = _conventions(report, labels)
@@ -217,7 +222,7 @@ class TensorBoardWriter(Writer):
         self, events: Any, step: int, name: str, layer: LayerGeometry, statistics: Mapping[str, float]
     ) -> None:
         chart = chart_of(layer)
-        scalars = {f"{chart}_band/{name}/{part}": statistics[part] for part in ("p10", "p90")}
+        scalars = dict(zip(_band(chart, name), (statistics["p10"], statistics["p90"]), strict=True))
         for tag, value in charts(layer, name, statistics).items():
             scalars[tag if tag.startswith((f"{chart}/", "sigma_max/")) else f"{REST}/{tag}"] = value
         for tag, value in scalars.items():
@@ -285,45 +290,30 @@ def _layout(labels: tuple[str, ...], layer: LayerGeometry) -> dict[str, dict[str
         "largest σ by layer": ["Multiline", [r"sigma_max/\d+_.*"]],
     }
     # A margin chart looks its three tags up as they are: escaped like the patterns above, it stays empty for `a.b`.
-    bands = {
-        f"{name}: p10, median, p90{unit}": [
-            "Margin",
-            [f"{chart}/{name}", *(f"{chart}_band/{name}/{part}" for part in ("p10", "p90"))],
-        ]
-        for name in labels
-    }
+    bands = {f"{name}: p10, median, p90{unit}": ["Margin", [f"{chart}/{name}", *_band(chart, name)]] for name in labels}
     return {"volume element": together, "volume element, band over the samples": bands}
+
+
+def _band(chart: str, name: str) -> tuple[str, str]:
+    return f"{chart}_band/{name}/p10", f"{chart}_band/{name}/p90"
 
 
 def _conventions(report: GeometryReport, labels: dict[str, str]) -> str:
     header = ("tag", "layer", "estimand", "n", "d", "k", "J divided by √n", "samples", "engine")
-    rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    about: list[tuple[Any, ...]] = [header, ("---",) * len(header)]
     for name, layer in report.items():
-        cells = (
-            labels[name],
-            f"`{name or '(the model itself)'}`",
-            layer.estimand,
-            layer.num_features,
-            layer.num_inputs,
-            layer.num_directions,
-            "yes" if layer.normalized else "no",
-            layer.value.numel(),
-            layer.engine,
-        )
-        rows.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
-    units = (
-        "Volumes and scales are natural logarithms (nats); divide by ln 10 ≈ 2.3026 for base 10, as in the paper's "
-        "figures.  n: the layer's features per sample; d: the numbers per sample of the space pulled back to; k: "
-        "tangent directions.  Medians, percentiles and histograms are over the finite samples; `nonfinite` counts the "
-        "others."
-    )
-    legend = ["| tag | shows |", "|---|---|"]
-    charts_of = dict.fromkeys(chart_of(layer) for layer in report.values())
-    named = {t.replace("CHART", chart): meaning for chart in charts_of for t, meaning in TAGS.items()}
+        sizes = (layer.num_features, layer.num_inputs, layer.num_directions)
+        rest = ("yes" if layer.normalized else "no", layer.value.numel(), layer.engine)
+        about.append((labels[name], f"`{name or '(the model itself)'}`", layer.estimand, *sizes, *rest))
     extras = {name for layer in report.values() for name in layer.extras}
-    named |= {tag: meaning for tag, meaning in EXTRA_TAGS.items() if tag.split("/")[1] in extras}
-    legend += [f"| {tag} | {meaning} |" for tag, meaning in (named | MONITOR_TAGS).items()]
-    return "\n".join([*rows, "", units, "", *legend])
+    every = TAGS | {tag: meaning for tag, meaning in EXTRA_TAGS.items() if tag.split("/")[1] in extras} | MONITOR_TAGS
+    charts_of = dict.fromkeys(chart_of(layer) for layer in report.values())
+    named = {tag.replace("CHART", chart): meaning for chart in charts_of for tag, meaning in every.items()}
+    return "\n\n".join([_table(about), _UNITS, _table([("tag", "shows"), ("---", "---"), *named.items()])])
+
+
+def _table(rows: Iterable[Sequence[Any]]) -> str:
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def _torchs_own(events: Any) -> bool:

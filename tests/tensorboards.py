@@ -18,16 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TAB = ROOT / "integrations" / "tensorboard_tab"
 
-
-def tab():
-    """The tab's package by the name that it is installed under."""
-    if "torchgeom_tab" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "torchgeom_tab", TAB / "__init__.py", submodule_search_locations=[str(TAB)]
-        )
-        sys.modules["torchgeom_tab"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["torchgeom_tab"])
-    return importlib.import_module("torchgeom_tab")
+if importlib.util.find_spec("torchgeom_tab") is None:  # this checkout is not installed
+    spec = importlib.util.spec_from_file_location(
+        "torchgeom_tab", TAB / "__init__.py", submodule_search_locations=[str(TAB)]
+    )
+    sys.modules["torchgeom_tab"] = importlib.util.module_from_spec(spec)
 
 
 def entry_point():

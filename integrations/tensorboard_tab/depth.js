@@ -44,7 +44,7 @@ export async function drawDepth(card, state, choose) {
   const bar = { thickness: 12, len: Math.min(1, 260 / total), y: 1, yanchor: "top", outlinewidth: 0 };
   const scale = state.change ? { colorscale: isDark() ? RED_BLUE_DARK : RED_BLUE, cmid: 0 } : { colorscale: "Viridis" };
   const layout = {
-    height: total + 40, margin: { l: 20, r: 16, t: 8, b: 40 }, annotations: [], shapes: [],
+    height: total + 40, margin: { l: 20, r: 16, t: 8, b: 40 }, annotations: [],
     coloraxis: { ...scale, colorbar: { ...bar, title: { text: safe(title), side: "right" } } },
   };
   let top = gap / 2;
@@ -62,7 +62,6 @@ export async function drawDepth(card, state, choose) {
       text: safe(short(own.run, 70)), showarrow: false, x: 0, xref: "paper", xanchor: "left",
       y: domain[1], yref: "paper", yanchor: "bottom",
     });
-    if (own.run === state.run) layout.shapes.push(...marks(own, state, x, y));
     const z = state.change ? own.values.map(change) : own.values;
     return {
       type: "heatmap", xaxis: x, yaxis: y, coloraxis: "coloraxis", x: own.steps, y: rows, z,
@@ -82,10 +81,10 @@ export async function drawDepth(card, state, choose) {
 }
 
 // A frame around the chosen layer, a line at the chosen step.
-function marks(own, state, x, y) {
-  const row = own.layers.findIndex((layer) => layer.name === state.layer);
-  const line = { color: CHOSEN, width: 1.5 };
+export function mark(card, runs, { run, layer, step }) {
+  const k = runs.findIndex((own) => own.run === run), [x, y] = [nth("x", k), nth("y", k)];
+  const row = runs[k].layers.findIndex((own) => own.name === layer), line = { color: CHOSEN, width: 1.5 };
   const frame = { type: "rect", xref: `${x} domain`, yref: y, x0: 0, x1: 1, y0: row - 0.5, y1: row + 0.5, line };
-  const at = { type: "line", xref: x, yref: `${y} domain`, x0: state.step, x1: state.step, y0: 0, y1: 1 };
-  return row < 0 ? [] : [frame, { ...at, line: { ...line, dash: "dot" } }];
+  const at = { type: "line", xref: x, yref: `${y} domain`, x0: step, x1: step, y0: 0, y1: 1 };
+  return Plotly.relayout(card.plot(), { shapes: [frame, { ...at, line: { ...line, dash: "dot" } }] });
 }

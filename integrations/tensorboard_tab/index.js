@@ -1,7 +1,7 @@
 // The tab: the runs on the left, four cards, one state. TensorBoard calls render().
 
 import { ask, empty, h, isDark, short } from "./charts.js";
-import { drawDepth } from "./depth.js";
+import { drawDepth, mark } from "./depth.js";
 import { drawSamples } from "./samples.js";
 import { drawMaps, drawProfile } from "./slices.js";
 
@@ -16,7 +16,7 @@ with tgp.Monitor(model, x[:32], labels=y[:32], every=100, writer="runs/a").follo
 const state = {
   shown: [], number: "median", change: "", run: null, layer: null, step: null, sample: null, colour: "class", fixed: "",
 };
-let runs = [], version = "", filter = "";
+let runs = [], version = "", filter = "", depth = { looks: "", runs: [] };
 const hidden = new Set();
 const list = h("div", { className: "runs" });
 const main = h("main"), tip = h("div", { id: "tip", hidden: true });
@@ -81,8 +81,11 @@ const guarded = (own, made) =>
 
 async function drawOnce() {
   state.shown = runs.map((run) => run.name).filter((name) => !hidden.has(name));
-  const shown = (await guarded(cards.depth, () => drawDepth(cards.depth, state, choose))) ?? [];
-  const own = shown.find((run) => run.run === state.run) ?? shown[0];
+  const looks = JSON.stringify([state.shown, state.number, state.change, version, isDark(), innerWidth]);
+  if (looks !== depth.looks) {
+    depth = { looks, runs: (await guarded(cards.depth, () => drawDepth(cards.depth, state, choose))) ?? [] };
+  }
+  const shown = depth.runs, own = shown.find((run) => run.run === state.run) ?? shown[0];
   for (const each of below) each.element.hidden = !own;
   if (!own) {
     cards.depth.says(runs.length ? empty("Every run is hidden: choose one on the left.")
@@ -94,13 +97,10 @@ async function drawOnce() {
   const finite = own.layers.filter((_, row) => own.values[row].at(-1) != null);
   const layer = (own.layers.find((one) => one.name === state.layer) ?? finite.at(-1) ?? own.layers.at(-1)).name;
   const step = own.steps.includes(state.step) ? state.step : own.steps.at(-1);
-  if (own.run !== state.run || layer !== state.layer || step !== state.step) { // it is now: mark what is chosen
-    Object.assign(state, { run: own.run, layer, step });
-    await guarded(cards.depth, () => drawDepth(cards.depth, state, choose));
-  }
-  state.about = runs.find((run) => run.name === state.run);
-  Object.assign(state, { old: own.old, version: `${state.about.first}` });
+  const about = runs.find((run) => run.name === own.run);
+  Object.assign(state, { run: own.run, layer, step, about, old: own.old, version: `${about.first}` });
   await Promise.all([
+    guarded(cards.depth, () => mark(cards.depth, shown, state)),
     guarded(cards.samples, () => drawSamples(cards.samples, state, choose)),
     guarded(cards.map, () => drawMaps(cards.map, state)),
     guarded(cards.profile, () => drawProfile(cards.profile, state))]);

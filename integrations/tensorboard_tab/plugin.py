@@ -32,7 +32,7 @@ _FILES = {
     "/style.css": "text/css",
 }
 _CONVENTIONS = "geometry/conventions/text_summary"
-_POINTS = 400  # of a sample's trajectory: a chart has no more columns
+_POINTS = 250  # of a sample's trajectory: a chart has no more columns
 _PATIENCE = 0.4  # seconds that a request waits for a walk through the files to end
 
 Request = Mapping[str, str]
@@ -134,7 +134,7 @@ class GeometryPlugin(base_plugin.TBPlugin):
                     rows[key][row, : len(own)] = own
         place = _place(probes[at], name)
         detail = self._index.unpacked(probes[at], "sigma", "extremes", "directions")
-        more = {key: array[place] for key, array in detail.items()}
+        more: dict[str, Any] = {key: array[place] for key, array in detail.items()}
         if "directions" in more:
             more |= {"directions": _encoded(more["directions"]), "shape": more["directions"].shape}
         return {"steps": steps, "step": at, "about": probes[at].head["layers"][place], **rows, **more}
@@ -176,7 +176,7 @@ class GeometryPlugin(base_plugin.TBPlugin):
 
 def _directories(context: base_plugin.TBContext) -> dict[str, str | None]:
     flags = context.flags
-    if flags is not None and not flags.logdir and getattr(flags, "logdir_spec", ""):
+    if flags is not None and not flags.logdir and flags.logdir_spec:
         return data_ingester._parse_event_files_spec(flags.logdir_spec)
     return {os.path.expanduser(context.logdir): None} if context.logdir else {}
 
@@ -227,7 +227,9 @@ def _plain(value: Any) -> Any:
     with np.errstate(all="ignore"):
         power = 10.0 ** (6 - np.floor(np.log10(np.abs(numbers))))
         numbers = np.where(np.isfinite(power), np.round(numbers * power) / power, numbers)
-    return np.where(np.isfinite(numbers), numbers.astype(object), None).tolist()
+    plain = numbers.astype(object)
+    plain[~np.isfinite(numbers)] = None
+    return plain.tolist()
 
 
 def _json(answer: Callable[[Request], Any]) -> Any:

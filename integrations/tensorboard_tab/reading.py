@@ -68,9 +68,10 @@ class Run:
 
     def purge(self, step: int) -> None:
         """Forget what a resumed run writes anew."""
-        for series in (*self.records.values(), *(s for labels in self.scalars.values() for s in labels.values())):
-            for known in [known for known in series if known >= step]:
-                del series[known]
+        known: list[dict[int, Any]] = [*self.records.values()]
+        for series in known + [series for labels in self.scalars.values() for series in labels.values()]:
+            for later in [other for other in series if other >= step]:
+                del series[later]
 
 
 class Index:
@@ -115,7 +116,7 @@ class Index:
             for folder, _, files in tf.io.gfile.walk(directory):
                 relative = os.path.relpath(folder, directory)
                 run = relative if name is None else os.path.normpath(os.path.join(name, relative))
-                own = [os.path.join(folder, file) for file in sorted(files) if IsSummaryEventsFile(file)]
+                own = [os.path.join(folder, file) for file in sorted(files, key=_parts) if IsSummaryEventsFile(file)]
                 if own:
                     found.setdefault(run, []).extend(own)
         return found
@@ -175,6 +176,11 @@ class Index:
         _thinned(series)
 
 
+def _parts(file: str) -> list[str | int]:
+    # Files are read in the order in which they were begun: …tfevents.SECONDS.HOST.PROCESS.9 before …10.
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file)]
+
+
 def _thinned(series: dict[int, Any]) -> None:
     if len(series) > MOST:
         for step in sorted(series)[1:-1:2]:
@@ -202,7 +208,7 @@ def _chunks(path: str, start: int, size: int) -> Iterator[tuple[int, int, list[t
     wanted = _CHUNK
     while start < size:
         data = _bytes(path, start, min(wanted, size - start))
-        at, records = 0, []
+        at, records = 0, list[tuple[int, bytes]]()
         while at + 12 <= len(data):
             (length,) = struct.unpack_from("<Q", data, at)
             if length > _LARGEST:

@@ -8,10 +8,10 @@ import warnings
 
 import pytest
 import torch
+from tensorboards import chromium, open_tab, serving, wait, why_no_browser
 from torchgeom_probe.integrations.tensorboard import TensorBoardWriter
 
 import torchgeom_probe as tgp
-from tensorboards import chromium, open_tab, serving, wait, why_no_browser
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 
 pytest.importorskip("tensorboard")
@@ -97,7 +97,7 @@ class Page:
         )  # fmt: skip
 
     def complaints(self):
-        lines = self.browser.get_log("browser")
+        lines = [line for line in self.browser.get_log("browser") if "favicon.ico" not in line["message"]]
         return [line["message"] for line in lines if line["level"] == "SEVERE" or "geometry/" in line["message"]]
 
 
@@ -124,7 +124,10 @@ def page(tmp_path_factory):
 
 @pytest.mark.filterwarnings("default:NOBODY LOOKS")
 def test_the_tab_in_a_browser(page):
-    assert page.js("return parent.document.querySelector('[role=tab][aria-selected=true]').textContent.trim()") == "Geometry"
+    assert (
+        page.js("return parent.document.querySelector('[role=tab][aria-selected=true]').textContent.trim()")
+        == "Geometry"
+    )
     assert page.js("return getComputedStyle(document.body).fontFamily").startswith("Roboto")
     every_panel_draws(page)
     a_click_chooses_run_layer_and_step(page)
@@ -149,7 +152,9 @@ def every_panel_draws(page):
     types = page.js("return arguments[0].data.map((own) => own.type)", page.plot("Maps"))
     assert types == ["heatmap", "scatter"] * 3
     assert page.js("return arguments[0].layout.images.length", page.plot("Maps")) == 9  # three corners of three layers
-    lines = page.js("return arguments[0].data.filter((own) => own.mode === 'lines+markers').length", page.plot("Boundary profile"))
+    lines = page.js(
+        "return arguments[0].data.filter((own) => own.mode === 'lines+markers').length", page.plot("Boundary profile")
+    )
     assert lines == 2
     texts = page.js(
         "return [...document.querySelectorAll('.js-plotly-plot')].map((own) => Object.entries(own._fullLayout)"
@@ -177,7 +182,8 @@ def a_click_chooses_run_layer_and_step(page):
 def hover_and_click_on_a_sample(page):
     plot = page.plot("Samples")
     x, y, sample = page.js(
-        "const own = arguments[0].data[1], k = own.x.indexOf(15); return [own.x[k], own.y[k], own.customdata[k]]", plot)
+        "const own = arguments[0].data[1], k = own.x.indexOf(15); return [own.x[k], own.y[k], own.customdata[k]]", plot
+    )
     page.point(plot, 1, x, y).perform()
     tip = page.browser.find_element("id", "tip")
     wait(tip.is_displayed)
@@ -198,8 +204,10 @@ def hover_and_click_on_a_sample(page):
 
 def the_choices_change_what_they_say(page):
     def depth():
-        return page.js("const own = arguments[0]; return [own.data[0].z[0][0], own.layout.coloraxis.colorbar.title.text]",
-                       page.plot("Depth × time"))
+        return page.js(
+            "const own = arguments[0]; return [own.data[0].z[0][0], own.layout.coloraxis.colorbar.title.text]",
+            page.plot("Depth × time"),
+        )
 
     value, title = depth()
     assert "log-volume [nat], median" in title or "log frame volume [nat], median" in title
@@ -213,7 +221,9 @@ def the_choices_change_what_they_say(page):
     wait(lambda: depth() == [value, title])
 
     def groups():
-        return page.js("return arguments[0].data.filter((own) => own.showlegend).map((own) => own.name)", page.plot("Samples"))
+        return page.js(
+            "return arguments[0].data.filter((own) => own.showlegend).map((own) => own.name)", page.plot("Samples")
+        )
 
     assert groups() == ["0", "1", "2"]
     page.choose("Colour", "correct")
@@ -331,6 +341,7 @@ def a_picture_downloads(page):
     wait(lambda: path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 5000)
 
 
+@pytest.mark.slow
 def test_a_log_without_geometry_says_what_to_write(page, tmp_path):
     (tmp_path / "logs").mkdir()
     with serving(tmp_path / "logs", tmp_path / "beside") as ask:

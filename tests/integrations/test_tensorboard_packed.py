@@ -10,15 +10,14 @@ import pytest
 import torch
 from torchgeom_probe.integrations.tensorboard import TensorBoardWriter
 from torchgeom_probe.integrations.tensorboard_packed import thumbnails
-
-import torchgeom_probe as tgp
-from tensorboards import tab
-from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.report import GeometryReport, LayerGeometry
 from unseen import Notes
 
+import torchgeom_probe as tgp
+from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.report import GeometryReport, LayerGeometry
+
 pytest.importorskip("tensorboard")
-tab()
+pytest.importorskip("tensorboards")  # knows where the tab is
 from torchgeom_tab.reading import Index
 
 INF, NAN = math.inf, math.nan
@@ -156,8 +155,8 @@ def test_a_training_with_the_tabs_events_is_the_training_without(tmp_path):
     def trained(**watch):
         torch.manual_seed(3)
         model = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Dropout(0.5), torch.nn.Flatten(),
-            torch.nn.Linear(60, 4),
+            torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Dropout(0.5),
+            torch.nn.Flatten(), torch.nn.Linear(60, 4),
         )  # fmt: skip
         x, y = torch.rand(8, 3, 5, 7), torch.arange(8) % 4
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -289,7 +289,7 @@ class Jacobians:
         try:
             options: dict[str, Any] = {"copies": copies, "layout": self.plan.layout, "see": self._see}
             with vjp.pullback(self.hooked, self.inputs, until=until or list(self.plan.features)[-1], **options) as back:
-                if compared and self.engine in ("auto", "fused"):
+                if compared and self.engine in ("auto", "fused", "replay"):
                     self._refuse_surrogates(back)
                 yield back
         except (ProbeError, torch.OutOfMemoryError):
