@@ -29,6 +29,7 @@ TABLES = (
     "topk",
     "logdet",
     "overhead",
+    "loss",
     "slices",
     "boundary",
 )
