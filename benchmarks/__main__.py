@@ -30,6 +30,7 @@ TABLES = (
     "logdet",
     "overhead",
     "tab",
+    "loss",
     "slices",
     "boundary",
     "studies",

@@ -9,6 +9,7 @@ Legend: b is a buffer [1 + k, *shape], p its row 0, t the others; g is the gradi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,33 +80,45 @@ def shifted(b: Tensor, shift: Any, rows: int = 1) -> Tensor:
 
 
 class Standardised(torch.autograd.Function):
-    """x̂ = (p - mean) r, r = 1/√(var + ε), over the last axis, and x̂' = e - x̂ m, e = r (t - mean t), m = mean(x̂ e)."""
+    """x̂ = r (p - mean p), r = 1/√(var + ε), over the last axis;  x̂' = r P t with P = 1 - mean - x̂ mean(x̂ ·).
+
+    r P is symmetric: torch's own backward kernel applies it.
+    """
 
     @staticmethod
     def forward(ctx: Any, b: Tensor, eps: float) -> Tensor:
         """[1 + k, *shape]."""
-        variance, mean = torch.var_mean(b[0], -1, correction=0, keepdim=True)
-        r = torch.rsqrt(variance + eps)
-        out = (b - torch.cat([mean[None], b[1:].mean(-1, keepdim=True)])).mul_(r)
-        m = (out[1:] * out[0]).mean(-1, keepdim=True)
-        out[1:].addcmul_(m, out[0], value=-1)
-        ctx.save_for_backward(out, r, m)
+        p = b[0].contiguous()
+        hat, mean, r = torch.native_layer_norm(p, p.shape[-1:], None, None, eps)
+        out = torch.stack([hat, *(_projected(t, p, mean, r) for t in b[1:])])
+        ctx.save_for_backward(b, hat, mean, r)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        """With P = 1 - mean - x̂ mean(x̂ ·), symmetric: ∂/∂t = r P g, and by p through x̂ and through r."""
-        out, r, m = ctx.saved_tensors
-        hat, pushed = out[0], out[1:]
-        s = (g[1:] * hat).mean(-1, keepdim=True)
-        # x̂' depends on x̂ as -m g - s e, e = x̂' + x̂ m, and on r as a multiple of it
-        by_hat = g[0] - summed(g[1:] * m + s * (pushed + hat * m))
-        by_r = summed((g[1:] * pushed).mean(-1, keepdim=True))
-        rows = torch.cat([by_hat[None], g[1:]])
-        s = torch.cat([(by_hat * hat).mean(-1, keepdim=True)[None], s])
-        s[0] += by_r  # δ log r = -r mean(x̂ δp)
-        return (rows - rows.mean(-1, keepdim=True)).sub_(s * hat).mul_(r), None
+        """∂/∂t = r P g;  ∂/∂p through x̂, on which x̂' depends as -m g - s e, and through r, a factor of x̂'.
+
+        e = r (t - mean t), m = mean(x̂ e), s = mean(x̂ g), x̂' = e - x̂ m;  δx̂ = r P δp, δ log r = -r mean(x̂ δp).
+        """
+        b, hat, mean, r = ctx.saved_tensors
+        p, r_p = b[0].contiguous(), r.to(b.dtype)
+        by_hat, by_r, out = g[0], 0.0, torch.empty_like(g)
+        for t, g_t, out_t in zip(b[1:], g[1:], out[1:], strict=True):
+            e = t - t.mean(-1, keepdim=True)
+            e *= r_p
+            m, s = (hat * e).mean(-1, keepdim=True), (hat * g_t).mean(-1, keepdim=True)
+            by_hat = torch.addcmul(by_hat, m, g_t, value=-1).addcmul_(s, e, value=-1)
+            by_r = by_r + (e.mul_(g_t).mean(-1, keepdim=True) - m * s)  # mean(x̂' g)
+            out_t.copy_(_projected(g_t, p, mean, r))
+        out[0] = torch.addcmul(_projected(by_hat, p, mean, r), hat, by_r * r_p, value=-1)
+        return out, None
+
+
+def _projected(t: Tensor, p: Tensor, mean: Tensor, r: Tensor) -> Tensor:
+    return torch.ops.aten.native_layer_norm_backward(
+        t.contiguous(), p, p.shape[-1:], mean, r, None, None, [True, False, False]
+    )[0]
 
 
 class BatchNormed(torch.autograd.Function):
@@ -141,6 +154,66 @@ class BatchNormed(torch.autograd.Function):
         torch.mul(g[1:], _channels(scale, b), out=out[1:])
         out[0] = by_p + (p - _channels(mean, b)) * _channels(factor, b)
         return out, None if weight is None else by_weight + by_scale * r, by_bias if wanted[2] else None, None, None, None
+
+
+class Attended(torch.autograd.Function):
+    """o = y v with y = softmax(s), s = c q kᵀ + bias;  o' = y' v + y v', y' = y (s' - m), m = Σ y s'.
+
+    Queries, keys and values [1 + k, N, L or S, E].  Folded, [N, L k, ·] or [N, L, k ·], each product is one bmm.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, c: float, softmax: Callable[..., Tensor]) -> Tensor:
+        """[1 + k, N, L, E]."""
+        scores = torch.bmm(q[0], k[0].mT).mul_(c)
+        y = softmax(scores if bias is None else scores + bias, -1).to(q.dtype)
+        shape = (*y.shape[:2], len(q) - 1, y.shape[2])  # [N, L, k, S]
+        moved = torch.bmm(_tall(q), k[0].mT).view(shape[0], shape[1], -1)
+        moved = moved.baddbmm_(q[0], _beside(k).mT).mul_(c).view(shape)
+        m = (moved * y[:, :, None]).sum(-1, keepdim=True)
+        moved -= m
+        pushed = torch.bmm((moved * y[:, :, None]).flatten(1, 2), v[0])
+        pushed = pushed.view(*shape[:2], -1).baddbmm_(y, _tall(v).view(v.shape[1], v.shape[2], -1))
+        ctx.save_for_backward(q, k, v, bias, y, moved, m)
+        ctx.c = c
+        return torch.cat([torch.bmm(y, v[0])[None], pushed.unflatten(2, (shape[2], -1)).permute(2, 0, 1, 3)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        """By y' first, whose gradient is b; then by y, where what it does in y' adds up; then by the scores."""
+        q, k, v, bias, y, moved, m = ctx.saved_tensors
+        n, length, count, span = moved.shape
+        tall_g, y_k = _tall(g), y[:, :, None]
+        wide_g = tall_g.view(n, length, -1)
+        b = torch.bmm(tall_g, v[0].mT).view(moved.shape)
+        mean = (b * y_k).sum(-1, keepdim=True)
+        by_y = (b * moved - mean * (moved + m)).sum(2).baddbmm(g[0], v[0].mT)
+        by_y.baddbmm_(wide_g, _tall(v).view(n, span, -1).mT)
+        by_moved = (b - mean).mul_(y_k)
+        by_scores = (by_y - (by_y * y).sum(-1, keepdim=True)).mul_(y)
+        by_bias = by_scores.sum_to_size(bias.shape).to(bias.dtype) if ctx.needs_input_grad[3] else None
+        by_moved, by_scores = by_moved.mul_(ctx.c), by_scores.mul_(ctx.c)
+        tall, wide = by_moved.view(n, -1, span), by_moved.view(n, length, -1)
+        rows = (count, -1)
+        by_q = torch.bmm(by_scores, k[0]).baddbmm_(wide, _beside(k))
+        by_k = torch.bmm(by_scores.mT, q[0]).baddbmm_(tall.mT, _tall(q))
+        by_v = torch.bmm(y.mT, g[0]).baddbmm_((moved * y_k).view(n, -1, span).mT, tall_g)
+        by_dq = torch.bmm(tall, k[0]).unflatten(1, (length, count)).permute(2, 0, 1, 3)
+        by_dk = torch.bmm(wide.mT, q[0]).unflatten(1, rows).transpose(0, 1)
+        by_dv = torch.bmm(y.mT, wide_g).unflatten(2, rows).permute(2, 0, 1, 3)
+        pairs = ((by_q, by_dq), (by_k, by_dk), (by_v, by_dv))
+        return *(torch.cat([first[None], others]) for first, others in pairs), by_bias, None, None
+
+
+def _tall(b: Tensor) -> Tensor:
+    """The tangents [k, N, L, E] as [N, L k, E]."""
+    return b[1:].permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def _beside(b: Tensor) -> Tensor:
+    """The tangents [k, N, S, E] as [N, k S, E]."""
+    return b[1:].transpose(0, 1).flatten(1, 2)
 
 
 def _channels(vector: Tensor, b: Tensor) -> Tensor:

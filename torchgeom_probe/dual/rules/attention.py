@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from torchgeom_probe.dual.graph import Attended
 from torchgeom_probe.dual.passes import followed
-from torchgeom_probe.dual.registry import any_dual, from_end, reduced, register, row_by_row, rows_of, rule
+from torchgeom_probe.dual.registry import any_dual, from_end, reduced, register, row_by_row, rows_of, rule, with_rows
 from torchgeom_probe.dual.tensor import DualTensor
 from torchgeom_probe.shapes import Tensor
 
@@ -116,10 +117,14 @@ def _attention(
         return _attention_by_parts(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     q, k, v = _Heads(query), _Heads(key), _Heads(value)
     c = 1 / math.sqrt(q.width) if scale is None else scale
-    rows = rows_of(query, key, value)
+    rows: int = rows_of(query, key, value)
     mask = _mask(attn_mask, is_causal, query.shape[:-2], q, k)
     if followed():
-        return DualTensor(_attended(q, k, v, c, mask, attn_mask is not None).reshape(rows, *query.shape[:-1], v.width))
+        bias = mask.flatten(0, 1) if mask is not None and mask.ndim == 4 else mask
+        softmax = torch.softmax if attn_mask is None else torch._safe_softmax
+        flat = [with_rows(x, rows).flatten(1, -3) for x in (query, key, value)]
+        out = Attended.apply(*flat, bias, c, softmax)  # type: ignore[no-untyped-call]
+        return DualTensor(out.view(rows, *query.shape[:-1], v.width))
     # Laid out as [..., L, H, E] under the hood: the model's next step puts the heads side by side.
     out = q.primal.new_empty((rows, q.samples, q.length, q.heads, v.width)).transpose(2, 3)
     for samples, heads, tangents in _pieces(q, k, rows - 1):
@@ -137,31 +142,6 @@ def _attention(
             pushed = _pushed(y, o, q_here * c, k_here * c, v_here, *moves)
             out[1:][t, samples, heads] = pushed.view(*shape[:3], -1, v.width).permute(3, 0, 1, 2, 4)
     return DualTensor(out.reshape(rows, *query.shape[:-1], v.width))
-
-
-def _attended(q: _Heads, k: _Heads, v: _Heads, c: float, mask: Tensor | None, safe: bool) -> Tensor:
-    """The same as [R, samples, heads, L, E], all at once and with nothing written to."""
-    all_of_it = slice(None), slice(None)
-    q_all, k_all, v_all = (x.primal.flatten(0, 1) for x in (q, k, v))
-    scores = (q_all * c) @ k_all.mT
-    if mask is not None:
-        scores = scores + (mask.flatten(0, 1) if mask.ndim == 4 else mask)
-    y = torch._safe_softmax(scores, -1) if safe else torch.softmax(scores, -1)
-    o = y @ v_all
-    dq, dk, dv = (x.tangents_at(slice(None), *all_of_it) for x in (q, k, v))  # [H, L, T, E]
-    out: Any = 0
-    if dq is not None or dk is not None:
-        a: Any = 0
-        if dq is not None:
-            a = torch.bmm(dq.flatten(1, 2), k_all.mT * c).unflatten(1, dq.shape[1:3])
-        if dk is not None:
-            a = a + torch.bmm(q_all * c, dk.transpose(1, 2).flatten(1, 2).mT).unflatten(2, (dk.shape[2], -1))
-        a = a * y[:, :, None]
-        out = torch.bmm(a.flatten(1, 2), v_all).unflatten(1, a.shape[1:3])
-        out = torch.addcmul(out, a.sum(-1, keepdim=True), o[:, :, None], value=-1)
-    if dv is not None:
-        out = out + torch.bmm(y, dv.flatten(2, 3)).unflatten(2, dv.shape[2:])
-    return torch.cat([o[None], out.permute(2, 0, 1, 3)]).unflatten(1, (q.samples, q.heads))
 
 
 class _Heads:
