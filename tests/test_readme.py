@@ -30,15 +30,7 @@ def test_python_block(block, tmp_path):
 
 def test_there_are_blocks():
     assert len([name for name in BLOCKS if name.startswith("README")]) >= 4
-    assert {name.split()[0] for name in BLOCKS} == {
-        "README",
-        "choosing",
-        "mathematics",
-        "monitoring",
-        "reading",
-        "tokens",
-        "troubleshooting",
-    }
+    assert {name.split()[0] for name in BLOCKS} >= {"README", "boundary", "choosing", "reading", "tokens"}
 
 
 @pytest.mark.parametrize("line", re.findall(r"^torchgeom-probe .*?(?=  +#|$)", README, flags=re.MULTILINE))

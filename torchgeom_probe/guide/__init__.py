@@ -3,7 +3,9 @@
 .. include:: reading.md
 .. include:: choosing.md
 .. include:: monitoring.md
+.. include:: boundary.md
 .. include:: tokens.md
 .. include:: troubleshooting.md
 .. include:: mathematics.md
+.. include:: paper.md
 """
