@@ -42,6 +42,7 @@ class Pass:
         known: primals that passes at the same samples share (``KnownPrimals`` of ``rules/convolution.py``).
         used: the names of the ops that ran, by what became of them (:func:`recording`).
         at_end: what to do when the pass ends, the last first; None outside of a pass.
+        harmless: whether numbers may leave torch, or autograd, because nothing that a layer puts out depends on them.
     """
 
     key: Key = field(default_factory=Key)
@@ -49,6 +50,7 @@ class Pass:
     known: Any = None
     used: dict[str, set[str]] | None = None
     at_end: contextlib.ExitStack | None = None
+    harmless: bool = False
 
 
 _OUTSIDE = Pass()

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from torchgeom_probe.dual.one_op import refuse_another_adjoint, waves
+from torchgeom_probe.dual.passes import within
 from torchgeom_probe.errors import EngineRefusal, ProbeError, first_line
 from torchgeom_probe.jacobian import functorch, fused, vjp
 from torchgeom_probe.jacobian.plan import Plan, coupled_samples
@@ -239,7 +240,7 @@ class Jacobians:
         try:
             # The same random numbers in every pass: directions that are pushed apart must be pushed through the same
             # function.
-            with same_random_numbers(directions.device):
+            with same_random_numbers(directions.device), within(harmless=plan.harmless):
                 _PUSHES[engine](self.hooked, self.inputs, directions, sink, see=see, **options)
         except (ProbeError, torch.OutOfMemoryError):
             raise
@@ -257,7 +258,8 @@ class Jacobians:
         """
         copies = self.plan.copies(at_once, self.inputs.size, self.device)
         try:
-            with vjp.pullback(self.hooked, self.inputs, copies=copies, layout=self.plan.layout, see=self._see) as back:
+            options: Any = {"copies": copies, "layout": self.plan.layout, "see": self._see}
+            with within(harmless=self.plan.harmless), vjp.pullback(self.hooked, self.inputs, **options) as back:
                 if compared and self.engine in ("auto", "fused"):
                     self._refuse_surrogates(back)
                 yield back
