@@ -11,10 +11,12 @@ from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchgeom_probe.dual.ops import (
     CONSTANT,
     DETACHES,
+    ESCAPES,
     METADATA,
     ONE_FOR_EACH,
     body_of,
@@ -22,14 +24,16 @@ from torchgeom_probe.dual.ops import (
     mutates,
     name_of,
     only_a_shape,
+    reads_bits,
     smooth,
     unfollowable,
 )
+from torchgeom_probe.dual.passes import current_pass
 from torchgeom_probe.errors import EngineRefusal, ProbeError
 from torchgeom_probe.shapes import Tensor
 
 _BATCH_NORMS = {torch.nn.functional.batch_norm, torch.batch_norm}
-_COPIES = {torch.tensor, torch.Tensor.new_tensor, torch.normal}
+COPIES = {torch.tensor, torch.Tensor.new_tensor, torch.normal}
 #: Forward mode's own, and what autograd.Function.apply calls on its way out: a view is known by its memory.
 _NOT_THE_MODELS = {torch._VF._unpack_dual, torch._VF._make_dual, torch.Tensor.view_as}
 _GRADIENT_HOOKS = {torch.Tensor.register_hook, torch.Tensor.retain_grad}
@@ -46,6 +50,9 @@ class Followed(TorchFunctionMode):
         super().__init__()
         self.reverse = reverse
         self._open: list[Any] = []
+        self._harmless = current_pass().harmless
+        # What was cut off, and may be, and what was made of it.
+        self._free = WeakTensorKeyDictionary()
         # Where the tensors are that carry one: a constant in their memory was cut off in C++, where no mode sees it.
         self._memory: dict[int, StorageWeakRef] = {}
 
@@ -61,9 +68,12 @@ class Followed(TorchFunctionMode):
             return func(*args, **kwargs)
         tensors = [a for a in tree_leaves((args, kwargs)) if smooth(a)]
         constants = [a for a in tensors if not self.carries(a)]
-        self._refuse_alias(func, constants)
-        if len(constants) == len(tensors):
-            return func(*args, **kwargs)
+        self._refuse_alias(func, [a for a in constants if a not in self._free])
+        if len(constants) == len(tensors) or (self._harmless and self._cuts(func, args, kwargs)):
+            out = func(*args, **kwargs)
+            if len(constants) < len(tensors) or any(a in self._free for a in constants):
+                self._free.update((o, None) for o in tree_leaves(out) if smooth(o))
+            return out
         refusal = unfollowable(func, args, kwargs)
         if refusal is not None:
             if inside_a_custom_function():
@@ -100,6 +110,12 @@ class Followed(TorchFunctionMode):
             raise EngineRefusal(self._why_lost(func))
         return out
 
+    def _cuts(self, func: Any, args: Any, kwargs: Any) -> bool:
+        known = meaning_of(func)
+        if known in DETACHES or known in ESCAPES or func in COPIES or reads_bits(func, args, kwargs):
+            return True
+        return self.reverse and not torch.is_grad_enabled() and not inside_a_custom_function()
+
     def _remember(self, carried: list[Tensor]) -> None:
         for storage in map(_storage, carried):
             if storage is not None and storage.nbytes():  # all that is empty lies at 0
@@ -119,7 +135,7 @@ class Followed(TorchFunctionMode):
 
     def _why_lost(self, func: Any) -> str:
         name = name_of(func)
-        if meaning_of(func) in DETACHES or func in _COPIES:
+        if meaning_of(func) in DETACHES or func in COPIES:
             why = f"autograd takes what {name!r} makes of a tensor that depends on the input for a constant"
         elif self.reverse and not torch.is_grad_enabled():
             why = f"the forward pass runs {name!r} under torch.no_grad() or torch.inference_mode()"

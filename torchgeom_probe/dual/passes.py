@@ -46,6 +46,7 @@ class Pass:
         at_end: what to do when the pass ends, the last first; None outside of a pass.
         graph: whether autograd follows the buffers (``graph.py``).
         batch_statistics: whether batch normalisation by the batch's statistics is let through, as constants along x.
+        harmless: whether numbers may leave torch, or autograd, because nothing that a layer puts out depends on them.
     """
 
     key: Key = field(default_factory=Key)
@@ -55,6 +56,7 @@ class Pass:
     at_end: contextlib.ExitStack | None = None
     graph: bool = False
     batch_statistics: bool = False
+    harmless: bool = False
 
 
 _OUTSIDE = Pass()

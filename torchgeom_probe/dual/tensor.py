@@ -30,6 +30,7 @@ from torchgeom_probe.dual.one_op import OneOp
 from torchgeom_probe.dual.ops import (
     CONSTANT,
     DETACHES,
+    ESCAPES,
     METADATA,
     ONE_FOR_EACH,
     TAKES_DEFERRED,
@@ -39,6 +40,7 @@ from torchgeom_probe.dual.ops import (
     mutates,
     name_of,
     only_a_shape,
+    reads_bits,
     smooth,
     unfollowable,
 )
@@ -228,6 +230,8 @@ def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
             x._buffer = buffer
             return x
         return DualTensor(buffer)
+    if current_pass().harmless and (known in ESCAPES or reads_bits(func, args, kwargs)):
+        return _on_primals(func, args, kwargs)
     refusal = unfollowable(func, args, kwargs)
     if refusal is not None:  # an autograd.Function has a derivative of its own, which the other engines take
         raise EngineRefusal(str(refusal)) if inside_a_custom_function() else refusal

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from torchgeom_probe.dual.one_op import refuse_another_adjoint, waves
+from torchgeom_probe.dual.passes import within
 from torchgeom_probe.errors import EngineRefusal, ProbeError, first_line
 from torchgeom_probe.jacobian import functorch, fused, vjp
 from torchgeom_probe.jacobian.plan import Plan, coupled_samples
@@ -264,7 +265,7 @@ class Jacobians:
         try:
             # The same random numbers in every pass: directions that are pushed apart must be pushed through the same
             # function.
-            with same_random_numbers(directions.device):
+            with same_random_numbers(directions.device), within(harmless=plan.harmless):
                 _PUSHES[engine](self.hooked, self.inputs, directions, sink, see=see, **options)
         except (ProbeError, torch.OutOfMemoryError):
             raise
@@ -287,8 +288,9 @@ class Jacobians:
         self._refuse_alone()
         copies = self.plan.copies(at_once, self.inputs.size, self.device)
         try:
-            options: dict[str, Any] = {"copies": copies, "layout": self.plan.layout, "see": self._see}
-            with vjp.pullback(self.hooked, self.inputs, until=until or list(self.plan.features)[-1], **options) as back:
+            options: Any = {"copies": copies, "layout": self.plan.layout, "see": self._see}
+            options["until"] = until or list(self.plan.features)[-1]
+            with within(harmless=self.plan.harmless), vjp.pullback(self.hooked, self.inputs, **options) as back:
                 if compared and self.engine in ("auto", "fused", "replay"):
                     self._refuse_surrogates(back)
                 yield back

@@ -6,14 +6,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import TorchFunctionMode
 
 from torchgeom_probe.errors import LayerRefusal, ProbeError
+from torchgeom_probe.jacobian.cuts import Cuts, harmless
 from torchgeom_probe.jacobian.layout import Layout
 from torchgeom_probe.jacobian.memory import LiveBytes, free_memory
 from torchgeom_probe.model.hooked import HookedModel, Outputs
@@ -58,6 +57,7 @@ class Plan:
         per_sample: the arguments (places among the inputs' leaves) that are cut with the samples.
         whole: whether the model takes its own number of samples alone, so that no chunks can be made.
         coupled: entries in which one sample's output depends on the others.
+        harmless: whether all that the pass cuts off from its derivative is looked at alone (:func:`cuts.harmless`).
     """
 
     features: dict[str, int]
@@ -72,6 +72,7 @@ class Plan:
     per_sample: frozenset[int] = frozenset()
     whole: bool = False
     coupled: tuple[str, ...] = ()
+    harmless: bool = False
 
     @property
     def num_inputs(self) -> int:
@@ -152,7 +153,7 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
     with same_random_numbers(inputs.device):
         before = _random_state()
         try:
-            with _DataKept(hooked.model):
+            with Cuts(hooked.model, inputs) as cuts:
                 own, found, live = _first_run(hooked, inputs)
         except ProbeError:
             raise
@@ -165,6 +166,7 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
         fake = isinstance(space, FakeTensor)
         draws = not fake and (drew_random_numbers() or not all(map(torch.equal, before, _random_state())))
         per_sample, whole, coupled = _samples(hooked, own, found, compare=not (fake or draws))
+        logs = cuts.seen and not (fake or draws) and harmless(hooked, own)
     return Plan(
         features={entry: values.shape[1] for entry, values in found.features.items()},
         space=tuple(space.shape[1:]),
@@ -177,6 +179,7 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
         per_sample=per_sample,
         whole=whole,
         coupled=coupled,
+        harmless=logs,
         budget=memory_budget if memory_budget is not None else int(SHARE_OF_FREE_MEMORY * free_memory(space.device)),
     )
 
@@ -203,9 +206,9 @@ def coupled_samples(entry: str) -> ProbeError:
         f"layer {entry!r} couples the samples: what it puts out at one of them, or how wide, changes with the others, "
         "or with its place among them, so no sample has a metric of its own.\n"
         "Put the samples first (nn.LSTM and attention: batch_first=True); normalise by running statistics, in eval "
-        "mode; a set that is one sample (the nodes of a graph) goes into a Module that takes it as x[None]; where "
-        "samples are padded to the longest of the batch, measure one at a time; a table with a row for each of them goes "
-        "in as an argument beside x."
+        "mode; a set that is one sample (the nodes of a graph) goes into a Module that takes it as x[None]; a table "
+        "with rows for the samples goes in as an argument beside x; where samples are padded to the longest of the "
+        "batch, measure one at a time."
     )
 
 
@@ -235,31 +238,6 @@ def _refuse_nested(hooked: HookedModel, own: Inputs, found: Outputs) -> None:
             f"{different!r} sees the difference.\n"
             f"Say which one you mean:  model.get_submodule({nested[0]!r}).use_nested_tensor = False  is the second."
         )
-
-
-class _DataKept(TorchFunctionMode):
-    """Refuses a forward pass that assigns other memory to a tensor's ``.data``.
-
-    No version counter tells of it, and of a DualTensor assigned in C++ only a dead pointer would be left.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._model = model
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == _SET_DATA and args[0].untyped_storage()._cdata != args[1].untyped_storage()._cdata:
-            own = [*self._model.named_parameters(), *self._model.named_buffers()]
-            name = next((f"its own tensor {name!r}" for name, t in own if t is args[0]), "a tensor")
-            raise ProbeError(
-                f"the model's forward pass assigns to .data of {name}, also in eval mode: an initialisation by the "
-                "first batch, as of ActNorm?\n"
-                "Run the model once before you probe it:  model(x); or write  tensor.copy_(other)"
-            )
-        return func(*args, **(kwargs or {}))
-
-
-_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 def _first_run(hooked: HookedModel, inputs: Inputs) -> tuple[Inputs, Outputs, LiveBytes]:
@@ -308,8 +286,9 @@ def _samples(
 ) -> tuple[frozenset[int], bool, tuple[str, ...]]:
     """Which arguments are cut with the samples; whether no part can be run; which entries couple the samples.
 
-    A sample among copies of itself must give what it gives in the batch.  Where it does not, an argument that happens to
-    be as long as the batch may have been cut (a table, say), or the samples depend on each other, or on their places.
+    A sample among copies of itself must give what it gives in the batch.  Where it does not, an argument that happens
+    to be as long as the batch may have been cut (a table, say), or the samples depend on each other, or on their
+    places.
     """
     count = 2 if own.size > 2 else 3
 

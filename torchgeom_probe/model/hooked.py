@@ -118,12 +118,13 @@ class HookedModel:
         inputs: Inputs,
         *,
         keep: int | None = None,
+        of: Callable[[Tensor], Tensor] = torch.detach,
         aside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> Outputs:
         """Run the model plainly, hooked: the one way in which anything here looks at what a model puts out.
 
-        ``keep``: of the first samples alone.  ``aside``: the context in which it is copied, for who counts the model's
-            own bytes.
+        ``keep``: of the first samples alone.  ``of``: what of the features [B, n] is kept.  ``aside``: the context in
+            which it is copied, for who counts the model's own bytes.
 
         Raises:
             LayerRefusal: as :meth:`features`, of all layers at once.
@@ -139,11 +140,11 @@ class HookedModel:
             except LayerRefusal as refusal:
                 refusals.append((str(refusal), refusal.layers))  # not itself: its traceback holds the layer's output
                 return
-            with aside():  # a copy: the next layer may write over it
-                features[entry] = torch.cat([flat.detach()[:keep] for flat in flats], dim=1)
+            with aside(), torch._C.DisableTorchFunction():  # a copy: the next layer may write over it
+                features[entry] = torch.cat([of(flat)[:keep] for flat in flats], dim=1)
 
         def on_source(output: Any) -> None:
-            with aside():
+            with aside(), torch._C.DisableTorchFunction():
                 sources.append(self.source_value(output).detach().clone())
 
         with plain_run(lambda: [*features.values(), *sources]), self.attached(on_output, on_source):
