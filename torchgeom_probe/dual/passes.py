@@ -18,6 +18,7 @@ class Pass:
         deferred: at most one tensor, which the op that takes it builds (:meth:`DualTensor.deferred`); None outside of a
             pass, where nothing is deferred.
         known: primals that passes at the same samples share (``KnownPrimals`` of ``rules/convolution.py``).
+        low: the type that products with weights, and of attention, take float32 tangents in; None: their own.
         used: the names of the ops that ran, by what became of them (:func:`recording`).
         at_end: what to do when the pass ends, the last first; None outside of a pass.
     """
@@ -25,6 +26,7 @@ class Pass:
     key: object = field(default_factory=object)
     deferred: list[Any] | None = None
     known: Any = None
+    low: Any = None
     used: dict[str, set[str]] | None = None
     at_end: contextlib.ExitStack | None = None
 
@@ -47,9 +49,9 @@ def within(**changes: Any) -> Iterator[Pass]:
 
 
 @contextlib.contextmanager
-def dual_pass() -> Iterator[Pass]:
+def dual_pass(low: Any = None) -> Iterator[Pass]:
     """Run the body as a pass of its own, whose tensors nothing outside of it can read."""
-    with contextlib.ExitStack() as at_end, within(key=object(), deferred=[], at_end=at_end) as running:
+    with contextlib.ExitStack() as at_end, within(key=object(), deferred=[], at_end=at_end, low=low) as running:
         yield running
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from torchgeom_probe.dual.passes import current_pass, within
-from torchgeom_probe.dual.registry import any_dual, folded, rows_like, rule_of_each
+from torchgeom_probe.dual.registry import any_dual, apart, folded, lowered, rows_like, rule_of_each
 from torchgeom_probe.dual.tensor import DualTensor, Rule
 from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.shapes import Tensor
@@ -99,11 +99,14 @@ def _convolved(
     x: DualTensor, weight: Tensor, bias: Tensor | None, convolve: Callable[..., Tensor], arguments: tuple[Any, ...]
 ) -> DualTensor:
     def on_batch(rows: Tensor) -> Tensor:
-        return convolve(rows, weight, None, *arguments)
+        return convolve(rows, weight.to(rows.dtype), None, *arguments)
 
+    low = lowered(x)
     known: KnownPrimals | None = current_pass().known
     if x.buffer.ndim == weight.ndim:  # without a batch axis the rows are the batch
         out = DualTensor(on_batch(x.buffer))
+    elif low is not None:
+        out = apart(x, on_batch, low, fold=True)
     else:
         out = folded(x, on_batch) if known is None else known.convolved(x, on_batch)
     if bias is not None:
