@@ -188,3 +188,21 @@ def test_a_model_on_the_gpu_and_samples_on_the_cpu_are_refused_by_name():
     model = nn.Linear(3, 2).cuda()
     with pytest.raises(tgp.ProbeError, match=r"x is on cpu, the model on cuda:0.\nMove it:  x.to\('cuda:0'\)"):
         tgp.measure(model, torch.randn(2, 3), layers="")
+
+
+def test_a_replayed_report_is_the_eager_one_and_follows_the_weights():
+    model, x, layers = _case("resnet")
+    model.cuda()
+    options = {"layers": layers, "estimator": tgp.Subspace(k=3)}
+    probe = tgp.GeometryProbe(model, **options)
+    for turn in range(6):
+        x = torch.randn_like(x)
+        found, expected = probe.measure(x.cuda()), tgp.measure(model, x.cuda(), **options)
+        assert (found[layers[0]].engine == "replay") == (turn > 1), probe._replays.why_not
+        for layer in layers:
+            assert torch.allclose(found[layer].value, expected[layer].value, atol=1e-4)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+    model.conv1.weight.data = torch.randn_like(model.conv1.weight)  # elsewhere: a graph must not read the old place
+    assert probe.measure(x.cuda())[layers[0]].engine == "fused"

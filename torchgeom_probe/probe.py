@@ -9,7 +9,7 @@ import contextlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import nn
@@ -50,6 +50,7 @@ class ProbeOptions(TypedDict, total=False):
     memory_budget: int | None
     mode: Mode
     replay: bool
+    precision: Literal["bf16"] | None
 
 
 class GeometryProbe:
@@ -79,6 +80,11 @@ class GeometryProbe:
         memory_budget: bytes that a measurement may use; default: half of what is free.  Samples, then directions, are
             taken in chunks to keep to it; the results do not depend on the chunking.
         mode: ``"eval"`` measures in eval mode whatever mode the model is in; ``"as_is"`` keeps it.
+        precision: ``"bf16"`` takes float32 tangents in bfloat16 inside the products of convolutions, linear layers and
+            attention, and nowhere else; the values of the model and every sum stay what they are.  Half of the time
+            where a processor has such products, nothing where convolutions are depthwise.  Each layer's value is
+            compared with float32's in the first measurement of a shape, and refused where they are more than 0.02 nats
+            apart.  For estimators of dual passes alone: ``Subspace``, ``Along``, ``Trace``.
         replay: record the second pass of a shape, and run the record from then on, without the model's own code and
             1.1 to 2 times as fast, while all that the pass depended on is as it was.  What cannot be told for certain
             (hooks, random numbers, choices that depend on numbers) is measured eagerly, as is everything with
@@ -113,6 +119,7 @@ class GeometryProbe:
         memory_budget: int | None = None,
         mode: Mode = "eval",
         replay: bool = True,
+        precision: Literal["bf16"] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ProbeError(
@@ -129,6 +136,11 @@ class GeometryProbe:
             raise ProbeError(
                 f"memory_budget={memory_budget!r}: it is a number of bytes.\n"
                 "Write, for instance, memory_budget=2 * 2**30."
+            )
+        if precision not in (None, "bf16") or (precision is not None and engine not in ("auto", "fused")):
+            raise ProbeError(
+                f"precision={precision!r} with engine={engine!r}: tangents of another type are there in bfloat16, by the "
+                "fused engine.\nWrite precision='bf16', or leave it out: the model's own."
             )
         if source is not None and wrt is not None:
             raise ProbeError(
@@ -150,7 +162,8 @@ class GeometryProbe:
         self._memory: dict[Any, Tensor] = {}
         self._kept = Kept(beside=list(transforms.values()))
         self._replays = Replays(self._kept) if replay else None
-        self._engine_that_runs: EngineName = engine
+        self.precision = precision
+        self._engine_that_runs: EngineName = engine if precision is None else "fused"
         self._closed = False
         scripted = {n: "is scripted" for n, m in chosen.items() if isinstance(m, torch.jit.ScriptModule)}
         if scripted:
@@ -273,7 +286,13 @@ class GeometryProbe:
         if start is not None:
             _refuse_other_samples(start, inputs, plan)
         estimator = estimator or self._settled(inputs)
-        rows = max(count.at_once for count in estimator.cost(plan, engine=self._engine_that_runs).values())
+        counts = estimator.cost(plan, engine=self._engine_that_runs).values()
+        if self.precision is not None and any(count.pulls for count in counts):
+            raise ProbeError(
+                f"precision='bf16' is for estimators of dual passes alone, and {estimator} needs reverse mode as well.\n"
+                "Write estimator=Subspace(k=8), or leave precision= out"
+            )
+        rows = max(count.at_once for count in counts)
         at_once = plan.samples_at_once(rows, inputs.size)
         parts: list[GeometryReport] = []
         with _bar(inputs.size, progress) as bar:
@@ -285,6 +304,11 @@ class GeometryProbe:
                 jacobians = self._jacobians(chunk, plan, self._engine_that_runs)
                 try:
                     found = estimator.estimate(jacobians, start=begin)
+                    if self.precision is not None:
+                        if plan.reference:
+                            exact = estimator.estimate(self._jacobians(chunk, plan, "fused", low=None))
+                            _refuse_rounded(found, exact)
+                        found = {e: replace(g, engine=f"{g.engine}, bf16 tangents") for e, g in found.items()}
                     found = {entry: g.defined_where(jacobians.defined(entry)) for entry, g in found.items()}
                     parts.append(GeometryReport(found, left_out=self.left_out))
                 except torch.OutOfMemoryError as error:
@@ -310,8 +334,11 @@ class GeometryProbe:
             self._jacobians(inputs, plan, self.engine).push(direction, lambda entry, blocks: None)
         raise coupled_samples(plan.coupled[0])
 
-    def _jacobians(self, inputs: Inputs, plan: Plan, engine: EngineName) -> Jacobians:
-        options = {"normalize": self.normalize, "memory": self._memory, "replays": self._replays}
+    def _jacobians(
+        self, inputs: Inputs, plan: Plan, engine: EngineName, *, low: torch.dtype | None = torch.bfloat16
+    ) -> Jacobians:
+        low = None if self.precision is None else low
+        options = {"normalize": self.normalize, "memory": self._memory, "replays": self._replays, "low": low}
         return Jacobians(self._hooked, inputs, plan, engine, **options)  # type: ignore[arg-type]
 
     def _planned(self, x: Any) -> tuple[Inputs, Plan]:
@@ -462,6 +489,23 @@ def measure(
         options["replay"] = False  # one report: nothing to replay
     probe = probe_of(model_or_probe, options)
     return probe.measure(x, directions=directions, start=start, progress=progress)
+
+
+def _refuse_rounded(found: Mapping[str, LayerGeometry], exact: Mapping[str, LayerGeometry]) -> None:
+    """Refuse the layers whose value in bfloat16 is another than in the model's own precision."""
+    apart = {e: float((g.value - exact[e].value).nan_to_num(0.0).abs().max()) for e, g in found.items()}
+    off = {entry: error for entry, error in apart.items() if error > _ROUNDED}
+    if off:
+        first = next(iter(off))
+        raise LayerRefusal(
+            f"with precision='bf16' the value of layer {first!r} is {off[first]:.3f} nats off, more than {_ROUNDED}.\n"
+            "Leave precision= out, take fewer directions (Subspace(k=4)), or name other layers.",
+            {entry.split("#")[0]: f"{error:.3f} nats off in bfloat16" for entry, error in off.items()},
+        )
+
+
+#: What a value in bfloat16 may be off, in nats.
+_ROUNDED = 0.02
 
 
 def _refuse_other_samples(start: Mapping[str, LayerGeometry], inputs: Inputs, plan: Plan) -> None:

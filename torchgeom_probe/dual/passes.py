@@ -42,6 +42,7 @@ class Pass:
         deferred: at most one tensor, which the op that takes it builds (:meth:`DualTensor.deferred`); None outside of a
             pass, where nothing is deferred.
         known: primals that passes at the same samples share (``KnownPrimals`` of ``rules/convolution.py``).
+        low: the type that products with weights, and of attention, take float32 tangents in; None: their own.
         used: the names of the ops that ran, by what became of them (:func:`recording`).
         at_end: what to do when the pass ends, the last first; None outside of a pass.
         graph: whether autograd follows the buffers (``graph.py``).
@@ -52,6 +53,7 @@ class Pass:
     key: Key = field(default_factory=Key)
     deferred: list[Any] | None = None
     known: Any = None
+    low: Any = None
     used: dict[str, set[str]] | None = None
     at_end: contextlib.ExitStack | None = None
     graph: bool = False

@@ -16,7 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from torchgeom_probe.dual.ops import ops_named
-from torchgeom_probe.dual.passes import followed
+from torchgeom_probe.dual.passes import current_pass, followed
 from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
 from torchgeom_probe.shapes import Tensor
 
@@ -82,6 +82,21 @@ def on_rows(op: Any) -> Rule:
 def folded(x: DualTensor, op: Callable[[Tensor], Tensor]) -> DualTensor:
     """Run an op that is linear in a batch once, over R·B rows."""
     return DualTensor(op(x.buffer.flatten(0, 1)).unflatten(0, x.buffer.shape[:2]))
+
+
+def lowered(x: Any) -> Any:
+    """The narrower type that products take this tensor's tangents in; None: their own."""
+    return current_pass().low if isinstance(x, DualTensor) and x.buffer.dtype == torch.float32 else None
+
+
+def apart(x: DualTensor, op: Callable[[Tensor], Tensor], low: torch.dtype, *, fold: bool = False) -> DualTensor:
+    """Run an op that is linear: on the primal as it is, on the tangents in a narrower type (``fold``: as a batch)."""
+    primal, tangents = op(x.buffer[0]), x.buffer[1:].to(low)
+    pushed = op(tangents.flatten(0, 1)).unflatten(0, tangents.shape[:2]) if fold else op(tangents)
+    out = rows_like(primal, x.buffer.shape[0])
+    out[0].copy_(primal)
+    out[1:].copy_(pushed)
+    return DualTensor(out)
 
 
 def on_batch(op: Any, ndim: int) -> Rule:

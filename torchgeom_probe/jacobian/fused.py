@@ -33,11 +33,12 @@ def push(
     see: Seer = unseen,
     any_order: bool = False,
     layout: Layout | None = None,
+    low: torch.dtype | None = None,
 ) -> None:
     """Push k directions [k, B, *space] through the model, and hand each layer's tangents to the sink as it fires.
 
     ``any_order``: the sink does not mind in which order the features come, so channels that lie last in memory need not
-    be copied.  ``layout``: images may lie in memory as it says.
+    be copied.  ``layout``: images may lie in memory as it says.  ``low``: the type that products take the tangents in.
     """
 
     def on_output(entry: str, layer: str, output: Any) -> None:
@@ -54,7 +55,7 @@ def push(
     def on_source(output: Any) -> Any:
         return _dual(hooked.source_value(output), directions, layout)
 
-    with dual_pass(), hooked.attached(on_output, on_source):
+    with dual_pass(low), hooked.attached(on_output, on_source):
         point = inputs.point
         args, kwargs = inputs.arguments(None if point is None else _dual(point, directions, layout))
         hooked.model(*args, **kwargs)

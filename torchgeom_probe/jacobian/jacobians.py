@@ -37,6 +37,7 @@ class Jacobians:
         plan: the sizes: entries and their features, the space, the memory budget.
         engine: the engine asked for; after the first push, under ``"auto"``, the one that ran.
         normalize: whether every J is divided by √n, the paper's convention: here, once, and nowhere else.
+        low: the type that products take the tangents in; None: their own.
         finite: entry → [B], whether the layer's own values are finite there; of every layer that a pass has reached.
     """
 
@@ -51,6 +52,7 @@ class Jacobians:
         memory: dict[Any, Tensor] | None = None,
         finite: dict[str, Tensor] | None = None,
         replays: Replays | None = None,
+        low: torch.dtype | None = None,
     ) -> None:
         self.hooked = hooked
         self.inputs = inputs
@@ -60,6 +62,7 @@ class Jacobians:
         self._memory = {} if memory is None else memory
         self.finite = {} if finite is None else finite
         self._replays = replays
+        self.low = low
 
     @property
     def device(self) -> torch.device:
@@ -106,6 +109,8 @@ class Jacobians:
         done: dict[str, Factor] = {}
         one = self._with(self.hooked, inputs, self.plan)
         one.push(directions, lambda entry, blocks: done.update({entry: Factor.of(blocks)}), any_order=True)
+        if self.low is not None:  # the singular values resolve what its rounding leaves
+            done = {entry: replace(factor, dtype=self.low) for entry, factor in done.items()}
         self.engine = one.engine
         self.finite.update(one.finite)
         return done, one.finite
@@ -253,7 +258,7 @@ class Jacobians:
         plan = self.plan
         options: dict[str, Any] = {}
         if engine == "fused":
-            options = {"any_order": any_order, "layout": plan.layout}
+            options = {"any_order": any_order, "layout": plan.layout, "low": self.low}
         # Fewer samples draw other numbers.
         known = plan.reference if not plan.random or self.inputs.size == self.inputs.total else {}
 
@@ -342,7 +347,7 @@ class Jacobians:
     def _with(
         self, hooked: HookedModel, inputs: Inputs, plan: Plan, finite: dict[str, Tensor] | None = None
     ) -> Jacobians:
-        options = {"normalize": self.normalize, "memory": self._memory, "finite": finite, "replays": self._replays}
+        options = {"normalize": self.normalize, "memory": self._memory, "finite": finite, "replays": self._replays, "low": self.low}
         return Jacobians(hooked, inputs, plan, self.engine, **options)  # type: ignore[arg-type]
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from torchgeom_probe.dual.graph import Attended
-from torchgeom_probe.dual.passes import followed
+from torchgeom_probe.dual.passes import current_pass, followed
 from torchgeom_probe.dual.registry import any_dual, from_end, reduced, register, row_by_row, rows_of, rule, with_rows
 from torchgeom_probe.dual.tensor import DualTensor
 from torchgeom_probe.shapes import Tensor
@@ -189,6 +189,10 @@ def _pushed(
 
     Every product is one bmm over H, and nothing is repeated to broadcast it.
     """
+    low = current_pass().low if y.dtype == torch.float32 else None
+    if low is not None:
+        y, o, q, k, v = (x.to(low) for x in (y, o, q, k, v))
+        dq, dk, dv = (None if x is None else x.to(low) for x in (dq, dk, dv))
     heads, length, span = y.shape
     out: Tensor | None = None
     a: Tensor | None = None

@@ -13,7 +13,7 @@ import torch
 
 from torchgeom_probe.dual.graph import shifted
 from torchgeom_probe.dual.passes import current_pass, followed, within
-from torchgeom_probe.dual.registry import any_dual, folded, rows_like, rule_of_each
+from torchgeom_probe.dual.registry import any_dual, apart, folded, lowered, rows_like, rule_of_each
 from torchgeom_probe.dual.tensor import DualTensor, Rule
 from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.shapes import Tensor
@@ -103,14 +103,16 @@ def _convolved(
     x: DualTensor, weight: Tensor, bias: Tensor | None, convolve: Callable[..., Tensor], arguments: tuple[Any, ...]
 ) -> DualTensor:
     def on_batch(rows: Tensor) -> Tensor:
-        out = convolve(rows, weight, None, *arguments)
+        out = convolve(rows, weight.to(rows.dtype), None, *arguments)
         return shifted(out, shift, len(rows) // x.buffer.shape[0]) if graph and shift is not None else out
 
-    graph = followed()
+    low, graph = lowered(x), followed()
     shift = None if bias is None else bias.reshape(-1, *[1] * (weight.ndim - 2))
     known: KnownPrimals | None = current_pass().known
     if x.buffer.ndim == weight.ndim:  # without a batch axis the rows are the batch
         out = DualTensor(on_batch(x.buffer))
+    elif low is not None:
+        out = apart(x, on_batch, low, fold=True)
     else:
         out = folded(x, on_batch) if known is None else known.convolved(x, on_batch)
     if shift is not None and not graph:

@@ -12,6 +12,8 @@ from torchgeom_probe.dual.graph import shifted
 from torchgeom_probe.dual.registry import (
     aligned,
     any_dual,
+    apart,
+    lowered,
     ndim_of,
     primal_of,
     register,
@@ -29,7 +31,11 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if any_dual(weight, bias):
         out = torch.matmul(input, weight.mT) if ndim_of(weight) == 2 else torch.matmul(input, weight)
         return out if bias is None else out + bias
-    out = F.linear(input.buffer, weight)
+    low = lowered(input)
+    if low is not None:
+        out = apart(input, lambda rows: F.linear(rows, weight.to(rows.dtype)), low).buffer
+    else:
+        out = F.linear(input.buffer, weight)
     if bias is not None:
         out = shifted(out, bias)
     return DualTensor(out)
@@ -43,8 +49,18 @@ def _matmul(input: Any, other: Any) -> Any:
         return multilinear(torch.matmul, input, other)
     left = aligned(input, ndim) if isinstance(input, DualTensor) else input
     right = aligned(other, ndim) if isinstance(other, DualTensor) else other
+    low = lowered(input) or lowered(other)
     if not (isinstance(input, DualTensor) and isinstance(other, DualTensor)):
+        if low is not None and isinstance(input, DualTensor):
+            return apart(DualTensor(left), lambda rows: torch.matmul(rows, right.to(rows.dtype)), low)
+        if low is not None:
+            return apart(DualTensor(right), lambda rows: torch.matmul(left.to(rows.dtype), rows), low)
         return DualTensor(torch.matmul(left, right))
+    if low is not None:
+        a, b = left.to(low), right.to(low)
+        out = torch.matmul(left[0], right[0]).expand(len(left), *[-1] * (ndim)).clone()
+        out[1:].copy_(torch.matmul(a[1:], b[0]).add_(torch.matmul(a[0], b[1:])))
+        return DualTensor(out)
     if left.shape[1:-2] == right.shape[1:-2] and ndim > 2 and row_by_row(left):
         return DualTensor(_batched(left, right))
     out = torch.matmul(left, right[0])

@@ -52,6 +52,35 @@ def programs_of(recorder: Recorder, outputs: list[fx.Node]) -> tuple[Program, Pr
     return exact, _emitted(graph, recorder.constants)
 
 
+def captured(program: Program, inputs: Sequence[Tensor]) -> Program:
+    """On a GPU the same calls as one CUDA graph, which launches them all at once; elsewhere the program itself.
+
+    The graph reads the weights from where they lie, and its inputs from copies of its own.
+    """
+    if not inputs or not all(tensor.is_cuda for tensor in inputs):
+        return program
+    own = [tensor.clone() for tensor in inputs]
+    graph = torch.cuda.CUDAGraph()
+    try:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries choose and allocate in a first run
+            program.run(*own)
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.graph(graph):
+            outputs = program.run(*own)
+    except RuntimeError:  # something in it waits for the device
+        return program
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        for place, tensor in zip(own, tensors, strict=True):
+            place.copy_(tensor)
+        graph.replay()
+        return outputs
+
+    return Program(run, program.calls)
+
+
 def _is_mutable(node: fx.Node) -> bool:
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 

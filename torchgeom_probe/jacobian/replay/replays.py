@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from torchgeom_probe.jacobian.replay.program import Program, programs_of
+from torchgeom_probe.jacobian.replay.program import Program, captured, programs_of
 from torchgeom_probe.jacobian.replay.recorder import Ran, Recorder, Refused
 from torchgeom_probe.jacobian.replay.seal import Seal, readable
 from torchgeom_probe.linalg.gram import Factor
@@ -185,6 +185,9 @@ class Replays:
         recording.runs += 1
         if _agree(found, eager):
             recording.trusted = self.report
+            if recording.runs == 1:
+                with torch.inference_mode():
+                    recording.program = captured(recording.program, tensors)
             return found, True
         self._ended = True
         self._recordings.clear()

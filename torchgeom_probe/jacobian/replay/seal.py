@@ -83,6 +83,9 @@ class Seal:
         self._types = list(map(type, self._tensors))
         if any(kind not in (Tensor, nn.Parameter) for kind in self._types):
             raise Refused("holds tensors of a class of its own")
+        #: where a CUDA graph would read them
+        self._on_gpu = [tensor for tensor in self._tensors if tensor.is_cuda]
+        self._pointers = [tensor.data_ptr() for tensor in self._on_gpu]
         self._switches = _switches()
 
     def holds(self) -> bool:
@@ -93,6 +96,7 @@ class Seal:
             and self._code.hold()
             and list(map(_KIND, self._tensors)) == self._kinds
             and list(map(type, self._tensors)) == self._types
+            and [tensor.data_ptr() for tensor in self._on_gpu] == self._pointers
         )
 
 
