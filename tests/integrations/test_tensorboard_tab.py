@@ -271,6 +271,7 @@ def test_an_old_log_shows_the_numbers_that_it_has(tmp_path):
     assert [layer["name"] for layer in found["layers"]] == ["00_stem", "01_head"]
     _, found = asked("depth", run="old", number="rank")
     assert found["values"] == [[3, 3], [3, 3]]
+    assert asked("depth", run="old", number="sigma_max")[1]["values"] == []
     assert asked("layer", run="old", layer="00_stem", step=0)[0] == 404
 
 
