@@ -5,7 +5,7 @@ import {
   time, unit,
 } from "./charts.js";
 
-const FIFTHS = ["#440154", "#3b528b", "#21918c", "#5ec962", "#c8b800"];
+const FIFTHS = ["#8457c9", "#3b7dd8", "#21a39c", "#5ec962", "#d9b800"];
 const MOST = 300; // trajectories
 const known = new Map(); // run → what its samples are
 
