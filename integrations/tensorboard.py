@@ -100,7 +100,8 @@ class TensorBoardWriter(Writer):
     Raises:
         ProbeError: tensorboard is not installed; the events cannot be written (a full disk, a read-only directory).
 
-    Cost: a copy of the report to the host and, for 64 samples with 16 singular values, some 4 kB per report and layer.
+    Cost: under a Monitor a plain forward pass, for the predictions; a copy of the report to the host; for 64 samples
+    with 16 singular values some 4 kB per report and layer.
 
     >>> import tempfile, torch, torchgeom_probe as tgp
     >>> from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -62,9 +62,12 @@ def packed_report(
     layers = list(report.values())
     numbers = list(dict.fromkeys(key for found in statistics.values() for key in found))
     arrays = {"statistics": np.array([[found.get(key, math.nan) for key in numbers] for found in statistics.values()])}
-    kept = [{n: t for n, t in layer._tensors().items() if t.ndim == 1} for layer in layers]
-    for name in dict.fromkeys(name for own in kept for name in own):
-        arrays[name.removeprefix("extras/")] = _stacked([own.get(name) for own in kept])
+    of_each: dict[str, list[Tensor | None]] = {}
+    for key, tensor in report.tensors().items():
+        place, name = key.replace("extras/", "").split("/")
+        if tensor.ndim == 1:
+            of_each.setdefault(name, [None] * len(layers))[int(place)] = tensor
+    arrays |= {name: _stacked(tensors) for name, tensors in of_each.items()}
     if not np.isneginf(arrays["value"]).any():
         arrays.pop("log_pseudo_volume", None)  # it would be the volume again
     arrays = {name: _float32(array) for name, array in arrays.items()}

@@ -79,7 +79,7 @@ def why_no_browser():
     """Why the tests that need a browser cannot run here, or None."""
     missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
     missing += [] if importlib.util.find_spec("selenium") else ["selenium"]
-    return f"NOBODY LOOKS AT THE GEOMETRY TAB HERE: {' and '.join(missing)} is missing" if missing else None
+    return f"NOBODY LOOKS AT THE GEOMETRY TAB HERE, for want of {' and '.join(missing)}" if missing else None
 
 
 @contextlib.contextmanager

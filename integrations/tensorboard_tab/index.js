@@ -98,7 +98,8 @@ async function drawOnce() {
   const layer = (own.layers.find((one) => one.name === state.layer) ?? finite.at(-1) ?? own.layers.at(-1)).name;
   const step = own.steps.includes(state.step) ? state.step : own.steps.at(-1);
   const about = runs.find((run) => run.name === own.run);
-  Object.assign(state, { run: own.run, layer, step, about, old: own.old, version: `${about.first}` });
+  Object.assign(state, { run: own.run, layer, step, about, old: own.old });
+  tip.hidden = true;
   await Promise.all([
     guarded(cards.depth, () => mark(cards.depth, shown, state)),
     guarded(cards.samples, () => drawSamples(cards.samples, state, choose)),

@@ -191,12 +191,13 @@ def _summary(run: Run) -> dict[str, Any]:
         kind: {tag: run.steps(kind, tag) for own, tag in run.records if own == kind and run.steps(kind, tag)}
         for kind in ("map", "profile")
     }
-    return {"probes": len(steps), "first": steps[:1], "last": steps[-1:], "old": not steps and _old(run), **things}
+    who = [Path(kept.place.path).name for kept in run.records.get(("samples", ""), {}).values()]
+    return {"probes": len(steps), "last": steps[-1:], "samples": who[-1:], "old": not steps and _old(run), **things}
 
 
 def _old_depth(run: Run, number: str) -> Any:
     numbers = sorted(run.scalars, key=lambda name: (name not in ("logvol", "frame_volume"), name))
-    chart = number if number in run.scalars else numbers[0] if numbers else ""
+    chart = numbers[0] if number == "median" and numbers else number
     series = run.scalars.get(chart, {})
     steps = sorted({step for own in series.values() for step in own})
     values = np.array([[own.get(step, np.nan) for step in steps] for _, own in sorted(series.items())])

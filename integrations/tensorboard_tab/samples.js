@@ -5,7 +5,8 @@ import {
   time, unit,
 } from "./charts.js";
 
-const FIFTHS = ["#440154", "#3b528b", "#21918c", "#5ec962", "#c8b800"];
+const FIFTHS = ["#8457c9", "#3b7dd8", "#21a39c", "#5ec962", "#d9b800"];
+const MOST = 300; // trajectories
 const known = new Map(); // run → what its samples are
 
 async function identity(run, version) {
@@ -89,11 +90,12 @@ export async function drawSamples(card, state, choose) {
     "This log was written before the Geometry tab, and has no numbers of single samples. New probes have them:",
     "tgp.Monitor(model, x, labels=y, writer=\"runs/a\").follow(optimizer)"));
   const { run, layer, step, sample } = state;
-  const [found, who] = await Promise.all([ask("layer", { run, layer, step }), identity(run, state.version)]);
+  const [found, who] = await Promise.all([ask("layer", { run, layer, step }), identity(run, `${state.about.samples}`)]);
   const own = new Layer(found, who), ways = own.ways(), { steps } = found;
   const way = ways.some(([key]) => key === state.colour) ? state.colour : ways[0][0];
   card.controls(select("Colour", ways, way, (colour) => choose({ colour })));
 
+  const every = Math.ceil(own.size / MOST), drawn = (some) => some.filter((i) => i % every === 0);
   const marked = steps.length === 1 || steps.length * own.size < 1000;
   const base = { type: "scatter", mode: marked ? "lines+markers" : "lines", hoverinfo: "none" };
   const curves = (some) => ({ // one trace a group, its samples apart by a gap: far fewer elements than one a sample
@@ -101,7 +103,7 @@ export async function drawSamples(card, state, choose) {
     customdata: some.flatMap((i) => [...steps, null].map(() => i)),
   });
   const traces = own.groups(way).filter(([, some]) => some.length).map(([title, some, color]) => ({
-    ...base, ...curves(some), name: safe(short(title, 24)), showlegend: way !== "none", opacity: 0.75,
+    ...base, ...curves(drawn(some)), name: safe(short(title, 24)), showlegend: way !== "none", opacity: 0.75,
     line: { color, width: 1.2 }, marker: { color, size: steps.length > 1 ? 4 : 8 },
   }));
   if (sample < own.size && sample != null) traces.push({
@@ -136,5 +138,6 @@ export async function drawSamples(card, state, choose) {
   const { estimand, n, d, k } = found.about, lost = own.size - own.finite.length;
   card.note(`${short(name(layer), 60)}: ${estimand}; n = ${n}, d = ${d}, k = ${k}; ${normalised(found.about)}`
     + (lost ? `; ${lost} of ${own.size} samples are not finite at this step` : "")
+    + (every > 1 ? `; drawn is one of ${every} samples` : "")
     + (found.directions ? "; under a thumbnail its direction of largest stretch, from blue to red" : ""));
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +16,7 @@ from unseen import Notes
 
 import torchgeom_probe as tgp
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.monitor.samples import ProbeSamples
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 
 pytest.importorskip("tensorboard")
@@ -114,9 +117,9 @@ def test_the_extreme_samples_of_images_have_their_leading_direction(tmp_path):
     x, value = torch.rand(8, 3, 5, 7), [3.0, 1.0, 7.0, 5.0, NAN, 2.0, 6.0, 4.0]
     v = torch.linalg.qr(torch.randn(8, 105, 2)).Q.mT
     report = GeometryReport({"a": layer("a", value, right_singular_vectors=v)})
-    model = small_model()
-    with tgp.Monitor(model, x, layers=["1"], writer=(writer := TensorBoardWriter(tmp_path))) as monitor:
-        monitor.probe_now()
+    with tgp.GeometryProbe(small_model(), layers=["1"]) as probe:
+        writer = TensorBoardWriter(tmp_path)
+        writer.write_samples(1, ProbeSamples(probe, x))
         writer.write(1, report)
     _, arrays = unpacked(tmp_path, "probe", 1)
     assert arrays["extremes"].tolist() == [[2, 6, 3, 4, 1, 5]]  # what is not finite counts as least
@@ -139,6 +142,16 @@ def test_the_forward_pass_for_predictions_is_made_for_who_asks():
         assert len(passes.read()) == before + 2  # one of them here
         assert writer.samples.decisions
         assert len(passes.read()) == before + 2
+
+
+def test_a_writer_keeps_no_model(tmp_path):
+    model, writer = small_model(), TensorBoardWriter(tmp_path)
+    with tgp.Monitor(model, torch.rand(2, 3, 5, 7), layers=["1"], writer=writer) as monitor:
+        monitor.probe_now()
+    gone = weakref.ref(model)
+    del model, monitor
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_model_without_logits_has_no_predictions(tmp_path):

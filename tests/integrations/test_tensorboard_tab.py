@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from types import SimpleNamespace
@@ -271,6 +272,7 @@ def test_an_old_log_shows_the_numbers_that_it_has(tmp_path):
     assert [layer["name"] for layer in found["layers"]] == ["00_stem", "01_head"]
     _, found = asked("depth", run="old", number="rank")
     assert found["values"] == [[3, 3], [3, 3]]
+    assert asked("depth", run="old", number="sigma_max")[1]["values"] == []
     assert asked("layer", run="old", layer="00_stem", step=0)[0] == 404
 
 
@@ -299,6 +301,29 @@ def test_a_long_trajectory_is_thinned_and_keeps_the_step_that_was_asked_for(tmp_
     assert found["step"] == 33
     assert found["steps"] == [*range(0, 33, 10), 33, *range(40, 95, 10), 94]
     assert [row[0] for row in found["value"]] == [2 * step for step in found["steps"]]
+
+
+def test_a_first_read_says_how_far_it_is(tmp_path, monkeypatch):
+    path = log(tmp_path, range(6))
+    chunks, goes_on, size = reading._chunks, threading.Event(), path.stat().st_size
+
+    def slow(*place):
+        yield from chunks(*place)
+        assert goes_on.wait(60)
+
+    monkeypatch.setattr(reading, "_chunks", slow)
+    monkeypatch.setattr("torchgeom_tab.plugin._PATIENCE", 0.05)
+    asked = Tab(tmp_path)
+    while not (found := asked("runs")[1])["read"]:
+        time.sleep(0.01)
+    assert found["reading"]
+    assert (found["read"], found["total"]) == (size, size)
+    assert found["runs"][0]["probes"] == 6  # what is read is there to be looked at
+    walk = asked.plugin._walk
+    asked("runs")
+    assert asked.plugin._walk is walk  # one walk at a time
+    goes_on.set()
+    assert asked.read()["."]["probes"] == 6
 
 
 def test_numbers_keep_seven_digits_at_any_size():
