@@ -30,6 +30,7 @@ TABLES = (
     "logdet",
     "overhead",
     "loss",
+    "regularised",
     "slices",
     "boundary",
 )
