@@ -31,6 +31,7 @@ TABLES = (
     "overhead",
     "tab",
     "loss",
+    "regularised",
     "slices",
     "boundary",
     "studies",

@@ -19,6 +19,7 @@ from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators import Along, Directions, Estimator, Exact, LogDet, Subspace, TopK, Trace
 from torchgeom_probe.loss.pushforward import pushforward
 from torchgeom_probe.loss.step import penalty
+from torchgeom_probe.monitor.drift import Drift
 from torchgeom_probe.monitor.monitor import Monitor
 from torchgeom_probe.monitor.schedules import Budget, Every, LogSpaced, Schedule
 from torchgeom_probe.monitor.writers import CSVWriter, JSONWriter, Writer
@@ -43,6 +44,7 @@ __all__ = [
     "DatasetCost",
     "DatasetTable",
     "Directions",
+    "Drift",
     "Estimator",
     "Every",
     "Exact",

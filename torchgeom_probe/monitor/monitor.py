@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torchgeom_probe.boundary.paired import Tested
 from torchgeom_probe.distributed import Ranks
 from torchgeom_probe.errors import ProbeError, refuse_unknown
 from torchgeom_probe.monitor.boundary import BoundaryWatch
+from torchgeom_probe.monitor.drift import Drift
 from torchgeom_probe.monitor.failures import Failures
 from torchgeom_probe.monitor.optimizer import Followed
 from torchgeom_probe.monitor.samples import ProbeSamples, fingerprint, labels_of, refuse_no_samples
@@ -87,6 +88,7 @@ class Monitor:
         distributed: None: where the model is a DistributedDataParallel, its ranks share the samples of each probe;
             True: all ranks of the default process group do (they hold the same weights); False: each process probes for
             itself.
+        drift: chart the median :class:`~torchgeom_probe.Drift` distance since the first probe, ``drift/<layer>``.
         options: of the probe, as :class:`~torchgeom_probe.GeometryProbe` has them: ``layers``, ``estimator``, ….  The
             directions that it draws are the same at every step.
 
@@ -137,6 +139,7 @@ class Monitor:
         maps_every: int = 10,
         boundary: Tensor | None = None,
         distributed: bool | None = None,
+        drift: bool = False,
         **options: Unpack[ProbeOptions],
     ) -> None:
         refuse_unknown(options, Monitor, *ProbeOptions.__annotations__)
@@ -166,6 +169,7 @@ class Monitor:
         # A schedule that goes by the clock is due at other steps on other ranks.
         self._alone = type(self.schedule) not in (Every, LogSpaced)
         self._history: deque[tuple[int, GeometryReport]] = deque(maxlen=keep)
+        self._charts_drift, self.drift = drift, cast(Drift | None, None)
         self._step = 0
         #: How many of these steps were none: on the device until a probe is due, for to ask is to wait for it.
         self._skipped: Tensor | int = 0
@@ -273,6 +277,11 @@ class Monitor:
                         writer.write(self._step, report)
                     if self.failures > before:
                         working.remove(writer)
+            if self._charts_drift and self._writes:
+                with self._failures.counted("the drift", self._step, raised=first):
+                    options = {**self._scan_options, "layers": self._probe.layers}
+                    self.drift = self.drift or Drift(self._probe.model, self.x_probe, **options)
+                    self.drift.write(working, self._step)
             if draw:
                 for tag, draw_map in self.maps.items():
                     with self._failures.counted(f"the map {tag!r}", self._step):
