@@ -19,7 +19,8 @@ from torchgeom_probe.jacobian.plan import Plan, coupled_samples
 from torchgeom_probe.linalg.gram import Factor, streamed_factor
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
-from torchgeom_probe.model.isolation import same_random_numbers
+from torchgeom_probe.model.isolation import measuring, same_random_numbers
+from torchgeom_probe.model.sharded import comes_and_goes, gathered
 from torchgeom_probe.shapes import Tensor
 
 EngineName = Literal["auto", "fused", "functorch", "vjp"]
@@ -256,7 +257,11 @@ class Jacobians:
 
         ``at_once`` cotangents go together where the saved pass fits so often.
         """
-        copies = self.plan.copies(at_once, self.inputs.size, self.device)
+        model, copies = self.hooked.model, self.plan.copies(at_once, self.inputs.size, self.device)
+        if comes_and_goes(model):  # what is saved reads the weights again
+            with gathered(model), measuring(model, mode="as_is"), self.pullback(at_once, compared=compared) as back:
+                yield back
+            return
         try:
             with vjp.pullback(self.hooked, self.inputs, copies=copies, layout=self.plan.layout, see=self._see) as back:
                 if compared and self.engine in ("auto", "fused"):

@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.leftovers import FOUND, taken_out
+from torchgeom_probe.model.sharded import at_rest
 from torchgeom_probe.model.state import State
 from torchgeom_probe.shapes import Tensor
 
@@ -50,6 +51,7 @@ def measuring(model: nn.Module, *, mode: Mode = "eval") -> Iterator[None]:
     if mode not in ("eval", "as_is"):
         raise ProbeError(f"mode={mode!r} is unknown. Write mode='eval' (the default) or mode='as_is'.")
     with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
+        at_rest(model)
         modules = list(model.modules())
         _refuse_uninitialised(model, modules)
         if mode == "eval":
@@ -87,6 +89,7 @@ def from_the_start() -> Iterator[None]:
     finally:
         if _MEASURED:
             _MEASURED[-1].ran = True
+            at_rest(_MEASURED[-1].model)
 
 
 @contextlib.contextmanager
