@@ -35,6 +35,7 @@ from torchgeom_probe.jacobian.memory import free_memory
 from torchgeom_probe.jacobian.plan import SHARE_OF_FREE_MEMORY
 from torchgeom_probe.model.inputs import parameter_names
 from torchgeom_probe.model.predictions import Readout, decided
+from torchgeom_probe.model.sharded import comes_and_goes
 from torchgeom_probe.probe import GeometryProbe, ProbeOptions, probe_of
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Tensor
@@ -136,6 +137,11 @@ class Rows:
             raise ProbeError(
                 f"{probe.estimator} has tangents of one batch, and a data set has many.\n"
                 "Take the same directions at every sample:  estimator=Subspace(k=8)"
+            )
+        if comes_and_goes(probe.model):
+            raise ProbeError(
+                "the model is sharded (FSDP2) and needs every rank at once, and a data set is shared out over the ranks.\n"
+                "Measure batch by batch, on every rank:  tgp.measure(model, x)"
             )
         self.probe = copy.copy(probe)
         self.probe._plans = {}  # made for another budget; the caller's own stay as they are

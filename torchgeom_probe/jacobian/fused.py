@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from torchgeom_probe.dual import DualTensor, dual_pass
+from torchgeom_probe.dual.passes import current_pass
 from torchgeom_probe.jacobian.layout import Layout
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
+from torchgeom_probe.model.sharded import before_weights_go
 from torchgeom_probe.shapes import Tensor
 
 #: (entry, blocks [k, B, n_i] of the layer's tangents): called inside the forward pass; the blocks may be overwritten
@@ -55,10 +57,15 @@ def push(
     def on_source(output: Any) -> Any:
         return _dual(hooked.source_value(output), directions, layout)
 
-    with dual_pass(low), hooked.attached(on_output, on_source):
+    with dual_pass(low), before_weights_go(hooked.model, _build_deferred), hooked.attached(on_output, on_source):
         point = inputs.point
         args, kwargs = inputs.arguments(None if point is None else _dual(point, directions, layout))
         hooked.model(*args, **kwargs)
+
+
+def _build_deferred() -> None:
+    for dual in list(current_pass().deferred or ()):
+        dual.buffer  # noqa: B018
 
 
 def _tangents(leaf: Tensor, flat: Tensor, count: int, any_order: bool) -> Tensor:

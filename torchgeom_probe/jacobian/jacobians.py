@@ -22,7 +22,8 @@ from torchgeom_probe.jacobian.vjp import Reached
 from torchgeom_probe.linalg.gram import Factor, streamed_factor
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
-from torchgeom_probe.model.isolation import same_random_numbers
+from torchgeom_probe.model.isolation import measuring, same_random_numbers
+from torchgeom_probe.model.sharded import comes_and_goes, gathered
 from torchgeom_probe.shapes import Tensor
 
 EngineName = Literal["auto", "fused", "functorch", "vjp", "replay"]
@@ -291,7 +292,12 @@ class Jacobians:
         ``at_once`` cotangents go together where the saved pass fits so often.
         """
         self._refuse_alone()
-        copies = self.plan.copies(at_once, self.inputs.size, self.device)
+        model, copies = self.hooked.model, self.plan.copies(at_once, self.inputs.size, self.device)
+        if comes_and_goes(model):  # what is saved reads the weights again
+            whole = self.pullback(at_once, compared=compared, until=until)
+            with gathered(model), measuring(model, mode="as_is"), whole as back:
+                yield back
+            return
         try:
             options: Any = {"copies": copies, "layout": self.plan.layout, "see": self._see}
             options["until"] = until or list(self.plan.features)[-1]

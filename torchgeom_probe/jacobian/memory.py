@@ -18,6 +18,9 @@ from torchgeom_probe.shapes import Tensor
 #: What a reshape ends with where it copied: in another layout it would not have.
 _HALF_VIEWS = {torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default}
 
+#: What writes to views of weights that come from other ranks, and to nothing of the model's.
+_GATHERING = {"c10d", "fsdp", "_c10d_functional"}
+
 
 class LiveBytes(TorchDispatchMode):
     """Follows the bytes of the storages that ops make, until the tensors die: now, at the peak, and in all."""
@@ -45,7 +48,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if isinstance(func, torch._ops.HigherOrderOperator):
             return func(*args, **(kwargs or {}))
-        if func._schema.is_mutable and args and isinstance(args[0], Tensor) and args[0].layout == torch.strided:
+        own = func._schema.is_mutable and func.namespace not in _GATHERING
+        if own and args and isinstance(args[0], Tensor) and args[0].layout == torch.strided:
             self.wrote_through_views |= args[0].untyped_storage()._cdata in self._viewed
         out = func(*args, **(kwargs or {}))
         if self._paused:

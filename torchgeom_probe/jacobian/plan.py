@@ -19,6 +19,7 @@ from torchgeom_probe.model.hooked import HookedModel, Outputs
 from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import drew_random_numbers, same_random_numbers
 from torchgeom_probe.model.layers import close_names
+from torchgeom_probe.model.sharded import agreed
 from torchgeom_probe.shapes import Tensor
 
 #: Samples of a first run, at most: more would tell nothing new.
@@ -180,7 +181,7 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
         whole=whole,
         coupled=coupled,
         harmless=logs,
-        budget=memory_budget if memory_budget is not None else int(SHARE_OF_FREE_MEMORY * free_memory(space.device)),
+        budget=agreed(hooked.model, memory_budget or int(SHARE_OF_FREE_MEMORY * free_memory(space.device))),
     )
 
 

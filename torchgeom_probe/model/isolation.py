@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.leftovers import FOUND, taken_out
+from torchgeom_probe.model.sharded import at_rest
 from torchgeom_probe.model.state import State
 from torchgeom_probe.shapes import Tensor
 
@@ -68,6 +69,7 @@ def measuring(model: nn.Module, *, mode: Mode = "eval", kept: Kept | None = None
     beside = [torch.default_generator, *cuda, np.random.mtrand._rand, random._inst, *FOUND.get(model, ())]
     beside += kept.beside
     with _ONE_AT_A_TIME, _process_set(), contextlib.ExitStack() as flags:
+        at_rest(model)
         if mode == "eval":
             _in_eval_mode(kept.modules, flags)
         if kept.state is None or not kept.state.again(beside):
@@ -106,6 +108,7 @@ def from_the_start() -> Iterator[None]:
     finally:
         if _MEASURED:
             _MEASURED[-1].ran = True
+            at_rest(_MEASURED[-1].model)
 
 
 @contextlib.contextmanager

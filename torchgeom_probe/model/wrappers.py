@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.model.sharded import groups, is_dtensor, parts
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -31,15 +34,21 @@ def refuse_unhookable(model: nn.Module) -> None:
             "the model is a ScriptModule: hooks do not fire inside it.\nProbe the nn.Module that it was made from."
         )
     wrapped = next((n for n, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
-    parts = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    fsdp = {id(p) for module in parts(model) for p in module.parameters() if not _in_parallel(module, p)}
+    parallel = next((n for n, p in model.named_parameters() if is_dtensor(p) and id(p) not in fsdp), None)
     sharded = None
-    if parts is not None:
-        sharded = f"parameter {parts!r} is a DTensor (FSDP2 or tensor parallel)"
+    if parallel is not None:
+        sharded = f"parameter {parallel!r} is a DTensor of tensor parallelism"
     elif wrapped is not None:
         sharded = f"{repr(wrapped) if wrapped else 'the model'} is a FullyShardedDataParallel"
     if sharded is not None:
         raise ProbeError(
             f"{sharded}: its ops need every rank at once.\n"
             "Gather the model first (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
-            "full_state_dict=True) into a plain copy, and probe that."
+            "full_state_dict=True) into a plain copy, and probe that; or shard it by fully_shard (FSDP2)."
         )
+
+
+def _in_parallel(module: Any, parameter: nn.Parameter) -> bool:
+    """Whether FSDP shards what tensor parallelism had sharded before."""
+    return any(p.sharded_param is parameter and p.is_dtensor for group in groups(module) for p in group.fsdp_params)
