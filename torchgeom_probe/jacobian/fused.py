@@ -57,7 +57,7 @@ def push(
     def on_source(output: Any) -> Any:
         return _dual(hooked.source_value(output), directions, layout)
 
-    with dual_pass(low), before_weights_go(hooked.model, _build_deferred), hooked.attached(on_output, on_source):
+    with dual_pass(low=low), before_weights_go(hooked.model, _build_deferred), hooked.attached(on_output, on_source):
         point = inputs.point
         args, kwargs = inputs.arguments(None if point is None else _dual(point, directions, layout))
         hooked.model(*args, **kwargs)
