@@ -71,7 +71,7 @@ def test_the_boundary_is_drawn_where_the_class_changes():
         (contour,) = (c for c in axes.collections if hasattr(c, "levels"))
         vertices = np.concatenate([path.vertices for path in contour.get_paths() if len(path.vertices)])
         assert len(vertices) > 20
-        assert np.abs(vertices[:, 1]).max() == pytest.approx(axes.get_ylim()[1])  # the line reaches the frame
+        assert np.abs(vertices[:, 1]).max() >= axes.get_ylim()[1]  # the line reaches the frame
         # tanh(x) = -0.4 tanh(y): off the grid points, and hit to a small part of a grid step (0.05)
         inner = vertices[np.abs(vertices[:, 1]) <= 1]
         assert np.abs(np.tanh(inner[:, 0]) + 0.4 * np.tanh(inner[:, 1])).max() < 1e-3

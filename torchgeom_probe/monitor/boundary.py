@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 
@@ -13,6 +14,7 @@ from torchgeom_probe.boundary.points import boundary_points
 from torchgeom_probe.boundary.speed import Speed, with_random
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.wrappers import unwrapped
+from torchgeom_probe.monitor.writers import Writer
 from torchgeom_probe.probe import GeometryProbe
 from torchgeom_probe.shapes import Float, Int, Tensor
 
@@ -40,6 +42,12 @@ class BoundaryWatch:
         self._x = x.detach().clone()
         self._ends: Int[Tensor, "pairs 2"] | None = None
         self.history: list[tuple[int, dict[str, Tested]]] = []
+
+    def charted(self, probe: GeometryProbe, step: int, writers: Sequence[Writer]) -> None:
+        """Measure, and send each layer's mean to the writers."""
+        for i, (layer, (estimate, _)) in enumerate(self.measured(probe, step).items()):
+            for writer in writers:
+                writer.write_scalar(f"boundary/{i:02d}_{layer or 'model'}", float(estimate), step)
 
     def measured(self, probe: GeometryProbe, step: int) -> dict[str, Tested]:
         """Measure at the crossings of now; nothing where fewer than ten of the pairs have one."""

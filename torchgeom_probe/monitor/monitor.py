@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torchgeom_probe.boundary.paired import Tested
 from torchgeom_probe.distributed import Ranks
 from torchgeom_probe.errors import ProbeError, refuse_unknown
 from torchgeom_probe.monitor.boundary import BoundaryWatch
@@ -288,7 +287,7 @@ class Monitor:
                         self._write_map(tag, draw_map)
             if self.boundary is not None and self._writes:
                 with self._failures.counted("the boundaries", self._step):
-                    self._write_boundaries(self.boundary.measured(self._probe, self._step))
+                    self.boundary.charted(self._probe, self._step, self.writers)
             if self._writes:
                 self._write_own_accounts(working, first)
         return report
@@ -429,11 +428,6 @@ class Monitor:
             with self._failures.counted(f"{type(writer).__name__}.write_scalar", self._step, raised=first):
                 for tag, value in accounts.items():
                     writer.write_scalar(tag, value, self._step)
-
-    def _write_boundaries(self, effects: Mapping[str, Tested]) -> None:
-        for writer in self.writers:
-            for i, (layer, (estimate, _)) in enumerate(effects.items()):
-                writer.write_scalar(f"boundary/{i:02d}_{layer or 'model'}", float(estimate), self._step)
 
     def _write_map(self, tag: str, made_from: MapOf) -> None:
         if isinstance(made_from, Line | Plane):

@@ -254,7 +254,8 @@ def _draw_bar(figure: Any, shown: Sequence[Any], scale: Scale, location: str, cl
     if location == "right":
         shape = {"shrink": 0.9, "aspect": 14}
     bar = figure.colorbar(shown[-1], ax=axes, location=location, pad=0.03, **shape)
-    bar.set_label(scale.label, fontsize=SMALL + 0.5)
+    label = scale.label.replace(" − ", "\n− ") if location == "right" else scale.label  # no longer than its bar
+    bar.set_label(label, fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     low, high = bar.norm.vmin, bar.norm.vmax
     if scale is CLASSES:
@@ -276,13 +277,14 @@ def _draw_bar(figure: Any, shown: Sequence[Any], scale: Scale, location: str, cl
 def _draw_boundaries(axes: Any, entry: Map) -> None:
     labels, margin = entry.scan.predictions.numpy(), entry.scan.margin.numpy()
     ticks, plain = np.linspace(*entry.plane.extent, entry.plane.steps), entry.field is None
-    ticks = np.array([_frame(entry.plane)[0], *ticks, _frame(entry.plane)[1]])  # lines reach the frame
+    ticks = np.array([2 * ticks[0] - ticks[1], *ticks, 2 * ticks[-1] - ticks[-2]])  # so that lines reach the frame
     around = mpl("matplotlib.patheffects").withStroke(linewidth=2.2, foreground=(0, 0, 0, 0.55))
     classes = np.unique(labels)
     # Between two classes one line is enough; among more, each class has its outline.
     for label in classes[1:] if len(classes) <= 2 else classes:
         # The margin falls to 0 on both sides of a boundary: signed by the class it crosses 0 there, between the points.
-        signed = np.ma.masked_invalid(np.pad(np.where(labels == label, margin, -margin), 1, mode="edge"))
+        signed = np.pad(np.where(labels == label, margin, -margin), 1, mode="reflect", reflect_type="odd")
+        signed = np.ma.masked_invalid(signed)
         lines = axes.contour(ticks, ticks, signed, levels=[0.0], colors=["k" if plain else "w"], linewidths=1.0)
         if not plain:
             lines.set_path_effects([around])

@@ -176,7 +176,7 @@ def table(out: Path) -> str:
     head = ["network, layer", "effect [nat]", "p", "of the volume", "untrained alone", "networks", "verdict"]
     rows: dict[str, list[str]] = {}
     for path in sorted(out.glob("fig*/results.json")):
-        for study in json.loads(path.read_text(encoding="utf-8"))["studies"]:
+        for study in json.loads(path.read_text(encoding="utf-8")).get("studies", []):
             layer, *others = study["cells"]
             rows[f"{study['network']}, {layer}"] = others
     lines = [head, ["---"] * len(head), *([name, *row] for name, row in rows.items())]
