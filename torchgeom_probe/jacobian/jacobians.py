@@ -88,7 +88,9 @@ class Jacobians:
         done: dict[str, Factor] = {}
         if at_once == num_directions and self._may_replay:
             assert self._replays is not None
-            (done, finite), replayed = self._replays.pushed(self.inputs, directions(0, num_directions), self._in_one_pass)
+            (done, finite), replayed = self._replays.pushed(
+                self.inputs, directions(0, num_directions), self._in_one_pass, (*self.plan.features, self.plan.layout)
+            )
             self.finite.update(finite)
             self.engine = "replay" if replayed else "fused"
         elif at_once == num_directions:
@@ -340,7 +342,13 @@ class Jacobians:
     def _with(
         self, hooked: HookedModel, inputs: Inputs, plan: Plan, finite: dict[str, Tensor] | None = None
     ) -> Jacobians:
-        options = {"normalize": self.normalize, "memory": self._memory, "finite": finite, "replays": self._replays, "low": self.low}
+        options = {
+            "normalize": self.normalize,
+            "memory": self._memory,
+            "finite": finite,
+            "replays": self._replays,
+            "low": self.low,
+        }
         return Jacobians(hooked, inputs, plan, self.engine, **options)  # type: ignore[arg-type]
 
 
