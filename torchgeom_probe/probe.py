@@ -24,7 +24,6 @@ from torchgeom_probe.estimators.options import (
     progress_bar,
     refuse_options,
     refuse_other_samples,
-    refuse_pulls,
     refuse_rounded,
 )
 from torchgeom_probe.jacobian.jacobians import EngineName, Jacobians
@@ -72,11 +71,9 @@ class GeometryProbe:
         memory_budget: bytes that a measurement may use; default: half of what is free.  Samples, then directions, are
             taken in chunks to keep to it; the results do not depend on the chunking.
         mode: ``"eval"`` measures in eval mode whatever mode the model is in; ``"as_is"`` keeps it.
-        replay: run the second pass of a shape again from a record of it, while all that it depended on is as it was.
-            What cannot be told for certain (hooks, random numbers) is measured eagerly, as is everything with False.
-        precision: ``"bf16"`` takes tangents in bfloat16 inside of products (convolution, linear, attention), for
-            estimators without reverse mode.  Depthwise convolutions gain nothing.  A layer that is more than 0.02 nats
-            off in the first measurement of a shape is refused.
+        replay: run a shape's second pass again from a record of it, while all that it depended on is as it was.
+        precision: ``"bf16"`` takes tangents in bfloat16 inside of products, without reverse mode.  Depthwise models
+            gain nothing; a layer that is 0.02 nats off in the first measurement of a shape is refused.
 
     Attributes:
         left_out: layers that ``"auto"`` would take and that have nothing to measure → why.
@@ -232,12 +229,10 @@ class GeometryProbe:
         self, replays: Replays, x: Any, estimator: Estimator | None, progress: bool | None
     ) -> GeometryReport | None:
         """A report without the model; None where it takes part."""
-        replays.next_report()
-        plan = None
-        if replays:
-            inputs = self._hooked.inputs(x, self.wrt)
-            plan = self._plans.get(inputs.key())
-        if plan is None:
+        if not replays.next_report():
+            return None
+        inputs = self._hooked.inputs(x, self.wrt)
+        if (plan := self._plans.get(inputs.key())) is None:
             return None
         with replaying(self._kept, mode=self.mode):
             replays.alone = True
@@ -261,10 +256,7 @@ class GeometryProbe:
         if start is not None:
             refuse_other_samples(start, inputs, plan)
         estimator = estimator or self._settled(inputs)
-        counts = estimator.cost(plan, engine=self._engine_that_runs).values()
-        if self.precision is not None:
-            refuse_pulls(estimator, counts)
-        rows = max(count.at_once for count in counts)
+        rows = max(count.at_once for count in estimator.cost(plan, engine=self._engine_that_runs).values())
         at_once = plan.samples_at_once(rows, inputs.size)
         parts: list[GeometryReport] = []
         with progress_bar(inputs.size, progress) as bar:
@@ -278,8 +270,7 @@ class GeometryProbe:
                     found = estimator.estimate(jacobians, start=begin)
                     if self.precision is not None:
                         if plan.reference:
-                            exact = estimator.estimate(self._jacobians(chunk, plan, "fused", low=None))
-                            refuse_rounded(found, exact)
+                            refuse_rounded(found, estimator.estimate(self._jacobians(chunk, plan, "fused", low=None)))
                         found = {e: replace(g, engine=f"{g.engine}, bf16 tangents") for e, g in found.items()}
                     found = {entry: g.defined_where(jacobians.defined(entry)) for entry, g in found.items()}
                     parts.append(GeometryReport(found, left_out=self.left_out))

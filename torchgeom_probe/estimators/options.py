@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 from torch import nn
-
 from tqdm import tqdm
 
 from torchgeom_probe.errors import LayerRefusal, ProbeError
-from torchgeom_probe.estimators.base import Estimator, ProductCount
+from torchgeom_probe.estimators.base import Estimator
 from torchgeom_probe.jacobian.jacobians import EngineName
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.model.hooked import Transform
@@ -57,15 +56,6 @@ def refuse_options(engine: Any, mode: Any, memory_budget: Any, source: Any, wrt:
         )
     if source is not None and wrt is not None:
         raise ProbeError(f"source={source!r} and wrt={wrt!r} each say where the metric lives.\nLeave one of them out.")
-
-
-def refuse_pulls(estimator: Estimator, counts: Iterable[ProductCount]) -> None:
-    """Refuse tangents in bfloat16 where reverse mode would not be."""
-    if any(count.pulls for count in counts):
-        raise ProbeError(
-            f"precision='bf16' is for estimators of dual passes alone; {estimator} needs reverse mode as well.\n"
-            "Write estimator=Subspace(k=8), or leave precision= out"
-        )
 
 
 def refuse_other_samples(start: Mapping[str, LayerGeometry], inputs: Inputs, plan: Plan) -> None:

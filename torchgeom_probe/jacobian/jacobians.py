@@ -288,6 +288,11 @@ class Jacobians:
         ``at_once`` cotangents go together where the saved pass fits so often.
         """
         self._refuse_alone()
+        if self.low is not None:
+            raise ProbeError(
+                "precision='bf16' is for estimators of dual passes alone; this one needs reverse mode as well.\n"
+                "Write estimator=Subspace(k=8), or leave precision= out"
+            )
         copies = self.plan.copies(at_once, self.inputs.size, self.device)
         try:
             with vjp.pullback(self.hooked, self.inputs, copies=copies, layout=self.plan.layout, see=self._see) as back:

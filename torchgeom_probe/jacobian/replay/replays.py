@@ -101,14 +101,11 @@ class Replays:
         """A copy of a probe records its own."""
         return Replays, (self.kept,)
 
-    def __bool__(self) -> bool:
-        """Whether anything is recorded."""
-        return bool(self._recordings)
-
-    def next_report(self) -> None:
-        """Begin the next report."""
+    def next_report(self) -> bool:
+        """Begin the next report; whether anything is recorded."""
         self.report += 1
         self._sealed.clear()
+        return bool(self._recordings)
 
     def pushed(
         self, inputs: Inputs, directions: Tensor, eager: Callable[[Inputs, Tensor], Found], plan: tuple[Any, ...]
