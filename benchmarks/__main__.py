@@ -19,6 +19,7 @@ from benchmarks.timing import Settings, circumstances
 #: lines; METHOD, where it has one, says how it measures in place of the smallest time; RESUMES, if true, that it takes
 #: rows from ``settings.finished``.
 TABLES = (
+    "replay",
     "limit",
     "memory",
     "stages",

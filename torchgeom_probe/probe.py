@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from torchgeom_probe.check import CheckReport
 from torchgeom_probe.errors import LayerRefusal, ProbeError, refuse_unknown
 from torchgeom_probe.estimators import Along, Auto, Estimator, Subspace
 from torchgeom_probe.estimators.base import estimator_of
 from torchgeom_probe.estimators.cost import Cost, cost_of, seconds_per_row
+from torchgeom_probe.estimators.options import (
+    ProbeOptions,
+    progress_bar,
+    refuse_options,
+    refuse_other_samples,
+    refuse_rounded,
+)
 from torchgeom_probe.jacobian.jacobians import EngineName, Jacobians
 from torchgeom_probe.jacobian.plan import Plan, coupled_samples, make_plan
 from torchgeom_probe.jacobian.replay.replays import NotReplayedError, Replays
@@ -34,23 +40,8 @@ from torchgeom_probe.shapes import Tensor
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_ENGINES = ("auto", "fused", "functorch", "vjp")
 
-
-class ProbeOptions(TypedDict, total=False):
-    """The options of :class:`GeometryProbe`, which every verb takes beside its own arguments."""
-
-    layers: LayerSpec
-    estimator: Estimator | str | None
-    normalize: bool
-    transform: Transform | Mapping[str, Transform] | None
-    engine: EngineName
-    source: str | nn.Module | None
-    wrt: Wrt | None
-    memory_budget: int | None
-    mode: Mode
-    replay: bool
-    precision: Literal["bf16"] | None
+_T = TypeVar("_T")
 
 
 class GeometryProbe:
@@ -80,15 +71,9 @@ class GeometryProbe:
         memory_budget: bytes that a measurement may use; default: half of what is free.  Samples, then directions, are
             taken in chunks to keep to it; the results do not depend on the chunking.
         mode: ``"eval"`` measures in eval mode whatever mode the model is in; ``"as_is"`` keeps it.
-        precision: ``"bf16"`` takes float32 tangents in bfloat16 inside the products of convolutions, linear layers and
-            attention, and nowhere else; the values of the model and every sum stay what they are.  Half of the time
-            where a processor has such products, nothing where convolutions are depthwise.  Each layer's value is
-            compared with float32's in the first measurement of a shape, and refused where they are more than 0.02 nats
-            apart.  For estimators of dual passes alone: ``Subspace``, ``Along``, ``Trace``.
-        replay: record the second pass of a shape, and run the record from then on, without the model's own code and
-            1.1 to 2 times as fast, while all that the pass depended on is as it was.  What cannot be told for certain
-            (hooks, random numbers, choices that depend on numbers) is measured eagerly, as is everything with
-            ``replay=False``.
+        replay: run a shape's second pass again from a record of it, while all that it depended on is as it was.
+        precision: ``"bf16"`` takes tangents in bfloat16 inside of products, without reverse mode.  Depthwise models
+            gain nothing; a layer that is 0.02 nats off in the first measurement of a shape is refused.
 
     Attributes:
         left_out: layers that ``"auto"`` would take and that have nothing to measure → why.
@@ -128,24 +113,7 @@ class GeometryProbe:
             )
         model = unwrapped(model)
         refuse_unhookable(model)
-        if engine not in _ENGINES:
-            raise ProbeError(f"engine={engine!r} is unknown.\nWrite one of {', '.join(map(repr, _ENGINES))}.")
-        if mode not in ("eval", "as_is"):
-            raise ProbeError(f"mode={mode!r} is unknown.\nWrite mode='eval' (the default) or mode='as_is'.")
-        if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
-            raise ProbeError(
-                f"memory_budget={memory_budget!r}: it is a number of bytes.\n"
-                "Write, for instance, memory_budget=2 * 2**30."
-            )
-        if precision not in (None, "bf16") or (precision is not None and engine not in ("auto", "fused")):
-            raise ProbeError(
-                f"precision={precision!r} with engine={engine!r}: tangents of another type are there in bfloat16, by the "
-                "fused engine.\nWrite precision='bf16', or leave it out: the model's own."
-            )
-        if source is not None and wrt is not None:
-            raise ProbeError(
-                f"source={source!r} and wrt={wrt!r} each say where the metric lives.\nLeave one of them out."
-            )
+        refuse_options(engine, mode, memory_budget, source, wrt, precision)
         chosen = resolve(model, layers)
         self.left_out: dict[str, str] = {}
         self._named = named(model, layers)
@@ -243,26 +211,28 @@ class GeometryProbe:
                     "Write GeometryProbe(model, ..., estimator=Along(directions)), or leave its estimator out"
                 )
             estimator = Along(directions)
-        if self._replays is not None:
-            self._replays.next_report()
-            if self._replays and start is None:
-                replayed = self._replayed(self._replays, x, estimator, progress)
-                if replayed is not None:
-                    return replayed
+        if self._replays is not None and start is None:
+            replayed = self._replayed(self._replays, x, estimator, progress)
+            if replayed is not None:
+                return replayed
         with measuring(self._hooked.model, mode=self.mode, kept=self._kept):
-            while True:
-                try:
-                    return self._measured(*self._planned(x), estimator, start, progress)
-                except LayerRefusal as refusal:
-                    self._leave_out(refusal)
+            return self._leaving_out(lambda: self._measured(*self._planned(x), estimator, start, progress))
+
+    def _leaving_out(self, run: Callable[[], _T]) -> _T:
+        while True:
+            try:
+                return run()
+            except LayerRefusal as refusal:
+                self._leave_out(refusal)
 
     def _replayed(
         self, replays: Replays, x: Any, estimator: Estimator | None, progress: bool | None
     ) -> GeometryReport | None:
         """A report without the model; None where it takes part."""
+        if not replays.next_report():
+            return None
         inputs = self._hooked.inputs(x, self.wrt)
-        plan = self._plans.get(inputs.key())
-        if plan is None:
+        if (plan := self._plans.get(inputs.key())) is None:
             return None
         with replaying(self._kept, mode=self.mode):
             replays.alone = True
@@ -284,18 +254,12 @@ class GeometryProbe:
         if plan.coupled:
             self._refuse_coupled(inputs, plan)
         if start is not None:
-            _refuse_other_samples(start, inputs, plan)
+            refuse_other_samples(start, inputs, plan)
         estimator = estimator or self._settled(inputs)
-        counts = estimator.cost(plan, engine=self._engine_that_runs).values()
-        if self.precision is not None and any(count.pulls for count in counts):
-            raise ProbeError(
-                f"precision='bf16' is for estimators of dual passes alone, and {estimator} needs reverse mode as well.\n"
-                "Write estimator=Subspace(k=8), or leave precision= out"
-            )
-        rows = max(count.at_once for count in counts)
+        rows = max(count.at_once for count in estimator.cost(plan, engine=self._engine_that_runs).values())
         at_once = plan.samples_at_once(rows, inputs.size)
         parts: list[GeometryReport] = []
-        with _bar(inputs.size, progress) as bar:
+        with progress_bar(inputs.size, progress) as bar:
             done = 0
             while done < inputs.size:
                 stop = min(done + at_once, inputs.size)
@@ -306,8 +270,7 @@ class GeometryProbe:
                     found = estimator.estimate(jacobians, start=begin)
                     if self.precision is not None:
                         if plan.reference:
-                            exact = estimator.estimate(self._jacobians(chunk, plan, "fused", low=None))
-                            _refuse_rounded(found, exact)
+                            refuse_rounded(found, estimator.estimate(self._jacobians(chunk, plan, "fused", low=None)))
                         found = {e: replace(g, engine=f"{g.engine}, bf16 tangents") for e, g in found.items()}
                     found = {entry: g.defined_where(jacobians.defined(entry)) for entry, g in found.items()}
                     parts.append(GeometryReport(found, left_out=self.left_out))
@@ -391,12 +354,7 @@ class GeometryProbe:
     def _cost(self, x: Any) -> Cost:
         self._refuse_closed()
         with measuring(self._hooked.model, mode=self.mode, kept=self._kept):
-            while True:
-                try:
-                    inputs, plan = self._planned(x)
-                    break
-                except LayerRefusal as refusal:
-                    self._leave_out(refusal)
+            inputs, plan = self._leaving_out(lambda: self._planned(x))
             seconds = seconds_per_row(self._hooked.model, inputs, plan)
             estimator, engine = self._settled(inputs), self._engine_that_runs
             return Cost.of(estimator, plan, inputs.size, seconds_per_row=seconds, engine=engine)
@@ -479,6 +437,8 @@ def measure(
         wrt: which floating arguments the metric lives on, where there are several.
         memory_budget: bytes that the measurement may use; by default half of what is free.
         mode: ``"eval"`` (the default) or ``"as_is"``.
+        replay: for a probe that goes on: whether to record its passes, and to run them again.
+        precision: ``"bf16"``: tangents in bfloat16 inside of products.
 
     Raises:
         ProbeError: what cannot be measured, with its likely cause and the line to write.
@@ -489,47 +449,3 @@ def measure(
         options["replay"] = False  # one report: nothing to replay
     probe = probe_of(model_or_probe, options)
     return probe.measure(x, directions=directions, start=start, progress=progress)
-
-
-def _refuse_rounded(found: Mapping[str, LayerGeometry], exact: Mapping[str, LayerGeometry]) -> None:
-    """Refuse the layers whose value in bfloat16 is another than in the model's own precision."""
-    apart = {e: float((g.value - exact[e].value).nan_to_num(0.0).abs().max()) for e, g in found.items()}
-    off = {entry: error for entry, error in apart.items() if error > _ROUNDED}
-    if off:
-        first = next(iter(off))
-        raise LayerRefusal(
-            f"with precision='bf16' the value of layer {first!r} is {off[first]:.3f} nats off, more than {_ROUNDED}.\n"
-            "Leave precision= out, take fewer directions (Subspace(k=4)), or name other layers.",
-            {entry.split("#")[0]: f"{error:.3f} nats off in bfloat16" for entry, error in off.items()},
-        )
-
-
-#: What a value in bfloat16 may be off, in nats.
-_ROUNDED = 0.02
-
-
-def _refuse_other_samples(start: Mapping[str, LayerGeometry], inputs: Inputs, plan: Plan) -> None:
-    for entry in plan.features:
-        if entry not in start:
-            raise ProbeError(
-                f"start= has no layer {entry!r}; it has {list(start)}.\n"
-                "Pass the report of the same probe:  report = probe.measure(x, start=report)"
-            )
-        samples, d = len(start[entry].value), start[entry].num_inputs
-        if (samples, d) != (inputs.size, plan.num_inputs):
-            raise ProbeError(
-                f"start= was measured on {samples} samples of {d} numbers; x has {inputs.size} of {plan.num_inputs}.\n"
-                "A start needs the same samples in the same order:  probe.measure(x, start=report_of_the_same_x)"
-            )
-
-
-def _bar(total: int, progress: bool | None) -> tqdm:
-    # disable=None: off where the output is no terminal; delay: a bar that would flash by is not drawn.
-    return tqdm(
-        total=total,
-        desc="measure",
-        unit="sample",
-        leave=False,
-        delay=0 if progress else 1,
-        disable=None if progress is None else not progress,
-    )

@@ -4,6 +4,7 @@ The traps change, between two measurements, something that a pass depends on.  T
 that no audit looks at: the seal alone stands between the change and a stale report.
 """
 
+import copy
 import dataclasses
 import functools
 import types
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from unseen import Notes
 
 import torchgeom_probe as tgp
 from torchgeom_probe.jacobian.replay import replays
@@ -198,7 +200,9 @@ TRAPS = {
     "forward of one object": Trap(lambda m: setattr(m.second, "forward", lambda x: x * 2)),
     "forward of the model": Trap(lambda m: setattr(m, "act", types.MethodType(lambda self, h: h * 3, m))),
     "a method of the class": Trap(
-        lambda m: setattr(Block, "act", lambda self, h: h.sigmoid()), None, undo=lambda act=Block.act: setattr(Block, "act", act)
+        lambda m: setattr(Block, "act", lambda self, h: h.sigmoid()),
+        None,
+        undo=lambda act=Block.act: setattr(Block, "act", act),
     ),
     "a method of torch's class": Trap(
         lambda m: setattr(nn.Linear, "forward", lambda self, x: F.linear(x, self.weight)),
@@ -226,17 +230,24 @@ TRAPS = {
     ),
     "a class's attribute": Trap(lambda m: setattr(Config, "scale", 3.0), lambda self, h: h * Config.scale),
     "another module's global": Trap(lambda m: setattr(OUTSIDE, "scale", 3.0), lambda self, h: h * OUTSIDE.scale),
+    "another module's global by a name made up": Trap(
+        lambda m: setattr(OUTSIDE, "scale", 3.0), lambda self, h: h * getattr(OUTSIDE, "sc" + "ale"), never=True
+    ),
     "a global array": Trap(lambda m: ARRAY.fill(3.0), lambda self, h: h * float(ARRAY[0]), never=True),
     "a global tensor in place": Trap(
         lambda m: TENSOR.fill_(3.0), lambda self, h: h * TENSOR, stays=True, undo=lambda: TENSOR.fill_(1.0)
     ),
     "a global tensor replaced": Trap(
-        _global("TENSOR", torch.tensor(5.0)), lambda self, h: h * TENSOR, undo=lambda: _global("TENSOR", torch.ones(()))(0)
+        _global("TENSOR", torch.tensor(5.0)),
+        lambda self, h: h * TENSOR,
+        undo=lambda: _global("TENSOR", torch.ones(()))(0),
     ),
     "a closure's cell": Trap(lambda m: m(torch.randn(3, 4)), _counter()),
     "a closure's dict": Trap(lambda m: BOX.update(scale=3.0), _closure(BOX)),
     "a remembered answer": Trap(
-        lambda m: (NUMBERS.__setitem__(0, 4.0), _remembered.cache_clear()), lambda self, h: h * _remembered(), never=True
+        lambda m: (NUMBERS.__setitem__(0, 4.0), _remembered.cache_clear()),
+        lambda self, h: h * _remembered(),
+        never=True,
     ),
     # tensors
     "a parameter replaced": Trap(lambda m: setattr(m.second, "weight", nn.Parameter(torch.randn(6, 6)))),
@@ -310,11 +321,15 @@ TRAPS = {
     "a hook added": Trap(lambda m: m.second.register_forward_hook(_say)),
     "a pre-hook added": Trap(lambda m: m.second.register_forward_pre_hook(lambda _, args: (args[0] * 2,))),
     "a hook for all": Trap(
-        lambda m: setattr(m, "handle", nn.modules.module.register_module_forward_hook(lambda mod, a, o: o * 2 if mod is m.second else None)),
+        lambda m: nn.modules.module.register_module_forward_hook(
+            lambda module, args, out: out * 2 if module is m.second else None
+        ),
         undo=lambda: nn.modules.module._global_forward_hooks.clear(),
     ),
     "a hook from the start": Trap(
-        lambda m: setattr(m, "alpha", 3.0), never=True, prepare=lambda m: m.second.register_forward_hook(lambda mod, a, o: o * m.alpha)
+        lambda m: setattr(m, "alpha", 3.0),
+        never=True,
+        prepare=lambda m: m.second.register_forward_hook(lambda module, args, out: out * m.alpha),
     ),
     # the process
     "the default dtype": Trap(
@@ -322,7 +337,7 @@ TRAPS = {
         lambda self, h: h * 2 if torch.ones(()).dtype == torch.float64 else h.tanh(),
         undo=lambda: torch.set_default_dtype(torch.float32),
     ),
-    "threads": Trap(lambda m: torch.set_num_threads(1), undo=lambda n=torch.get_num_threads(): torch.set_num_threads(n), stays=torch.get_num_threads() == 1),
+    "threads": Trap(lambda m: torch.set_num_threads(2), undo=lambda: torch.set_num_threads(1)),
     "the clock": Trap(lambda m: None, lambda self, h: h * __import__("time").time(), never=True),
     "random numbers": Trap(lambda m: None, lambda self, h: h + torch.randn(6), never=True),
     "random numbers of a generator": Trap(
@@ -339,7 +354,9 @@ TRAPS = {
 
 
 def _probe(model, **options):
-    return tgp.GeometryProbe(model, layers=["blocks.0", "second"], estimator=tgp.Subspace(k=3), normalize=False, **options)
+    return tgp.GeometryProbe(
+        model, layers=["blocks.0", "second"], estimator=tgp.Subspace(k=3), normalize=False, **options
+    )
 
 
 def _replayed(model, x, **options):
@@ -368,9 +385,7 @@ def test_a_recording_that_is_stale_is_never_used(name):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             found = probe.measure(x)
-        expected = tgp.measure(
-            model, x, layers=["blocks.0", "second"], estimator=tgp.Subspace(k=3), normalize=False
-        )
+        expected = tgp.measure(model, x, layers=["blocks.0", "second"], estimator=tgp.Subspace(k=3), normalize=False)
         assert (found["second"].engine == "replay") == trap.stays, probe._replays.why_not
         for layer in found:
             assert torch.equal(found[layer].singular_values, expected[layer].singular_values) or trap.never
@@ -381,3 +396,121 @@ def test_a_recording_that_is_stale_is_never_used(name):
         SETTINGS.inner.scale = Config.scale = OUTSIDE.scale = 1.0
         ARRAY.fill(1.0)
         _remembered.cache_clear()
+
+
+@pytest.mark.parametrize("case", models.CASES)
+def test_a_replay_gives_the_bits_of_an_eager_pass_and_follows_the_weights(case, monkeypatch):
+    monkeypatch.setattr("torchgeom_probe.jacobian.replay.program._by_onednn", lambda node: None)
+    factory, shape, layers = models.CASES[case]
+    model = factory()
+    probe = tgp.GeometryProbe(model, layers=layers, estimator=tgp.Subspace(k=3))
+    eager = tgp.GeometryProbe(model, layers=layers, estimator=tgp.Subspace(k=3), replay=False)
+    for turn in range(5):
+        x = torch.randn(2, *shape)
+        found, expected = probe.measure(x), eager.measure(x)
+        assert found[layers[0]].engine == ("replay" if turn > 1 else "fused"), probe._replays.why_not
+        assert all(torch.equal(found[e].singular_values, expected[e].singular_values) for e in layers)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+
+
+def test_onednn_differs_by_rounding_alone(monkeypatch):
+    monkeypatch.setattr("torchgeom_probe.jacobian.replay.program._race", lambda call, other: True)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 7)).eval()
+    probe = tgp.GeometryProbe(model, layers=["2", "4"], estimator=tgp.Subspace(k=3))
+    for _ in range(5):
+        x = torch.randn(2, 3, 8, 8)
+        found = probe.measure(x)
+        expected = tgp.measure(model, x, layers=["2", "4"], estimator=tgp.Subspace(k=3))
+        assert all((found[e].value - expected[e].value).abs().max() < 1e-5 for e in found)
+    assert found["4"].engine == "replay"
+    (recording,) = probe._replays._recordings.values()
+    assert recording.program is not recording.exact
+
+
+def test_an_audit_that_differs_ends_replay_with_one_warning_that_names_the_reports(monkeypatch):
+    model = Block().eval()
+    x = torch.randn(3, 4)
+    probe, engines = _replayed(model, x)
+    assert engines[-1] == "replay"
+    monkeypatch.setattr("torchgeom_probe.jacobian.replay.seal.Seal.holds", lambda seal: True)  # a hole in the seal
+    model.act = lambda h: h.sigmoid()
+    stale = probe.measure(x)["second"]  # report 5, the third run
+    expected = tgp.measure(model, x, layers=["second"], estimator=tgp.Subspace(k=3), normalize=False)["second"]
+    assert not torch.allclose(stale.value, expected.value)
+    monkeypatch.setattr(probe._kept, "state", next(iter(probe._replays._recordings.values())).seal.state)
+    with pytest.warns(UserWarning, match=r"reports 5 to 5 of this probe.*replays no more"):
+        audited = probe.measure(x)["second"]
+    assert torch.equal(audited.value, expected.value)
+    assert audited.engine == "fused"
+    assert probe.measure(x)["second"].engine == "fused"
+
+
+def test_replay_is_for_live_probes_alone_and_can_be_turned_off():
+    model, x = Block().eval(), torch.randn(3, 4)
+    assert {tgp.measure(model, x, layers=["second"])["second"].engine for _ in range(4)} == {"fused"}
+    _, engines = _replayed(model, x, replay=False)
+    assert engines == ["fused"] * 4
+
+
+def test_few_recordings_are_kept_and_another_estimator_or_shape_has_its_own():
+    probe = _probe(Block().eval())
+    for size in range(1, 8):
+        engines = [probe.measure(torch.randn(size, 4))["second"].engine for _ in range(3)]
+        assert engines[-1] == "replay"
+    assert len(probe._replays._recordings) == replays._KEPT
+    copied = copy.deepcopy(probe)
+    assert copied.measure(torch.randn(1, 4))["second"].engine == "fused"
+
+
+def test_a_replayed_measurement_runs_no_code_of_the_model_and_leaves_all_as_it_was():
+    model = Block().train()
+    x = torch.randn(3, 4, requires_grad=True)
+    probe, _ = _replayed(model, x)
+    ran = Notes()
+    forward = Block.forward
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        report = probe.measure(x)
+        assert torch.is_autocast_enabled("cpu")
+    assert report["second"].engine == "replay"
+    assert not report["second"].value.is_inference()
+    assert not ran.read()
+    assert Block.forward is forward
+    assert model.training
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    exact = tgp.measure(model, x, layers=["second"], estimator=tgp.Subspace(k=3), normalize=False)["second"]
+    assert torch.equal(report["second"].value, exact.value)
+
+
+@pytest.mark.parametrize("build", ["convolutions", "attention"])
+def test_bfloat16_tangents_are_close_and_say_so(build):
+    layers = ["3"]
+    if build == "convolutions":
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.SiLU(), nn.Conv2d(16, 8, 3)).eval()
+        x = torch.randn(2, 3, 8, 8)
+    else:
+        model = nn.Sequential(
+            nn.Linear(12, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.GELU(), nn.Linear(16, 8)
+        ).eval()
+        x = torch.randn(2, 5, 12)
+    exact = tgp.measure(model, x, layers=layers, estimator=tgp.Subspace(k=4))["3"]
+    low = tgp.measure(model, x, layers=layers, estimator=tgp.Subspace(k=4), precision="bf16")["3"]
+    error = (low.value - exact.value).abs().max()
+    assert 0 < error < 0.02
+    assert low.engine == "fused, bf16 tangents"
+    assert low.rank_tolerance > 1e-2 > exact.rank_tolerance
+
+
+def test_bfloat16_is_refused_where_it_is_no_help_or_too_far_off(monkeypatch):
+    model, x = Block().eval(), torch.randn(3, 4)
+    with pytest.raises(tgp.ProbeError, match="needs reverse mode as well"):
+        tgp.measure(model, x, layers=["second"], estimator=tgp.TopK(k=2), precision="bf16")
+    with pytest.raises(tgp.ProbeError, match="by the fused engine"):
+        tgp.measure(model, x, layers=["second"], engine="vjp", precision="bf16")
+    monkeypatch.setattr("torchgeom_probe.estimators.options.ROUNDED", 1e-7)
+    with pytest.raises(tgp.ProbeError, match=r"'second' is 0\.\d+ nats off"):
+        tgp.measure(model, x, layers=["second"], estimator=tgp.Subspace(k=3), precision="bf16")

@@ -9,6 +9,7 @@ from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators.base import Estimator, ProductCount, from_factor
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
+from torchgeom_probe.linalg.gram import singular_values
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
 
@@ -75,9 +76,17 @@ def on_directions(directions: Tensor, jacobians: Jacobians, estimand: str) -> di
     """Measure every layer on directions [k, B, *space]."""
     k = directions.shape[0]
     factors = jacobians.factors(k, lambda start, stop: directions[start:stop])
+    sigma = singular_values(factors)
     return {
         entry: from_factor(
-            jacobians, entry, factors[entry], estimand=estimand, engine=jacobians.engine, num_directions=k, full_rank=k
+            jacobians,
+            entry,
+            factors[entry],
+            estimand=estimand,
+            engine=jacobians.engine,
+            num_directions=k,
+            full_rank=k,
+            sigma=sigma[entry],
         )
         for entry in jacobians.plan.features
     }

@@ -173,10 +173,18 @@ def conventions(jacobians: Jacobians, entry: str, engine: str) -> dict[str, Any]
 
 
 def from_factor(
-    jacobians: Jacobians, entry: str, factor: Factor, *, estimand: str, engine: str, num_directions: int, full_rank: int
+    jacobians: Jacobians,
+    entry: str,
+    factor: Factor,
+    *,
+    estimand: str,
+    engine: str,
+    num_directions: int,
+    full_rank: int,
+    sigma: torch.Tensor | None = None,
 ) -> LayerGeometry:
     """Singular values, rank and log-volume of one layer from the factor of its tangents."""
-    sigma = factor.singular_values()
+    sigma = factor.singular_values() if sigma is None else sigma
     tolerance = rank_tolerance(factor.dtype or jacobians.plan.dtype)
     if factor.gram is not None:
         tolerance = max(tolerance, GRAM_RESOLUTION)  # float64 tangents that did not fit into memory together

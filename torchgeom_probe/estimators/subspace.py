@@ -163,7 +163,15 @@ class Subspace(Estimator):
         if self.frame != "random":
             return found
         sigma = {entry: torch.stack([part[entry].singular_values for part in measured]) for entry in found}
-        moments = {e: frame_moments(values, num_directions=k, num_inputs=d).extras for e, values in sigma.items()}
+        # All layers at once, where they have as many singular values: a call costs what its tensors do not.
+        widths = {values.shape[2] for values in sigma.values()}
+        moments: dict[str, dict[str, torch.Tensor]] = {entry: {} for entry in found}
+        for width in widths:
+            alike = [entry for entry, values in sigma.items() if values.shape[2] == width]
+            whole = frame_moments(torch.cat([sigma[e] for e in alike], 1), num_directions=k, num_inputs=d).extras
+            for name, values in whole.items():
+                for entry, part in zip(alike, values.chunk(len(alike)), strict=True):
+                    moments[entry][name] = part
         return {entry: replace(g, extras={**g.extras, **moments[entry]}) for entry, g in found.items()}
 
     def _on_frame(self, number: int, k: int, jacobians: Jacobians) -> dict[str, LayerGeometry]:

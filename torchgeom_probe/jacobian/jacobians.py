@@ -91,7 +91,9 @@ class Jacobians:
         done: dict[str, Factor] = {}
         if at_once == num_directions and self._may_replay:
             assert self._replays is not None
-            (done, finite), replayed = self._replays.pushed(self.inputs, directions(0, num_directions), self._in_one_pass)
+            (done, finite), replayed = self._replays.pushed(
+                self.inputs, directions(0, num_directions), self._in_one_pass, (*self.plan.features, self.plan.layout)
+            )
             self.finite.update(finite)
             self.engine = "replay" if replayed else "fused"
         elif at_once == num_directions:
@@ -292,6 +294,11 @@ class Jacobians:
         ``at_once`` cotangents go together where the saved pass fits so often.
         """
         self._refuse_alone()
+        if self.low is not None:
+            raise ProbeError(
+                "precision='bf16' is for estimators of dual passes alone; this one needs reverse mode as well.\n"
+                "Write estimator=Subspace(k=8), or leave precision= out"
+            )
         model, copies = self.hooked.model, self.plan.copies(at_once, self.inputs.size, self.device)
         if comes_and_goes(model):  # what is saved reads the weights again
             whole = self.pullback(at_once, compared=compared, until=until)
@@ -353,7 +360,13 @@ class Jacobians:
     def _with(
         self, hooked: HookedModel, inputs: Inputs, plan: Plan, finite: dict[str, Tensor] | None = None
     ) -> Jacobians:
-        options = {"normalize": self.normalize, "memory": self._memory, "finite": finite, "replays": self._replays, "low": self.low}
+        options = {
+            "normalize": self.normalize,
+            "memory": self._memory,
+            "finite": finite,
+            "replays": self._replays,
+            "low": self.low,
+        }
         return Jacobians(hooked, inputs, plan, self.engine, **options)  # type: ignore[arg-type]
 
 

@@ -5,8 +5,9 @@ Legend: K tangents, B samples, N features; r = min(K, N).  Where two sets of row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -78,6 +79,21 @@ class Factor:
         else:
             sigma = torch.linalg.eigvalsh(matrix).flip(-1).clamp_min(0).sqrt()
         return torch.where(finite[:, None], sigma, torch.nan)
+
+
+def singular_values(factors: Mapping[str, Factor]) -> dict[str, Float[Tensor, "batch r"]]:
+    """Those of many factors, the equally large ones in one call: one small matrix costs what hundreds of them do."""
+    alike: dict[Any, list[str]] = {}
+    for entry, factor in factors.items():
+        shape = (factor.triangle if factor.gram is None else factor.gram).shape  # type: ignore[union-attr]
+        alike.setdefault((factor.gram is None, shape), []).append(entry)
+    found: dict[str, Tensor] = {}
+    for (by_triangle, shape), entries in alike.items():
+        name = "triangle" if by_triangle else "gram"
+        matrices = torch.cat([getattr(factors[entry], name) for entry in entries])
+        whole = Factor(triangle=matrices) if by_triangle else Factor(gram=matrices)
+        found.update(zip(entries, whole.singular_values().split(shape[0]), strict=True))
+    return found
 
 
 def inner_products(left_PBN: Float[Tensor, "P B N"], right_QBN: Float[Tensor, "Q B N"]) -> Float[Tensor, "B P Q"]:

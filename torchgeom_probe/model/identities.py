@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import functools
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, repeat
 from operator import is_, itemgetter
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 #: The container types that state is kept in; a subclass is read by its base's methods, which run none of its own code.
 CONTAINERS: tuple[Any, ...] = (collections.OrderedDict, dict, list, set, collections.deque)
 _MAPPINGS: tuple[Any, ...] = (collections.OrderedDict, dict, types.MappingProxyType)
+
+
+MISSING = object()
 
 
 class Identities:
@@ -63,10 +67,10 @@ class Identities:
     def found(self) -> Iterator[tuple[Any, Any, Any]]:
         """(holder, name or None, value) of everything that was noted."""
         for base, (held, lengths, keys, values) in self._containers.items():
-            holders = chain.from_iterable(map(repeat, held, lengths))
-            yield from zip(holders, keys if base in _MAPPINGS else repeat(None), values)
+            each = chain.from_iterable(map(repeat, held, lengths))
+            yield from zip(each, keys if base in _MAPPINGS else repeat(None), values, strict=False)
         for namespace, names in self._names.values():
-            yield from zip(repeat(namespace), names.keys(), names.values())
+            yield from zip(repeat(namespace), names.keys(), names.values(), strict=False)
         for holders, values in self._others.values():
             yield from zip(holders, repeat(None), values, strict=False)
 
@@ -93,3 +97,48 @@ def _values(base: Any) -> Callable[[Any], Iterable[Any]]:
 
 def _items(namespace: dict[str, Any], names: dict[str, Any]) -> Iterable[Any]:
     return itemgetter(*names)(namespace) if len(names) > 1 else map(namespace.__getitem__, names)
+
+
+@functools.cache
+def getter(get: Callable[..., Any], name: str) -> Callable[[Any], Any]:
+    """``get`` of one name."""
+    return functools.partial(get, name=name)
+
+
+def get_attribute(holder: Any, name: str) -> Any:
+    """An attribute, or MISSING."""
+    try:
+        return getattr(holder, name)
+    except (AttributeError, ValueError):  # a slot, or a cell, that holds nothing yet
+        return MISSING
+
+
+def put_attribute(holder: Any, name: str, value: Any) -> None:
+    """Make an attribute what it was."""
+    if get_attribute(holder, name) is not value:
+        object.__delattr__(holder, name) if value is MISSING else object.__setattr__(holder, name, value)
+
+
+def get_item(holder: dict[str, Any], name: str) -> Any:
+    """An item, or MISSING."""
+    return holder.get(name, MISSING)
+
+
+def put_item(holder: dict[str, Any], name: str, value: Any) -> None:
+    """Make an item what it was."""
+    if holder.get(name, MISSING) is not value:
+        if value is MISSING:
+            del holder[name]
+        else:
+            holder[name] = value
+
+
+def put_members(kind: type, members: Mapping[str, Any]) -> None:
+    """Make a class's members what they were."""
+    now = dict(vars(kind))
+    for name, value in members.items():
+        if now.get(name, MISSING) is not value:
+            type.__setattr__(kind, name, value)
+    for name in now.keys() - members.keys():
+        if not name.startswith("__"):
+            type.__delattr__(kind, name)

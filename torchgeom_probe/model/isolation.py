@@ -47,6 +47,10 @@ class Kept:
     state: State | None = None
     modules: list[nn.Module] = field(default_factory=list)
 
+    def __reduce__(self) -> Any:
+        """A copy finds its own."""
+        return Kept, (self.beside,)
+
 
 @contextlib.contextmanager
 def measuring(model: nn.Module, *, mode: Mode = "eval", kept: Kept | None = None) -> Iterator[None]:

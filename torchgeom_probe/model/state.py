@@ -14,7 +14,7 @@ import random
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from operator import attrgetter, is_
 from typing import Any, TypeVar
 
@@ -24,7 +24,16 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.model.identities import CONTAINERS, Identities
+from torchgeom_probe.model.identities import (
+    CONTAINERS,
+    Identities,
+    get_attribute,
+    get_item,
+    getter,
+    put_attribute,
+    put_item,
+    put_members,
+)
 from torchgeom_probe.shapes import Tensor
 
 #: How far state is followed from a module.  A container of more than _MANY is kept, and what it holds not looked at.
@@ -39,7 +48,6 @@ _LIGHT_BYTES = 1 << 20
 _FRAMEWORKS = {*sys.stdlib_module_names, "torch", "torchvision", "lightning", "pytorch_lightning", "tqdm", "numpy"}
 _FRAMEWORKS |= {"tensorboard", "torchgeom_probe"}
 _HOLDERS = ("types", "collections", "argparse", "weakref", "_weakrefset", "torch.distributions")
-_MISSING = object()
 Answer = TypeVar("Answer", bound=Callable[..., Any])
 
 
@@ -238,7 +246,7 @@ class State:
             self._keep(vars(value))
             self._look_at(list(vars(value).values()), depth)
         for slot in _slots(type(value)):
-            self._look(self._name(_get_attribute, _put_attribute, value, slot), depth)
+            self._look(self._name(get_attribute, put_attribute, value, slot), depth)
         self._class(type(value), depth)
 
     def _class(self, kind: type, depth: int) -> None:
@@ -248,7 +256,7 @@ class State:
             self._classes.add(one)
             self.identities.container(types.MappingProxyType, vars(one))
             members = {key: v for key, v in vars(one).items() if not key.startswith("__") or callable(v)}
-            self._others.append(functools.partial(_put_members, one, members))
+            self._others.append(functools.partial(put_members, one, members))
             self._look_at(members.values(), depth)
 
     def _function(self, function: types.FunctionType, depth: int) -> None:
@@ -257,13 +265,13 @@ class State:
             return
         self.functions.append(function)
         for cell in function.__closure__ or ():
-            self._look(self._name(_get_attribute, _put_attribute, cell, "cell_contents"), depth)
+            self._look(self._name(get_attribute, put_attribute, cell, "cell_contents"), depth)
         for get in _OF_A_FUNCTION:
             self._look(self.identities.other(get, function), depth)
         read, written = _names(function.__code__)
         outside = function.__globals__
         for name in written:
-            self._name(_get_item, _put_item, outside, name)
+            self._name(get_item, put_item, outside, name)
         for name in read & outside.keys():
             self._global(outside, name, read, depth)
 
@@ -274,11 +282,11 @@ class State:
             self._look(value, depth)
         elif not _of_a_framework(value.__name__) and depth > 0:
             for inner in read & vars(value).keys():
-                self._name(_get_item, _put_item, vars(value), inner)
+                self._name(get_item, put_item, vars(value), inner)
                 self._global(vars(value), inner, read, depth - 1)
 
     def _name(self, get: Callable[..., Any], put: Callable[..., None], holder: Any, name: str) -> Any:
-        value = self.identities.other(_getter(get, name), holder)
+        value = self.identities.other(getter(get, name), holder)
         self._others.append(functools.partial(put, holder, name, value))
         return value
 
@@ -431,45 +439,6 @@ def _same_numbers(state: Any, other: Any) -> bool:
     if isinstance(state, (Tensor, np.ndarray)):
         return bool((state == other).all())
     return state == other
-
-
-@_remembered
-def _getter(get: Callable[..., Any], name: str) -> Callable[[Any], Any]:
-    return functools.partial(get, name=name)
-
-
-def _get_attribute(holder: Any, name: str) -> Any:
-    try:
-        return getattr(holder, name)
-    except (AttributeError, ValueError):  # a slot, or a cell, that holds nothing yet
-        return _MISSING
-
-
-def _put_attribute(holder: Any, name: str, value: Any) -> None:
-    if _get_attribute(holder, name) is not value:
-        object.__delattr__(holder, name) if value is _MISSING else object.__setattr__(holder, name, value)
-
-
-def _get_item(holder: dict[str, Any], name: str) -> Any:
-    return holder.get(name, _MISSING)
-
-
-def _put_item(holder: dict[str, Any], name: str, value: Any) -> None:
-    if holder.get(name, _MISSING) is not value:
-        if value is _MISSING:
-            del holder[name]
-        else:
-            holder[name] = value
-
-
-def _put_members(kind: type, members: Mapping[str, Any]) -> None:
-    now = dict(vars(kind))
-    for name, value in members.items():
-        if now.get(name, _MISSING) is not value:
-            type.__setattr__(kind, name, value)
-    for name in now.keys() - members.keys():
-        if not name.startswith("__"):
-            type.__delattr__(kind, name)
 
 
 def _same(container: Any, content: Any) -> bool:

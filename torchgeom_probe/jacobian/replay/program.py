@@ -48,7 +48,7 @@ def programs_of(recorder: Recorder, outputs: list[fx.Node]) -> tuple[Program, Pr
     _weights_together(graph, {node for node in graph.nodes if recorder.is_written(node)})
     for node in list(graph.nodes):
         if node.op == "call_function":
-            _by_onednn(graph, node)
+            _by_onednn(node)
     return exact, _emitted(graph, recorder.constants)
 
 
@@ -132,13 +132,14 @@ def _emitted(graph: fx.Graph, constants: Mapping[str, Tensor]) -> Program:
 # ------------------------------------------------------------------------------------------- passes over the calls
 
 
-def _by_onednn(graph: fx.Graph, node: fx.Node) -> None:
+def _by_onednn(node: Any) -> None:
     """Call oneDNN itself, where a race of the two says that it is the faster: torch may ask im2col and MKL instead."""
     arguments = [a.meta.get("made") for a in node.all_input_nodes]
     if not arguments or any(m is None or m.dtype != torch.float32 or m.device.type != "cpu" for m in arguments):
         return
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return
+    call: tuple[Any, tuple[Any, ...]]
     if node.target is aten.convolution.default and not node.args[6] and all(arguments[0].shape):
         x, weight, bias, stride, padding, dilation, _, _, groups = node.args
         call = aten.mkldnn_convolution.default, (x, weight, bias, padding, stride, dilation, groups)
@@ -171,7 +172,9 @@ class _Call:
 
     def ready(self) -> Callable[[], Any]:
         """The call with tensors that lie so."""
-        arguments = [a.like() if isinstance(a, Made) else list(a) if isinstance(a, tuple) else a for a in self.arguments]
+        arguments = [
+            a.like() if isinstance(a, Made) else list(a) if isinstance(a, tuple) else a for a in self.arguments
+        ]
         return functools.partial(self.op, *arguments)
 
 

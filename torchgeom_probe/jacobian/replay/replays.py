@@ -52,7 +52,7 @@ class Recording:
 
     @property
     def audit_is_due(self) -> bool:
-        """Whether the next run is the 1st, 2nd, 4th, 8th …"""
+        """Whether the next run is one of the 1st, 2nd, 4th, 8th, …."""
         return (self.runs + 1) & self.runs == 0
 
     def found(self, program: Program, tensors: Sequence[Tensor]) -> Found:
@@ -61,7 +61,7 @@ class Recording:
             outputs = program.run(*tensors)
         outputs = [output.clone() for output in outputs]  # tensors of inference mode are nothing to hand out
         factors = {
-            entry: replace(like, **{"gram" if like.triangle is None else "triangle": matrix})
+            entry: replace(like, **_named(like, matrix))
             for (entry, like), matrix in zip(self.factors.items(), outputs, strict=False)
         }
         return factors, dict(zip(self.seen, outputs[len(factors) :], strict=True))
@@ -97,22 +97,25 @@ class Replays:
     _broken: int = 0
     _ended: bool = False
 
-    def __bool__(self) -> bool:
-        """Whether anything is recorded."""
-        return bool(self._recordings)
+    def __reduce__(self) -> Any:
+        """A copy of a probe records its own."""
+        return Replays, (self.kept,)
 
-    def next_report(self) -> None:
-        """Begin the next report."""
+    def next_report(self) -> bool:
+        """Begin the next report; whether anything is recorded."""
         self.report += 1
         self._sealed.clear()
+        return bool(self._recordings)
 
-    def pushed(self, inputs: Inputs, directions: Tensor, eager: Callable[[Inputs, Tensor], Found]) -> tuple[Found, bool]:
-        """What a pass gives, and whether a recording gave it.
+    def pushed(
+        self, inputs: Inputs, directions: Tensor, eager: Callable[[Inputs, Tensor], Found], plan: tuple[Any, ...]
+    ) -> tuple[Found, bool]:
+        """What a pass gives, and whether a recording gave it; ``plan``: what of the plan a pass depends on.
 
         Raises:
             NotReplayedError: the report is to be made without the model, and cannot.
         """
-        key = _key(inputs, directions)
+        key = _key(inputs, directions, plan)
         recording = self._recordings.get(key)
         if recording is not None and not self._holds(recording):
             self._recordings = {k: r for k, r in self._recordings.items() if r.seal is not recording.seal}
@@ -142,7 +145,9 @@ class Replays:
             refused = passes is not None and passes.refused
             passes = self._passes[key] = _Passes(self.kept.state, refused=refused)
         passes.count += 1
-        watched = sys.getprofile() is not None or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+        watched = (
+            sys.getprofile() is not None or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+        )
         # What changes from time to time is recorded seldom: after a break at the second pass, then the fourth …
         if key is None or watched or self._ended or passes.refused or passes.count < 2**self._broken:
             return eager(inputs, directions)
@@ -202,7 +207,11 @@ class Replays:
         return eager, False
 
 
-def _key(inputs: Inputs, directions: Tensor) -> Any:
+def _named(like: Factor, matrix: Tensor) -> dict[str, Any]:
+    return {"gram" if like.triangle is None else "triangle": matrix}
+
+
+def _key(inputs: Inputs, directions: Tensor, plan: tuple[Any, ...]) -> Any:
     """What a recording takes as given of its inputs; None where that cannot be told."""
     described: list[Any] = []
     for leaf in (*inputs.leaves, directions):
@@ -214,7 +223,7 @@ def _key(inputs: Inputs, directions: Tensor) -> Any:
             described.append((type(leaf), leaf))
         else:
             return None
-    return str(inputs.spec), tuple(described), inputs.per_sample, inputs.wrt, inputs.size == inputs.total
+    return plan, str(inputs.spec), tuple(described), inputs.per_sample, inputs.wrt, inputs.size == inputs.total
 
 
 def _tensors(inputs: Inputs, directions: Tensor) -> list[Tensor]:

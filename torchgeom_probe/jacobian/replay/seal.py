@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import logging
 import sys
 import types
 import weakref
@@ -27,7 +28,18 @@ from torchgeom_probe.shapes import Tensor
 
 #: Packages whose code depends on its arguments alone, or on what is sealed besides.
 _TRUSTED = {"torch", "numpy", "jaxtyping", "beartype", "typing_extensions", "functools", "typing", "contextlib", "enum"}
-_TRUSTED |= {"collections", "abc", "types", "copy", "operator", "dataclasses", "numbers", "math", "itertools", "inspect"}
+_TRUSTED |= {
+    "collections",
+    "abc",
+    "types",
+    "copy",
+    "operator",
+    "dataclasses",
+    "numbers",
+    "math",
+    "itertools",
+    "inspect",
+}
 _TRUSTED |= {"string", "re", "weakref", "_weakrefset", "importlib", "warnings", "builtins", "_operator", "_functools"}
 _TRUSTED |= {"_collections", "_abc", "_weakref", "cmath"}
 _OUR_ROOMS = tuple(f"torchgeom_probe.{room}" for room in ("dual", "errors", "jacobian", "linalg", "model"))
@@ -35,14 +47,25 @@ _OUR_ROOMS = tuple(f"torchgeom_probe.{room}" for room in ("dual", "errors", "jac
 _REFUSED = {"open", "input", "print", "eval", "exec", "compile", "__import__", "globals", "id", "hash"}
 _REFUSED |= {"tolist", "numpy", "data_ptr", "_to_dlpack", "get_rng_state", "initial_seed", "_cdata"}
 #: Names in code that read of a tensor what has no part in the seal.
-_UNSEALED = {"_version", "grad", "grad_fn", "is_leaf", "data_ptr", "untyped_storage", "storage", "__cuda_array_interface__"}
-_BY_NAME = {"getattr", "vars", "hasattr", "dir", "__getattribute__", "attrgetter"}
+_UNSEALED = {
+    "_version",
+    "grad",
+    "grad_fn",
+    "is_leaf",
+    "data_ptr",
+    "untyped_storage",
+    "storage",
+    "__cuda_array_interface__",
+}
+#: Functions that may read an attribute whose name no code says.
+_BY_NAME = {"getattr", "vars", "dir", "__getattribute__", "attrgetter", "methodcaller"}
 
 _CONSTANTS = (
-    type(None), bool, int, float, complex, str, bytes, range, slice, type(...), type(NotImplemented), enum.Enum, np.generic,
-    np.dtype, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.finfo, torch.iinfo,
-    types.ModuleType, types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType, types.CodeType,
-    type, nn.Parameter, types.GetSetDescriptorType, types.MemberDescriptorType, types.MethodWrapperType, types.ClassMethodDescriptorType,
+    type(None), bool, int, float, complex, str, bytes, range, slice, type(...), type(NotImplemented), enum.Enum,
+    np.generic, np.dtype, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.finfo,
+    torch.iinfo, types.ModuleType, types.BuiltinFunctionType, types.WrapperDescriptorType,
+    types.MethodDescriptorType, types.CodeType, type, nn.Parameter, types.GetSetDescriptorType,
+    types.MemberDescriptorType, types.MethodWrapperType, types.ClassMethodDescriptorType, logging.Logger,
     torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops._OpNamespace, torch._ops._Ops,
 )  # fmt: skip
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
@@ -70,13 +93,17 @@ class Seal:
         users = _untrusted(ran)
         _refuse_unknown(users, ran, state)
         self._code = Identities()
-        for kind in {kind for module in modules for kind in type(module).__mro__ if kind.__module__.startswith("torch.")}:
+        for kind in {
+            kind for module in modules for kind in type(module).__mro__ if kind.__module__.startswith("torch.")
+        }:
             self._code.container(types.MappingProxyType, vars(kind))
         for code, outside in ran.codes.items():
             if not _home(outside).startswith(_OUR_ROOMS):
                 _names_sealed(self._code, outside, code.co_names, code in users)
         names = {name for code in users for name in _words(code)}
         by_name = any(name in _BY_NAME for code in users for _, name, _ in ran.builtins.get(code, ()))
+        if by_name:
+            _refuse_modules_by_name(users)
         _refuse_opaque(state, modules, names, by_name)
         self._tensors = list(readable(state).values())
         self._kinds = list(map(_KIND, self._tensors))
@@ -180,6 +207,13 @@ def _names_sealed(identities: Identities, outside: dict[str, Any], names: Iterab
             _names_sealed(identities, vars(value), set(names) - {name}, False)
 
 
+def _refuse_modules_by_name(users: Mapping[types.CodeType, dict[str, Any]]) -> None:
+    for code, outside in users.items():
+        for value in (outside.get(name) for name in code.co_names):
+            if isinstance(value, types.ModuleType) and not _trusted(value.__name__):
+                raise Refused(f"{code.co_name!r} may read any name of {value.__name__}")
+
+
 def _refuse_opaque(state: State, modules: list[nn.Module], names: set[str], by_name: bool) -> None:
     """Refuse what holds state that nothing here looks into, unless no code that ran says the name that leads to it."""
     attributes = {id(vars(module)) for module in modules}
@@ -188,7 +222,9 @@ def _refuse_opaque(state: State, modules: list[nn.Module], names: set[str], by_n
             continue
         if isinstance(holder, types.MappingProxyType) and (str(name).startswith("__") or name == "_abc_impl"):
             continue
-        if name not in names and not by_name and (id(holder) in attributes or "__builtins__" in holder):
+        if name not in names and (
+            (id(holder) in attributes and not by_name) or (isinstance(holder, dict) and "__builtins__" in holder)
+        ):
             continue
         raise Refused(f"may read {name or 'a value'} of type {type(value).__qualname__}, which may change unseen")
 
