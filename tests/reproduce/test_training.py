@@ -87,14 +87,6 @@ def files(folder):
     }
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch):
-    """The maps are the figures' tests' to look at; drawing them takes most of the time."""
-    from matplotlib.figure import Figure
-
-    monkeypatch.setattr(training, "plot", lambda scan, **options: Figure(figsize=(1, 1)))
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
