@@ -7,6 +7,7 @@ own (tests/dual/judge.py).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,12 @@ def judged_gradient(function: Callable[..., Any], args: Any, kwargs: Any, which:
         return Verdict("skipped", "no strided floating input here")
     generator = torch.Generator().manual_seed(3)
     at = {i: _buffers({i: leaves[i]})[i] if i in where else copied(leaves[i]) for i in smooth}
-    if any(torch.finfo(x.dtype).eps > 1e-12 or x.is_complex() or x.numel() != x.unique_consecutive().numel() and x.stride() and 0 in x.stride() for x in at.values()):
+    if any(
+        torch.finfo(x.dtype).eps > 1e-12
+        or x.is_complex()
+        or (x.numel() != x.unique_consecutive().numel() and x.stride() and 0 in x.stride())
+        for x in at.values()
+    ):
         return Verdict("skipped", "complex or expanded")
     step = {i: torch.randn(x.shape, dtype=x.dtype, generator=generator) for i, x in at.items()}
 
@@ -53,10 +59,12 @@ def judged_gradient(function: Callable[..., Any], args: Any, kwargs: Any, which:
 
     with torch.no_grad():
         try:
-            quotients = [_quotient(lambda s: value({i: at[i] + s * step[i] for i in at}, graph=False), h) for h in STEPS]
+            quotients = [
+                _quotient(lambda s: value({i: at[i] + s * step[i] for i in at}, graph=False), h) for h in STEPS
+            ]
         except Exception as error:
             return Verdict("skipped", f"without a graph: {type(error).__name__}")
-    near = [(abs(a - b), b) for a, b in zip(quotients, quotients[1:], strict=False)]
+    near = [(abs(a - b), b) for a, b in itertools.pairwise(quotients)]
     apart, difference = min(near, key=lambda pair: float(pair[0].nan_to_num(torch.inf)))
     point = {i: x.clone().requires_grad_() for i, x in at.items()}
     try:
@@ -76,7 +84,11 @@ def judged_gradient(function: Callable[..., Any], args: Any, kwargs: Any, which:
     if not apart <= TRUSTED * scale:
         return Verdict("skipped", "no quotient to trust")
     off = min(abs(found - q) for q in quotients if q.isfinite())
-    return Verdict("equal") if off <= EXACT * scale + 10 * apart else Verdict("wrong", f"{found:.8g}, not {difference:.8g}")
+    return (
+        Verdict("equal")
+        if off <= EXACT * scale + 10 * apart
+        else Verdict("wrong", f"{found:.8g}, not {difference:.8g}")
+    )
 
 
 def _quotient(value: Callable[[float], torch.Tensor], h: float) -> torch.Tensor:

@@ -5,7 +5,6 @@ import copy
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from loss.exact import exact_tangents
 from models import cifar_resnet, mlp, resnet18, vit
 from torch import nn
@@ -40,13 +39,19 @@ def _swin():
 
 
 def _convnext():
-    return timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 12, 8, 12), num_classes=5, drop_path_rate=0.0)
+    return timm.create_model(
+        "convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 12, 8, 12), num_classes=5, drop_path_rate=0.0
+    )
 
 
 #: name → (model, shape of x, layers)
 MODELS = {
     "mlp": (mlp, (5,), ["1", "4"]),
-    "layer_norm": (lambda: nn.Sequential(nn.Linear(5, 11), nn.LayerNorm(11), nn.Tanh(), nn.Linear(11, 3)), (5,), ["1", "3"]),
+    "layer_norm": (
+        lambda: nn.Sequential(nn.Linear(5, 11), nn.LayerNorm(11), nn.Tanh(), nn.Linear(11, 3)),
+        (5,),
+        ["1", "3"],
+    ),
     "batch_norm": (lambda: _conv(nn.BatchNorm2d(6), nn.ReLU(inplace=True)), (3, 7, 7), ["0", "7"]),
     "group_norm": (lambda: _conv(nn.GroupNorm(2, 6), nn.SiLU(inplace=True)), (3, 7, 7), ["0", "7"]),
     "instance_norm": (lambda: _conv(nn.InstanceNorm2d(6, affine=True), nn.Mish()), (3, 7, 7), ["2", "7"]),
@@ -79,8 +84,10 @@ def few(size):
 def sizes(model, x, layers):
     found, handles = {}, []
     for name in layers:
+
         def hook(module, args, out, name=name):
             found[name] = out.flatten(1).shape[1]
+
         handles.append(model.get_submodule(name).register_forward_hook(hook))
     with torch.no_grad():
         copy.deepcopy(model)(x)
@@ -132,6 +139,8 @@ def test_gradients_are_those_of_the_exact_jacobian(name, train):
         torch.testing.assert_close(step.output, output)
         torch.testing.assert_close(pushed.raw, tangents)
         exact = torch.autograd.grad(
-            output.square().sum() + made_of(PushedLayer(tangents, "signs", x[0].numel(), 1.0)), variables, allow_unused=True
+            output.square().sum() + made_of(PushedLayer(tangents, "signs", x[0].numel(), 1.0)),
+            variables,
+            allow_unused=True,
         )
         assert relative(found, exact) < 1e-8, layer
