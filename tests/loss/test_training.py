@@ -152,6 +152,22 @@ def test_autocast_is_kept():
     assert (found - exact).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("make", [drops_paths, noisy, Encoder])
+def test_autocast_is_kept_in_train_mode(make):
+    model, x = make().train(), torch.randn(8, 5, 4, 6) if make is Encoder else torch.randn(8, 3, 8, 8)
+    twin = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(3)
+        plain = twin(x)
+        torch.manual_seed(3)
+        step = tgp.pushforward(model, x, k=2)
+        loss = step.output.float().square().mean() + step[""].trace.mean()
+    loss.backward()
+    assert step.output.dtype == plain.dtype
+    torch.testing.assert_close(step.output, plain, rtol=5e-2, atol=5e-2)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.fixture
 def one_process():
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29581")

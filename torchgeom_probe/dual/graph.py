@@ -9,6 +9,7 @@ Legend: b is a buffer [1 + k, *shape], p its row 0, t the others; g is the gradi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,17 @@ from torchgeom_probe.dual.ops import name_of
 from torchgeom_probe.dual.passes import followed
 from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.shapes import Tensor
+
+
+def _as_given(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward or backward in the types that it is given, whatever autocast says."""
+
+    @functools.wraps(method)
+    def run(ctx: Any, first: Tensor, *others: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return method(ctx, first, *others)
+
+    return run
 
 
 class Pushed(torch.autograd.Function):
@@ -86,6 +98,7 @@ class Standardised(torch.autograd.Function):
     """
 
     @staticmethod
+    @_as_given
     def forward(ctx: Any, b: Tensor, eps: float) -> Tensor:
         """[1 + k, *shape]."""
         p = b[0].contiguous()
@@ -96,6 +109,7 @@ class Standardised(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_as_given
     def backward(ctx: Any, g: Tensor) -> Any:
         """∂/∂t = r P g;  ∂/∂p through x̂, on which x̂' depends as -m g - s e, and through r, a factor of x̂'.
 
@@ -125,6 +139,7 @@ class BatchNormed(torch.autograd.Function):
     """Batch normalisation by the batch's statistics, which are constants along x and none along the parameters."""
 
     @staticmethod
+    @_as_given
     def forward(
         ctx: Any, b: Tensor, weight: Any, bias: Any, running: tuple[Any, Any], momentum: Any, eps: Any
     ) -> Tensor:
@@ -140,6 +155,7 @@ class BatchNormed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_as_given
     def backward(ctx: Any, g: Tensor) -> Any:
         """Torch's own for row 0, and the tangents' share through w and through 1/√(var + ε)."""
         b, weight, mean, r = ctx.saved_tensors
@@ -172,6 +188,7 @@ class Attended(torch.autograd.Function):
     """
 
     @staticmethod
+    @_as_given
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, c: float, softmax: Callable[..., Tensor]
     ) -> Tensor:
@@ -191,6 +208,7 @@ class Attended(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_as_given
     def backward(ctx: Any, g: Tensor) -> Any:
         """By y' first, whose gradient is b; then by y, where what it does in y' adds up; then by the scores."""
         q, k, v, bias, y, moved, m = ctx.saved_tensors
