@@ -45,6 +45,7 @@ class Block(nn.Module):
         self.short = nn.Sequential() if width == out and stride == 1 else nn.Conv2d(width, out, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W]."""
         return F.relu(self.body(x) + self.short(x))
 
 
@@ -59,6 +60,7 @@ class ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, 10]."""
         return self.head(self.norm(self.layers(self.patches(x).flatten(2).transpose(1, 2))).mean(1))
 
 
@@ -92,6 +94,7 @@ class Tapped(nn.Module):
         self.model, self.taps = model, [model.get_submodule(name) for name in layers]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The output first."""
         seen: dict[int, Tensor] = {}
         handles = [
             tap.register_forward_hook(lambda module, args, out, i=i: seen.__setitem__(i, out))
@@ -152,10 +155,16 @@ def exact(model: nn.Module, x: Tensor, v: Tensor, layers: list[str]) -> tuple[Te
     total = torch.zeros((), dtype=x.dtype)
     for feature in features:
         flat = feature.flatten(1)
-        rows = [torch.autograd.grad(flat[:, i].sum(), point, create_graph=True)[0].flatten(1) for i in range(flat.shape[1])]
+        rows = [
+            torch.autograd.grad(flat[:, i].sum(), point, create_graph=True)[0].flatten(1) for i in range(flat.shape[1])
+        ]
         pushed = torch.einsum("bnd,kbd->kbn", torch.stack(rows, 1), v.flatten(2))
         total = total + pushed.square().sum(2).mean()
     return output, total
+
+
+def _math_kernel() -> Any:
+    return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
 
 
 def _step(method: Any, model: nn.Module, x: Tensor, y: Tensor, k: int, layers: list[str]) -> None:
@@ -203,15 +212,10 @@ def _costs(settings: Settings) -> Iterator[str]:
                 model.zero_grad()  # noqa: B023
                 F.cross_entropy(model(x), y).backward()  # noqa: B023
 
-            math_kernel = torch.nn.attention.sdpa_kernel
-            inside = {
-                key: lambda: math_kernel(torch.nn.attention.SDPBackend.MATH)
-                for key in runs
-                if not key.startswith("pushforward")
-            }
+            inside = {key: _math_kernel for key in runs if not key.startswith("pushforward")}
             times = smallest({"plain": plain, **runs}, settings.device, settings.turns, inside=inside)
             v = torch.randn(k, *x.shape, device=x.device)
-            with math_kernel(torch.nn.attention.SDPBackend.MATH):
+            with _math_kernel():
                 theirs = _saved(lambda: hoffman(model, x, v, layers[-1:]), model)  # noqa: B023
             ours = _saved(lambda: pushforward(model, x, v, layers[-1:]), model)  # noqa: B023
             cells = [f"{times[key] / times['plain']:.2f}" for key in runs]
@@ -238,7 +242,9 @@ def _errors() -> Iterator[str]:
             true = _gradient(exact, model, x, v, layers)
             for method in judged:
                 try:
-                    cells.append(f"{float((_gradient(METHODS[method], model, x, v, layers) - true).norm() / true.norm()):.1e}")
+                    cells.append(
+                        f"{float((_gradient(METHODS[method], model, x, v, layers) - true).norm() / true.norm()):.1e}"
+                    )
                 except RuntimeError:
                     cells.append("nan")
         yield f"| {name} | {' | '.join(cells)} |"
@@ -246,7 +252,12 @@ def _errors() -> Iterator[str]:
 
 def _gradient(method: Any, model: nn.Module, x: Tensor, v: Tensor, layers: list[str]) -> Tensor:
     found = torch.autograd.grad(method(model, x, v, layers)[1], list(model.parameters()), allow_unused=True)
-    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(model.parameters(), found, strict=True)])
+    return torch.cat(
+        [
+            torch.zeros_like(p).flatten() if g is None else g.flatten()
+            for p, g in zip(model.parameters(), found, strict=True)
+        ]
+    )
 
 
 def table(settings: Settings) -> Iterator[str]:

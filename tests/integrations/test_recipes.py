@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchgeom_probe.integrations.recipes as recipes
 
 import torchgeom_probe as tgp
+import torchgeom_probe.integrations.recipes as recipes
 
 FOLDER = Path(recipes.__file__).parent
 NAMES = sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
@@ -42,9 +43,13 @@ def test_these_are_the_recipes():
         "amp_accumulation",
         "compiled",
         "ddp",
+        "isometric_autoencoder",
         "lightly_barlow_twins",
         "lightning_trainer",
         "lora_accelerate",
+        "penalty_lightning",
+        "penalty_loop",
+        "penalty_vit",
         "plain_loop",
         "running_metric",
         "timm_finetuning",
@@ -109,6 +114,54 @@ def test_lightning(tmp_path, capsys):
     assert printed.startswith("[0, 8, 16, 24, 32]\n")
     assert list(report) == ["net.1", "net.3"]
     assert list(tmp_path.rglob("events*"))
+
+
+def _figures(printed, words):
+    return [
+        [float(value) for value in re.findall(r"\d+(?:\.\d+)?", line)] for line in printed.splitlines() if words in line
+    ]
+
+
+def test_a_penalty_in_a_plain_loop_runs(capsys):
+    pytest.importorskip("sklearn")
+    _, printed = run("penalty_loop", capsys, epochs=1)
+    assert len(_figures(printed, "median radius")) == 2
+
+
+@pytest.mark.slow
+def test_a_penalty_in_a_plain_loop(capsys):
+    pytest.importorskip("sklearn")
+    _, printed = run("penalty_loop", capsys)
+    (_, plain, near), (_, held, far) = _figures(printed, "median radius")
+    assert held > plain - 0.02
+    assert far > 1.1 * near
+
+
+def test_a_penalty_in_lightning(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("pytorch_lightning")
+    monkeypatch.chdir(tmp_path)
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    _, printed = run("penalty_lightning", capsys, **options)
+    assert "trace/2" in printed
+
+
+def test_a_penalty_on_a_vit(capsys):
+    pytest.importorskip("timm")
+    report, printed = run("penalty_vit", capsys, steps=2, img_size=32, depth=4)
+    assert list(report) == ["blocks.2", "blocks.3"]
+    assert printed.startswith("loss ")
+
+
+def test_an_isometric_autoencoder_runs(capsys):
+    _, printed = run("isometric_autoencoder", capsys, steps=10)
+    assert len(_figures(printed, "distortion")) == 2
+
+
+@pytest.mark.slow
+def test_an_isometric_autoencoder(capsys):
+    _, printed = run("isometric_autoencoder", capsys)
+    (*_, bent), (*_, straight) = _figures(printed, "distortion")
+    assert straight < min(1.1, bent)
 
 
 def test_tokens(capsys):
@@ -210,10 +263,9 @@ def test_the_pretrained_network_has_one_report_by_probe_command_line_and_callbac
     pl = pytest.importorskip("pytorch_lightning")
     Image = pytest.importorskip("PIL.Image")
     skimage = pytest.importorskip("skimage.data")
+    from torchgeom_probe.cli.main import main
     from torchgeom_probe.integrations.lightning import GeometryCallback
     from torchgeom_probe.integrations.timm import load_pretrained_efficientnet_lite0, read_images
-
-    from torchgeom_probe.cli.main import main
 
     loaded = load_pretrained_efficientnet_lite0()
     for name in ("chelsea", "coffee"):

@@ -20,6 +20,7 @@ from torchgeom_probe.integrations.tensorboard import EXTRA_TAGS, MONITOR_TAGS, T
 
 import torchgeom_probe as tgp
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.integrations.tensorboard import EXTRA_TAGS, MONITOR_TAGS, TAGS, TensorBoardWriter
 from torchgeom_probe.monitor.writers import Writer
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 

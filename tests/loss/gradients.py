@@ -7,6 +7,7 @@ own (tests/dual/judge.py).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +36,7 @@ def judged_gradient(function: Callable[..., Any], args: Any, kwargs: Any, which:
     if any(
         torch.finfo(x.dtype).eps > 1e-12
         or x.is_complex()
-        or x.numel() != x.unique_consecutive().numel()
-        and x.stride()
-        and 0 in x.stride()
+        or (x.numel() != x.unique_consecutive().numel() and x.stride() and 0 in x.stride())
         for x in at.values()
     ):
         return Verdict("skipped", "complex or expanded")
@@ -65,7 +64,7 @@ def judged_gradient(function: Callable[..., Any], args: Any, kwargs: Any, which:
             ]
         except Exception as error:
             return Verdict("skipped", f"without a graph: {type(error).__name__}")
-    near = [(abs(a - b), b) for a, b in zip(quotients, quotients[1:], strict=False)]
+    near = [(abs(a - b), b) for a, b in itertools.pairwise(quotients)]
     apart, difference = min(near, key=lambda pair: float(pair[0].nan_to_num(torch.inf)))
     point = {i: x.clone().requires_grad_() for i, x in at.items()}
     try:

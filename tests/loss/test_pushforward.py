@@ -5,7 +5,6 @@ import copy
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from loss.exact import exact_tangents
 from models import cifar_resnet, mlp, resnet18, vit
 from torch import nn

@@ -64,9 +64,7 @@ def test_without_a_penalty_it_is_the_plain_step(make, track):
     if make is Encoder:
         x = torch.randn(8, 5, 4, 6)
     plain = stepped(model, x, y, lambda model, x: model(x))
-    ours = stepped(
-        model, x, y, lambda model, x: tgp.pushforward(model, x, layers=linear, k=2, track=track).output
-    )
+    ours = stepped(model, x, y, lambda model, x: tgp.pushforward(model, x, layers=linear, k=2, track=track).output)
     torch.testing.assert_close(ours[0], plain[0], rtol=1e-4, atol=1e-5)
     for a, b in zip(ours[1], plain[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-7)
@@ -152,6 +150,22 @@ def test_autocast_is_kept():
     found = torch.autograd.grad(half["3"].trace.mean(), model[0].weight)[0]
     exact = torch.autograd.grad(full["3"].trace.mean(), model[0].weight)[0]
     assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("make", [drops_paths, noisy, Encoder])
+def test_autocast_is_kept_in_train_mode(make):
+    model, x = make().train(), torch.randn(8, 5, 4, 6) if make is Encoder else torch.randn(8, 3, 8, 8)
+    twin = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(3)
+        plain = twin(x)
+        torch.manual_seed(3)
+        step = tgp.pushforward(model, x, k=2)
+        loss = step.output.float().square().mean() + step[""].trace.mean()
+    loss.backward()
+    assert step.output.dtype == plain.dtype
+    torch.testing.assert_close(step.output, plain, rtol=5e-2, atol=5e-2)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.fixture
@@ -244,7 +258,7 @@ class Calls(nn.Module):
 
 @pytest.mark.parametrize("function", [Reversed.apply, Returned.apply])
 def test_a_custom_function_is_refused(function):
-    with pytest.raises(EngineRefusal, match="custom autograd.Function|called from C"):
+    with pytest.raises(EngineRefusal, match=r"custom autograd\.Function|called from C"):
         tgp.pushforward(Calls(function), torch.randn(6, 5))
 
 
@@ -287,9 +301,13 @@ def test_what_the_model_keeps_is_what_a_plain_step_leaves():
 
 def test_a_layer_that_is_written_to_afterwards_is_refused():
     model, x = nn.Sequential(nn.Linear(5, 7), nn.ReLU(inplace=True), nn.Linear(7, 3)), torch.randn(6, 5)
-    with pytest.raises(tgp.ProbeError, match=r"writes in place to the output of layer '0'.*\n.*transform={'0': torch.clone}"):
+    with pytest.raises(
+        tgp.ProbeError, match=r"writes in place to the output of layer '0'.*\n.*transform={'0': torch.clone}"
+    ):
         tgp.pushforward(model, x, layers=["0", "2"])
-    step = tgp.pushforward(model, x, layers=["0", "2"], transform={"0": torch.clone}, k=5, probes="frame", normalize=False)
+    step = tgp.pushforward(
+        model, x, layers=["0", "2"], transform={"0": torch.clone}, k=5, probes="frame", normalize=False
+    )
     torch.testing.assert_close(step["0"].trace, model[0].weight.square().sum().expand(6))
 
 
@@ -304,7 +322,7 @@ def test_wrong_calls_are_refused():
     with pytest.raises(tgp.ProbeError, match="n=1 features and k=2"):
         tgp.pushforward(model, x, k=2)[""].log_volume  # noqa: B018
     assert tgp.pushforward(model, x, k=2)[""].log_volume_eps(1e-3).isfinite().all()
-    with pytest.raises(tgp.ProbeError, match="eps=0.0 must be above 0"):
+    with pytest.raises(tgp.ProbeError, match=r"eps=0\.0 must be above 0"):
         tgp.pushforward(model, x)[""].log_volume_eps(0.0)
     with pytest.raises(tgp.ProbeError, match="pairs of drawn directions; here k=1"):
         tgp.pushforward(model, x)[""].isometry  # noqa: B018
@@ -326,7 +344,7 @@ def test_wrong_calls_are_refused():
         tgp.pushforward(model, x, layers=["0", "2"])
 
 
-# ---------------------------------------------------------------------------------------- the output alone; several inputs
+# ------------------------------------------------------------------------------------ the output alone; several inputs
 
 
 class Flow(nn.Module):

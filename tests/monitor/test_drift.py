@@ -23,7 +23,8 @@ def test_every_distance_is_that_of_dense_metrics():
     found, frame = drift.measure(), orthonormal_frame(3, 5, seed=2)
     for layer in ("0", "2"):
         g0, g1 = (
-            torch.stack([frame @ j.T @ j @ frame.T for j in jacobians(m, [layer], x)[layer]]) / m.get_submodule(layer).out_features
+            torch.stack([frame @ j.T @ j @ frame.T for j in jacobians(m, [layer], x)[layer]])
+            / m.get_submodule(layer).out_features
             for m in (before, model)
         )
         logs = torch.linalg.eigvals(torch.linalg.inv(g0) @ g1).real.log()
@@ -74,9 +75,10 @@ def test_what_has_no_distance_is_refused():
         tgp.Drift(model, x, layers="2", k=3)
     with pytest.raises(tgp.ProbeError, match="Leave out estimator="):
         tgp.Drift(model, x, layers="2", k=3, estimator="exact")
+    deeper = nn.Sequential(nn.Linear(5, 13), nn.Tanh(), nn.Linear(13, 11), nn.Tanh(), nn.Linear(11, 7))
+    drift = tgp.Drift(deeper, x.float(), layers=nn.Linear, k=3)
     with pytest.raises(tgp.ProbeError, match="the layers are now '0', '2'; g₀ is of '0', '2', '4'"):
-        other = nn.Sequential(nn.Linear(5, 13), nn.Tanh(), nn.Linear(13, 11), nn.Tanh(), nn.Linear(11, 7))
-        tgp.Drift(other, x.float(), layers=nn.Linear, k=3).measure(network().float())
+        drift.measure(network().float())
 
 
 def test_a_monitor_charts_it(tmp_path):

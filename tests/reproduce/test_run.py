@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
 
-@pytest.mark.parametrize("figure", FIGURES)
+@pytest.mark.parametrize("figure", [f for f in FIGURES if f != "regimes"])  # which is not the paper's
 def test_each_quirk_has_a_decision(figure):
     assert len(quirks(figure)) >= 5
     for quirk in quirks(figure):

@@ -18,7 +18,7 @@ def add(verbs: Any) -> None:
         description="Trains, scans, tests and draws a figure of the paper.  Stopped or killed, the same command "
         "goes on where it was, and ends with the same results.",
     )
-    parser.add_argument("figures", nargs="+", metavar="FIGURE", help="fig1 … fig6, or all")
+    parser.add_argument("figures", nargs="+", metavar="FIGURE", help="fig1 … fig6, regimes, or all")
     parser.add_argument(
         "--preset",
         choices=("embedded", "paper"),

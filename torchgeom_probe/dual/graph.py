@@ -9,6 +9,7 @@ Legend: b is a buffer [1 + k, *shape], p its row 0, t the others; g is the gradi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,17 @@ from torchgeom_probe.dual.ops import name_of
 from torchgeom_probe.dual.passes import followed
 from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.shapes import Tensor
+
+
+def _as_given(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward or backward in the types that it is given, whatever autocast says."""
+
+    @functools.wraps(method)
+    def run(ctx: Any, first: Tensor, *others: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return method(ctx, first, *others)
+
+    return run
 
 
 class Pushed(torch.autograd.Function):
@@ -74,7 +86,7 @@ class Shifted(torch.autograd.Function):
 def shifted(b: Tensor, shift: Any, rows: int = 1) -> Tensor:
     """Add to row 0, in place; ``rows``: of a buffer whose rows are folded into the batch, so many."""
     if followed() and isinstance(shift, Tensor):
-        return Shifted.apply(b, shift, rows)  # type: ignore[no-untyped-call]
+        return Shifted.apply(b, shift, rows)
     b[:rows].add_(shift)
     return b
 
@@ -86,6 +98,7 @@ class Standardised(torch.autograd.Function):
     """
 
     @staticmethod
+    @_as_given
     def forward(ctx: Any, b: Tensor, eps: float) -> Tensor:
         """[1 + k, *shape]."""
         p = b[0].contiguous()
@@ -96,6 +109,7 @@ class Standardised(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_as_given
     def backward(ctx: Any, g: Tensor) -> Any:
         """∂/∂t = r P g;  ∂/∂p through x̂, on which x̂' depends as -m g - s e, and through r, a factor of x̂'.
 
@@ -125,7 +139,10 @@ class BatchNormed(torch.autograd.Function):
     """Batch normalisation by the batch's statistics, which are constants along x and none along the parameters."""
 
     @staticmethod
-    def forward(ctx: Any, b: Tensor, weight: Any, bias: Any, running: tuple[Any, Any], momentum: Any, eps: Any) -> Tensor:
+    @_as_given
+    def forward(
+        ctx: Any, b: Tensor, weight: Any, bias: Any, running: tuple[Any, Any], momentum: Any, eps: Any
+    ) -> Tensor:
         """Row 0 as torch makes it, with the running statistics; the tangents times w/√(var + ε)."""
         value, mean, r = torch.native_batch_norm(b[0], weight, bias, *running, True, momentum, eps)
         scale = r if weight is None else r * weight
@@ -138,8 +155,9 @@ class BatchNormed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_as_given
     def backward(ctx: Any, g: Tensor) -> Any:
-        """torch's own for row 0, and the tangents' share through w and through 1/√(var + ε)."""
+        """Torch's own for row 0, and the tangents' share through w and through 1/√(var + ε)."""
         b, weight, mean, r = ctx.saved_tensors
         p, axes = b[0], [0, *range(2, b.ndim - 1)]
         wanted = [True, weight is not None, ctx.needs_input_grad[2]]
@@ -153,7 +171,14 @@ class BatchNormed(torch.autograd.Function):
         out = torch.empty_like(b)
         torch.mul(g[1:], _channels(scale, b), out=out[1:])
         out[0] = by_p + (p - _channels(mean, b)) * _channels(factor, b)
-        return out, None if weight is None else by_weight + by_scale * r, by_bias if wanted[2] else None, None, None, None
+        return (
+            out,
+            None if weight is None else by_weight + by_scale * r,
+            by_bias if wanted[2] else None,
+            None,
+            None,
+            None,
+        )
 
 
 class Attended(torch.autograd.Function):
@@ -163,7 +188,10 @@ class Attended(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, c: float, softmax: Callable[..., Tensor]) -> Tensor:
+    @_as_given
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, c: float, softmax: Callable[..., Tensor]
+    ) -> Tensor:
         """[1 + k, N, L, E]."""
         scores = torch.bmm(q[0], k[0].mT).mul_(c)
         y = softmax(scores if bias is None else scores + bias, -1).to(q.dtype)
@@ -180,6 +208,7 @@ class Attended(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_as_given
     def backward(ctx: Any, g: Tensor) -> Any:
         """By y' first, whose gradient is b; then by y, where what it does in y' adds up; then by the scores."""
         q, k, v, bias, y, moved, m = ctx.saved_tensors
@@ -225,13 +254,13 @@ def summed(rows: Tensor) -> Tensor:
     return rows[0] if len(rows) == 1 else rows.sum(0)
 
 
-# ------------------------------------------------------------------------------------------------ what cannot be followed
+# ---------------------------------------------------------------------------------------------- what cannot be followed
 
-#: minor version of torch → ops through whose forward derivative its gradient is wrong, without an error; each was compared
-#: with differences (tests/loss/test_ops.py).  What an earlier version has wrong is taken to be wrong in later ones.
+#: minor version of torch → ops through whose forward derivative its gradient is wrong, without an error; each was
+#: compared with differences (tests/loss/test_ops.py).  What an earlier version has wrong is taken to be wrong later.
 WRONG: dict[tuple[int, int], str] = {
     (2, 14): "layer_norm native_layer_norm batch_norm native_batch_norm instance_norm cumprod det slogdet logdet solve"
-    " solve_ex tensorsolve householder_product orgqr",
+    " solve_ex tensorsolve householder_product orgqr"
 }
 
 
@@ -259,9 +288,9 @@ def refuse_no_gradient(op: Any, value: Tensor, *primals: Any) -> None:
 
 
 CUSTOM_FUNCTION = (
-    "the model calls a custom autograd.Function on a tensor that depends on the input: its backward knows nothing of the"
-    " tangents, so the gradient would be wrong.  Activation checkpointing with use_reentrant=True is one.\nWrite it with"
-    " torch's own ops for the loss, or turn checkpointing off:  model.set_grad_checkpointing(False), or "
+    "the model calls a custom autograd.Function on a tensor that depends on the input: its backward knows nothing of"
+    " the tangents, so the gradient would be wrong.  Activation checkpointing with use_reentrant=True is one.\n"
+    "Write it with torch's own ops for the loss, or turn checkpointing off:  model.set_grad_checkpointing(False), or "
     " model.gradient_checkpointing_disable()"
 )
 _CHECKPOINTS = (
@@ -281,8 +310,8 @@ def refuse_wrong(func: Any) -> None:
     listed = [op for version, ops in WRONG.items() if version <= max(installed, min(WRONG)) for op in ops.split()]
     if name_of(func).removeprefix("linalg_").removesuffix("_") in listed:
         raise EngineRefusal(
-            f"torch's gradient of the forward derivative of {name_of(func)!r} is wrong, without an error.\nWrite it with"
-            " what is sound: torch.linalg.inv, cholesky, solve_triangular or qr (log |det A| ="
+            f"torch's gradient of the forward derivative of {name_of(func)!r} is wrong, without an error.\n"
+            "Write it with what is sound: torch.linalg.inv, cholesky, solve_triangular or qr (log |det A| ="
             " qr(A).R.diagonal().abs().log().sum())."
         )
     if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):

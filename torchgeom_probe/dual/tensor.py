@@ -122,7 +122,7 @@ class DualTensor(torch.Tensor):
         """[1 + k, *shape]: the primal and its tangents.  A tensor that outlived its pass is refused, never read."""
         if self._made_in is not current_pass().key:
             raise self._made_in.outside()
-        if self.requires_grad and torch._C.TensorBase.grad_fn.__get__(self) is not None:  # type: ignore[attr-defined]
+        if self.requires_grad and _GRAD_FN(self) is not None:
             raise EngineRefusal(CUSTOM_FUNCTION)
         if self._buffer is None:
             self._defer_no_more()
@@ -172,6 +172,9 @@ class DualTensor(torch.Tensor):
             return args[0]
         return _unfused(func, args, kwargs or {})
 
+
+#: The node that a custom autograd.Function leaves on a tensor, past __torch_function__.
+_GRAD_FN: Any = torch._C.TensorBase.grad_fn.__get__  # type: ignore[union-attr]
 
 _ALIASES = {
     torch.ops.aten.alias.default, torch.ops.aten.view_as.default, torch.ops.aten.lift_fresh.default,

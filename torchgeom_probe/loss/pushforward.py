@@ -8,7 +8,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -48,8 +48,8 @@ def pushforward(
     """Run the model once, in its own mode, with k tangents beside the samples; the result is for a loss.
 
     One forward of (1 + k)·B rows gives the model's own output and per layer Jv, both differentiable by an ordinary
-    backward: no double backward.  Buffers and random numbers end up as after ``model(x)``.  Batch normalisation in train
-    mode: the batch's statistics are constants along x, and none along the parameters.  What ``detach()`` or
+    backward: no double backward.  Buffers and random numbers end up as after ``model(x)``.  Batch normalisation in
+    train mode: the batch's statistics are constants along x, and none along the parameters.  What ``detach()`` or
     ``no_grad()`` cut in the model carries no gradient to parameters before it, and its derivative along x goes on.
 
     Args:
@@ -59,12 +59,15 @@ def pushforward(
         layers: whose tangents are kept, as for ``measure``; by default the model's output.
         k: how many directions are drawn for every sample.
         probes: ``"signs"`` (±1), ``"gaussian"``, or ``"frame"`` (orthonormal, Haar distributed).
-        directions: the caller's own instead: [k, B, *x.shape[1:]] or, for one, x's shape; a tuple of these, one for each
-            of several inputs.
+        directions: the caller's own instead: [k, B, *x.shape[1:]] or, for one, x's shape; a tuple of these, one for
+            each of several inputs.
         track: ``"primal"``: the output keeps its graph and the tangents have none: the memory of a plain step, at the
             price of one more forward.
         generator: of the probes; by default one of its own, seeded with the process's seed.
-        normalize, transform, source, wrt: as for ``measure``.
+        normalize: divide J by √n, as ``measure`` does.
+        transform: maps a layer's output before it is flattened.
+        source: a module whose output is the space of the directions.
+        wrt: which of several floating inputs is; several of them are one space.
 
     Raises:
         ProbeError: gradients are disabled, k < 1, a frame of k > d, directions of another shape, a layer that never
@@ -113,9 +116,7 @@ def pushforward(
 class _Draw:
     """The directions at a value [B, ...]: drawn, or the caller's own, one after the other."""
 
-    def __init__(
-        self, k: int, probes: Probes, given: list[Tensor] | None, generator: torch.Generator | None
-    ) -> None:
+    def __init__(self, k: int, probes: Probes, given: list[Tensor] | None, generator: torch.Generator | None) -> None:
         if given is None and (not isinstance(k, int) or k < 1):
             raise ProbeError(f"k={k!r} directions were asked for; at least one is needed.  pushforward(model, x, k=1)")
         if probes not in ("signs", "gaussian", "frame"):
@@ -181,7 +182,7 @@ class _Pushing:
             left = _left_on_modules(hooked.model)
         for attributes, name, value in left:
             if isinstance(value, DualTensor):  # not one that was a plain tensor before it was written to, and is again
-                attributes[name] = value._buffer[0]
+                attributes[name] = cast(Tensor, value._buffer)[0]
         self._refuse_missing()
         return Step(output, self._layers)
 

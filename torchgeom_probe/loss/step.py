@@ -60,8 +60,8 @@ class PushedLayer:
         """An unbiased estimate of tr g = ‖J‖²_F, [B]; exact on a frame of k = d.
 
         Its relative standard deviation at one sample, by signs, on a tanh MLP of 64 inputs and 10 outputs: 0.59 at
-        k = 1, 0.29 at k = 4.  The output side (Hoffman et al., arXiv:1908.02729) has 0.40 and 0.20 there: of few outputs
-        reverse mode is less noisy.  Of the caller's own directions: the mean of |Jv|².
+        k = 1, 0.29 at k = 4.  The output side (Hoffman et al., arXiv:1908.02729) has 0.40 and 0.20 there: of few
+        outputs reverse mode is less noisy.  Of the caller's own directions: the mean of |Jv|².
         """
         mean = self._wide.square().sum(-1).mean(0) * self.scale**2
         return mean * self.num_inputs if self.probes == "frame" else mean

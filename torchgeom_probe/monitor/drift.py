@@ -62,8 +62,8 @@ class LayerDrift:
 class Drift:
     """Distance of every layer's metric from where it was when this was made, on k directions at fixed samples.
 
-    A lazy network learns without moving its metric (kernel regime), a rich one moves it.  The distance has a ruler: that
-    between two independent initialisations, ``drift.measure(another_untrained_network)``, 0.5 to 0.6 for the tanh
+    A lazy network learns without moving its metric (kernel regime), a rich one moves it.  The distance has a ruler:
+    that between two independent initialisations, ``drift.measure(another_untrained_network)``, 0.5 to 0.6 for the tanh
     networks of ``torchgeom-probe reproduce regimes``.  The signed volume is none: it is small in both regimes.
 
     Args:
@@ -151,7 +151,8 @@ class Drift:
 
     def _measured(self, model: nn.Module) -> dict[str, Tensor]:
         estimator = _Metric(self.k, self.seed)
-        with GeometryProbe(model, estimator=estimator, **self._options) as probe:
+        options = ProbeOptions(**{**self._options, "estimator": estimator})
+        with GeometryProbe(model, **options) as probe:
             probe.measure(self.x_probe, progress=False)
         return {layer: torch.cat(parts) for layer, parts in estimator.metrics.items()}
 

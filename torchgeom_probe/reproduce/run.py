@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import write_atomically
-from torchgeom_probe.reproduce import barlow_twins, digits, points, resnet
+from torchgeom_probe.reproduce import barlow_twins, digits, points, regimes, resnet
 from torchgeom_probe.reproduce.results import Results, table
 from torchgeom_probe.reproduce.settings import Say, Settings
 
@@ -25,6 +25,7 @@ FIGURES = {
     "fig4": (resnet.fig4, "a trained ResNet-34: all four blocks on the plane of three images"),
     "fig5": (barlow_twins.fig5, "Barlow Twins, no labels: the lines between images of different classes"),
     "fig6": (barlow_twins.fig6, "Barlow Twins, no labels: the plane of three images"),
+    "regimes": (regimes.regimes, "lazy and rich training, by how far the metric moves (not in the paper)"),
 }
 
 

@@ -42,7 +42,9 @@ def _add(input: Any, other: Any, *, alpha: Any = 1) -> Any:
         rows = x if x is left or alpha == 1 else x * alpha
         shape = torch.broadcast_shapes(x.shape[1:], getattr(plain, "shape", ()))
         dtype = torch.result_type(primal_of(input), primal_of(other))
-        return DualTensor(shifted(rows.expand(len(x), *shape).to(dtype, copy=True), plain if sign == 1 else plain * sign))
+        return DualTensor(
+            shifted(rows.expand(len(x), *shape).to(dtype, copy=True), plain if sign == 1 else plain * sign)
+        )
     value = torch.add(primal_of(input), primal_of(other), alpha=alpha)
     # empty_like keeps the memory format, which only fits where nothing was broadcast
     same = x.shape[1:] == value.shape

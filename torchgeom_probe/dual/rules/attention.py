@@ -123,7 +123,9 @@ def _attention(
         bias = mask.flatten(0, 1) if mask is not None and mask.ndim == 4 else mask
         softmax = torch.softmax if attn_mask is None else torch._safe_softmax
         flat = [with_rows(x, rows).flatten(1, -3) for x in (query, key, value)]
-        out = Attended.apply(*flat, bias, c, softmax)  # type: ignore[no-untyped-call]
+        if torch.is_autocast_enabled(query.device.type):  # as torch's own attention does
+            flat = [x.to(torch.get_autocast_dtype(query.device.type)) for x in flat]
+        out = Attended.apply(*flat, bias, c, softmax)
         return DualTensor(out.view(rows, *query.shape[:-1], v.width))
     # Laid out as [..., L, H, E] under the hood: the model's next step puts the heads side by side.
     out = q.primal.new_empty((rows, q.samples, q.length, q.heads, v.width)).transpose(2, 3)

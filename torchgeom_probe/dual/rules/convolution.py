@@ -139,7 +139,9 @@ def _convolution(convolve: Any, spatial: int, *, defers: bool) -> Rule:
         if shape is None:
             return _convolved(input, weight, bias, bound, arguments)
         size = input.buffer.shape[0] * math.prod(shape)
-        make = Convolution(bound, input, weight, bias, arguments, size, _versions(input, weight, bias), torch.is_grad_enabled())
+        make = Convolution(
+            bound, input, weight, bias, arguments, size, _versions(input, weight, bias), torch.is_grad_enabled()
+        )
         return DualTensor.deferred(make, shape, _strides(shape, _channels_last(input, weight)), input.buffer)
 
     return push

@@ -32,9 +32,9 @@ def pushed(
             return NotImplemented
         refuse_no_gradient(op, at_p[1], p)
         if writes:
-            x.buffer.copy_(Pushed.apply(b, at_p))  # type: ignore[no-untyped-call]
+            x.buffer.copy_(Pushed.apply(b, at_p))
             return x
-        return DualTensor(Pushed.apply(b, at_p))  # type: ignore[no-untyped-call]
+        return DualTensor(Pushed.apply(b, at_p))
     value, slope = function(b[0])
     if value.shape != b.shape[1:]:  # clamp with a larger bound
         return NotImplemented

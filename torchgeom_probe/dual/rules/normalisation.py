@@ -32,7 +32,7 @@ def _batch_norm(
     by_the_batch = training or running_mean is None
     if by_the_batch and current_pass().batch_statistics and not any_dual(weight, bias):
         running = running_mean, running_var
-        return DualTensor(BatchNormed.apply(input.buffer, weight, bias, running, momentum, eps))  # type: ignore[no-untyped-call]
+        return DualTensor(BatchNormed.apply(input.buffer, weight, bias, running, momentum, eps))
     if by_the_batch:
         raise ProbeError(
             "batch normalisation by the statistics of the batch couples the samples: no sample has a metric of its own."
@@ -62,7 +62,7 @@ def _standardised(buffer: Tensor, axes: int, eps: float, weight: Tensor | None =
     """The rows of a buffer made zero-mean, unit-variance over its last axes, then times the weight (without a bias)."""
     # x̂ = (p - mean) r, r = 1/√(var + ε);  x̂' = r (c - x̂ mean(x̂ c)), c = t - mean t
     if followed():
-        out = Standardised.apply(buffer.flatten(-axes), eps).view(buffer.shape)  # type: ignore[no-untyped-call]
+        out = Standardised.apply(buffer.flatten(-axes), eps).view(buffer.shape)
         return out if weight is None else out * weight
     if row_by_row(buffer):
         return _standardised_by_kernel(buffer, axes, eps, weight)
