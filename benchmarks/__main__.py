@@ -32,6 +32,7 @@ TABLES = (
     "slices",
     "boundary",
     "dataset",
+    "duplicates",
 )
 PAGE = Path(__file__).parent / "README.md"
 
