@@ -11,7 +11,6 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 from torchgeom_probe.integrations.timm import load_pretrained_efficientnet_lite0
 
-import torchgeom_probe as tgp
 from benchmarks.timing import Settings
 from torchgeom_probe.reproduce.data import PHOTOGRAPHS, reduced
 

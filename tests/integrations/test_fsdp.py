@@ -6,12 +6,12 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+from models import Tokens, cifar_resnet, mlp, vit
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import torchgeom_probe as tgp
-from models import Tokens, cifar_resnet, mlp, vit
 
 ESTIMATORS = ("subspace:2", "exact", "topk:2", "logdet:1e-3", "trace", "directions:2")
 #: name → (model, input, options of the probe); their blocks are sharded by themselves, and the rest with the root.
