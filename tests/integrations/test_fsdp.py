@@ -86,7 +86,7 @@ def compared(name, estimators, tmp_path, size=2):
     ranks = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(size)]
     for rank in ranks:
         rank.start()
-    found = [answers.get(timeout=200) for _ in ranks]
+    found = [answers.get(timeout=550) for _ in ranks]
     for rank in ranks:
         rank.join(20)
     assert found == ["[]"] * size, "\n".join(found)
