@@ -37,6 +37,7 @@ TABLES = (
     "boundary",
     "studies",
     "dataset",
+    "duplicates",
 )
 PAGE = Path(__file__).parent / "README.md"
 

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from models import cifar_resnet, mlp
 from torch import nn
 
 import torchgeom_probe as tgp
-from models import cifar_resnet, mlp
 from torchgeom_probe.estimators.directions import _of_products, angles
 from torchgeom_probe.linalg.operator import MatrixOperator
 

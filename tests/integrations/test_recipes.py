@@ -43,6 +43,7 @@ def test_these_are_the_recipes():
         "amp_accumulation",
         "compiled",
         "ddp",
+        "fsdp",
         "isometric_autoencoder",
         "lightly_barlow_twins",
         "lightning_trainer",
@@ -169,11 +170,12 @@ def test_tokens(capsys):
     assert report["block"].num_inputs == 9 * 16
 
 
-def test_ddp(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_several_processes(name, tmp_path, capsys, monkeypatch):
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(key, value)
-    report, _ = run("ddp", capsys, csv=tmp_path / "geometry.csv")
-    assert report["1"].log_volume.shape == (32,)
+    report, _ = run(name, capsys, csv=tmp_path / "geometry.csv")
+    assert next(iter(report.values())).log_volume.shape == (32,)
 
 
 def test_running_metric(capsys):
@@ -248,14 +250,18 @@ def test_a_recipe_as_a_command(name, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     torchrun += ["--rdzv-endpoint", "localhost:0"]
     done = subprocess.run(
-        [sys.executable, *(torchrun if name == "ddp" else []), *("-m", f"torchgeom_probe.integrations.recipes.{name}")],
+        [
+            sys.executable,
+            *(torchrun if name in ("ddp", "fsdp") else []),
+            *("-m", f"torchgeom_probe.integrations.recipes.{name}"),
+        ],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "log-volume [nat]" in done.stdout
+    assert "volume [nat]" in done.stdout
 
 
 def test_the_pretrained_network_has_one_report_by_probe_command_line_and_callback(tmp_path):

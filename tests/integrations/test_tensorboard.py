@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from tensorboards import serving
-from torchgeom_probe.integrations.tensorboard import EXTRA_TAGS, MONITOR_TAGS, TAGS, TensorBoardWriter
 
 import torchgeom_probe as tgp
 from torchgeom_probe.errors import ProbeError

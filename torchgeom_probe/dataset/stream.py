@@ -140,7 +140,7 @@ class Rows:
             )
         if comes_and_goes(probe.model):
             raise ProbeError(
-                "the model is sharded (FSDP2) and needs every rank at once, and a data set is shared out over the ranks.\n"
+                "the model is sharded (FSDP2) and needs all ranks at once; a data set is shared out over the ranks.\n"
                 "Measure batch by batch, on every rank:  tgp.measure(model, x)"
             )
         self.probe = copy.copy(probe)

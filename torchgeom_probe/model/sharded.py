@@ -17,7 +17,6 @@ from torch import nn
 
 from torchgeom_probe.shapes import Tensor
 
-
 #: The models that are held whole at the moment.
 _WHOLE: list[nn.Module] = []
 
