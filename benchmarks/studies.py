@@ -10,10 +10,10 @@ from pathlib import Path
 import timm
 import torch
 from torch import Tensor, nn
+from torchgeom_probe.integrations.timm import cifar_resnet, load_pretrained_efficientnet_lite0, stage_layers
 
 import torchgeom_probe as tgp
 from benchmarks.timing import Settings
-from torchgeom_probe.integrations.timm import cifar_resnet, load_pretrained_efficientnet_lite0, stage_layers
 from torchgeom_probe.reproduce.data import PHOTOGRAPHS, Images, load_digits, load_mnist5k, load_photos
 
 TITLE = "Near the decision boundaries of real networks"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchgeom_probe.integrations.timm import ImageFiles
 
 import torchgeom_probe as tgp
 from torchgeom_probe.cli.main import main
-from torchgeom_probe.integrations.timm import ImageFiles
 from torchgeom_probe.plotting.files import save
 
 pytest.importorskip("pyarrow")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchgeom_probe.integrations.recipes as recipes
 
 import torchgeom_probe as tgp
-import torchgeom_probe.integrations.recipes as recipes
 
 FOLDER = Path(recipes.__file__).parent
 NAMES = sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
@@ -269,9 +269,10 @@ def test_the_pretrained_network_has_one_report_by_probe_command_line_and_callbac
     pl = pytest.importorskip("pytorch_lightning")
     Image = pytest.importorskip("PIL.Image")
     skimage = pytest.importorskip("skimage.data")
-    from torchgeom_probe.cli.main import main
     from torchgeom_probe.integrations.lightning import GeometryCallback
     from torchgeom_probe.integrations.timm import load_pretrained_efficientnet_lite0, read_images
+
+    from torchgeom_probe.cli.main import main
 
     loaded = load_pretrained_efficientnet_lite0()
     for name in ("chelsea", "coffee"):

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 from tensorboards import serving
+from torchgeom_probe.integrations.tensorboard import EXTRA_TAGS, MONITOR_TAGS, TAGS, TensorBoardWriter
 
 import torchgeom_probe as tgp
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.integrations.tensorboard import EXTRA_TAGS, MONITOR_TAGS, TAGS, TensorBoardWriter
 from torchgeom_probe.monitor.writers import Writer
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 

@@ -148,18 +148,20 @@ class TopK(Estimator):
         """Measure every layer at the samples of one chunk; from what ``start`` found there, where it is of use."""
         block = self._block(jacobians.device.type)
         with layer_jacobians(jacobians, estimator=f"TopK(k={self.k})", at_once=block) as maps:
-            expanded = {
-                e: m for e, m in maps.items() if not self._dense_at_once(min(m.num_features, m.num_inputs))
-            }
+            expanded = {e: m for e, m in maps.items() if not self._dense_at_once(min(m.num_features, m.num_inputs))}
             begun, images = time.perf_counter(), {}
             if len(expanded) > 1 and start is None:
                 generator = torch.Generator().manual_seed(self.seed)
                 random = random_block(next(iter(maps.values())), block, generator)
                 images = pushed_together(jacobians, maps, random)
             shared = (time.perf_counter() - begun) / max(1, len(expanded))
-            return {e: self._layer(jacobians, m, images.get(e), shared if e in expanded else 0.0) for e, m in maps.items()}
+            return {
+                e: self._layer(jacobians, m, images.get(e), shared if e in expanded else 0.0) for e, m in maps.items()
+            }
 
-    def _layer(self, jacobians: Jacobians, jacobian: LayerJacobian, image: Tensor | None, shared: float) -> LayerGeometry:
+    def _layer(
+        self, jacobians: Jacobians, jacobian: LayerJacobian, image: Tensor | None, shared: float
+    ) -> LayerGeometry:
         begun = time.perf_counter() - shared
         smaller = min(jacobian.num_features, jacobian.num_inputs)
         block = min(self._block(jacobian.device.type), smaller)

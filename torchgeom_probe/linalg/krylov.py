@@ -138,7 +138,9 @@ def _expanded(
     The host waits once a half-step, to know which samples are done.
     """
     space = _Space(jacobian, start, at, generator)
-    verdict = Verdict(k=k, block=start.shape[1], tolerance=tolerance, eps=jacobian.eps, like=space.matrix, inputs=jacobian.num_inputs)
+    verdict = Verdict(
+        k=k, block=start.shape[1], tolerance=tolerance, eps=jacobian.eps, like=space.matrix, inputs=jacobian.num_inputs
+    )
     crowded: list[int] = []
     while True:
         space.half_step(image)
@@ -191,7 +193,9 @@ class _Rows:
     def append(self, block_SbX: Tensor) -> None:
         """Take orthonormal rows in."""
         count = self.count + block_SbX.shape[1]
-        if count > self._all.shape[1]:  # room for as many again: to copy all at each step would cost as much as to use them
+        if (
+            count > self._all.shape[1]
+        ):  # room for as many again: to copy all at each step would cost as much as to use them
             self._all = functional.pad(self._all, (0, 0, 0, 2 * count - self._all.shape[1]))
         self._all[:, self.count : count] = block_SbX
         self.newest, self.count = block_SbX, count
@@ -213,7 +217,9 @@ class _Space:
         finite: [S], whether what J gave was.
     """
 
-    def __init__(self, jacobian: Operator, start: Float[Tensor, "S b D"], at: list[int], generator: torch.Generator) -> None:
+    def __init__(
+        self, jacobian: Operator, start: Float[Tensor, "S b D"], at: list[int], generator: torch.Generator
+    ) -> None:
         self.jacobian, self.at, self._generator = jacobian, list(at), generator
         dtype = torch.float64 if jacobian.dtype == torch.float64 else torch.float32
         self.right, self.left = (_Rows(start, n, dtype) for n in (jacobian.num_inputs, jacobian.num_features))
