@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchgeom_probe.boundary.statistics import Estimate
 
+from torchgeom_probe.boundary.paired import Estimate
 from torchgeom_probe.boundary.study import BoundaryStudy
 from torchgeom_probe.errors import optional
 from torchgeom_probe.files import finite_or_null
