@@ -69,11 +69,15 @@ def _put_back(model: nn.Module) -> Iterator[None]:
     cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
     generators = [torch.default_generator, *cuda, np.random.mtrand._rand, random._inst]
     state = State(model, beside=[*generators, *FOUND.get(model, ())])
+    learns = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     _MEASURED.append(state)
     try:
         yield
     finally:
         _MEASURED.pop()
+        for parameter, flag in learns:
+            if parameter.requires_grad is not flag:
+                parameter.requires_grad_(flag)
         state.put_back()
 
 

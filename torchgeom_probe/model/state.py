@@ -8,8 +8,12 @@ found there containers and names keep what they hold, tensors and arrays their n
 from __future__ import annotations
 
 import collections
+import contextlib
+import contextvars
+import copy
 import dis
 import functools
+import itertools
 import random
 import sys
 import types
@@ -157,7 +161,7 @@ class State:
 
     def _module(self, module: nn.Module, depth: int) -> None:
         attributes = vars(module)
-        self._containers.append((attributes, attributes.copy()))
+        self._keep(attributes)
         inner = module._modules, module._parameters, module._buffers
         for value in attributes.values():
             if type(value) in _DICTS:  # most of a module's own are empty
@@ -180,6 +184,9 @@ class State:
         base = _base(type(container))  # not its own methods: a class derived from dict may copy as it likes
         inside = dict(base.items(container)) if isinstance(container, dict) else list(base.__iter__(container))
         self._containers.append((container, inside))
+        if isinstance(inside, dict):
+            counts = [(key, v) for key, v in inside.items() if type(v) is itertools.count]
+            self._others += [functools.partial(_put_item, container, key, _fresh(v)) for key, v in counts]
 
     def _container(self, container: Any, depth: int) -> None:
         self._keep(container)
@@ -227,8 +234,13 @@ class State:
 
     def _name(self, get: Callable[..., Any], put: Callable[..., None], holder: Any, name: str) -> Any:
         value = get(holder, name)
-        self._others.append(functools.partial(put, holder, name, value))
+        self._others.append(functools.partial(put, holder, name, _fresh(value)))
         return value
+
+    def _context_variable(self, variable: contextvars.ContextVar[Any], depth: int) -> None:
+        with contextlib.suppress(LookupError):  # nothing yet, and no default
+            self._others.append(functools.partial(variable.set, variable.get()))
+            self._look(variable.get(), depth)
 
     def _within(self, value: Any, depth: int) -> None:
         self._look_at([getattr(value, name, None) for name in _WITHIN], depth)
@@ -288,6 +300,7 @@ _LOOKS: tuple[tuple[Any, Any], ...] = (
     (_CONTAINERS, State._container),
     ((tuple, frozenset), lambda state, values, depth: state._look_at(values, depth)),
     (types.FunctionType, State._function),
+    (contextvars.ContextVar, State._context_variable),
     (_CALLABLES, State._within),
     (weakref.ref, lambda state, reference, depth: state._look(reference(), depth)),
     (type, State._class),
@@ -364,8 +377,8 @@ def _get_attribute(holder: Any, name: str) -> Any:
 
 
 def _put_attribute(holder: Any, name: str, value: Any) -> None:
-    if _get_attribute(holder, name) is not value:
-        object.__delattr__(holder, name) if value is _MISSING else object.__setattr__(holder, name, value)
+    if not _is(_get_attribute(holder, name), value):
+        object.__delattr__(holder, name) if value is _MISSING else object.__setattr__(holder, name, _fresh(value))
 
 
 def _get_item(holder: dict[str, Any], name: str) -> Any:
@@ -373,11 +386,20 @@ def _get_item(holder: dict[str, Any], name: str) -> Any:
 
 
 def _put_item(holder: dict[str, Any], name: str, value: Any) -> None:
-    if holder.get(name, _MISSING) is not value:
+    if not _is(holder.get(name, _MISSING), value):
         if value is _MISSING:
             del holder[name]
         else:
-            holder[name] = value
+            holder[name] = _fresh(value)
+
+
+def _fresh(value: Any) -> Any:
+    """A count that nobody moves; another value as it is."""
+    return copy.copy(value) if type(value) is itertools.count else value
+
+
+def _is(now: Any, value: Any) -> bool:
+    return now is value or (type(now) is itertools.count and repr(now) == repr(value))
 
 
 def _put_members(kind: type, members: Mapping[str, Any]) -> None:
