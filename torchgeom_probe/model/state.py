@@ -71,7 +71,7 @@ class State:
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, Tensor, int]] = []
         self._watched: list[tuple[Tensor, int]] = []
-        self._others: list[Callable[[], None]] = []
+        self._others: list[Callable[[], Any]] = []
         self._generators: list[tuple[Callable[[], Any], Callable[[Any], Any], Any]] = []
         self._draws: bool | None = None
         self._seen: set[int] = set()
