@@ -63,7 +63,7 @@ class GeometryProbe:
         normalize: divide J by √n, the paper's convention.
         transform: maps a layer's output before it is flattened (pooling, say); a callable, or a dict layer → callable.
         engine: ``"fused"``, ``"functorch"``, ``"vjp"``, or ``"auto"``: the first of them, in this order, that can run
-            the model.
+            the model.  ``"vjp"`` is what training sees: the surrogate gradients of ``torch.autograd.Function``.
         source: a module's name; its output, instead of the model's input, is the space that the metric is pulled back
             to.
         wrt: which of several floating inputs the metric lives on, by argument name or place; several of them are one

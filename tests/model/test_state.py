@@ -2,7 +2,9 @@
 
 import argparse
 import collections
+import contextvars
 import functools
+import itertools
 import random
 import sys
 import types
@@ -353,3 +355,21 @@ def test_the_precision_of_float32_is_full_inside_and_as_it_was_outside(setting, 
             write(*key, "none")
             if read(*key) != value:
                 write(*key, value)
+
+
+def test_counts_context_variables_and_what_learns_are_as_they_were():
+    counted, at = itertools.count(), contextvars.ContextVar("at", default=0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh())
+    model[1].counter = itertools.count(7)
+
+    def hook(module, args, out):
+        next(counted)
+        next(module.counter)
+        at.set(at.get() + 1)
+        model[0].bias.requires_grad_(not model[0].bias.requires_grad)
+
+    model[1].register_forward_hook(hook)
+    model(torch.zeros(1, 3))
+    tgp.measure(model, torch.randn(4, 3), layers="", estimator=tgp.Exact())
+    assert (next(counted), next(model[1].counter), at.get()) == (1, 8, 1)
+    assert not model[0].bias.requires_grad

@@ -146,7 +146,11 @@ class Followed(TorchFunctionMode):
                 "Measure with engine='auto': the dual pass may know its derivative, or take the other mode for the op; "
                 f"or give it one:  torch.autograd.Function with {methods}"
             )
-        return f"the tangent was lost: {why}.\nMeasure with engine='fused', which follows the function that runs."
+        return (
+            f"the tangent was lost: {why}.\n"
+            "Measure with engine='fused', which follows the function that runs; for a surrogate gradient write the op "
+            "as a torch.autograd.Function whose backward it is, and measure with engine='vjp'"
+        )
 
 
 class _NoHook:

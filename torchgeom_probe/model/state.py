@@ -8,8 +8,11 @@ found there containers and names keep what they hold, tensors and arrays their n
 from __future__ import annotations
 
 import collections
+import contextlib
+import contextvars
 import dis
 import functools
+import itertools
 import random
 import sys
 import types
@@ -27,6 +30,7 @@ from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.identities import (
     CONTAINERS,
     Identities,
+    fresh,
     get_attribute,
     get_item,
     getter,
@@ -86,6 +90,8 @@ class State:
         self._watched: list[Tensor] = []
         self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self._others: list[Callable[[], None]] = []
+        #: Of what moves and stays where it is: counts, context variables.
+        self._moving: list[Callable[[], Any]] = []
         self._generators: list[tuple[Callable[[], Any], Callable[[Any], Any], Any]] = []
         self._draws: bool | None = None
         self._seen: set[int] = set()
@@ -96,6 +102,7 @@ class State:
         self._beside = list(beside)
         self._look_at(self._beside, _DEPTH)
         self._versions, self._watched_versions = _versions(self._tensors), _versions(self._watched)
+        self._learn = list(map(_LEARNS, self._watched))
 
     def again(self, beside: Iterable[Any] = ()) -> bool:
         """Take this state anew, if all is found where it was: numbers alone may be others.  False: make a new one."""
@@ -108,6 +115,7 @@ class State:
             if self._tensors:
                 torch._foreach_copy_(self._numbers, self._tensors)
         self._versions, self._watched_versions = _versions(self._tensors), _versions(self._watched)
+        self._learn = list(map(_LEARNS, self._watched))
         self._arrays = [(array, array.copy()) for array, _ in self._arrays]
         self._generators = [(get, put, get()) for get, put, _ in self._generators]
         self.ran, self._draws = False, None
@@ -152,6 +160,11 @@ class State:
                     (base.update if hasattr(base, "update") else base.extend)(container, content)
             for put in self._others:
                 put()
+        for put in self._moving:
+            put()
+        if list(map(_LEARNS, self._watched)) != self._learn:
+            for tensor, learns in zip(self._watched, self._learn, strict=True):
+                tensor.requires_grad_(learns)
         for array, numbers in self._arrays:
             np.copyto(array, numbers)
         for _, set_state, state in self._generators if generators else ():
@@ -232,6 +245,9 @@ class State:
         if inside or type(container) not in CONTAINERS:
             self._containers.append((container, inside))
         self.identities.container(base, container)
+        if isinstance(inside, dict) and itertools.count in map(type, inside.values()):
+            for key, value in inside.items():
+                self._count(put_item, container, key, value)
 
     def _container(self, container: Any, depth: int) -> None:
         self._keep(container)
@@ -288,7 +304,19 @@ class State:
     def _name(self, get: Callable[..., Any], put: Callable[..., None], holder: Any, name: str) -> Any:
         value = self.identities.other(getter(get, name), holder)
         self._others.append(functools.partial(put, holder, name, value))
+        self._count(put, holder, name, value)
         return value
+
+    def _count(self, put: Callable[..., None], holder: Any, name: str, value: Any) -> None:
+        if type(value) is itertools.count:
+            self.light = False
+            self._moving.append(functools.partial(put, holder, name, fresh(value)))
+
+    def _context_variable(self, variable: contextvars.ContextVar[Any], depth: int) -> None:
+        self.light = False
+        with contextlib.suppress(LookupError):  # nothing yet, and no default
+            self._moving.append(functools.partial(variable.set, variable.get()))
+            self._look(variable.get(), depth)
 
     def _within(self, value: Any, depth: int) -> None:
         self._look_at([getattr(value, name, None) for name in _WITHIN], depth)
@@ -338,6 +366,7 @@ class State:
 
 
 _DICTS = (dict, collections.OrderedDict, set)
+_LEARNS = attrgetter("requires_grad")
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
 _CALLABLES: tuple[Any, ...] = (
     types.MethodType,
@@ -360,6 +389,7 @@ _LOOKS: tuple[tuple[Any, Any], ...] = (
     (CONTAINERS, State._container),
     ((tuple, frozenset), lambda state, values, depth: state._look_at(values, depth)),
     (types.FunctionType, State._function),
+    (contextvars.ContextVar, State._context_variable),
     (_CALLABLES, State._within),
     (weakref.ref, State._reference),
     (type, State._class),

@@ -130,14 +130,8 @@ def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
 register(lambda input, other: _div(other, input), "Tensor.__rtruediv__ Tensor.__rdiv__")
 
 
-@rule("neg negative Tensor.__neg__", in_place="neg_ negative_")
-def _neg(input: DualTensor) -> DualTensor:
-    return DualTensor(-input.buffer)
-
-
-@rule("positive Tensor.__pos__")
-def _positive(input: DualTensor) -> DualTensor:
-    return input
+rule("neg negative Tensor.__neg__", in_place="neg_ negative_")(lambda input: DualTensor(-input.buffer))
+register(lambda input: input, "positive Tensor.__pos__")
 
 
 @rule("pow Tensor.__pow__", in_place="Tensor.pow_ Tensor.__ipow__")
@@ -177,19 +171,9 @@ def _extremum(choose: Callable[[Tensor, Tensor], Tensor]) -> Rule:
 # ------------------------------------------------------------------------------------- by the rules of their own parts
 
 
-@rule("addcmul", in_place="addcmul_")
-def _addcmul(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
-    return input + tensor1 * tensor2 * value
-
-
-@rule("addcdiv", in_place="addcdiv_")
-def _addcdiv(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
-    return input + tensor1 / tensor2 * value
-
-
-@rule("lerp", in_place="lerp_")
-def _lerp(input: Any, end: Any, weight: Any) -> Any:
-    return input + (end - input) * weight
+rule("addcmul", in_place="addcmul_")(lambda input, tensor1, tensor2, *, value=1: input + tensor1 * tensor2 * value)
+rule("addcdiv", in_place="addcdiv_")(lambda input, tensor1, tensor2, *, value=1: input + tensor1 / tensor2 * value)
+rule("lerp", in_place="lerp_")(lambda input, end, weight: input + (end - input) * weight)
 
 
 # ------------------------------------------------------------------------------------------------------------- choices

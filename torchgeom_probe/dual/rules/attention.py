@@ -80,9 +80,10 @@ register(
 )
 
 
-@rule("F.softmin")
-def _softmin(input: DualTensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
-    return _softmax(DualTensor(-input.buffer), dim, dtype=dtype)
+register(
+    lambda input, dim=None, _stacklevel=3, dtype=None: _softmax(DualTensor(-input.buffer), dim, dtype=dtype),
+    "F.softmin",
+)
 
 
 @rule("logsumexp")

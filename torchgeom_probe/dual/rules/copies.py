@@ -8,7 +8,7 @@ import torch
 
 from torchgeom_probe.dual.ops import MADE_LIKE
 from torchgeom_probe.dual.passes import followed
-from torchgeom_probe.dual.registry import aligned, any_dual, ndim_of, primal_of, rule, rule_of_each, with_rows
+from torchgeom_probe.dual.registry import aligned, any_dual, ndim_of, primal_of, register, rule, rule_of_each, with_rows
 from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
 from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.shapes import Tensor
@@ -75,9 +75,7 @@ def _clone(input: DualTensor, *, memory_format: torch.memory_format | None = Non
     return DualTensor(_in_format(input.buffer, memory_format or torch.preserve_format, copy=True))
 
 
-@rule("Tensor.__deepcopy__")
-def _deepcopy(input: DualTensor, memo: Any) -> DualTensor:
-    return _clone(input)
+register(lambda input, memo: _clone(input), "Tensor.__deepcopy__")
 
 
 @rule("Tensor.contiguous")
@@ -127,9 +125,7 @@ def _new_tensor(input: Any, data: Any, **kwargs: Any) -> Any:
     return _to(data, **place, copy=True)
 
 
-@rule("Tensor.type_as")
-def _type_as(input: Any, other: Tensor) -> Any:
-    return _to(input, dtype=other.dtype, device=other.device)
+register(lambda input, other: _to(input, dtype=other.dtype, device=other.device), "Tensor.type_as")
 
 
 @rule("Tensor.type")

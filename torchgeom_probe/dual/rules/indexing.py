@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torchgeom_probe.dual.registry import aligned, any_dual, at, ndim_of, rows_of, rule, rule_of_each, with_rows
+from torchgeom_probe.dual.registry import aligned, any_dual, at, ndim_of, register, rows_of, rule, rule_of_each, with_rows
 from torchgeom_probe.dual.tensor import DualTensor, Rule
 from torchgeom_probe.shapes import Tensor
 
@@ -17,9 +17,7 @@ def _index_select(input: Any, dim: int, index: Tensor) -> Any:
     return DualTensor(input.buffer.index_select(at(dim), index)) if ndim_of(input) else NotImplemented
 
 
-@rule("take")
-def _take(input: Any, index: Tensor) -> Any:
-    return DualTensor(input.buffer.reshape(rows_of(input), -1)[:, index])
+register(lambda input, index: DualTensor(input.buffer.reshape(rows_of(input), -1)[:, index]), "take")
 
 
 @rule("gather")

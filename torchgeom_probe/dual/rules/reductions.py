@@ -138,16 +138,13 @@ def _cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any
     return (unit_1 * unit_2).sum(dim)
 
 
-@rule("pairwise_distance")
-def _pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
-    # |x - y + ε|, by the rules of its parts
-    return torch.linalg.vector_norm(x1 - x2 + eps, p, dim=-1, keepdim=keepdim)
-
-
-@rule("cdist")
-def _cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: Any = None) -> Any:
-    # |x_i - y_j| for all pairs, by the rules of its parts; torch has no forward derivative of it
-    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
+# |x - y + ε|, and |x_i - y_j| for all pairs (torch has no forward derivative of it), by the rules of their parts
+_length: Any = torch.linalg.vector_norm
+register(
+    lambda x1, x2, p=2.0, eps=1e-6, keepdim=False: _length(x1 - x2 + eps, p, dim=-1, keepdim=keepdim),
+    "pairwise_distance",
+)
+register(lambda x1, x2, p=2.0, compute_mode=None: _length(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1), "cdist")
 
 
 @rule("pdist")

@@ -40,11 +40,17 @@ def _view(input: DualTensor, *size: Any, **kwargs: Any) -> Any:
     return DualTensor(input.buffer.reshape(input.buffer.shape[0], *shape))
 
 
-@rule("Tensor.view_as Tensor.reshape_as")
-def _view_as(input: Any, other: Tensor) -> Any:
-    if not isinstance(input, DualTensor):
-        return input.reshape(other.shape)
-    return DualTensor(input.buffer.reshape(input.buffer.shape[0], *other.shape))
+register(lambda input, other: torch.reshape(input, other.shape), "Tensor.view_as Tensor.reshape_as")
+# a copy of a strided tensor, even where a view could be had
+register(lambda input: input.contiguous().reshape(-1), "ravel")
+register(lambda input, dim, sizes: DualTensor(input.buffer.unflatten(at(dim), sizes)), "unflatten")
+register(lambda input: DualTensor(input.buffer.transpose(-2, -1)) if ndim_of(input) == 2 else input, "t")
+register(lambda input: DualTensor(input.buffer.mT) if ndim_of(input) > 1 else NotImplemented, "Tensor.mT")
+register(lambda input: DualTensor(input.buffer.permute(0, *range(ndim_of(input), 0, -1))), "Tensor.T")
+register(lambda input, dim: DualTensor(input.buffer.unsqueeze(at(dim))), "unsqueeze")
+register(lambda input, dim, start, length: DualTensor(input.buffer.narrow(at(dim), start, length)), "narrow")
+register(lambda input, dim, index: DualTensor(input.buffer.select(at(dim), index)), "select")
+register(lambda input: DualTensor(input.buffer.conj_physical()), "conj_physical")
 
 
 @rule("flatten")
@@ -52,16 +58,6 @@ def _flatten(input: DualTensor, start_dim: int = 0, end_dim: int = -1) -> Any:
     if ndim_of(input) == 0:
         return input.reshape(1)
     return DualTensor(input.buffer.flatten(at(start_dim), at(end_dim)))
-
-
-@rule("ravel")
-def _ravel(input: DualTensor) -> Any:
-    return input.contiguous().reshape(-1)  # a copy of a strided tensor, even where a view could be had
-
-
-@rule("unflatten")
-def _unflatten(input: DualTensor, dim: int, sizes: Any) -> DualTensor:
-    return DualTensor(input.buffer.unflatten(at(dim), sizes))
 
 
 @rule("permute")
@@ -75,34 +71,12 @@ def _transpose(input: DualTensor, dim0: Any, dim1: Any) -> DualTensor:
     return DualTensor(input.buffer.transpose(at(dim0), at(dim1)) if ndim_of(input) else input.buffer)
 
 
-@rule("swapaxes")
-def _swapaxes(input: DualTensor, axis0: Any, axis1: Any) -> DualTensor:
-    return _transpose(input, axis0, axis1)
+register(lambda input, axis0, axis1: _transpose(input, axis0, axis1), "swapaxes")
 
 
 @rule("movedim moveaxis")
 def _movedim(input: DualTensor, source: Any, destination: Any) -> DualTensor:
     return DualTensor(input.buffer.movedim(all_at(source), all_at(destination)) if ndim_of(input) else input.buffer)
-
-
-@rule("t")
-def _t(input: DualTensor) -> Any:
-    return DualTensor(input.buffer.transpose(-2, -1)) if ndim_of(input) == 2 else input
-
-
-@rule("Tensor.mT")
-def _matrix_transpose(input: DualTensor) -> Any:
-    return DualTensor(input.buffer.mT) if ndim_of(input) > 1 else NotImplemented
-
-
-@rule("Tensor.T")
-def _reversed_axes(input: DualTensor) -> DualTensor:
-    return DualTensor(input.buffer.permute(0, *range(ndim_of(input), 0, -1)))
-
-
-@rule("unsqueeze")
-def _unsqueeze(input: DualTensor, dim: int) -> DualTensor:
-    return DualTensor(input.buffer.unsqueeze(at(dim)))
 
 
 @rule("squeeze")
@@ -198,22 +172,7 @@ def _as_strided_scatter(input: Any, src: Any, size: Any, stride: Any, storage_of
     return out
 
 
-@rule("conj_physical")
-def _conj_physical(input: DualTensor) -> DualTensor:
-    return DualTensor(input.buffer.conj_physical())
-
-
 # ------------------------------------------------------------------------------------------------- pieces and joins
-
-
-@rule("narrow")
-def _narrow(input: DualTensor, dim: int, start: Any, length: int) -> DualTensor:
-    return DualTensor(input.buffer.narrow(at(dim), start, length))
-
-
-@rule("select")
-def _select(input: DualTensor, dim: int, index: int) -> DualTensor:
-    return DualTensor(input.buffer.select(at(dim), index))
 
 
 @rule_of_each("chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split")
