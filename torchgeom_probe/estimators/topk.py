@@ -17,6 +17,7 @@ from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians, pushed_together
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.krylov import leading, random_block
+from torchgeom_probe.linalg.stopping import Before
 from torchgeom_probe.linalg.volume import log_volume, rank_tolerance
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
@@ -94,7 +95,7 @@ class TopK(Estimator):
             )
         if not self.tol > 0:
             raise ProbeError(
-                f"TopK(tol={self.tol}): the tolerance on each log10 σ is a positive number.\nWrite tol=1e-3"
+                f"TopK(tol={self.tol}): the tolerance, in nats on Σ log σ_i, is a positive number.\nWrite tol=0.02"
             )
         if self.max_products is not None and self.max_products < 1:
             raise ProbeError(
@@ -147,19 +148,33 @@ class TopK(Estimator):
     ) -> dict[str, LayerGeometry]:
         """Measure every layer at the samples of one chunk; from what ``start`` found there, where it is of use."""
         block = self._block(jacobians.device.type)
+        warm = {e: b for e, g in (start or {}).items() if (b := self._before(g, jacobians.device)) is not None}
         with layer_jacobians(jacobians, estimator=f"TopK(k={self.k})", at_once=block) as maps:
-            expanded = {
-                e: m for e, m in maps.items() if not self._dense_at_once(min(m.num_features, m.num_inputs))
-            }
+            expanded = {e: m for e, m in maps.items() if not self._dense_at_once(min(m.num_features, m.num_inputs))}
             begun, images = time.perf_counter(), {}
-            if len(expanded) > 1 and start is None:
+            if len(expanded) > 1 and not warm:
                 generator = torch.Generator().manual_seed(self.seed)
                 random = random_block(next(iter(maps.values())), block, generator)
                 images = pushed_together(jacobians, maps, random)
             shared = (time.perf_counter() - begun) / max(1, len(expanded))
-            return {e: self._layer(jacobians, m, images.get(e), shared if e in expanded else 0.0) for e, m in maps.items()}
+            found = {}
+            for entry, jacobian in maps.items():
+                took = shared if entry in expanded else 0.0
+                found[entry] = self._layer(jacobians, jacobian, images.get(entry), warm.get(entry), took)
+            return found
 
-    def _layer(self, jacobians: Jacobians, jacobian: LayerJacobian, image: Tensor | None, shared: float) -> LayerGeometry:
+    def _before(self, earlier: LayerGeometry, device: torch.device) -> Before | None:
+        """What an earlier result says, where it is one of these k values with their vectors."""
+        vectors, bound = earlier.right_singular_vectors, earlier.error_bound
+        if vectors is None or bound is None or earlier.num_directions != self.k:
+            return None
+        vectors = vectors.to(device, torch.float64)
+        bound = torch.where(earlier.singular_values[:, -1].to(device) > 0, bound.to(device, torch.float64), torch.inf)
+        return Before(earlier.singular_values.to(device, torch.float64), bound, vectors)
+
+    def _layer(
+        self, jacobians: Jacobians, jacobian: LayerJacobian, image: Tensor | None, before: Before | None, shared: float
+    ) -> LayerGeometry:
         begun = time.perf_counter() - shared
         smaller = min(jacobian.num_features, jacobian.num_inputs)
         block = min(self._block(jacobian.device.type), smaller)
@@ -180,6 +195,7 @@ class TopK(Estimator):
                 max_products=self._most_products(smaller, block),
                 generator=generator,
                 image=image,
+                before=before,
             )
             sigma, bound, products, vectors = found.values, found.bound, found.products, found.vectors
             converged = found.converged.double()

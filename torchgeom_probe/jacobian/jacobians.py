@@ -252,9 +252,7 @@ class Jacobians:
             ) from error
 
     @contextlib.contextmanager
-    def pullback(
-        self, at_once: int = 1, *, compared: bool = True, until: str | None = None
-    ) -> Iterator[vjp.Pullback]:
+    def pullback(self, at_once: int = 1, *, compared: bool = True, until: str | None = None) -> Iterator[vjp.Pullback]:
         """Reverse mode at these samples: Jᵀu of every layer, not scaled; ``compared`` with the dual pass.
 
         The primal pass ends with the entry ``until``, or with the last one: nothing after it is asked for.

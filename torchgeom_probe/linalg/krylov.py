@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from torchgeom_probe.linalg.operator import Operator
 from torchgeom_probe.linalg.orthonormal import orthonormal
-from torchgeom_probe.linalg.stopping import Verdict
+from torchgeom_probe.linalg.stopping import Before, Verdict
 from torchgeom_probe.shapes import Bool, Float, Int, Tensor
 
 #: Vectors beyond the k wanted that a warm start keeps.
@@ -78,6 +78,7 @@ def leading(
     max_products: float,
     generator: torch.Generator,
     image: Float[Tensor, "B b N"] | None = None,
+    before: Before | None = None,
 ) -> Leading:
     """Expand until every sample's bound is within the tolerance, or the next half-step would go beyond ``max_products``.
 
@@ -86,13 +87,15 @@ def leading(
 
     Args:
         jacobian: J, by its products.
-        start: the first block, orthonormal float64 rows.
+        start: the first block, orthonormal float64 rows; random.
         k: how many values.
         block: vectors a round, at least 4: with fewer a value may be missed.
         tolerance: in nats, on Σ log σ_i.
         max_products: per sample.
         generator: of the random directions that fill up a block.
         image: J of the start, where it is known.
+        before: what was found of a J close by; where a sample's first ``block`` products say that it is of no use, the
+            sample starts anew.
 
     >>> from torchgeom_probe.linalg.operator import MatrixOperator
     >>> J = MatrixOperator(torch.diag(torch.arange(60.0, 0.0, -1.0).double())[None])
@@ -104,13 +107,33 @@ def leading(
     (True, True)
     """
     found = Leading.empty(jacobian, k)
-    everywhere = list(range(jacobian.batch))
-    options: Any = {"k": k, "tolerance": tolerance, "generator": generator}
-    crowded, spent = _expanded(jacobian, found, start, everywhere, image, max_products=max_products, **options)
-    larger = min(max(2 * block, k + 2), jacobian.num_features, jacobian.num_inputs)
-    if crowded and spent + 4 * larger <= max_products:
-        start = random_block(jacobian, larger, generator)[crowded]
-        _expanded(jacobian, found, start, crowded, None, max_products=max_products, spent=spent, **options)
+    cold = list(range(jacobian.batch))
+    options: Any = {"k": k, "tolerance": tolerance, "max_products": max_products, "generator": generator}
+    spent = 0
+    if before is not None and k >= 2 * block and max_products >= 2 * (before.vectors.shape[1] + block):
+        old = before.vectors
+        image = jacobian.push(old[:, :block])
+        use = before.helps(image)
+        warm, cold, spent = [i for i in cold if use[i]], [i for i in cold if not use[i]], block
+        if warm:
+            image = torch.cat([image[warm], jacobian.push(old[warm, block:], at=warm)], 1)
+            given = before.at(warm)
+            _expanded(jacobian, found, old[warm], warm, image, before=given, **(options | {"max_products": 0}))
+            more = [i for i, sample in enumerate(warm) if not found.converged[sample]]
+            if more:  # random vectors beside the old ones: what is new may lie across all of them
+                at, old, given = [warm[i] for i in more], old[warm][more], given.at(more)
+                random = orthonormal(start[at], old, eps=1e-9)
+                image = torch.cat([image[more], jacobian.push(random, at=at)], 1)
+                both = torch.cat([old, random], 1)
+                _expanded(jacobian, found, both, at, image, before=given, moved=True, **options)
+        image = None
+    if cold:
+        image = None if image is None else image[cold]
+        crowded, spent = _expanded(jacobian, found, start[cold], cold, image, spent=spent, **options)
+        larger = min(max(2 * block, k + 2), jacobian.num_features, jacobian.num_inputs)
+        if crowded and spent + 4 * larger <= max_products:
+            start = random_block(jacobian, larger, generator)[crowded]
+            _expanded(jacobian, found, start, crowded, None, spent=spent, **options)
     return found
 
 
@@ -132,18 +155,32 @@ def _expanded(
     max_products: float,
     generator: torch.Generator,
     spent: int = 0,
+    before: Before | None = None,
+    moved: bool = False,
 ) -> tuple[list[int], int]:
     """Fill in what is found at some samples; return those that need a larger block, and the products so far.
 
     The host waits once a half-step, to know which samples are done.
     """
     space = _Space(jacobian, start, at, generator)
-    verdict = Verdict(k=k, block=start.shape[1], tolerance=tolerance, eps=jacobian.eps, like=space.matrix, inputs=jacobian.num_inputs)
+    block = start.shape[1] if before is None else min(4, start.shape[1])
+    verdict = Verdict(
+        k=k,
+        block=block,
+        tolerance=tolerance,
+        eps=jacobian.eps,
+        like=space.matrix,
+        inputs=jacobian.num_inputs,
+        before=before,
+        moved=moved,
+    )
     crowded: list[int] = []
     while True:
         space.half_step(image)
         image, spent = None, spent + start.shape[1]
-        done = verdict.judge(space.values, *space.before, complete=space.complete, exhausted=space.exhausted)
+        done = verdict.judge(
+            space.values, *space.before, matrix_Smn=space.matrix, complete=space.complete, exhausted=space.exhausted
+        )
         done = done | ~space.finite
         if spent + start.shape[1] > max_products and space.values.shape[1] >= min(k, space.full):
             done = torch.ones_like(done)
@@ -191,7 +228,9 @@ class _Rows:
     def append(self, block_SbX: Tensor) -> None:
         """Take orthonormal rows in."""
         count = self.count + block_SbX.shape[1]
-        if count > self._all.shape[1]:  # room for as many again: to copy all at each step would cost as much as to use them
+        if (
+            count > self._all.shape[1]
+        ):  # room for as many again: to copy all at each step would cost as much as to use them
             self._all = functional.pad(self._all, (0, 0, 0, 2 * count - self._all.shape[1]))
         self._all[:, self.count : count] = block_SbX
         self.newest, self.count = block_SbX, count
@@ -213,7 +252,9 @@ class _Space:
         finite: [S], whether what J gave was.
     """
 
-    def __init__(self, jacobian: Operator, start: Float[Tensor, "S b D"], at: list[int], generator: torch.Generator) -> None:
+    def __init__(
+        self, jacobian: Operator, start: Float[Tensor, "S b D"], at: list[int], generator: torch.Generator
+    ) -> None:
         self.jacobian, self.at, self._generator = jacobian, list(at), generator
         dtype = torch.float64 if jacobian.dtype == torch.float64 else torch.float32
         self.right, self.left = (_Rows(start, n, dtype) for n in (jacobian.num_inputs, jacobian.num_features))
