@@ -7,9 +7,10 @@ formulas, rows in the code), a block at a time, in half-steps:
 From a random start V is the block Krylov space of g = JᵀJ; from the singular vectors of an earlier measurement it grows
 where those fail.  All that is known of J is one small matrix M: C after a push, [C T] after a pull.
 
-**What is read off.**  The singular values S_i of M, M = P S Qᵀ.  Each is at most σ_i, and only rises as the spaces grow.
-The next half-step gives the residuals of the pairs u_i = U P_i, v_i = (V F) Q_i: only the newest block can miss anything,
-so after a push J v_i − S_i u_i = G (UᵀJF-block of C) Q_i's last entries, after a pull Jᵀu_i − S_i v_i = F TᵀP_i's last.
+**What is read off.**  The singular values S_i of M, M = P S Qᵀ.  Each is at most σ_i, and only rises as the spaces
+grow.  The next half-step gives the residuals of their pairs, for only the newest block can miss anything: a pull those
+of C's pairs, F Tᵀ times the last entries of P_i; a push those of [C T]'s, G times the new corner of C times the last
+entries of Q_i.
 
 **When it ends,** and how far off the values may be then: see :mod:`torchgeom_probe.linalg.stopping`.
 
@@ -80,10 +81,10 @@ def leading(
     image: Float[Tensor, "B b N"] | None = None,
     before: Before | None = None,
 ) -> Leading:
-    """Expand until every sample's bound is within the tolerance, or the next half-step would go beyond ``max_products``.
+    """Expand until every sample's bound is within the tolerance, or the next half-step would exceed ``max_products``.
 
-    A sample's result is that of its own last half-step, whatever its neighbours need; from then on it costs nothing.  At
-    least k values are found, whatever ``max_products`` is.  Bias: downward, within ``bound``.
+    A sample's result is that of its own last half-step, whatever its neighbours need; from then on it costs nothing.
+    At least k values are found, whatever ``max_products`` is.  Bias: downward, within ``bound``.
 
     Args:
         jacobian: J, by its products.

@@ -3,9 +3,9 @@
 The pairs are those of :mod:`torchgeom_probe.linalg.krylov`, S_i their values, r_i their residuals, a_j = Σ log S_i over
 the k wanted after the j-th half-step.  Four bounds on the error of a_j; the smallest that counts is taken.
 
-- **Progress.**  Where σ_1 … σ_k are close together the iteration advances as 1/j² and faster, so that what is left is at
-  most some j times the last two half-steps' gain.  How many times was calibrated (``_AHEAD``).
-- **The top.**  All k values are below σ_1, whose own bound is that of k = 1; before there is progress to be seen σ_1² is
+- **Progress.**  Where σ_1 … σ_k are close together the iteration advances as 1/j² and faster, so that what is left is
+  at most some j times the last two half-steps' gain.  How many times was calibrated (``_AHEAD``).
+- **The top.**  All k values are below σ_1, whose own bound is that of k = 1; before progress is to be seen, σ_1² is
   below tr g, which the random start has estimated.
 - **Linear.**  Some singular value lies within |r_i| of S_i.
 - **Quadratic.**  Take the first j ≥ k vectors v_i and complete them to an orthonormal basis of the inputs.  In it
@@ -18,8 +18,8 @@ the k wanted after the j-th half-step.  Four bounds on the error of a_j; the sma
   singular value, not to the one of the same number.
 
 **What neither residuals nor progress can see** is a further copy of a multiple value: b random vectors meet b copies of
-it and no more.  Where b Ritz values in a row agree, what hidden copies could add is part of the bound; where that is too
-much, the sample starts again from k + 2 vectors, among which no copy can be missed.
+it and no more.  Where b Ritz values in a row agree and rest, what hidden copies could add is part of the bound; where
+that is too much, the sample starts again from k + 2 vectors, among which no copy can be missed.
 
 Legend of axes: S samples, c Ritz pairs, k the values wanted, b the block.
 """
@@ -71,7 +71,7 @@ class Before:
         return Before(self.values[samples], self.bound[samples], self.vectors[samples])
 
     def helps(self, image_SbN: Tensor) -> list[bool]:
-        """Whether the first few vectors are still stretched about as much as the values say, and apart from each other."""
+        """Whether the first few vectors are still stretched about as much as the values say."""
         now = torch.linalg.svdvals(torch.nan_to_num(image_SbN))
         old = self.values[:, : now.shape[1]]
         loss = (old / now[:, : old.shape[1]].clamp_min(1e-300)).log().mean(1)
