@@ -27,6 +27,7 @@ TABLES = (
     "estimators",
     "frames",
     "topk",
+    "watch",
     "logdet",
     "overhead",
     "slices",
