@@ -28,6 +28,7 @@ TABLES = (
     "estimators",
     "frames",
     "topk",
+    "watch",
     "logdet",
     "overhead",
     "tab",

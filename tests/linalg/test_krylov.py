@@ -5,42 +5,38 @@ import problems
 import pytest
 import torch
 
-from torchgeom_probe.linalg.krylov import _Space, leading
+from torchgeom_probe.linalg.krylov import _Space, leading, random_block
 from torchgeom_probe.linalg.operator import MatrixOperator
 
 
-@pytest.mark.parametrize("spans", [True, False], ids=["spans", "falls short"])
-def test_after_a_push_the_residuals_are_those_of_the_left_pairs(spans):
-    """V and U of one step, with a fresh block that spans what JᵀU has outside of V; or not, as after a warm start."""
+def test_what_a_half_step_says_of_the_pairs_before_it():
+    """Values and residuals in plain dense algebra: after a push those of JᵀU's pairs, after a pull those of JV's."""
     jacobian = problems.linear(problems.spectrum("harmonic", 30), 30, 50, dtype=torch.float64).weight.detach()
     generator = torch.Generator().manual_seed(3)
     v = problems.orthonormal(50, 4, generator).T
-    space = _Space(MatrixOperator(jacobian[None]), v[None])
-    space.push(v[None], at=[0])
-    space.pull()
-    (u,), (pulled,) = space.left, space.pulled
-    torch.testing.assert_close(pulled, u @ jacobian)
-    beyond = pulled - pulled @ v.T @ v if spans else torch.randn(4, 50, generator=generator).double()
-    fresh = torch.linalg.qr((beyond - beyond @ v.T @ v).T).Q.T
-    space.push(fresh[None], at=[0])
-    values, residuals = space.left_pairs(4)
-    if not spans:
-        assert residuals.isinf().all()
-        return
-    left, sigma, vectors = torch.linalg.svd(pulled, full_matrices=False)
-    torch.testing.assert_close(values[0], sigma, rtol=1e-12, atol=0)
-    expected = vectors @ jacobian.T - sigma[:, None] * (left.T @ u)
-    torch.testing.assert_close(residuals[0].norm(dim=1), expected.norm(dim=1), rtol=1e-9, atol=1e-12)
+    space = _Space(MatrixOperator(jacobian[None]), v[None], [0], generator)
+    for _ in range(2):
+        space.half_step()
+        (right,), (left,) = space.right.rows, space.left.rows
+        torch.testing.assert_close(left @ jacobian @ right.T, space.matrix[0], rtol=0, atol=1e-12)
+        after_push = space.values[0]
+        u, sigma, v = torch.linalg.svd(jacobian @ right.T, full_matrices=False)
+        torch.testing.assert_close(after_push, sigma)
+        expected = jacobian.T @ u - right.T @ v.T * sigma
+        space.half_step()
+        torch.testing.assert_close(space.before[0][0], sigma)
+        torch.testing.assert_close(space.before[1][0].norm(dim=1), expected.norm(dim=0), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(space.values[0], torch.linalg.svdvals(left @ jacobian))
 
 
 @pytest.mark.parametrize("k", [1, 7])
 def test_vectors_are_singular_pairs_of_what_was_found(k):
     jacobian = problems.linear(problems.spectrum("geometric", 40), 40, 60, dtype=torch.float64).weight.detach()
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(2, 4, 60, generator=generator, dtype=torch.float64)
+    operator = MatrixOperator(jacobian.expand(2, -1, -1))
     found = leading(
-        MatrixOperator(jacobian.expand(2, -1, -1)),
-        start,
+        operator,
+        random_block(operator, 4, generator),
         k=k,
         block=4,
         tolerance=1e-6,

@@ -222,7 +222,13 @@ class _Probes:
             start = random_block(jacobian, block, generator)
             most = 4 * self.smaller
             top = leading(
-                jacobian, start, k=deflate, block=block, tolerance=1e-3, max_products=most, generator=generator
+                jacobian,
+                start,
+                k=deflate,
+                block=block,
+                tolerance=2e-3 * deflate,
+                max_products=most,
+                generator=generator,
             )
             vectors = top.left if jacobian.num_features < jacobian.num_inputs else top.vectors
             self._eigenvalues, self._directions, self._bound = top.values.square(), vectors[:, :deflate], 2 * top.bound

@@ -145,6 +145,8 @@ class Subspace(Estimator):
     def cost(self, plan: Plan, *, engine: str = "auto") -> dict[str, ProductCount]:
         """One dual pass over k directions a frame, for all layers."""
         k = self._size(plan)
+        if k > plan.num_inputs:
+            orthonormal_frame(k, plan.num_inputs, seed=self.seed)  # refuses it
         count = self.frames * k
         frames = "" if self.frames == 1 else f" of each of {self.frames} frames"
         why = f"{k} directions{frames}, one dual pass for all layers"

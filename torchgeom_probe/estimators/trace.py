@@ -12,7 +12,7 @@ import torch
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators.base import Estimator, ProductCount, conventions, counted
 from torchgeom_probe.jacobian.jacobians import Jacobians
-from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians
+from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians, pushed_together
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.directions import for_every_sample
 from torchgeom_probe.linalg.lanczos import rademacher
@@ -94,7 +94,9 @@ class Trace(Estimator):
         d, p = plan.num_inputs, self.probes
         if d > p and self.method == "hutch++":
             with layer_jacobians(jacobians, estimator="Trace(method='hutch++')", at_once=p // 4) as maps:
-                return {entry: self._hutch_plus_plus(jacobians, jacobian) for entry, jacobian in maps.items()}
+                signs = rademacher(2 * p, d, seed=self.seed).to(jacobians.device)
+                sketches = pushed_together(jacobians, maps, signs[:p].expand(jacobians.inputs.size, -1, -1))
+                return {e: self._hutch_plus_plus(jacobians, m, signs[p:], sketches[e]) for e, m in maps.items()}
         whole = d <= p
         if whole:
             rows, count, how = torch.eye(d), d, "all d directions"
@@ -110,11 +112,12 @@ class Trace(Estimator):
             found[entry] = _geometry(made, trace, error, count, how, products=count)
         return found
 
-    def _hutch_plus_plus(self, jacobians: Jacobians, jacobian: LayerJacobian) -> LayerGeometry:
-        signs = rademacher(2 * self.probes, jacobian.num_inputs, seed=self.seed).to(jacobian.device)
-        sketch, probes = signs.expand(jacobian.batch, -1, -1).split(self.probes, dim=1)
-        span = orthonormal(jacobian.pull(jacobian.push(sketch)), None, eps=jacobian.eps)
+    def _hutch_plus_plus(
+        self, jacobians: Jacobians, jacobian: LayerJacobian, probes: Tensor, sketch: Tensor
+    ) -> LayerGeometry:
+        span = orthonormal(jacobian.pull(sketch), None, eps=jacobian.eps)
         within = jacobian.push(span).square().sum((1, 2))
+        probes = probes.expand(jacobian.batch, -1, -1)
         rest = probes - (probes @ span.mT) @ span
         energy = jacobian.push(rest).square().sum(2)
         trace = within + energy.mean(1)

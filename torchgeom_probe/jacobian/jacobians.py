@@ -186,7 +186,7 @@ class Jacobians:
         """JV of every layer, handed to the sink layer by layer as blocks [k, B, n_i].
 
         ``any_order``: the sink does not mind in which order the features come.  ``until`` names the last entry that is
-        wanted, where it is not the last of all: the dual pass ends there, and what comes after it in the model is not run.
+        wanted, where it is not the last of all: the dual pass ends there, and the rest of the model is not run.
         """
         fired: set[str] = set()
         last = list(self.plan.features)[-1] if until is None else until

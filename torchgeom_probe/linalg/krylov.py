@@ -7,9 +7,10 @@ formulas, rows in the code), a block at a time, in half-steps:
 From a random start V is the block Krylov space of g = JᵀJ; from the singular vectors of an earlier measurement it grows
 where those fail.  All that is known of J is one small matrix M: C after a push, [C T] after a pull.
 
-**What is read off.**  The singular values S_i of M, M = P S Qᵀ.  Each is at most σ_i, and only rises as the spaces grow.
-The next half-step gives the residuals of the pairs u_i = U P_i, v_i = (V F) Q_i: only the newest block can miss anything,
-so after a push J v_i − S_i u_i = G (UᵀJF-block of C) Q_i's last entries, after a pull Jᵀu_i − S_i v_i = F TᵀP_i's last.
+**What is read off.**  The singular values S_i of M, M = P S Qᵀ.  Each is at most σ_i, and only rises as the spaces
+grow.  The next half-step gives the residuals of their pairs, for only the newest block can miss anything: a pull those
+of C's pairs, F Tᵀ times the last entries of P_i; a push those of [C T]'s, G times the new corner of C times the last
+entries of Q_i.
 
 **When it ends,** and how far off the values may be then: see :mod:`torchgeom_probe.linalg.stopping`.
 
@@ -26,7 +27,7 @@ from torch.nn import functional
 
 from torchgeom_probe.linalg.operator import Operator
 from torchgeom_probe.linalg.orthonormal import orthonormal
-from torchgeom_probe.linalg.stopping import Verdict
+from torchgeom_probe.linalg.stopping import Before, Verdict
 from torchgeom_probe.shapes import Bool, Float, Int, Tensor
 
 #: Vectors beyond the k wanted that a warm start keeps.
@@ -78,21 +79,24 @@ def leading(
     max_products: float,
     generator: torch.Generator,
     image: Float[Tensor, "B b N"] | None = None,
+    before: Before | None = None,
 ) -> Leading:
-    """Expand until every sample's bound is within the tolerance, or the next half-step would go beyond ``max_products``.
+    """Expand until every sample's bound is within the tolerance, or the next half-step would exceed ``max_products``.
 
-    A sample's result is that of its own last half-step, whatever its neighbours need; from then on it costs nothing.  At
-    least k values are found, whatever ``max_products`` is.  Bias: downward, within ``bound``.
+    A sample's result is that of its own last half-step, whatever its neighbours need; from then on it costs nothing.
+    At least k values are found, whatever ``max_products`` is.  Bias: downward, within ``bound``.
 
     Args:
         jacobian: J, by its products.
-        start: the first block, orthonormal float64 rows.
+        start: the first block, orthonormal float64 rows; random.
         k: how many values.
         block: vectors a round, at least 4: with fewer a value may be missed.
         tolerance: in nats, on Σ log σ_i.
         max_products: per sample.
         generator: of the random directions that fill up a block.
         image: J of the start, where it is known.
+        before: what was found of a J close by; where a sample's first ``block`` products say that it is of no use, the
+            sample starts anew.
 
     >>> from torchgeom_probe.linalg.operator import MatrixOperator
     >>> J = MatrixOperator(torch.diag(torch.arange(60.0, 0.0, -1.0).double())[None])
@@ -104,13 +108,33 @@ def leading(
     (True, True)
     """
     found = Leading.empty(jacobian, k)
-    everywhere = list(range(jacobian.batch))
-    options: Any = {"k": k, "tolerance": tolerance, "generator": generator}
-    crowded, spent = _expanded(jacobian, found, start, everywhere, image, max_products=max_products, **options)
-    larger = min(max(2 * block, k + 2), jacobian.num_features, jacobian.num_inputs)
-    if crowded and spent + 4 * larger <= max_products:
-        start = random_block(jacobian, larger, generator)[crowded]
-        _expanded(jacobian, found, start, crowded, None, max_products=max_products, spent=spent, **options)
+    cold = list(range(jacobian.batch))
+    options: Any = {"k": k, "tolerance": tolerance, "max_products": max_products, "generator": generator}
+    spent = 0
+    if before is not None and k >= 2 * block and max_products >= 2 * (before.vectors.shape[1] + block):
+        old = before.vectors
+        image = jacobian.push(old[:, :block])
+        use = before.helps(image)
+        warm, cold, spent = [i for i in cold if use[i]], [i for i in cold if not use[i]], block
+        if warm:
+            image = torch.cat([image[warm], jacobian.push(old[warm, block:], at=warm)], 1)
+            given = before.at(warm)
+            _expanded(jacobian, found, old[warm], warm, image, before=given, **(options | {"max_products": 0}))
+            more = [i for i, sample in enumerate(warm) if not found.converged[sample]]
+            if more:  # random vectors beside the old ones: what is new may lie across all of them
+                at, old, given = [warm[i] for i in more], old[warm][more], given.at(more)
+                random = orthonormal(start[at], old, eps=1e-9)
+                image = torch.cat([image[more], jacobian.push(random, at=at)], 1)
+                both = torch.cat([old, random], 1)
+                _expanded(jacobian, found, both, at, image, before=given, moved=True, **options)
+        image = None
+    if cold:
+        image = None if image is None else image[cold]
+        crowded, spent = _expanded(jacobian, found, start[cold], cold, image, spent=spent, **options)
+        larger = min(max(2 * block, k + 2), jacobian.num_features, jacobian.num_inputs)
+        if crowded and spent + 4 * larger <= max_products:
+            start = random_block(jacobian, larger, generator)[crowded]
+            _expanded(jacobian, found, start, crowded, None, spent=spent, **options)
     return found
 
 
@@ -132,20 +156,32 @@ def _expanded(
     max_products: float,
     generator: torch.Generator,
     spent: int = 0,
+    before: Before | None = None,
+    moved: bool = False,
 ) -> tuple[list[int], int]:
     """Fill in what is found at some samples; return those that need a larger block, and the products so far.
 
     The host waits once a half-step, to know which samples are done.
     """
     space = _Space(jacobian, start, at, generator)
+    block = start.shape[1] if before is None else min(4, start.shape[1])
     verdict = Verdict(
-        k=k, block=start.shape[1], tolerance=tolerance, eps=jacobian.eps, like=space.matrix, inputs=jacobian.num_inputs
+        k=k,
+        block=block,
+        tolerance=tolerance,
+        eps=jacobian.eps,
+        like=space.matrix,
+        inputs=jacobian.num_inputs,
+        before=before,
+        moved=moved,
     )
     crowded: list[int] = []
     while True:
         space.half_step(image)
         image, spent = None, spent + start.shape[1]
-        done = verdict.judge(space.values, *space.before, complete=space.complete, exhausted=space.exhausted)
+        done = verdict.judge(
+            space.values, *space.before, matrix_Smn=space.matrix, complete=space.complete, exhausted=space.exhausted
+        )
         done = done | ~space.finite
         if spent + start.shape[1] > max_products and space.values.shape[1] >= min(k, space.full):
             done = torch.ones_like(done)

@@ -3,9 +3,9 @@
 The pairs are those of :mod:`torchgeom_probe.linalg.krylov`, S_i their values, r_i their residuals, a_j = Σ log S_i over
 the k wanted after the j-th half-step.  Four bounds on the error of a_j; the smallest that counts is taken.
 
-- **Progress.**  Where σ_1 … σ_k are close together the iteration advances as 1/j² and faster, so that what is left is at
-  most some j times the last two half-steps' gain.  How many times was calibrated (``_AHEAD``).
-- **The top.**  All k values are below σ_1, whose own bound is that of k = 1; before there is progress to be seen σ_1² is
+- **Progress.**  Where σ_1 … σ_k are close together the iteration advances as 1/j² and faster, so that what is left is
+  at most some j times the last two half-steps' gain.  How many times was calibrated (``_AHEAD``).
+- **The top.**  All k values are below σ_1, whose own bound is that of k = 1; before progress is to be seen, σ_1² is
   below tr g, which the random start has estimated.
 - **Linear.**  Some singular value lies within |r_i| of S_i.
 - **Quadratic.**  Take the first j ≥ k vectors v_i and complete them to an orthonormal basis of the inputs.  In it
@@ -18,8 +18,8 @@ the k wanted after the j-th half-step.  Four bounds on the error of a_j; the sma
   singular value, not to the one of the same number.
 
 **What neither residuals nor progress can see** is a further copy of a multiple value: b random vectors meet b copies of
-it and no more.  Where b Ritz values in a row agree, what hidden copies could add is part of the bound; where that is too
-much, the sample starts again from k + 2 vectors, among which no copy can be missed.
+it and no more.  Where b Ritz values in a row agree and rest, what hidden copies could add is part of the bound; where
+that is too much, the sample starts again from k + 2 vectors, among which no copy can be missed.
 
 Legend of axes: S samples, c Ritz pairs, k the values wanted, b the block.
 """
@@ -27,6 +27,7 @@ Legend of axes: S samples, c Ritz pairs, k the values wanted, b the block.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -44,7 +45,37 @@ _CLOSE = 0.03
 #: As many Ritz values as the block has vectors are crowded where they agree within the first number; or within the
 #: second, if they agree ten times better than with the next value.
 _TIGHT = 1e-3
+#: A warm start whose first values have lost more than this, in nats on average, is dropped.
+_LOST = 0.1
+#: After a warm start gains may lie ahead as after so many half-steps more, and residuals of pairs that were good before
+#: say less of what is new.
+_WARM, _WARM_MARGIN = 6, 4.0
+#: What of a change of g cannot be seen along the old vectors, in units of what can, squared, for each of d · k entries.
+_UNSEEN = 10.0
 _ALIKE = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Before:
+    """What was found of a J close by: k values, their bound, and as many right singular vectors, or a few more.
+
+    The vectors are orthonormal, in the order of the values.
+    """
+
+    values: Float[Tensor, "S k"]
+    bound: Float[Tensor, " S"]
+    vectors: Float[Tensor, "S q D"]
+
+    def at(self, samples: list[int]) -> Before:
+        """Of some samples."""
+        return Before(self.values[samples], self.bound[samples], self.vectors[samples])
+
+    def helps(self, image_SbN: Tensor) -> list[bool]:
+        """Whether the first few vectors are still stretched about as much as the values say."""
+        now = torch.linalg.svdvals(torch.nan_to_num(image_SbN))
+        old = self.values[:, : now.shape[1]]
+        loss = (old / now[:, : old.shape[1]].clamp_min(1e-300)).log().mean(1)
+        return (loss < _LOST).tolist()
 
 
 class Verdict:
@@ -56,8 +87,20 @@ class Verdict:
         crowded: [S], whether it is, but for copies of a multiple value that may be missing among the k.
     """
 
-    def __init__(self, *, k: int, block: int, tolerance: float, eps: float, like: Tensor, inputs: int) -> None:
+    def __init__(
+        self,
+        *,
+        k: int,
+        block: int,
+        tolerance: float,
+        eps: float,
+        like: Tensor,
+        inputs: int,
+        before: Before | None = None,
+        moved: bool = False,
+    ) -> None:
         self.k, self.block, self.tolerance, self.eps, self.inputs = k, block, tolerance, eps, inputs
+        self._prior, self._moved = before, moved
         self.bound = like.new_full((len(like),), torch.inf)
         self.met = torch.zeros(len(like), dtype=torch.bool, device=like.device)
         self.crowded = self.met
@@ -76,11 +119,13 @@ class Verdict:
         before_Sc: Float[Tensor, "S c0"],
         residuals_Scb: Float[Tensor, "S c0 b"],
         *,
+        matrix_Smn: Float[Tensor, "S m n"],
         complete: Bool[Tensor, " S"],
         exhausted: bool,
     ) -> Bool[Tensor, " S"]:
         """Take in what a half-step has found; return which samples need no other.
 
+        ``matrix`` [S, m, n], whose values they are.
         ``complete`` [S]: a random block was mapped into the known range, so there are no more values; ``exhausted``:
         the space is whole.
         """
@@ -100,7 +145,9 @@ class Verdict:
         hidden, hidden_top = self._hidden_copies(values_Sc, before_Sc, residuals_Scb)
         # From above all values are bounded by σ_1's bound; at first by what the random start says of tr g.
         highest = logs[:, 0] + ahead[:, 0] + hidden_top
-        if self._steps == 1:
+        if self._prior is not None:  # old vectors that are still good hide what a random start would have begun to see
+            highest = torch.full_like(highest, torch.inf)
+        elif self._steps == 1:
             highest = (4 * values_Sc.square().sum(1) * self.inputs / self.block).clamp_min(1e-300).log() / 2
         self._highest = torch.minimum(self._highest, highest)
         below_top = torch.where(total.isnan(), torch.inf, k * self._highest - total)
@@ -108,8 +155,13 @@ class Verdict:
         credible = close.isfinite()
         close = torch.where(credible & (self._credible | known), close, torch.inf)
         self._credible = credible
-        own = torch.minimum(close, ahead[:, 1])
+        own = ahead[:, 1]
+        if self._prior is not None:  # what was missing then is missing still; a step or two show little of it
+            own, close = own + self._prior.bound * 2 / self._steps, _WARM_MARGIN * close
+        own = torch.minimum(close, own)
         bound = torch.minimum(own + hidden, below_top)
+        if self._prior is not None and not self._moved and self._steps == 1:
+            bound = torch.minimum(bound, self._unchanged(matrix_Smn, total))
         bound = torch.where(known, torch.where(torch.tensor(exhausted), 0.0, close), bound)
         settled = bound <= torch.maximum(self.tolerance - rounding, rounding)
         self.bound = bound + rounding
@@ -121,6 +173,7 @@ class Verdict:
         """Let go of the other samples."""
         for name in ("bound", "met", "_credible", "_highest", "_alike_from", "_spread"):
             setattr(self, name, getattr(self, name)[samples])
+        self._prior = None if self._prior is None else self._prior.at(samples)
         self._sums = [sums[samples] for sums in self._sums]
 
     def _progress(self) -> Tensor:
@@ -130,7 +183,23 @@ class Verdict:
         # Where one half-step alone can be seen its gain counts twice.
         gain = torch.where(first.isnan(), 2 * gain, torch.maximum(gain, (last - first).clamp_min(0)))
         few = torch.tensor([1.0, self.k**-0.5], dtype=now.dtype, device=now.device)
-        return torch.nan_to_num((_AHEAD + _AHEAD_FEW * few) * self._steps * gain, nan=torch.inf)
+        steps = self._steps if self._prior is None else self._steps + _WARM
+        return torch.nan_to_num((_AHEAD + _AHEAD_FEW * few) * steps * gain, nan=torch.inf)
+
+    def _unchanged(self, matrix: Tensor, total: Tensor) -> Tensor:
+        """[S], the bound after one product along the old vectors, where g has hardly changed along them.
+
+        In the first order a_1 moves as the true sum does, so what was missing is missing still.  In the second the
+        change of g between V and the rest of space counts, which is not seen: entries as large as those between the
+        vectors of V, d of them a vector, over a gap.
+        """
+        assert self._prior is not None
+        k, old = self.k, self._prior.values.clamp_min(1e-300)
+        between = (matrix.mT @ matrix)[:, :k, :k] / (old[:, :, None] * old[:, None, :])
+        between = between - torch.diag_embed(between.diagonal(dim1=1, dim2=2))
+        fell = (old.log().sum(1) - total).clamp_min(0)
+        bound = self._prior.bound + fell + _UNSEEN * self.inputs * k * between.square().mean((1, 2))
+        return torch.where(total.isfinite() & bound.isfinite(), bound, torch.inf)
 
     def _by_residuals(self, values_Sc: Tensor, residuals_Scb: Tensor, complete: Tensor) -> Tensor:
         """[S], the linear and the quadratic bound, the smaller value by value; inf where they do not count."""
@@ -144,8 +213,8 @@ class Verdict:
         linear = (slack / wanted.clamp_min(1e-300)).log1p()
         # A value that is zero has no logarithm: that there are no more must be shown.
         linear = torch.where(zero, torch.where(complete[:, None] & (slack <= floor), 0.0, torch.inf), linear)
-        quadratic = torch.where(zero, torch.inf, _quadratic_error(values, residuals, zero)) if count > k else torch.inf
-        error = torch.minimum(linear, quadratic) if count > k else linear
+        quadratic = torch.where(zero, torch.inf, _quadratic_error(values, residuals, zero)) if count > k else linear
+        error = torch.minimum(linear, quadratic)
         credible = ((error < _CREDIBLE * _LN10) & (linear < _CLOSE)).all(1)
         return torch.where(credible, error.sum(1), torch.inf)
 
@@ -175,6 +244,8 @@ class Verdict:
             crowded = alike & rests & (logs[:, first] > -60)
             # Later values may all be zero to rounding: the copies would then stand in the place of nothing.
             displaced = (logs[:, first : first + 1] - logs[:, last + 1 : k]).clamp_min(0).sum(1)
+            if self._prior is not None:  # of old vectors there are as many as there were copies
+                displaced = torch.zeros_like(displaced)
             worst = torch.maximum(worst, torch.where(crowded, displaced, 0.0))
             self._alike_from = torch.where(crowded, self._alike_from.clamp_max(first), self._alike_from)
             spread = torch.where(crowded, torch.maximum(spread, width), spread)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchgeom_probe.distributed import Ranks
 from torchgeom_probe.errors import ProbeError, refuse_unknown
+from torchgeom_probe.estimators import Estimator, TopK
 from torchgeom_probe.monitor.boundary import BoundaryWatch
 from torchgeom_probe.monitor.drift import Drift
 from torchgeom_probe.monitor.failures import Failures
@@ -373,13 +375,33 @@ class Monitor:
         return self._ranks is None or self._ranks.rank == 0
 
     def _measured(self) -> GeometryReport | None:
-        def measured(x: Any) -> GeometryReport:
-            return _on_cpu(self._probe.measure(x, progress=False))
+        def measured(x: Any, start: GeometryReport | None = None) -> GeometryReport:
+            return _on_cpu(self._probe.measure(x, start=start, progress=False))
 
         if self._ranks is None or self._alone:
-            return measured(self.x_probe)
+            last = self._history[-1][1] if self._history else None
+            if last is None or all(layer.right_singular_vectors is None for layer in last.values()):
+                return measured(self.x_probe)
+            estimator = self._probe.estimator
+            try:
+                self._probe.estimator = self._affordable(estimator, last)
+                return measured(self.x_probe, last)
+            finally:
+                self._probe.estimator = estimator
         parts = self._ranks.measured(self.model, self.x_probe, self._step, measured)
         return None if parts is None else GeometryReport.joined(parts)
+
+    def _affordable(self, estimator: Estimator, last: GeometryReport) -> Estimator:
+        """The same with no more products than the share of the time has room for, at the latest probe's price."""
+        if not isinstance(self.schedule, Budget) or not isinstance(estimator, TopK):
+            return estimator
+        made = [layer for layer in last.values() if "num_products" in layer.extras]
+        price = sum(float((g.seconds / g.num_products.clamp_min(1)).sum()) for g in made)
+        products = self.schedule.allowance(self._stopwatch.read()) / max(price, 1e-9)
+        if products >= float(max(layer.num_features for layer in made)):
+            return estimator
+        most = estimator.max_products or math.inf
+        return replace(estimator, max_products=max(1, int(min(products, most))))
 
     def _counted(self, at: int | None = None, *, overflow: Tensor | None = None) -> GeometryReport | None:
         self._refuse_if_closed()

@@ -136,6 +136,16 @@ class Budget:
         this_paid = price * per_second - clock.since_last_probe
         return max(0.0, all_paid, this_paid)
 
+    def allowance(self, clock: Clock) -> float:
+        """Seconds that a probe may take now and keep within the share; before the first probe there is no telling.
+
+        >>> round(Budget(0.1).allowance(Clock(90.0, probe_seconds=2.0, since_last_probe=9.0)), 6)
+        8.0
+        """
+        if math.isinf(clock.since_last_probe):
+            return math.inf
+        return max(0.0, clock.training_seconds * self.share / (1 - self.share) - clock.probe_seconds)
+
 
 def schedule_of(every: int | None, max_overhead: float | None, schedule: Schedule | None) -> Schedule:
     """Return the schedule that a monitor's three arguments ask for: one of them, or ``max_overhead`` with ``every``."""

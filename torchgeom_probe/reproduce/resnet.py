@@ -160,7 +160,7 @@ def fig4(results: Results) -> None:
     )
 
     layers, k = (STAGES[-1:], 3) if settings.quick else (STAGES, 10)
-    options = {"layers": list(layers), "estimator": TopK(k=k, tol=3e-3), "transform": paper_pool, "batch_size": 16}
+    options = {"layers": list(layers), "estimator": TopK(k=k), "transform": paper_pool, "batch_size": 16}
     coarser = images.plane(settings.choose(embedded=6, paper=20, quick=4))
     top, trained = View("plane_top", coarser, options, images.class_names), networks["gelu"]
     results.describe(trained, top)
