@@ -222,7 +222,7 @@ class Attended(torch.autograd.Function):
         by_moved = (b - mean).mul_(y_k)
         by_scores = (by_y - (by_y * y).sum(-1, keepdim=True)).mul_(y)
         by_bias = by_scores.sum_to_size(bias.shape).to(bias.dtype) if ctx.needs_input_grad[3] else None
-        by_moved, by_scores = by_moved.mul_(ctx.c), by_scores.mul_(ctx.c)
+        by_moved, by_scores = by_moved.mul_(ctx.c), by_scores * ctx.c  # the bias may hold these very numbers
         tall, wide = by_moved.view(n, -1, span), by_moved.view(n, length, -1)
         rows = (count, -1)
         by_q = torch.bmm(by_scores, k[0]).baddbmm_(wide, _beside(k))
