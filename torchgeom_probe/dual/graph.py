@@ -24,7 +24,7 @@ from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.shapes import Tensor
 
 
-def _as_given(method: Callable[..., Any]) -> Callable[..., Any]:
+def _as_given(method: Any) -> Any:
     """A forward or backward in the types that it is given, whatever autocast says."""
 
     @functools.wraps(method)
