@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 import scipy
 import torch
 from torch import Tensor, nn
+from torchgeom_probe.integrations.timm import cifar_resnet, load_pretrained_efficientnet_lite0
 
 import torchgeom_probe as tgp
 from benchmarks.timing import Settings
-from torchgeom_probe.integrations.timm import cifar_resnet, load_pretrained_efficientnet_lite0
 from torchgeom_probe.reproduce.data import PHOTOGRAPHS, reduced
 
 TITLE = "What a frame is sensitive to"

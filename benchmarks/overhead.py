@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchgeom_probe.integrations.tensorboard import TensorBoardWriter
+from torchgeom_probe.integrations.timm import cifar_resnet
 
 import torchgeom_probe as tgp
 from benchmarks.timing import Settings, smallest
-from torchgeom_probe.integrations.tensorboard import TensorBoardWriter
-from torchgeom_probe.integrations.timm import cifar_resnet
 
 TITLE = "What a monitor costs a training"
 NOTE = """\

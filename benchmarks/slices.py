@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchgeom_probe.integrations.timm import cifar_resnet
 
 import torchgeom_probe as tgp
 from benchmarks.timing import Settings, smallest
 from torchgeom_probe.estimators.topk import paper_pool
-from torchgeom_probe.integrations.timm import cifar_resnet
 
 TITLE = "Maps over a plane: four blocks in one scan, against a full Jacobian a block"
 NOTE = """\

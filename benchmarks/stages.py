@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchgeom_probe.integrations.timm import cifar_resnet
 
 import torchgeom_probe as tgp
 from benchmarks.timing import Settings, seconds
 from torchgeom_probe.dual import DualTensor
-from torchgeom_probe.integrations.timm import cifar_resnet
 from torchgeom_probe.model.isolation import measuring
 
 TITLE = "Four stages of a ResNet-34: one probe against a Jacobian for each"

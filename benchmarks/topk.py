@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torchgeom_probe.integrations.timm import cifar_resnet
 
 import torchgeom_probe as tgp
 from benchmarks.timing import Settings, seconds, smallest
-from torchgeom_probe.integrations.timm import cifar_resnet
 
 TITLE = "The ten largest singular values of the paper's network"
 NOTE = """\

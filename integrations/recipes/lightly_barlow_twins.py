@@ -7,10 +7,10 @@ from lightly.loss import BarlowTwinsLoss
 from lightly.models.modules import BarlowTwinsProjectionHead
 from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 from torch import nn
-
-import torchgeom_probe as tgp
 from torchgeom_probe.integrations.lightly import TwoViewProbe, embedding_layers, encoder, views
 from torchgeom_probe.integrations.timm import cifar_resnet
+
+import torchgeom_probe as tgp
 
 
 def main(data=None, epochs=2, channels=(8, 8, 16, 16), size=16):

@@ -3,7 +3,6 @@
 import pytorch_lightning as pl
 import torch
 from torch import nn
-
 from torchgeom_probe.integrations.lightning import GeometryCallback
 
 

@@ -4,9 +4,9 @@ import torch
 from PIL import Image
 from skimage import data
 from torch import nn
+from torchgeom_probe.integrations.timm import load, stage_layers
 
 import torchgeom_probe as tgp
-from torchgeom_probe.integrations.timm import load, stage_layers
 
 
 def main(name="resnet10t.c3_in1k", pretrained=False, steps=4):

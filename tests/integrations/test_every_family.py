@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import update_bn
 from torch.utils._pytree import tree_leaves
+from torchgeom_probe.integrations.timm import stage_layers
 
 import torchgeom_probe as tgp
-from torchgeom_probe.integrations.timm import stage_layers
 
 K, B = 3, 2
 FAMILIES = (*TIMM, *(f"tv:{name}" for name in TORCHVISION))

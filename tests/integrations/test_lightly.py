@@ -9,9 +9,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torchgeom_probe.integrations.lightly import BarlowTwinsProbe, TwoViewProbe, embedding_layers, encoder, views
 
 import torchgeom_probe as tgp
-from torchgeom_probe.integrations.lightly import BarlowTwinsProbe, TwoViewProbe, embedding_layers, encoder, views
 
 pytestmark = [  # Lightning's own remarks
     pytest.mark.filterwarnings(r"ignore:.*does not have many workers"),
@@ -341,7 +341,6 @@ def barlow_twins(logger, callbacks, tmp_path):
     from lightly.models.modules import BarlowTwinsProjectionHead
     from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
     from PIL import Image
-
     from torchgeom_probe.integrations.timm import cifar_resnet
 
     class Photographs(torch.utils.data.Dataset):
@@ -396,7 +395,6 @@ def barlow_twins(logger, callbacks, tmp_path):
 def test_five_real_barlow_twins_steps_with_the_callback(tmp_path):
     pytest.importorskip("pytorch_lightning")
     from pytorch_lightning.loggers import TensorBoardLogger
-
     from torchgeom_probe.integrations.lightning import GeometryCallback
 
     logger = TensorBoardLogger(tmp_path, version=0)

@@ -20,9 +20,9 @@ pl = pytest.importorskip("pytorch_lightning")
 from pytorch_lightning.callbacks import ModelCheckpoint  # noqa: E402
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from torchgeom_probe.integrations.lightning import GeometryCallback, _callback_bases  # noqa: E402
 
 import torchgeom_probe as tgp  # noqa: E402
-from torchgeom_probe.integrations.lightning import GeometryCallback, _callback_bases  # noqa: E402
 
 pytestmark = [
     # Lightning's own remarks on small loaders, missing pieces and its use of torch's internals.

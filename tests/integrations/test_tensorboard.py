@@ -20,10 +20,10 @@ from unittest.mock import MagicMock, call
 import numpy as np
 import pytest
 import torch
+from torchgeom_probe.integrations.tensorboard import EXTRA_TAGS, MONITOR_TAGS, TAGS, TensorBoardWriter
 
 import torchgeom_probe as tgp
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.integrations.tensorboard import EXTRA_TAGS, MONITOR_TAGS, TAGS, TensorBoardWriter
 from torchgeom_probe.monitor.writers import Writer
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 

@@ -12,9 +12,6 @@ import pytest
 import torch
 from annotations import shapes_unchecked
 from torch import nn
-
-import torchgeom_probe as tgp
-from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.integrations.timm import (
     PretrainedModel,
     cifar_resnet,
@@ -23,6 +20,9 @@ from torchgeom_probe.integrations.timm import (
     read_images,
     stage_layers,
 )
+
+import torchgeom_probe as tgp
+from torchgeom_probe.errors import ProbeError
 
 timm = pytest.importorskip("timm")
 Image = pytest.importorskip("PIL.Image")

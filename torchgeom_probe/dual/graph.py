@@ -24,7 +24,7 @@ from torchgeom_probe.errors import EngineRefusal
 from torchgeom_probe.shapes import Tensor
 
 
-def _as_given(method: Any) -> Any:
+def _as_given(method: Callable[..., Any]) -> Callable[..., Any]:
     """A forward or backward in the types that it is given, whatever autocast says."""
 
     @functools.wraps(method)
@@ -33,6 +33,10 @@ def _as_given(method: Any) -> Any:
             return method(ctx, first, *others)
 
     return run
+
+
+def _backward(method: Callable[..., Any]) -> Any:
+    return once_differentiable(_as_given(method))
 
 
 class Pushed(torch.autograd.Function):
@@ -108,8 +112,7 @@ class Standardised(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    @_as_given
+    @_backward
     def backward(ctx: Any, g: Tensor) -> Any:
         """∂/∂t = r P g;  ∂/∂p through x̂, on which x̂' depends as -m g - s e, and through r, a factor of x̂'.
 
@@ -154,8 +157,7 @@ class BatchNormed(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    @_as_given
+    @_backward
     def backward(ctx: Any, g: Tensor) -> Any:
         """Torch's own for row 0, and the tangents' share through w and through 1/√(var + ε)."""
         b, weight, mean, r = ctx.saved_tensors
@@ -207,8 +209,7 @@ class Attended(torch.autograd.Function):
         return torch.cat([torch.bmm(y, v[0])[None], pushed.unflatten(2, (shape[2], -1)).permute(2, 0, 1, 3)])
 
     @staticmethod
-    @once_differentiable
-    @_as_given
+    @_backward
     def backward(ctx: Any, g: Tensor) -> Any:
         """By y' first, whose gradient is b; then by y, where what it does in y' adds up; then by the scores."""
         q, k, v, bias, y, moved, m = ctx.saved_tensors
