@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from loss.exact import exact_tangents
 from models import cifar_resnet, mlp, resnet18, vit
 from torch import nn
@@ -22,6 +23,21 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         return self.head(self.body(self.enter(x)).mean(1))
+
+
+class Biased(nn.Module):
+    """Attention with a learned bias for each head, and keys that the input knows nothing of."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.head = nn.Linear(7, 24), nn.Linear(8, 5)
+        self.bias, self.keys = nn.Parameter(torch.randn(1, 2, 4, 4)), nn.Parameter(torch.randn(1, 2, 4, 4))
+
+    def forward(self, x):
+        q, k, v = self.enter(x).view(len(x), 4, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        h = F.scaled_dot_product_attention(h, self.keys.expand(len(x), -1, -1, -1), v, scale=0.7)
+        return self.head(h.mean(2).flatten(1))
 
 
 def _conv(norm, act):
@@ -60,6 +76,7 @@ MODELS = {
     "vit": (vit, (3, 12, 12), ["blocks.0.attn", "blocks.1.norm1", "head"]),
     "swin": (_swin, (3, 28, 28), ["layers.0", "head"]),
     "convnext": (_convnext, (3, 32, 32), ["stages.1", "head"]),
+    "biased": (Biased, (4, 7), ["", "head"]),
     "encoder": (Encoder, (4, 7), ["body.layers.0", "head"]),
     "encoder_norm_first": (lambda: Encoder(True), (4, 7), ["body.layers.1", "head"]),
 }

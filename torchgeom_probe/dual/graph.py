@@ -35,6 +35,10 @@ def _as_given(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _backward(method: Callable[..., Any]) -> Any:
+    return once_differentiable(_as_given(method))
+
+
 class Pushed(torch.autograd.Function):
     """f(p) in row 0, f'(p) t in the others; f'' is in the graph of f' at a p of their own, ``at_p`` = (p, f, f')."""
 
@@ -108,8 +112,7 @@ class Standardised(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    @_as_given
+    @_backward
     def backward(ctx: Any, g: Tensor) -> Any:
         """∂/∂t = r P g;  ∂/∂p through x̂, on which x̂' depends as -m g - s e, and through r, a factor of x̂'.
 
@@ -154,8 +157,7 @@ class BatchNormed(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    @_as_given
+    @_backward
     def backward(ctx: Any, g: Tensor) -> Any:
         """Torch's own for row 0, and the tangents' share through w and through 1/√(var + ε)."""
         b, weight, mean, r = ctx.saved_tensors
@@ -207,8 +209,7 @@ class Attended(torch.autograd.Function):
         return torch.cat([torch.bmm(y, v[0])[None], pushed.unflatten(2, (shape[2], -1)).permute(2, 0, 1, 3)])
 
     @staticmethod
-    @once_differentiable
-    @_as_given
+    @_backward
     def backward(ctx: Any, g: Tensor) -> Any:
         """By y' first, whose gradient is b; then by y, where what it does in y' adds up; then by the scores."""
         q, k, v, bias, y, moved, m = ctx.saved_tensors
@@ -222,7 +223,7 @@ class Attended(torch.autograd.Function):
         by_moved = (b - mean).mul_(y_k)
         by_scores = (by_y - (by_y * y).sum(-1, keepdim=True)).mul_(y)
         by_bias = by_scores.sum_to_size(bias.shape).to(bias.dtype) if ctx.needs_input_grad[3] else None
-        by_moved, by_scores = by_moved.mul_(ctx.c), by_scores.mul_(ctx.c)
+        by_moved, by_scores = by_moved.mul_(ctx.c), by_scores * ctx.c  # the bias may hold these very numbers
         tall, wide = by_moved.view(n, -1, span), by_moved.view(n, length, -1)
         rows = (count, -1)
         by_q = torch.bmm(by_scores, k[0]).baddbmm_(wide, _beside(k))

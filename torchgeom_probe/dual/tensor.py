@@ -93,11 +93,12 @@ class DualTensor(torch.Tensor):
 
         ``shape`` and ``strides`` are the primal's, type and device those of ``like``.
         """
+        running = current_pass()
+        graph = running.graph and torch.is_grad_enabled()
         dual = torch.Tensor._make_wrapper_subclass(
-            DualTensor, tuple(shape), strides=tuple(strides), dtype=like.dtype, device=like.device
+            DualTensor, tuple(shape), strides=tuple(strides), dtype=like.dtype, device=like.device, requires_grad=graph
         )
         torch._C._set_throw_on_mutable_data_ptr(dual)
-        running = current_pass()
         assert running.deferred is not None
         dual._buffer = None
         dual._make = make

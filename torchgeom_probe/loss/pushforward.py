@@ -168,21 +168,24 @@ class _Pushing:
     def run(self, model: nn.Module, *, graph: bool) -> Step:
         hooked, inputs = self._hooked, self._inputs
         leaves = list(inputs.leaves)
-        with _process_set(), dual_pass(graph=graph, batch_statistics=True):
-            for place, dual in zip(inputs.wrt, self._duals([leaves[i] for i in inputs.wrt]), strict=True):
-                leaves[place] = dual
-            args, kwargs = tree_unflatten(leaves, inputs.spec)
-            with hooked.attached(self._on_output, self._on_source):
-                # The last hook of all: what wraps the model (DDP) sees the plain output, with its graph.
-                root = hooked.model.register_forward_hook(lambda module, args, output: _plain(output))
-                try:
-                    output = model(*args, **kwargs)
-                finally:
-                    root.remove()
-            left = _left_on_modules(hooked.model)
-        for attributes, name, value in left:
-            if isinstance(value, DualTensor):  # not one that was a plain tensor before it was written to, and is again
-                attributes[name] = cast(Tensor, value._buffer)[0]
+        left: list[tuple[dict[str, Any], str, Any]] = []
+        try:
+            with _process_set(), dual_pass(graph=graph, batch_statistics=True):
+                for place, dual in zip(inputs.wrt, self._duals([leaves[i] for i in inputs.wrt]), strict=True):
+                    leaves[place] = dual
+                args, kwargs = tree_unflatten(leaves, inputs.spec)
+                with hooked.attached(self._on_output, self._on_source):
+                    # The last hook of all: what wraps the model (DDP) sees the plain output, with its graph.
+                    root = hooked.model.register_forward_hook(lambda module, args, output: _plain(output))
+                    try:
+                        output = model(*args, **kwargs)
+                    finally:
+                        root.remove()
+                        left += _left_on_modules(hooked.model)
+        finally:
+            for attributes, name, value in left:
+                if isinstance(value, DualTensor):  # not one that was a plain tensor before it was written to
+                    attributes[name] = cast(Tensor, value._buffer)[0]
         self._refuse_missing()
         return Step(output, self._layers)
 
