@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-from torchgeom_probe.dual.registry import aligned, any_dual, at, ndim_of, register, rows_of, rule, rule_of_each, with_rows
+from torchgeom_probe.dual.registry import (
+    aligned,
+    any_dual,
+    at,
+    ndim_of,
+    register,
+    rows_of,
+    rule,
+    rule_of_each,
+    with_rows,
+)
 from torchgeom_probe.dual.tensor import DualTensor, Rule
 from torchgeom_probe.shapes import Tensor
 
