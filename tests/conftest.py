@@ -15,8 +15,8 @@ beartype._check.code.codemain.getrandbits = random.Random(0).getrandbits
 # An int is a float, as it is to mypy.  Not in dual/: its rules are called for every op of every test, their shapes are
 # the ops' own, and half of the suite's time would go there.
 ROOMS = (
-    "analytic boundary check cli curvature dataset distributed errors estimators files jacobian linalg loss model monitor "
-    "plotting probe report reproduce shapes slices"
+    "analytic boundary check cli curvature dataset distributed errors estimators files jacobian linalg loss model "
+    "monitor plotting probe report reproduce shapes slices"
 )
 install_import_hook(
     [f"torchgeom_probe.{room}" for room in ROOMS.split()],

@@ -1,4 +1,4 @@
-"""The Python blocks of README and guide run as they stand, each in a directory of its own; commands name what exists."""
+"""Python blocks of README and guide run as they stand, each in a directory of its own; commands name what exists."""
 
 import re
 import shlex
