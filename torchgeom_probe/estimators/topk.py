@@ -43,9 +43,9 @@ class TopK(Estimator):
 
     A push ends with its layer, a pull begins there; the first push is one for all layers.  From an earlier report
     (``start=``; a monitor hands its last one) the old singular vectors are pushed first, four of them to judge by:
-    where they have lost more than a tenth of a nat each, the sample starts cold.  Where g has not changed along them, that is
-    all; else they and four random vectors go on as a block.  A change that is one new direction alone, as large as
-    the smallest of the k values, can be missed by such a start.
+    where they have lost more than a tenth of a nat each, the sample starts cold.  Where g has not changed along them,
+    that is all; else they and four random vectors go on as a block.  A change that is one new direction alone, as large
+    as the smallest of the k values, can be missed by such a start.
 
     Where the dense Jacobian is about as cheap (n or d below some 16 k), or no convergence comes at its price, J is
     formed and decomposed instead; ``estimand`` then says "dense".

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -16,10 +14,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchgeom_probe.distributed import Ranks
 from torchgeom_probe.errors import ProbeError, refuse_unknown
-from torchgeom_probe.estimators import Estimator, TopK
 from torchgeom_probe.monitor.boundary import BoundaryWatch
 from torchgeom_probe.monitor.drift import Drift
 from torchgeom_probe.monitor.failures import Failures
+from torchgeom_probe.monitor.maps import MapOf, refuse_no_maps, write_map
 from torchgeom_probe.monitor.optimizer import Followed
 from torchgeom_probe.monitor.samples import ProbeSamples, fingerprint, labels_of, refuse_no_samples
 from torchgeom_probe.monitor.schedules import (
@@ -28,6 +26,7 @@ from torchgeom_probe.monitor.schedules import (
     Every,
     LogSpaced,
     Schedule,
+    affordable,
     refuse_unless_count,
     schedule_of,
 )
@@ -36,14 +35,9 @@ from torchgeom_probe.monitor.writers import Writer, writers_of
 from torchgeom_probe.probe import GeometryProbe, ProbeOptions, probe_of
 from torchgeom_probe.report import GeometryReport
 from torchgeom_probe.shapes import Tensor
-from torchgeom_probe.slices.scan import scan
-from torchgeom_probe.slices.slice import Line, Plane
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-# What a map is made from: a slice, or a function of the model that returns a result or a figure.
-MapOf = Line | Plane | Callable[[nn.Module], Any]
 
 _UNREAD = Clock()
 
@@ -152,7 +146,7 @@ class Monitor:
         self.writers = writers_of(writer)
         self.maps = dict(maps or {})
         self.maps_every = maps_every
-        _refuse_no_maps(self.maps, self.writers)
+        refuse_no_maps(self.maps, self.writers)
         self.boundary = None if boundary is None else BoundaryWatch(boundary)
         self.x_probe = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), x_probe)
         self.indices = None if indices is None else [int(i) for i in indices]
@@ -286,7 +280,9 @@ class Monitor:
             if draw:
                 for tag, draw_map in self.maps.items():
                     with self._failures.counted(f"the map {tag!r}", self._step):
-                        self._write_map(tag, draw_map)
+                        write_map(
+                            tag, draw_map, self.writers, self._step, self.model, self._scanned, self._scan_options
+                        )
             if self.boundary is not None and self._writes:
                 with self._failures.counted("the boundaries", self._step):
                     self.boundary.charted(self._probe, self._step, self.writers)
@@ -384,24 +380,12 @@ class Monitor:
                 return measured(self.x_probe)
             estimator = self._probe.estimator
             try:
-                self._probe.estimator = self._affordable(estimator, last)
+                self._probe.estimator = affordable(estimator, last, self.schedule, self._stopwatch.read())
                 return measured(self.x_probe, last)
             finally:
                 self._probe.estimator = estimator
         parts = self._ranks.measured(self.model, self.x_probe, self._step, measured)
         return None if parts is None else GeometryReport.joined(parts)
-
-    def _affordable(self, estimator: Estimator, last: GeometryReport) -> Estimator:
-        """The same with no more products than the share of the time has room for, at the latest probe's price."""
-        if not isinstance(self.schedule, Budget) or not isinstance(estimator, TopK):
-            return estimator
-        made = [layer for layer in last.values() if "num_products" in layer.extras]
-        price = sum(float((g.seconds / g.num_products.clamp_min(1)).sum()) for g in made)
-        products = self.schedule.allowance(self._stopwatch.read()) / max(price, 1e-9)
-        if products >= float(max(layer.num_features for layer in made)):
-            return estimator
-        most = estimator.max_products or math.inf
-        return replace(estimator, max_products=max(1, int(min(products, most))))
 
     def _counted(self, at: int | None = None, *, overflow: Tensor | None = None) -> GeometryReport | None:
         self._refuse_if_closed()
@@ -450,30 +434,6 @@ class Monitor:
             with self._failures.counted(f"{type(writer).__name__}.write_scalar", self._step, raised=first):
                 for tag, value in accounts.items():
                     writer.write_scalar(tag, value, self._step)
-
-    def _write_map(self, tag: str, made_from: MapOf) -> None:
-        if isinstance(made_from, Line | Plane):
-            result = scan(self._scanned, made_from, progress=False, **self._scan_options)
-        else:
-            result = made_from(self.model)
-        for writer in self.writers:
-            if writer.draws:
-                writer.write_map(tag, result, self._step)
-        pyplot = sys.modules.get("matplotlib.pyplot")
-        if pyplot is not None and isinstance(result, pyplot.Figure):
-            pyplot.close(result)
-
-
-def _refuse_no_maps(maps: Mapping[str, MapOf], writers: Sequence[Writer]) -> None:
-    for tag, made_from in maps.items():
-        if not isinstance(made_from, Line | Plane) and not callable(made_from):
-            raise ProbeError(
-                f"maps={{{tag!r}: ...}} takes a slice, or a function of the model that returns a result or a figure; "
-                f"got a {type(made_from).__name__}.\n"
-                f"Write:  maps={{{tag!r}: tgp.Plane(x[0], x[1], x[2])}}"
-            )
-    if maps and not any(writer.draws for writer in writers):
-        raise ProbeError("maps= are drawn, and no writer here draws.\nWrite:  writer='runs/experiment_1'")
 
 
 def _on_cpu(report: GeometryReport) -> GeometryReport:
