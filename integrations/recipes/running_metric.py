@@ -12,13 +12,16 @@ class MeanLogVolume:
         self.probe, self.reports = tgp.GeometryProbe(model, **options), []
 
     def update(self, x):
+        """Measure one batch."""
         self.reports.append(self.probe.measure(x))
 
     def compute(self):
+        """Layer → the mean over all samples so far."""
         report = tgp.GeometryReport.joined(self.reports)
         return {name: float(layer.value.mean()) for name, layer in report.items()}
 
     def reset(self):
+        """Begin anew."""
         self.reports.clear()
 
 

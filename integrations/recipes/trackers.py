@@ -20,6 +20,7 @@ class WandbWriter(tgp.Writer):
         self.run = run
 
     def write(self, step, report):
+        """Log every layer's statistics."""
         self.run.log(numbers(report), step=step)
 
 
@@ -30,6 +31,7 @@ class MlflowWriter(tgp.Writer):
         self.mlflow = mlflow
 
     def write(self, step, report):
+        """Log every layer's statistics."""
         self.mlflow.log_metrics(numbers(report), step=step)
 
 

@@ -15,13 +15,16 @@ class Geometry(TrainerCallback):
         self.x_probe, self.options = x_probe, options
 
     def on_train_begin(self, args, state, control, model=None, **_):
+        """Probe before the first step."""
         self.monitor = tgp.Monitor(model, self.x_probe, **self.options)
         self.monitor.probe_now()
 
     def on_step_end(self, args, state, control, **_):
+        """Count the update."""
         self.monitor.step(at=state.global_step)
 
     def on_train_end(self, args, state, control, **_):
+        """Let go of the model."""
         self.monitor.close()
 
 

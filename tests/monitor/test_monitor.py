@@ -656,7 +656,7 @@ def test_short_forms_of_the_schedules():
 @shapes_unchecked()  # which take their time
 def test_a_real_loop_keeps_to_its_budget_and_reports_its_share():
     # A recording costs many probes, and is paid for longer than this loop takes.
-    monitor = Monitor(mlp(), torch.randn(5, 4), layers=["1"], max_overhead=0.2, replay=False)
+    monitor = Monitor(mlp(), torch.randn(5, 4), layers=["1"], max_overhead=0.2)
     monitor.probe_now()
     begin = time.perf_counter()
     inside = longest = 0.0
