@@ -22,6 +22,7 @@ NAMESPACES = {
     "special": torch.special,
     "linalg": torch.linalg,
     "fft": torch.fft,
+    "higher_order": torch.ops.higher_order,
     "VF": torch._C._VariableFunctions,  # what torch's functions of Python call with a list of tensors
 }
 

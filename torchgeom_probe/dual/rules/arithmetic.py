@@ -211,7 +211,7 @@ def _masked_fill(op: Any) -> Rule:
 
 
 # torch.cond runs one of two functions, in a form that torch cannot differentiate forward
-RULES[torch.ops.higher_order.cond] = lambda pred, chosen, other, operands: (chosen if pred else other)(*operands)
+register(lambda pred, chosen, other, operands: (chosen if pred else other)(*operands), "higher_order.cond")
 
 
 # -------------------------------------------------------------------------------------- smooth functions of two numbers

@@ -92,9 +92,7 @@ def _expand(input: DualTensor, *size: Any, implicit: bool = False, **kwargs: Any
     return DualTensor(aligned(input, len(shape)).expand(input.buffer.shape[0], *shape))
 
 
-@rule("Tensor.expand_as")
-def _expand_as(input: Any, other: Tensor) -> Any:
-    return _expand(input, *other.shape) if isinstance(input, DualTensor) else input.expand(other.shape)
+register(lambda input, other: input.expand(other.shape), "Tensor.expand_as")
 
 
 @rule("Tensor.repeat tile")
@@ -186,12 +184,8 @@ def _pieces(op: Any) -> Rule:
     return push
 
 
-@rule("unbind")
-def _unbind(input: DualTensor, dim: int = 0) -> tuple[DualTensor, ...]:
-    return tuple(DualTensor(piece) for piece in input.buffer.unbind(at(dim)))
-
-
-register(lambda input: iter(_unbind(input)), "Tensor.__iter__")
+register(lambda input, dim=0: tuple(map(DualTensor, input.buffer.unbind(at(dim)))), "unbind")
+register(lambda input: iter(input.unbind()), "Tensor.__iter__")
 
 
 @rule("cat concat concatenate")
@@ -204,24 +198,21 @@ def _cat(tensors: Any, dim: int = 0) -> Any:
     return DualTensor(torch.cat(parts, at(dim)))
 
 
-@rule("stack")
-def _stack(tensors: Any, dim: int = 0) -> DualTensor:
+def _with_rows_of_each(tensors: Any) -> list[Tensor]:
     rows = rows_of(*tensors)
-    return DualTensor(torch.stack([with_rows(t, rows) for t in tensors], at(dim)))
+    return [with_rows(t, rows) for t in tensors]
+
+
+register(lambda tensors, dim=0: DualTensor(torch.stack(_with_rows_of_each(tensors), at(dim))), "stack")
 
 
 @rule_of_each("hstack vstack dstack row_stack")
 def _stacked(op: Any) -> Rule:
-    def push(tensors: Any) -> Any:
-        rows = rows_of(*tensors)
-        return DualTensor(torch.func.vmap(lambda *parts: op(parts))(*(with_rows(t, rows) for t in tensors)))
-
-    return push
+    together = torch.func.vmap(lambda *parts: op(parts))
+    return lambda tensors: DualTensor(together(*_with_rows_of_each(tensors)))
 
 
-@rule("column_stack")
-def _column_stack(tensors: Any) -> Any:
-    return torch.cat([t.reshape(-1, 1) if t.ndim < 2 else t for t in tensors], dim=1)
+register(lambda tensors: torch.cat([t.reshape(-1, 1) if t.ndim < 2 else t for t in tensors], dim=1), "column_stack")
 
 
 @rule("torch.broadcast_tensors")
