@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: a callback of a few lines over a Monitor; ids have no derivative, so from the embeddings on."""
+"""Hugging Face's Trainer: a callback over a Monitor.  Ids have no derivative, so it measures from the embeddings on."""
 
 import tempfile
 
@@ -24,7 +24,7 @@ class Geometry(TrainerCallback):
         self.monitor.step(at=state.global_step)
 
     def on_train_end(self, args, state, control, **_):
-        """Let go of the model."""
+        """Let go of it."""
         self.monitor.close()
 
 
@@ -35,13 +35,8 @@ def main(steps=6):
     model = BertForSequenceClassification(BertConfig(vocab_size=100, max_position_embeddings=16, **sizes))
     ids = torch.randint(0, 100, (64, 8))
     data = [{"input_ids": row, "labels": int((row < 50).sum() > 4)} for row in ids]
-    geometry = Geometry(
-        {"input_ids": ids[:8]},
-        layers=["bert.encoder.layer.*"],
-        source="bert.embeddings",
-        every=2,
-        estimator="subspace:8",
-    )
+    options = {"layers": ["bert.encoder.layer.*"], "source": "bert.embeddings", "every": 2, "estimator": "subspace:8"}
+    geometry = Geometry({"input_ids": ids[:8]}, **options)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(folder, max_steps=steps, report_to=[], save_strategy="no", use_cpu=True)
         Trainer(model, settings, train_dataset=data, callbacks=[geometry]).train()
