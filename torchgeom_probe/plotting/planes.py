@@ -144,10 +144,10 @@ def plot_grid(
     present = torch.cat([entry.scan.predictions.flatten() for entry in maps]).unique().tolist()
     pictures, bars = style.pictures(maps[0].scan, images), _bars(rows)
     beside, below, height = "right" in bars.values(), "bottom" in bars.values(), len(rows)
-    bars_beside = lengths[0] if beside and any(entry.title for entry in maps) else int(beside)
-    panel = min(panel, (style.PAGE - 0.4 - 0.75 * bars_beside) / lengths[0])
+    panel = min(panel, (style.PAGE - 0.4 - 0.75 * beside) / lengths[0])
     shape = [panel] * height + [0.85] * bool(pictures)
-    figure = style.new_figure(panel * lengths[0] + 0.4 + 0.75 * bars_beside, sum(shape) + 0.75 + 0.9 * below)
+    bars_below = below * (height if any(entry.title for entry in maps) else 1)
+    figure = style.new_figure(panel * lengths[0] + 0.4 + 0.75 * beside, sum(shape) + 0.75 + 0.9 * bars_below)
     panels = figure.subplots(len(shape), lengths[0], squeeze=False, height_ratios=shape)
     colours = {scale: _colours(scale, [e.values for e in maps if e.scale is scale], present) for scale in bars}
     shown: dict[Scale, list[Any]] = {scale: [] for scale in bars}
@@ -236,7 +236,7 @@ def _frame(plane: Plane) -> tuple[float, float]:
 
 
 def _bars(rows: Sequence[Sequence[Map | None]]) -> dict[Scale, str]:
-    """Return where the bar of each scale is: below the columns that are all its own, else right of its maps."""
+    """Return where the bar of each scale is: below a titled map or columns all its own, else right of its maps."""
     columns: dict[Scale, list[int]] = {}
     for row in rows:
         for column, entry in enumerate(row):
@@ -244,7 +244,8 @@ def _bars(rows: Sequence[Sequence[Map | None]]) -> dict[Scale, str]:
                 columns.setdefault(entry.scale, []).append(column)
     whole = {scale for scale, found in columns.items() if len(found) == len(rows) * len(set(found))}
     across = {scale for scale, found in columns.items() if len(set(found)) == len(rows[0]) > 1}
-    return {scale: "bottom" if scale in whole - across else "right" for scale in columns}
+    titled = {entry.scale for row in rows for entry in row if entry is not None and entry.title}
+    return {scale: "bottom" if scale in (whole - across) | titled else "right" for scale in columns}
 
 
 def _draw_bar(figure: Any, shown: Sequence[Any], scale: Scale, location: str, class_names: Sequence[str]) -> None:
