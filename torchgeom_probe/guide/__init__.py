@@ -5,6 +5,8 @@
 .. include:: monitoring.md
 .. include:: boundary.md
 .. include:: tokens.md
+.. include:: data.md
+.. include:: loss.md
 .. include:: troubleshooting.md
 .. include:: mathematics.md
 .. include:: paper.md
