@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from torchgeom_probe.dual.registry import any_dual, ndim_of, register, row_by_row, rule
 from torchgeom_probe.dual.tensor import DualTensor
@@ -126,9 +127,16 @@ def _instance_norm(
 ) -> Any:
     if not use_input_stats:
         return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    if ndim_of(input) < 3 or running_mean is not None:
+    if ndim_of(input) < 3:
         return NotImplemented
-    return _group_norm(input, input.shape[1], weight, bias, eps)
+    if any_dual(running_mean, running_var):  # torch writes their values alone; by the rules of the parts
+        out = F.instance_norm(input, None, None, weight, bias, True, momentum, eps)
+        axes = list(range(2, input.ndim))
+        for running, seen in ((running_mean, input.mean(axes)), (running_var, input.var(axes))):
+            now: Any = torch.lerp(running, seen.mean(0), momentum)
+            running.copy_(now if isinstance(running, DualTensor) else now.primal)
+        return out
+    return NotImplemented if running_mean is not None else _group_norm(input, input.shape[1], weight, bias, eps)
 
 
 register(
