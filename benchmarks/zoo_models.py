@@ -52,7 +52,7 @@ def _first(output: Any) -> Tensor:
 #: One for each file of timm.models: the model, the size of its image, and fewer blocks for the large ones.
 TIMM = """\
 beit beit_base_patch16_224 64 depth=2
-byoanet halonet_h1 256
+byoanet lambda_resnet26rpt_256 64
 byobnet gernet_s 64
 cait cait_xxs24_224 64 depth=4
 coat coat_tiny 64

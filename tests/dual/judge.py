@@ -102,7 +102,8 @@ def judged(function: Callable[..., Any], args: Any, kwargs: Any, which: slice | 
     for i in where:
         if _differs(buffers[i][0], seen[i]):
             faults.append(f"input {i} holds another value afterwards")
-        if i != target and _differs(buffers[i][1:], starts[i][1:], exact=True):
+        kept = i != target and not _differs(buffers[i][0], starts[i][0], exact=True)
+        if kept and _differs(buffers[i][1:], starts[i][1:], exact=True):
             faults.append(f"the tangents of input {i} were written to")
     if faults:
         return Verdict("wrong", faults[0])

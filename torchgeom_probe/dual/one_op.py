@@ -143,7 +143,7 @@ class OneOp:
 
 def _counts(output: Any) -> bool:
     """Whether it must have a derivative: some ops put out an empty tensor for what was not asked."""
-    return smooth(output) and output.numel() > 0
+    return smooth(output) and (output.numel() > 0 or output.requires_grad)
 
 
 @contextlib.contextmanager

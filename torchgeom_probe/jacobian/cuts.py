@@ -33,7 +33,8 @@ class Cuts(TorchFunctionMode):
         self._moved = 0
         self._own = [*model.named_parameters(), *model.named_buffers()]
         given = [*(t for _, t in self._own), *inputs.leaves]
-        self._still = {t.untyped_storage()._cdata for t in given if isinstance(t, Tensor) and t.layout is torch.strided}
+        plain = [t for t in given if type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided]
+        self._still = {t.untyped_storage()._cdata for t in plain}
         self._open: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -60,7 +61,9 @@ class Cuts(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _moves(self, value: Any) -> bool:
-        strided = smooth(value) and value.layout is torch.strided and not value.is_nested
+        if type(value) not in (Tensor, nn.Parameter) or not smooth(value):
+            return False
+        strided = value.layout is torch.strided and not value.is_nested
         return strided and value.untyped_storage()._cdata not in self._still
 
     def _refuse_other_memory(self, tensor: Tensor, value: Tensor) -> None:

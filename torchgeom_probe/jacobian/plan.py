@@ -19,7 +19,7 @@ from torchgeom_probe.model.hooked import HookedModel, Outputs
 from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import drew_random_numbers, same_random_numbers
 from torchgeom_probe.model.layers import close_names
-from torchgeom_probe.model.sharded import agreed
+from torchgeom_probe.model.sharded import agreed, comes_and_goes
 from torchgeom_probe.shapes import Tensor
 
 #: Samples of a first run, at most: more would tell nothing new.
@@ -167,7 +167,8 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
         fake = isinstance(space, FakeTensor)
         draws = not fake and (drew_random_numbers() or not all(map(torch.equal, before, _random_state())))
         per_sample, whole, coupled = _samples(hooked, own, found, compare=not (fake or draws))
-        logs = cuts.seen and not (fake or draws) and harmless(hooked, own)
+        # Sharded weights come and go by cuts of FSDP's own, into memory that is not there in between.
+        logs = cuts.seen and not (fake or draws or comes_and_goes(hooked.model)) and harmless(hooked, own)
     return Plan(
         features={entry: values.shape[1] for entry, values in found.features.items()},
         space=tuple(space.shape[1:]),

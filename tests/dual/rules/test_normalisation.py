@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from dual.rules.comparison import IMAGE, SIGNAL, D, P, agreement, call, dual
 
+from torchgeom_probe.dual import DualTensor
 from torchgeom_probe.errors import ProbeError
 
 CASES = {
@@ -48,3 +49,17 @@ def test_batch_statistics_are_refused() -> None:
     x = dual(torch.randn(5, 3), torch.randn(2, 5, 3))
     with pytest.raises(ProbeError, match="couples the samples"):
         F.batch_norm(x, torch.zeros(3), torch.ones(3), training=True)
+
+
+def test_running_statistics_that_depend_on_the_input_keep_their_tangents() -> None:
+    x, mean, var = (torch.randn(3, *shape).double() for shape in ((2, 5, 7), (5,), (5,)))
+
+    def updated(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+        return torch.stack([0.9 * mean + 0.1 * x.mean((0, 2)), 0.9 * var + 0.1 * x.var(2).mean(0)])
+
+    dual_x, *running = DualTensor(x), DualTensor(mean.clone()), DualTensor(var.clone())
+    F.instance_norm(dual_x, *running, momentum=0.1)
+    for row in (1, 2):
+        value, pushed = torch.func.jvp(updated, (x[0], mean[0], var[0]), (x[row], mean[row], var[row]))
+        assert torch.allclose(torch.stack([r.buffer[0] for r in running]), value)
+        assert torch.allclose(torch.stack([r.buffer[row] for r in running]), pushed)

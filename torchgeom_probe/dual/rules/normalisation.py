@@ -136,7 +136,16 @@ def _instance_norm(
 ) -> Any:
     if not use_input_stats:
         return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    if ndim_of(input) < 3 or (running_mean is not None and not followed()):
+    if ndim_of(input) < 3:
+        return NotImplemented
+    if any_dual(running_mean, running_var):  # torch writes their values alone; by the rules of the parts
+        out = F.instance_norm(input, None, None, weight, bias, True, momentum, eps)
+        axes = list(range(2, input.ndim))
+        for running, seen in ((running_mean, input.mean(axes)), (running_var, input.var(axes))):
+            now: Any = torch.lerp(running, seen.mean(0), momentum)
+            running.copy_(now if isinstance(running, DualTensor) else now.primal)
+        return out
+    if running_mean is not None and not followed():
         return NotImplemented
     if running_mean is not None:  # which this writes to, as a plain pass does
         F.instance_norm(input.primal.detach(), running_mean, running_var, None, None, True, momentum, eps)
