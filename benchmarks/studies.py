@@ -31,6 +31,7 @@ several networks are the units (`compare_networks`).
 Cost: process time of a study of five layers of a CIFAR ResNet-18 (64 to 512 channels), bisection included, over that of
 plain forward passes over as many rows."""
 METHOD = "effects; the cost: process time on one thread"
+RESUMES = True
 
 #: More than the ten classes of reproduce: grey ones, too.
 _GREY = ("brick", "camera", "coins", "grass", "gravel", "moon", "page", "text", "motorcycle_right", "color")
@@ -99,9 +100,19 @@ def row(name: str, effect: tgp.BoundaryEffect, networks: int, accuracy: str) -> 
     return f"| {' | '.join([*cells, f'{effect.p_value:.1g}', trace, switches, alone, effect.verdict])} |"
 
 
-def of_images(name: str, images: Images, held_out: int, *, seeds: int, pairs: int, epochs: int) -> Iterator[str]:
+def known(settings: Settings, begins: str) -> list[str]:
+    """The rows that the page has of a network."""
+    return [line for line in settings.finished if line.startswith(f"| {begins}, ")]
+
+
+def of_images(
+    name: str, images: Images, held_out: int, settings: Settings, *, seeds: int, pairs: int, epochs: int
+) -> Iterator[str]:
     x, y, x_held, y_held = halves(images, held_out)
     for kind, (make, layers, optimizer_of) in NETWORKS.items():
+        if known(settings, f"{name}, {kind}"):
+            yield from known(settings, f"{name}, {kind}")
+            continue
         studies, right = [], []
         for seed in range(seeds):
             many = 5 if kind == "sigmoid MLP" else 1
@@ -179,9 +190,11 @@ def table(settings: Settings) -> Iterator[str]:
     yield HEAD
     yield "|---" * 9 + "|"
     digits, seeds = load_digits(0), 3 if quick else 8
-    yield from of_images("digits", digits, 800, seeds=seeds, pairs=20 if quick else 200, epochs=1 if quick else 25)
+    yield from of_images(
+        "digits", digits, 800, settings, seeds=seeds, pairs=20 if quick else 200, epochs=1 if quick else 25
+    )
     if not quick:
-        yield from of_images("MNIST-5k", load_mnist5k(0), 1000, seeds=3, pairs=200, epochs=8)
-        yield from of_photographs(crops=8, pairs=60)
+        yield from of_images("MNIST-5k", load_mnist5k(0), 1000, settings, seeds=3, pairs=200, epochs=8)
+        yield from known(settings, "photographs, efficientnet-lite0") or of_photographs(crops=8, pairs=60)
     yield ""
     yield from cost(*((10, (8, 16, 32, 64)) if quick else (200, (64, 128, 256, 512))))
