@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections import deque
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchgeom_probe.distributed import Ranks
 from torchgeom_probe.errors import ProbeError, refuse_unknown
-from torchgeom_probe.estimators import Estimator, TopK
+from torchgeom_probe.monitor.affordable import affordable
 from torchgeom_probe.monitor.failures import Failures
 from torchgeom_probe.monitor.optimizer import Followed
 from torchgeom_probe.monitor.samples import fingerprint, refuse_no_samples
@@ -361,24 +360,12 @@ class Monitor:
                 return measured(self.x_probe)
             estimator = self._probe.estimator
             try:
-                self._probe.estimator = self._affordable(estimator, last)
+                self._probe.estimator = affordable(estimator, last, self.schedule, self._stopwatch.read())
                 return measured(self.x_probe, last)
             finally:
                 self._probe.estimator = estimator
         parts = self._ranks.measured(self.model, self.x_probe, self._step, measured)
         return None if parts is None else GeometryReport.joined(parts)
-
-    def _affordable(self, estimator: Estimator, last: GeometryReport) -> Estimator:
-        """The same with no more products than the share of the time has room for, at the latest probe's price."""
-        if not isinstance(self.schedule, Budget) or not isinstance(estimator, TopK):
-            return estimator
-        made = [layer for layer in last.values() if "num_products" in layer.extras]
-        price = sum(float((g.seconds / g.num_products.clamp_min(1)).sum()) for g in made)
-        products = self.schedule.allowance(self._stopwatch.read()) / max(price, 1e-9)
-        if products >= float(max(layer.num_features for layer in made)):
-            return estimator
-        most = estimator.max_products or math.inf
-        return replace(estimator, max_products=max(1, int(min(products, most))))
 
     def _counted(self, at: int | None = None, *, overflow: Tensor | None = None) -> GeometryReport | None:
         self._refuse_if_closed()
