@@ -91,7 +91,7 @@ def test_nor_after_a_warm_start(kind):
     change = change * matrices.square().mean((1, 2), keepdim=True).sqrt()
     for tolerance in (1e-3, 0.1):
         cold = _found(matrices, 10, tolerance, 4 * N)
-        before = Before(cold.values, cold.bound, cold.vectors)
+        before = Before(cold.values, cold.bound, cold.vectors, cold.products.double())
         for size in (0, 1e-4, 1e-3, 1e-2, 0.1):
             for budget in (4 * N, 48, 96) if tolerance == 1e-3 else (4 * N, 48):
                 warm = _found(matrices + size * change, 10, tolerance, budget, before)

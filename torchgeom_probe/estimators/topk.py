@@ -42,10 +42,10 @@ class TopK(Estimator):
     bound; where that is too much, the sample starts again from k + 2 vectors.
 
     A push ends with its layer, a pull begins there; the first push is one for all layers.  From an earlier report
-    (``start=``; a monitor hands its last one) the old singular vectors are pushed first, four of them to judge by:
-    where they have lost more than a tenth of a nat each, the sample starts cold.  Where g has not changed along them,
-    that is all; else they and four random vectors go on as a block.  A change that is one new direction alone, as large
-    as the smallest of the k values, can be missed by such a start.
+    (``start=``; a monitor hands its last one) the old singular vectors are pushed first, four to judge by: where
+    they have lost much, or a cold start is cheap, the sample starts cold.  Where g has not changed along them, that is
+    all; else they and four random vectors go on as a block.  A change that is one new direction alone, as large as
+    the smallest of the k values, can be missed by such a start.
 
     Where the dense Jacobian is about as cheap (n or d below some 16 k), or no convergence comes at its price, J is
     formed and decomposed instead; ``estimand`` then says "dense".
@@ -178,7 +178,8 @@ class TopK(Estimator):
             return None
         vectors = vectors.to(device, torch.float64)
         bound = torch.where(earlier.singular_values[:, -1].to(device) > 0, bound.to(device, torch.float64), torch.inf)
-        return Before(earlier.singular_values.to(device, torch.float64), bound, vectors)
+        cold = earlier.extras.get("cold_products", torch.zeros_like(bound)).to(device, torch.float64)
+        return Before(earlier.singular_values.to(device, torch.float64), bound, vectors, cold)
 
     def _layer(
         self, jacobians: Jacobians, jacobian: LayerJacobian, image: Tensor | None, before: Before | None, shared: float
@@ -190,7 +191,7 @@ class TopK(Estimator):
         how = "dense"
         if self._dense_at_once(smaller):
             sigma, bound, products = self._dense(jacobian)
-            converged = torch.ones_like(bound)
+            converged, cold = torch.ones_like(bound), products
         else:
             how = "block Krylov"
             generator = torch.Generator().manual_seed(self.seed)
@@ -206,7 +207,9 @@ class TopK(Estimator):
                 before=before,
             )
             sigma, bound, products, vectors = found.values, found.bound, found.products, found.vectors
-            converged = found.converged.double()
+            converged, cold = found.converged.double(), products
+            if before is not None:  # a cheap warm start must not make the next one look dear
+                cold = torch.maximum(products, before.cold_products.long())
             if self._may_go_dense and not bool(found.converged.all()):
                 how = "block Krylov, dense where that did not converge"
                 exact, exact_bound, _ = self._dense(jacobian)
@@ -228,7 +231,7 @@ class TopK(Estimator):
             num_directions=self.k,
             rank_tolerance=tolerance,
             error_bound=bound,
-            extras={"num_products": products, "converged": converged, "seconds": seconds},
+            extras={"num_products": products, "cold_products": cold, "converged": converged, "seconds": seconds},
             right_singular_vectors=vectors,
         )
 

@@ -126,7 +126,8 @@ def leading(
                 random = orthonormal(start[at], old, eps=1e-9)
                 image = torch.cat([image[more], jacobian.push(random, at=at)], 1)
                 both = torch.cat([old, random], 1)
-                _expanded(jacobian, found, both, at, image, before=given, moved=True, **options)
+                cold += _expanded(jacobian, found, both, at, image, before=given, moved=True, **options)[0]
+                cold.sort()  # those whose copies may be missing start anew, too
         image = None
     if cold:
         image = None if image is None else image[cold]

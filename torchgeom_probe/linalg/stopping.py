@@ -45,8 +45,9 @@ _CLOSE = 0.03
 #: As many Ritz values as the block has vectors are crowded where they agree within the first number; or within the
 #: second, if they agree ten times better than with the next value.
 _TIGHT = 1e-3
-#: A warm start whose first values have lost more than this, in nats on average, is dropped.
-_LOST = 0.1
+#: A warm start goes on where its first values have lost or won less than this, in nats on average, and a cold one takes
+#: so many products; or where they and the angles between them have changed by less than the last.
+_LOST, _DEAR, _SAME = 0.035, 100, 1e-2
 #: After a warm start gains may lie ahead as after so many half-steps more, and residuals of pairs that were good before
 #: say less of what is new.
 _WARM, _WARM_MARGIN = 6, 4.0
@@ -59,23 +60,32 @@ _ALIKE = 0.05
 class Before:
     """What was found of a J close by: k values, their bound, and as many right singular vectors, or a few more.
 
-    The vectors are orthonormal, in the order of the values.
+    The vectors are orthonormal, in the order of the values; ``cold_products``: what the latest cold start took.
     """
 
     values: Float[Tensor, "S k"]
     bound: Float[Tensor, " S"]
     vectors: Float[Tensor, "S q D"]
+    cold_products: Float[Tensor, " S"]
 
     def at(self, samples: list[int]) -> Before:
         """Of some samples."""
-        return Before(self.values[samples], self.bound[samples], self.vectors[samples])
+        return Before(*(value[samples] for value in (self.values, self.bound, self.vectors, self.cold_products)))
 
-    def helps(self, image_SbN: Tensor) -> list[bool]:
-        """Whether the first few vectors are still stretched about as much as the values say."""
-        now = torch.linalg.svdvals(torch.nan_to_num(image_SbN))
-        old = self.values[:, : now.shape[1]]
-        loss = (old / now[:, : old.shape[1]].clamp_min(1e-300)).log().mean(1)
-        return (loss < _LOST).tolist()
+    def helps(self, image_SbN: Float[Tensor, "S b N"]) -> list[bool]:
+        """Whether to go on from the vectors, by what J makes of the first few.
+
+        Where it makes of them what it made before; or where they have lost little and a cold start is dear: the block
+        that goes on from them is a wide one.
+        """
+        image = torch.nan_to_num(image_SbN)
+        count = min(image.shape[1], self.values.shape[1])
+        old, now = self.values[:, :count].clamp_min(1e-300), torch.linalg.svdvals(image)[:, :count].clamp_min(1e-300)
+        loss = (old / now).log()
+        metric = (image @ image.mT)[:, :count, :count] / (old[:, :, None] * old[:, None, :])
+        between = (metric - torch.diag_embed(metric.diagonal(dim1=1, dim2=2))).abs().amax((1, 2))
+        same = (loss.abs().amax(1) < _SAME) & (between < _SAME)
+        return (same | ((loss.mean(1).abs() < _LOST) & (self.cold_products >= _DEAR))).tolist()
 
 
 class Verdict:
@@ -157,7 +167,7 @@ class Verdict:
         self._credible = credible
         own = ahead[:, 1]
         if self._prior is not None:  # what was missing then is missing still; a step or two show little of it
-            own, close = own + self._prior.bound * 2 / self._steps, _WARM_MARGIN * close
+            own, close = own + 1.5 * self._prior.bound / self._steps, _WARM_MARGIN * close
         own = torch.minimum(close, own)
         bound = torch.minimum(own + hidden, below_top)
         if self._prior is not None and not self._moved and self._steps == 1:
@@ -228,7 +238,7 @@ class Verdict:
         k, block, count = self.k, self.block, min(values_Sc.shape[1], self.k + self.block + 1)
         values_Sc, residuals_Scb = values_Sc[:, :count], residuals_Scb[:, :count]
         worst, spread = torch.zeros_like(self.bound), torch.full_like(self.bound, -1.0)
-        if not count:
+        if not count or self._prior is not None:  # of old vectors there are as many as there were copies
             return worst, worst
         top = values_Sc[:, :1].clamp_min(1e-300)
         logs = (values_Sc / top).clamp_min(1e-300).log()
@@ -244,8 +254,6 @@ class Verdict:
             crowded = alike & rests & (logs[:, first] > -60)
             # Later values may all be zero to rounding: the copies would then stand in the place of nothing.
             displaced = (logs[:, first : first + 1] - logs[:, last + 1 : k]).clamp_min(0).sum(1)
-            if self._prior is not None:  # of old vectors there are as many as there were copies
-                displaced = torch.zeros_like(displaced)
             worst = torch.maximum(worst, torch.where(crowded, displaced, 0.0))
             self._alike_from = torch.where(crowded, self._alike_from.clamp_max(first), self._alike_from)
             spread = torch.where(crowded, torch.maximum(spread, width), spread)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchgeom_probe.distributed import Ranks
 from torchgeom_probe.errors import ProbeError, refuse_unknown
+from torchgeom_probe.monitor.affordable import affordable
 from torchgeom_probe.monitor.boundary import BoundaryWatch
 from torchgeom_probe.monitor.drift import Drift
 from torchgeom_probe.monitor.failures import Failures
@@ -26,7 +27,6 @@ from torchgeom_probe.monitor.schedules import (
     Every,
     LogSpaced,
     Schedule,
-    affordable,
     refuse_unless_count,
     schedule_of,
 )

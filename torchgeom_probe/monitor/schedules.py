@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators import Estimator, TopK
-from torchgeom_probe.report import GeometryReport
 
 
 @dataclass(frozen=True)
@@ -171,15 +169,3 @@ def refuse_unless_count(name: str, value: Any, *, example: str) -> None:
     """Raise a ProbeError unless ``value`` is an integer of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
         raise ProbeError(f"{name} is a whole number of 1 or more; got {value!r}.\nWrite:  {example}")
-
-
-def affordable(estimator: Estimator, last: GeometryReport, schedule: Schedule, clock: Clock) -> Estimator:
-    """The same estimator, a ``TopK`` with no more products than a budget has room for at the latest report's price."""
-    if not isinstance(schedule, Budget) or not isinstance(estimator, TopK):
-        return estimator
-    made = [layer for layer in last.values() if "num_products" in layer.extras]
-    price = sum(float((g.seconds / g.num_products.clamp_min(1)).sum()) for g in made)
-    products = schedule.allowance(clock) / max(price, 1e-9)
-    if products >= float(max(layer.num_features for layer in made)):
-        return estimator
-    return replace(estimator, max_products=max(1, int(min(products, estimator.max_products or math.inf))))
