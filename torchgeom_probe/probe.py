@@ -40,7 +40,6 @@ from torchgeom_probe.shapes import Tensor
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-
 _T = TypeVar("_T")
 
 

@@ -219,8 +219,8 @@ class LayerGeometry(HasDirections):
         return found | {f"extras/{name}": extra for name, extra in self.extras.items()}
 
     def _constants(self) -> dict[str, Any]:
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {n: v for n, v in own.items() if v is None or isinstance(v, (str, bool, int, float, tuple))}
+        own = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {n: v for n, v in own if v is None or isinstance(v, (str, bool, int, float, tuple))}
 
 
 def _finite(values: Tensor) -> Tensor:
@@ -229,14 +229,12 @@ def _finite(values: Tensor) -> Tensor:
 
 
 def _median(values: Tensor) -> float:
-    finite = _finite(values)
-    return finite.quantile(0.5).item() if len(finite) else math.nan
+    return finite.quantile(0.5).item() if len(finite := _finite(values)) else math.nan
 
 
 def _as_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    own = {name: value for name, value in tensors.items() if "/" not in name}
     extras = {n.removeprefix("extras/"): v for n, v in tensors.items() if n.startswith("extras/")}
-    return {**own, "extras": extras}
+    return {**{name: value for name, value in tensors.items() if "/" not in name}, "extras": extras}
 
 
 #: What a saved report may leave out: as large as the Jacobians themselves.

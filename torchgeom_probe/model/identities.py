@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import dis
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -153,3 +154,15 @@ def put_members(kind: type, members: Mapping[str, Any]) -> None:
     for name in now.keys() - members.keys():
         if not name.startswith("__"):
             type.__delattr__(kind, name)
+
+
+@functools.lru_cache(maxsize=4096)
+def names_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """Every name that a function's code reads from outside, and the globals that it binds; inner functions' too."""
+    written = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
+    read = set(code.co_names)
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            more = names_in(inner)
+            read, written = read | more[0], written | more[1]
+    return frozenset(read), frozenset(written)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
-import dis
 import functools
 import itertools
 import random
@@ -27,6 +26,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.model.generators import GENERATORS, same_numbers, state_of
 from torchgeom_probe.model.identities import (
     CONTAINERS,
     Identities,
@@ -34,6 +34,7 @@ from torchgeom_probe.model.identities import (
     get_attribute,
     get_item,
     getter,
+    names_in,
     put_attribute,
     put_item,
     put_members,
@@ -140,7 +141,7 @@ class State:
         """Whether the first pass moved any generator; if it did not, the next ones need not put them back."""
         if self._draws is None:
             with _disable_current_modes():
-                self._draws = any(not _same_numbers(get(), state) for get, _, state in self._generators)
+                self._draws = any(not same_numbers(get(), state) for get, _, state in self._generators)
         return self._draws
 
     def put_back(self, *, generators: bool = True) -> None:
@@ -284,7 +285,7 @@ class State:
             self._look(self._name(get_attribute, put_attribute, cell, "cell_contents"), depth)
         for get in _OF_A_FUNCTION:
             self._look(self.identities.other(get, function), depth)
-        read, written = _names(function.__code__)
+        read, written = names_in(function.__code__)
         outside = function.__globals__
         for name in written:
             self._name(get_item, put_item, outside, name)
@@ -352,22 +353,12 @@ class State:
             self._look_at(array.flat, depth)
 
     def _generator(self, generator: Any, depth: int) -> None:
-        get: Callable[[], Any]
-        if isinstance(generator, random.Random):
-            get, put = generator.getstate, generator.setstate
-        elif isinstance(generator, (np.random.Generator, np.random.BitGenerator)):
-            bits = getattr(generator, "bit_generator", generator)
-            get, put = functools.partial(getattr, bits, "state"), functools.partial(setattr, bits, "state")
-        elif isinstance(generator, np.random.RandomState):
-            get, put = functools.partial(generator.get_state, legacy=False), generator.set_state
-        else:
-            get, put = generator.get_state, generator.set_state
+        get, put = state_of(generator)
         self._generators.append((get, put, get()))
 
 
 _DICTS = (dict, collections.OrderedDict, set)
 _LEARNS = attrgetter("requires_grad")
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
 _CALLABLES: tuple[Any, ...] = (
     types.MethodType,
     types.BuiltinMethodType,
@@ -385,7 +376,7 @@ _LOOKS: tuple[tuple[Any, Any], ...] = (
     (nn.Module, State._module),
     (Tensor, State._tensor),
     (np.ndarray, State._array),
-    (_GENERATORS, State._generator),
+    (GENERATORS, State._generator),
     (CONTAINERS, State._container),
     ((tuple, frozenset), lambda state, values, depth: state._look_at(values, depth)),
     (types.FunctionType, State._function),
@@ -439,18 +430,6 @@ def _slots(kind: type) -> list[str]:
     return [key for members in slotted for key, v in members.items() if isinstance(v, types.MemberDescriptorType)]
 
 
-@_remembered
-def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """Every name that a function's code reads from outside, and the globals that it binds; inner functions' too."""
-    written = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
-    read = set(code.co_names)
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            more = _names(inner)
-            read, written = read | more[0], written | more[1]
-    return frozenset(read), frozenset(written)
-
-
 def _differ(tensor: Tensor, copy: Tensor) -> bool:
     same = tensor.shape == copy.shape and tensor.dtype == copy.dtype and tensor.device == copy.device
     return not same or tensor.is_inference()
@@ -461,14 +440,6 @@ def _versions(tensors: list[Tensor]) -> list[int]:
         return list(map(attrgetter("_version"), tensors))
     except RuntimeError:  # tensors of inference mode have none
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
-def _same_numbers(state: Any, other: Any) -> bool:
-    if isinstance(state, dict):
-        return all(_same_numbers(value, other[key]) for key, value in state.items())
-    if isinstance(state, (Tensor, np.ndarray)):
-        return bool((state == other).all())
-    return state == other
 
 
 def _same(container: Any, content: Any) -> bool:

@@ -38,8 +38,10 @@ def write_map(
     tag: str, made_from: MapOf, writers: Sequence[Writer], step: int, model: nn.Module, scanned: Any, options: Any
 ) -> None:
     """Scan a slice of ``scanned`` (a model or a probe), or call the function on the model, and have it drawn."""
-    slice_ = isinstance(made_from, Line | Plane)
-    result = scan(scanned, made_from, progress=False, **options) if slice_ else made_from(model)
+    if isinstance(made_from, Line | Plane):
+        result: Any = scan(scanned, made_from, progress=False, **options)
+    else:
+        result = made_from(model)
     for writer in writers:
         if writer.draws:
             writer.write_map(tag, result, step)
