@@ -50,7 +50,8 @@ def new_figure(width: float, height: float) -> Figure:
 def finish(figure: Any, title: str | None, note: str | None) -> None:
     """Put the title above and the note, in small letters, below."""
     if title is not None:  # with empty lines, which keep it off the edge and the column titles
-        figure.suptitle(f"\n{title}\n", fontsize=LARGE, linespacing=0.6)
+        lines = "\n\n".join(textwrap.wrap(title, int(9 * figure.get_figwidth())))
+        figure.suptitle(f"\n{lines}\n", fontsize=LARGE, linespacing=0.6)
     if note is not None:
         width = int(17 * figure.get_figwidth())
         note = "\n".join(part for line in note.splitlines() for part in textwrap.wrap(line, width))
