@@ -27,7 +27,6 @@ def add(verbs: Any) -> None:
     parser.add_argument("-k", type=int, help="directions of subspace, singular values of topk")
     parser.add_argument("--batch-size", type=int, default=16, help="images a batch (default 16)")
     parser.add_argument("--workers", type=int, default=1, help="processes that load images (default 1)")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("torchgeom_runs/dataset"), metavar="DIR")
     parser.set_defaults(run=run, resumes=True)
 
@@ -39,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ProbeError("dataset takes --images DIR and a model that knows its own preprocessing: --model timm:NAME")
     images = optional("torchgeom_probe.integrations.timm", extra="timm").ImageFiles
     table = measure_dataset(
-        model.to(arguments.device),
+        model,
         images(arguments.images, loaded.transform),
         path=arguments.out,
         label=1,
