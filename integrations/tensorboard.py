@@ -184,7 +184,8 @@ class TensorBoardWriter(Writer):
         """Write one number of the run as a whole; one that is not finite in float32 is left out."""
         if abs(value) <= _FLOAT32_MAX:
             with self._opened(step) as events:
-                events.add_scalar(f"{REST}/{tag.removeprefix('geometry/')}", value, step)
+                own = tag.removeprefix("geometry/")  # a monitor's own accounts
+                events.add_scalar(tag if own == tag else f"{REST}/{own}", value, step)
 
     def write_map(self, tag: str, result: Any, step: int) -> None:
         """Write a scan's numbers; any other result, drawn as by ``tgp.plot``, or a figure, as an image (it stays open).

@@ -65,7 +65,7 @@ def test_estimators_are_read_from_their_names(estimator, k, expected):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("volume", "estimator='volume' is unknown; there are auto, exact, "),
+        ("volume", "estimator='volume' is unknown; there are auto, directions, exact, "),
         ("topk:rank=3", "TopK has no argument 'rank'"),
         ("exact:3", "Exact takes no argument"),
     ],

@@ -16,7 +16,7 @@ def test_what_the_command_refuses(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(torchvision.datasets, "MNIST", refused)
     assert main(["reproduce", "fig2", "--preset", "paper", "--out", str(tmp_path)]) == 1
-    assert "reproduce fig2 --preset embedded" in capsys.readouterr().err
+    assert "--data mnist5k" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, capsys, monkeypatch):

@@ -52,7 +52,7 @@ class Directions(Estimator):
     Args:
         k: how many.
         smallest: those that are felt least, smallest first; only where n ≥ d: else J has a kernel.
-        tol: of the iteration, on log10 σ; the angles are about its root.
+        tol: of the iteration, in nats on Σ log σ; the angles are about its root.
         seed: of the first block.
 
     Raises:
@@ -68,7 +68,7 @@ class Directions(Estimator):
 
     k: int = 4
     smallest: bool = False
-    tol: float = 1e-6
+    tol: float = 1e-5
     seed: int = 0
     argument: ClassVar[str] = "k"
 

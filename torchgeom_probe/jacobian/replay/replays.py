@@ -151,24 +151,26 @@ class Replays:
         # What changes from time to time is recorded seldom: after a break at the second pass, then the fourth …
         if key is None or watched or self._ended or passes.refused or passes.count < 2**self._broken:
             return eager(inputs, directions)
-        try:
-            found, recording = self._recorded(inputs, directions, eager)
-        except Refused as reason:
-            self.why_not, passes.refused = str(reason), True
-            return eager(inputs, directions)
-        self._recordings[key] = recording
-        while len(self._recordings) > _KEPT:
-            del self._recordings[next(iter(self._recordings))]
-        return found
-
-    def _recorded(
-        self, inputs: Inputs, directions: Tensor, eager: Callable[[Inputs, Tensor], Found]
-    ) -> tuple[Found, Recording]:
         tensors = [t.detach() for t in (*inputs.leaves, directions) if isinstance(t, Tensor)]
         inputs = replace(inputs, leaves=tuple(_given(inputs.leaves, tensors)))
         ran, recorder = Ran(), Recorder(tensors, readable(measured_state()))
         with ran.noted(), recorder:
-            factors, finite = eager(inputs, tensors[-1])
+            found = eager(inputs, tensors[-1])
+        try:
+            self._recordings[key] = self._recording(found, recorder, ran)
+        except Refused as reason:
+            self.why_not, passes.refused = str(reason), True
+        while len(self._recordings) > _KEPT:
+            del self._recordings[next(iter(self._recordings))]
+        return found
+
+    def _recording(self, found: Found, recorder: Recorder, ran: Ran) -> Recording:
+        """What a recorded pass needs to run again.
+
+        Raises:
+            Refused: it cannot be told for certain.
+        """
+        factors, finite = found
         if recorder.refused:
             raise Refused(recorder.refused)
         matrices = [factor.gram if factor.triangle is None else factor.triangle for factor in factors.values()]
@@ -178,7 +180,7 @@ class Replays:
             raise Refused("changes what it depends on in every pass")
         programs = programs_of(recorder, outputs)
         empty = {e: replace(factor, gram=None) if factor.triangle is None else factor for e, factor in factors.items()}
-        return (factors, finite), Recording(*programs, seal, empty, list(finite), self.report)
+        return Recording(*programs, seal, empty, list(finite), self.report)
 
     def _audited(self, recording: Recording, tensors: list[Tensor], eager: Found) -> tuple[Found, bool]:
         """Compare a run with an eager pass."""
