@@ -383,15 +383,15 @@ class GeometryProbe:
                     self._leave_out(refusal)
 
 
-def probe_of(model_or_probe: nn.Module | GeometryProbe, options: ProbeOptions) -> GeometryProbe:
-    """The probe that a verb was given, or a new one on the model that it was given.
+def probe_of(model_or_probe: nn.Module | GeometryProbe, options: ProbeOptions, *, replay: bool = True) -> GeometryProbe:
+    """The probe that a verb was given, or a new one on the model; one that is resumed to the same bits never replays.
 
     Raises:
         ProbeError: options beside a probe, which has its own; an option that no probe has.
     """
     refuse_unknown(options, measure, *ProbeOptions.__annotations__)
     if not isinstance(model_or_probe, GeometryProbe):
-        return GeometryProbe(model_or_probe, **options)
+        return GeometryProbe(model_or_probe, **{"replay": replay, **options})  # type: ignore[arg-type]
     if options:
         raise ProbeError(
             f"a probe that is already made has its own options; {', '.join(f'{name}=' for name in options)} came "

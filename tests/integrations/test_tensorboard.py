@@ -365,7 +365,7 @@ def test_a_full_disk_is_said_to_be_one_and_the_writer_recovers(tmp_path):
         f"""
         import resource, signal, sys, threading
         from pathlib import Path
-        sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
+        sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
         from test_tensorboard import ProbeError, TensorBoardWriter, report
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         threading.excepthook = lambda *_: None  # the worker of the event file dies aloud

@@ -125,7 +125,8 @@ def boundary_study(
     >>> assert study["1"].supported is None and "initial=" in str(study["1"])
     """
     refuse_unknown(options, boundary_study, *ProbeOptions.__annotations__)
-    probe = copy.copy(probe_of(model_or_probe, options))  # a copy: its estimator changes from point to point
+    probe = probe_of(model_or_probe, options, replay=path is None)
+    probe = copy.copy(probe)  # its estimator changes from point to point
     named = options.get("estimator") is not None or not isinstance(probe.estimator, Auto)
     groups_B = _refuse_unusable(probe, x, groups, contrast, pairs, offsets)
     volume = probe.estimator if named else Exact() if x[0].numel() <= _SMALL else None

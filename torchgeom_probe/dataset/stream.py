@@ -109,7 +109,7 @@ def measure_dataset(
     arrow("pyarrow")
     refuse_unknown(options, measure_dataset, *ProbeOptions.__annotations__)
     units = Units.of(data, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_fn)
-    rows = Rows(probe_of(model_or_probe, options), units, label=label, input=input, readout=readout)
+    rows = Rows(probe_of(model_or_probe, options, replay=False), units, label=label, input=input, readout=readout)
     stored = _manifest(Path(path), rows)
     rows.probe.memory_budget = stored["memory_budget"]
     table = DatasetTable(path)

@@ -85,7 +85,7 @@ def scan(
     if batch_size is not None and batch_size < 1:
         raise ProbeError(f"batch_size={batch_size} must be at least 1: points a chunk.\nLeave it out for {_CHUNK}.")
     refuse_unknown(options, scan, *ProbeOptions.__annotations__)
-    probe = probe_of(model_or_probe, options)
+    probe = probe_of(model_or_probe, options, replay=path is None)
     along = options.get("estimator") is None and probe.estimator == Auto()
     settings = {**probe_settings(probe), "readout": in_words(readout)}
     if along:
