@@ -106,7 +106,7 @@ def test_refused_arguments():
 def test_local_lipschitz_constant_and_its_bound():
     model, layer, x = problems.problem("mlp", n=100, d=150, batch=3)
     sigma = oracle.singular_values(model, [layer], x)[layer][:, 0]
-    report = tgp.measure(model, x, layers=[layer], estimator=tgp.TopK(k=1, method="krylov"), normalize=False)
+    report = tgp.measure(model, x, layers=[layer], estimator=tgp.TopK(k=1, tol=5e-3, method="krylov"), normalize=False)
     lower, upper = report[layer].lipschitz_bounds
     assert (lower <= sigma * (1 + 1e-5)).all()
     assert (sigma <= upper).all()

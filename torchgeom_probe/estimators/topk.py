@@ -45,7 +45,8 @@ class TopK(Estimator):
     (``start=``; a monitor hands its last one) the old singular vectors are pushed first, four to judge by: where
     they have lost much, or a cold start is cheap, the sample starts cold.  Where g has not changed along them, that is
     all; else they and four random vectors go on as a block.  A change that is one new direction alone, as large as
-    the smallest of the k values, can be missed by such a start.
+    the smallest of the k values, can be missed by such a start; so it is not made for k < 8, nor where the k values are
+    within a per cent of each other.
 
     Where the dense Jacobian is about as cheap (n or d below some 16 k), or no convergence comes at its price, J is
     formed and decomposed instead; ``estimand`` then says "dense".

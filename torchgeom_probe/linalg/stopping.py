@@ -35,8 +35,8 @@ from torchgeom_probe.shapes import Bool, Float, Tensor
 
 _LN10 = math.log(10.0)
 
-#: Half-steps' gains that may lie ahead, as a share of the half-steps made; for k values _AHEAD + _AHEAD_FEW/√k.
-_AHEAD, _AHEAD_FEW = 0.6, 1.0
+#: Half-steps' gains that may lie ahead, as a share of the half-steps made; for k values _AHEAD + _AHEAD_FEW/k.
+_AHEAD, _AHEAD_FEW = 0.7, 2.1
 #: Linear and quadratic bounds count only where log10 σ_i is known within the first number and |r_i|/S_i is below the
 #: second, in two half-steps in a row.
 _CREDIBLE = 1e-3
@@ -50,7 +50,7 @@ _TIGHT = 1e-3
 _LOST, _DEAR, _SAME = 0.035, 100, 1e-2
 #: After a warm start gains may lie ahead as after so many half-steps more, and residuals of pairs that were good before
 #: say less of what is new.
-_WARM, _WARM_MARGIN = 6, 4.0
+_WARM, _WARM_MARGIN = 9, 6.0
 #: What of a change of g cannot be seen along the old vectors, in units of what can, squared, for each of d · k entries.
 _UNSEEN = 10.0
 _ALIKE = 0.05
@@ -84,8 +84,10 @@ class Before:
         loss = (old / now).log()
         metric = (image @ image.mT)[:, :count, :count] / (old[:, :, None] * old[:, None, :])
         between = (metric - torch.diag_embed(metric.diagonal(dim1=1, dim2=2))).abs().amax((1, 2))
+        # Values this close take each other's vectors at any change: nothing can be said of what is between them.
+        apart = (self.values[:, 0] / self.values[:, -1].clamp_min(1e-300)).log() > self.values.shape[1] * _TIGHT
         same = (loss.abs().amax(1) < _SAME) & (between < _SAME)
-        return (same | ((loss.mean(1).abs() < _LOST) & (self.cold_products >= _DEAR))).tolist()
+        return (apart & (same | ((loss.mean(1).abs() < _LOST) & (self.cold_products >= _DEAR)))).tolist()
 
 
 class Verdict:
@@ -192,7 +194,7 @@ class Verdict:
         gain = (now - last).clamp_min(0)
         # Where one half-step alone can be seen its gain counts twice.
         gain = torch.where(first.isnan(), 2 * gain, torch.maximum(gain, (last - first).clamp_min(0)))
-        few = torch.tensor([1.0, self.k**-0.5], dtype=now.dtype, device=now.device)
+        few = torch.tensor([1.0, 1 / self.k], dtype=now.dtype, device=now.device)
         steps = self._steps if self._prior is None else self._steps + _WARM
         return torch.nan_to_num((_AHEAD + _AHEAD_FEW * few) * steps * gain, nan=torch.inf)
 
@@ -226,7 +228,7 @@ class Verdict:
         quadratic = torch.where(zero, torch.inf, _quadratic_error(values, residuals, zero)) if count > k else linear
         error = torch.minimum(linear, quadratic)
         credible = ((error < _CREDIBLE * _LN10) & (linear < _CLOSE)).all(1)
-        return torch.where(credible, error.sum(1), torch.inf)
+        return torch.where(credible, (1 + 1 / k) * error.sum(1), torch.inf)  # of few values each counts
 
     def _hidden_copies(self, now_Sc: Tensor, values_Sc: Tensor, residuals_Scb: Tensor) -> tuple[Tensor, Tensor]:
         """Return ([S] what hidden copies could add to Σ log σ_i, in nats; [S] what near ones could to log σ_1).
