@@ -540,7 +540,9 @@ def test_options():
     _refused("estimator=10 is no estimator", model, estimator=10)
     _refused(r"is no estimator.\n.*estimator=Exact\(\)", model, estimator=tgp.Exact)
     _refused(
-        "estimator='fast' is unknown; there are auto, exact, logdet, subspace, topk, trace", model, estimator="fast"
+        "estimator='fast' is unknown; there are auto, directions, exact, logdet, subspace, topk, trace",
+        model,
+        estimator="fast",
     )
     _refused("TopK has no argument 'p'; it has k, tol, block", model, estimator="topk:p=3")
     _refused("Exact takes no argument", model, estimator="exact:3")

@@ -141,8 +141,8 @@ def test_directions_are_really_split():
     once = len(passes.read())
     (plan,) = probe._plans.values()
     tgp.measure(model, x, layers=["layer4.1"], estimator=tgp.Subspace(k=6), memory_budget=2 * plan.row_bytes * 3)
-    assert once == 2 + 1  # the plan's two and the dual pass
-    assert len(passes.read()) - once == 2 + 3  # 6 directions, two at a time beside the primal
+    assert once == 4 + 1  # the plan's four and the dual pass
+    assert len(passes.read()) - once == 4 + 3  # 6 directions, two at a time beside the primal
 
 
 @pytest.mark.parametrize("engine", ENGINES)

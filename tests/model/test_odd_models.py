@@ -326,8 +326,8 @@ def test_a_module_called_more_often_for_some_samples():
     with torch.no_grad():
         model.step.weight.copy_(torch.eye(4))
         model.step.bias.zero_()
-    x = torch.stack([torch.ones(4), -torch.ones(4)])
-    with pytest.raises(tgp.ProbeError, match="fired for some samples only"):
+    x = torch.stack([2 * torch.ones(4), -torch.ones(4)])  # together twice, the second alone once
+    with pytest.raises(tgp.ProbeError, match="couples the samples"):
         tgp.measure(model, x, layers="step", estimator=tgp.Subspace(k=2), memory_budget=100)
 
 

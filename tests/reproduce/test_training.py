@@ -72,8 +72,8 @@ def go(tmp_path, **options):
     x = torch.zeros(3, 2) + torch.arange(3)[:, None]
     watch = {"x_probe": x, "layers": ["2"], "estimator": tgp.Exact(), "every": 3}
     results = Results("figure", "a test", settings(tmp_path), say=lambda line: None)
-    trained = results.train(task(**options), [plane_view()], watch=watch)
-    results.test(trained, plane_view())
+    (trained,) = results.train(task(**options), [plane_view()], watch=watch)
+    results.describe(trained, plane_view())
     results.finish()
     return trained
 

@@ -1,10 +1,10 @@
 """Scans that are interrupted or killed end with the same bytes; another scan is never continued nor overwritten."""
 
-import itertools
 import os
 import subprocess
 import sys
 import textwrap
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -20,11 +20,11 @@ class Interrupted(nn.Module):
 
     def __init__(self, inner, fail_at=0):
         super().__init__()
-        # Not a list: what a forward pass leaves in a module's containers is undone after a measurement.
-        self.inner, self.fail_at, self.call = inner, fail_at, itertools.count(1)
+        self.inner, self.fail_at, self.calls = inner, fail_at, SimpleQueue()  # which no measurement puts back
 
     def forward(self, x):
-        if next(self.call) == self.fail_at:
+        self.calls.put(1)
+        if self.calls.qsize() == self.fail_at:
             raise KeyboardInterrupt
         return self.inner(x)
 

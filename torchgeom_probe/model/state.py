@@ -241,7 +241,7 @@ class State:
         self._class(type(module), _DEPTH)
 
     def _keep(self, container: Any) -> None:
-        base = _base(type(container))  # not its own methods: a class derived from dict may copy as it likes
+        base = _base(type(container))  # not its own methods: they may copy as they like, or import what they map to
         inside = dict(base.items(container)) if isinstance(container, dict) else list(base.__iter__(container))
         if inside or type(container) not in CONTAINERS:
             self._containers.append((container, inside))
@@ -252,9 +252,11 @@ class State:
 
     def _container(self, container: Any, depth: int) -> None:
         self._keep(container)
-        self.whole &= len(container) <= _MANY or not any(map(_how, map(type, container)))
-        if len(container) <= _MANY:
-            self._look_at(list(container.values() if isinstance(container, dict) else container), depth)
+        base = _base(type(container))
+        held = list(base.values(container) if isinstance(container, dict) else base.__iter__(container))
+        self.whole &= len(held) <= _MANY or not any(map(_how, map(type, held)))
+        if len(held) <= _MANY:
+            self._look_at(held, depth)
         if type(container) not in CONTAINERS:
             self._object(container, depth)
 
