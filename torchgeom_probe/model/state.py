@@ -77,8 +77,7 @@ class State:
         self.model = model
         #: Whether a pass ran since; who runs one says so.
         self.ran = False
-        #: Functions of the user's own that a pass may call.
-        self.functions: list[types.FunctionType] = []
+        self.functions: list[types.FunctionType] = []  # of the user's own, which a pass may call
         #: Where everything was found.
         self.identities = Identities()
         #: Whether it may be held for longer than a measurement: no copy is large, nothing belongs to a graph.
@@ -91,8 +90,7 @@ class State:
         self._watched: list[Tensor] = []
         self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self._others: list[Callable[[], None]] = []
-        #: Of what moves and stays where it is: counts, context variables.
-        self._moving: list[Callable[[], Any]] = []
+        self._moving: list[Callable[[], Any]] = []  # of what moves and stays where it is: counts, context variables
         self._generators: list[tuple[Callable[[], Any], Callable[[Any], Any], Any]] = []
         self._draws: bool | None = None
         self._seen: set[int] = set()
