@@ -35,7 +35,7 @@ class TopK(Estimator):
     stops, and costs nothing from then on, when ``error_bound`` [B] on the error of ``log_volume`` is within ``tol``
     (``converged`` = 1) or the next half-step would go beyond ``max_products`` (0).  The bound is finite at any moment:
     what the last steps gained says what may be ahead, and small residuals say it better.  It is no theorem: the
-    constants were calibrated (tests/linalg/test_stopping.py: no bound below the error in 11520 cold runs).
+    constants are set by calibration, a slow test of 11520 runs (tests/linalg/test_stopping.py).
 
     Neither sees further copies of a multiple singular value, of which a block of b vectors meets b.  So where ``block``
     values agree to 1e-3 (or agree ten times better than with the next one), what hidden copies could add is part of the
