@@ -117,3 +117,37 @@ def test_repeated_pushes_of_an_estimator_convolve_the_tangents_alone():
         tgp.measure(model, x, layers="", estimator=estimator, engine="fused")
     assert rows.count(2 * (1 + 4)) == 1  # the first push
     assert rows.count(2 * 4) > 1
+
+
+class _AsksForGradients(nn.Module):
+    def __init__(self, asks):
+        super().__init__()
+        self.asks = asks
+
+    def forward(self, x):
+        return x * 2 if self.asks(x) else x.sin()
+
+
+@pytest.mark.parametrize(
+    "asks", [lambda x: x.requires_grad, lambda x: torch.is_grad_enabled()], ids=["requires_grad", "is_grad_enabled"]
+)
+@pytest.mark.parametrize("estimator", [tgp.Exact(), tgp.TopK(2), tgp.Subspace(2)], ids=["exact", "topk", "subspace"])
+def test_a_model_that_is_another_function_under_gradients_is_refused(asks, estimator):
+    """Reverse mode would differentiate the branch that only training takes."""
+    with pytest.raises(tgp.ProbeError, match="another value than the model's plain forward pass"):
+        tgp.measure(_AsksForGradients(asks), torch.rand(3, 4), layers="", estimator=estimator, engine="vjp")
+    report = tgp.measure(_AsksForGradients(asks), torch.zeros(3, 4), layers="", estimator=tgp.Exact(), normalize=False)
+    assert torch.allclose(report[""].log_volume, torch.zeros(3).double())  # of sin, not of 2 x
+
+
+class _Force(nn.Module):
+    """A force field: the gradient of an energy, by torch's own transforms inside the forward pass."""
+
+    def forward(self, x):
+        return torch.func.vmap(torch.func.grad(lambda z: z.pow(4).sum() / 4))(x)
+
+
+def test_transforms_of_torch_func_inside_the_model():
+    x = torch.rand(3, 4, dtype=torch.float64) + 1
+    report = tgp.measure(_Force(), x, layers="", estimator=tgp.Exact(), normalize=False)
+    assert torch.allclose(report[""].log_volume, (3 * x**2).log().sum(1))

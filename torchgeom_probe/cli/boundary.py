@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
             "Give trained ones:  --checkpoint trained.pth, or --pretrained"
         )
     model, loaded = model_of(arguments)
-    initial = _initial(arguments)
+    initial = untrained_of(arguments)
     x = input_of(arguments, model, loaded)
     options: dict[str, Any] = {} if arguments.estimator is None else {"estimator": estimator_of(arguments)}
     study = boundary_study(
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"Wrote {', '.join(map(str, [arguments.out / 'study.json', *written]))}.")
 
 
-def _initial(arguments: argparse.Namespace) -> nn.Module | None:
+def untrained_of(arguments: argparse.Namespace) -> nn.Module | None:
     """The same architecture with the weights of ``--initial``, else with random ones; None where it has no others."""
     if arguments.initial is None and not is_trained(arguments):
         return None

@@ -17,7 +17,7 @@ from torch import nn
 from torchgeom_probe.errors import ProbeError, first_line, optional
 from torchgeom_probe.estimators import Estimator, named
 from torchgeom_probe.files import finite_or_null
-from torchgeom_probe.shapes import Float, Tensor
+from torchgeom_probe.shapes import Tensor
 
 #: The one model with real weights that need no download: they come in a package of their own.
 _LITE0 = "efficientnet-lite0"
@@ -58,6 +58,7 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="image files or a directory (default: random numbers)"
     )
+    parser.add_argument("--data", metavar="SPEC", help="path.py:name of a batch, or of a function that makes one")
     parser.add_argument("--input-shape", metavar="C,H,W", help="shape of one random sample (default: the model's own)")
     parser.add_argument("--batch", type=int, default=4, help="random samples (default 4)")
     parser.add_argument("--seed", type=int, default=0)
@@ -105,6 +106,8 @@ def _made(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
         model = _from_torchvision(name, arguments.pretrained)
     elif library.endswith(".py") and name:
         model = _from_file(Path(library), name)
+        if not isinstance(model, nn.Module):
+            raise ProbeError(f"{arguments.model} returned a {type(model).__name__}, not an nn.Module.")
     else:
         raise ProbeError(
             f"--model {arguments.model!r} is not understood.\n"
@@ -160,9 +163,10 @@ def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
         ) from error
 
 
-def _from_file(path: Path, factory: str) -> nn.Module:
+def _from_file(path: Path, factory: str) -> Any:
+    """What a Python file's name stands for, or what it returns when it is called."""
     if not path.is_file():
-        raise ProbeError(f"there is no Python file {path}.\nWrite --model path/to/model.py:factory")
+        raise ProbeError(f"there is no Python file {path}.\nWrite path/to/file.py:name")
     sys.path.insert(0, str(path.resolve().parent))
     try:
         names = runpy.run_path(str(path), run_name=path.stem)
@@ -172,19 +176,22 @@ def _from_file(path: Path, factory: str) -> nn.Module:
         shown = [name for name in names if not name.startswith("_")]
         raise ProbeError(f"{path} has no {factory!r}.\nIt has {', '.join(shown[:12]) or 'no public names'}.")
     made = names[factory]
-    model = made if isinstance(made, nn.Module) else made()
-    if not isinstance(model, nn.Module):
-        raise ProbeError(f"{path}:{factory} returned a {type(model).__name__}, not an nn.Module.")
-    return model
+    return made if isinstance(made, (nn.Module, Tensor)) else made()
 
 
-def input_of(arguments: argparse.Namespace, model: nn.Module, loaded: Any) -> Float[Tensor, "samples ..."]:
+def input_of(arguments: argparse.Namespace, model: nn.Module, loaded: Any) -> Tensor:
     """The images that were named, prepared as the model was trained; without any, random numbers."""
     if arguments.images is not None:
         if loaded is None:
             raise ProbeError("--images needs a model that knows its own preprocessing.\nWrite --model timm:NAME")
         read_images = optional("torchgeom_probe.integrations.timm", extra="timm").read_images
         return loaded.batch([image for path in arguments.images for image in read_images(path)])
+    if arguments.data is not None:
+        file, _, name = arguments.data.rpartition(":")
+        x = _from_file(Path(file), name)
+        if not isinstance(x, Tensor):
+            raise ProbeError(f"--data {arguments.data} gave a {type(x).__name__}.\nGive a tensor [B, ...]: a batch.")
+        return x.to(device_of(arguments))
     generator = torch.Generator().manual_seed(arguments.seed)
     x = torch.randn(arguments.batch, *_sample_shape(arguments, model), generator=generator)
     return x.to(device_of(arguments))

@@ -117,13 +117,13 @@ class Followed(TorchFunctionMode):
         return self.reverse and not torch.is_grad_enabled() and not inside_a_custom_function()
 
     def _remember(self, carried: list[Tensor]) -> None:
-        for storage in map(_storage, carried):
+        for storage in map(storage_of, carried):
             if storage is not None and storage.nbytes():  # all that is empty lies at 0
                 self._memory[storage.data_ptr()] = StorageWeakRef(storage)
 
     def _refuse_alias(self, func: Any, constants: list[Tensor]) -> None:
         for tensor in constants if self._memory else ():
-            storage = _storage(tensor)
+            storage = storage_of(tensor)
             held = None if storage is None else self._memory.get(storage.data_ptr())
             copied = tensor.is_nested  # torch.nested.nested_tensor(h) is seen by no mode
             if (copied or (held is not None and not held.expired())) and not inside_a_custom_function():
@@ -167,7 +167,7 @@ def has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
     """Where its numbers are; None for a sparse or an opaque one."""
     tensor = _innermost(tensor)
     return tensor.untyped_storage() if tensor.layout is torch.strided and not tensor.is_nested else None

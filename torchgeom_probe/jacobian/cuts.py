@@ -9,7 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from torchgeom_probe.dual.followed import COPIES, inside_a_custom_function
+from torchgeom_probe.dual.followed import COPIES, inside_a_custom_function, storage_of
 from torchgeom_probe.dual.ops import CONSTANT, DETACHES, ESCAPES, METADATA, body_of, meaning_of, reads_bits, smooth
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.hooked import HookedModel
@@ -63,8 +63,8 @@ class Cuts(TorchFunctionMode):
     def _moves(self, value: Any) -> bool:
         if type(value) not in (Tensor, nn.Parameter) or not smooth(value):
             return False
-        strided = value.layout is torch.strided and not value.is_nested
-        return strided and value.untyped_storage()._cdata not in self._still
+        storage = storage_of(value)
+        return storage is not None and storage._cdata not in self._still
 
     def _refuse_other_memory(self, tensor: Tensor, value: Tensor) -> None:
         # No version counter tells of it, and of a DualTensor assigned in C++ only a dead pointer would be left.

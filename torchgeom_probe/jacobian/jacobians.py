@@ -228,6 +228,18 @@ class Jacobians:
             everywhere = torch.ones(len(leaves[0]), dtype=torch.bool, device=leaves[0].device)  # of no features at all
             self.finite[entry] = torch.stack([everywhere, *means]).all(0)
 
+    def _seer(self, engine: str) -> fused.Seer:
+        """Sees the values of one pass of an engine, which must be the plain pass's."""
+        # Fewer samples draw other numbers.
+        known = self.plan.reference if not self.plan.random or self.inputs.size == self.inputs.total else {}
+
+        def see(entry: str, leaves: list[Tensor]) -> None:
+            self._see(entry, leaves)
+            if entry in known:
+                _refuse_another_value(engine, entry, leaves, known[entry])
+
+        return see
+
     def _push(self, directions: Tensor, sink: fused.Sink, any_order: bool) -> None:
         self._refuse_alone()
         if self.engine != "auto":
@@ -258,18 +270,10 @@ class Jacobians:
 
     def _guarded(self, engine: str, directions: Tensor, sink: fused.Sink, any_order: bool) -> None:
         """Run one engine; what breaks in it is a refusal of that engine: the plain pass is known to run."""
-        plan = self.plan
+        plan, see = self.plan, self._seer(engine)
         options: dict[str, Any] = {}
         if engine == "fused":
             options = {"any_order": any_order, "layout": plan.layout, "low": self.low}
-        # Fewer samples draw other numbers.
-        known = plan.reference if not plan.random or self.inputs.size == self.inputs.total else {}
-
-        def see(entry: str, leaves: list[Tensor]) -> None:
-            self._see(entry, leaves)
-            if entry in known:
-                _refuse_another_value(engine, entry, leaves, known[entry])
-
         try:
             # The same random numbers in every pass: directions that are pushed apart must be pushed through the same
             # function.
@@ -304,7 +308,7 @@ class Jacobians:
                 yield back
             return
         try:
-            options: Any = {"copies": copies, "layout": self.plan.layout, "see": self._see}
+            options: Any = {"copies": copies, "layout": self.plan.layout, "see": self._seer("vjp")}
             options["until"] = until or list(self.plan.features)[-1]
             with within(harmless=self.plan.harmless), vjp.pullback(self.hooked, self.inputs, **options) as back:
                 if compared and self.engine in ("auto", "fused", "replay"):
@@ -385,8 +389,11 @@ def _refuse_another_value(engine: str, entry: str, values: list[Tensor], referen
     eps = torch.finfo(value.dtype).eps
     allowed = (1e-6 if eps < 1e-12 else max(1e-2, 8 * eps)) * scale
     if ((value - expected).abs() > allowed).any():
+        other = "fused" if engine == "vjp" else "vjp"
         raise EngineRefusal(
             f"the engine {engine!r} gives layer {entry!r} another value than the model's plain forward pass: an op "
-            "writes in place through a view, or draws random numbers in the order of memory.\n"
-            "Write or draw out of place (torch.randn(x.shape) for torch.randn_like(x)), or measure with engine='vjp'."
+            "writes in place through a view, draws random numbers in the order of memory, or the model asks whether "
+            "gradients are wanted.\n"
+            "Write or draw out of place (torch.randn(x.shape) for torch.randn_like(x)), or measure with "
+            f"engine={other!r}."
         )

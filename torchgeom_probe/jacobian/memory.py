@@ -27,6 +27,11 @@ class LiveBytes(TorchDispatchMode):
 
     supports_higher_order_operators = True  # flex_attention and the like have no schema, and write to nothing
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Watching changes nothing: flex_attention, which compiles itself when it first runs, may do so below."""
+        return True
+
     def __init__(self, known: Sequence[Any]) -> None:
         super().__init__()
         self.live = self.peak = self.total = 0

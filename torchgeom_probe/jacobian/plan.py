@@ -31,6 +31,9 @@ SHARE_OF_FREE_MEMORY = 0.5
 #: A rule holds its input, its output and at most one temporary: twice the peak of a plain forward pass over the same
 #: rows.
 _ROWS_OVER_PLAIN = 2.0
+#: Bytes of a chunk on a CPU: of more nothing is faster per row, and memory that the allocator must ask the system for
+#: and give back, tensor after tensor, can double the time.
+_EASY_BYTES = 256 << 20
 #: What a saved pass may grow to by being copied, in rows or in bytes: from there on a backward pass is as fast per row
 #: as it gets.
 _COPIED_ROWS = 32
@@ -59,6 +62,7 @@ class Plan:
         whole: whether the model takes its own number of samples alone, so that no chunks can be made.
         coupled: entries in which one sample's output depends on the others.
         harmless: whether all that the pass cuts off from its derivative is looked at alone (:func:`cuts.harmless`).
+        on_cpu: where the samples are.
     """
 
     features: dict[str, int]
@@ -74,6 +78,7 @@ class Plan:
     whole: bool = False
     coupled: tuple[str, ...] = ()
     harmless: bool = False
+    on_cpu: bool = False
 
     @property
     def num_inputs(self) -> int:
@@ -81,8 +86,14 @@ class Plan:
         return prod(self.space)
 
     def samples_at_once(self, num_directions: int, batch: int) -> int:
-        """How many samples fit with all their k directions (at least 1)."""
-        return batch if self.whole else max(1, min(batch, self._rows() // (1 + num_directions)))
+        """How many samples to take at once with all their k directions (at least 1): as many as fit, at ease."""
+        if self.whole:
+            return batch
+        most = self._rows() // (1 + num_directions)
+        if self.on_cpu:
+            most = min(most, max(1, _EASY_BYTES // max(1, self.bytes_of(1, num_directions))))
+        chunks = -(-batch // max(1, most))
+        return -(-batch // chunks)  # as equal as can be: a recorded pass has one shape
 
     def directions_at_once(self, num_directions: int, samples: int) -> int:
         """How many directions fit at once for that many samples (at least 1)."""
@@ -182,6 +193,7 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
         whole=whole,
         coupled=coupled,
         harmless=logs,
+        on_cpu=space.device.type == "cpu",
         budget=agreed(hooked.model, memory_budget or int(SHARE_OF_FREE_MEMORY * free_memory(space.device))),
     )
 
