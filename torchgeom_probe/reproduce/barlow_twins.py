@@ -108,7 +108,7 @@ def train_without_labels(images: Images, results: Results) -> tuple[Trained, lis
     lines = images.lines(results.settings.choose(embedded=128, paper=160, quick=24))
     slices = {f"line_{start}_{end}": line for (start, end), line in lines.items()} | {"plane": plane}
     views = [View(name, of, options, images.class_names) for name, of in slices.items()]
-    networks = results.train(without_labels(images, results.settings), views)
+    networks = results.train(without_labels(images, results.settings), views, seeds=1)
     groups = images.test_labels if images.name == "photos" else None
     results.study(networks, images.test_images, layers=list(LAYERS), groups=groups)
     return networks[0], views
