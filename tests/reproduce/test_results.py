@@ -126,7 +126,8 @@ def test_seeds_are_for_studies_alone_and_without_studies_there_is_no_table(tmp_p
 
     monkeypatch.setattr(results_module, "train", train)
     results = Results("figure", "a test", settings(tmp_path, seeds=3), say=lambda line: None)
-    of = Training("net", model=None, loss=None, optimizer=None, num_samples=1, epochs=1)
+    with shapes_unchecked():
+        of = Training("net", model=None, loss=None, optimizer=None, num_samples=1, epochs=1)
     with shapes_unchecked():
         results.train(of, [])
         results.train(of, [], seeds=8)

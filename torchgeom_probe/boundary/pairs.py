@@ -6,9 +6,10 @@ Legend of axes: N pairs, P points of a line.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import warnings
 from dataclasses import dataclass
 
+import scipy.cluster.vq
 import torch
 from torch import nn
 
@@ -126,28 +127,24 @@ def _clustered(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """[B], the samples in so many clusters, by k-means."""
     flat = x.flatten(1).double().cpu()
     centres = flat[torch.randperm(len(flat), generator=generator)[:count]]
-    for _ in range(20):
-        nearest = torch.cdist(flat, centres).argmin(1)
-        parts = [flat[nearest == i] for i in range(len(centres))]
-        centres = torch.stack([part.mean(0) if len(part) else c for part, c in zip(parts, centres, strict=True)])
-    return nearest
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a cluster that is left empty
+        _, nearest = scipy.cluster.vq.kmeans2(flat.numpy(), centres.numpy(), iter=20, minit="matrix")
+    return torch.from_numpy(nearest).long()
 
 
 def _disjoint(classes: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:
     """[N, 2], random pairs of different classes and groups in which no sample stands twice."""
-    return torch.cat([torch.empty(0, 2, dtype=torch.long), *_matches(classes, groups, generator)])
-
-
-def _matches(classes: Tensor, groups: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    rest = torch.arange(len(classes))
+    rest, matched = torch.arange(len(classes)), [torch.empty(0, 2, dtype=torch.long)]
     for _ in range(50):  # every round leaves those that met their like, to meet others
         rest = rest[torch.randperm(len(rest), generator=generator)]
         met, odd = rest[: len(rest) // 2 * 2].reshape(-1, 2), rest[len(rest) // 2 * 2 :]
         differ = _differ(met, classes, groups)
-        yield met[differ]
+        matched.append(met[differ])
         rest = torch.cat([met[~differ].flatten(), odd])
         if len(classes[rest].unique()) < 2:
-            return
+            break
+    return torch.cat(matched)
 
 
 def _sharing(classes: Tensor, groups: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -169,7 +166,7 @@ def _differ(pairs: Tensor, classes: Tensor, groups: Tensor) -> Tensor:
 def same_class_points(
     model: nn.Module, x: Tensor, classes: Tensor, pairs: Pairs, *, readout: Readout | None, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Points as far from a sample as each crossing is from the nearer end of its line, without a boundary between.
+    """Points of that sample's class as far from a sample as each crossing is from the nearer end of its line.
 
     From that end towards a random sample that is predicted as the same class; up to eight are tried.  Returns the
     points [N, *input], and [N], where one was found.

@@ -105,7 +105,7 @@ def compare_networks(studies: Sequence[BoundaryStudy]) -> BoundaryStudy:
         studies: S ≥ 3, of the same layers and contrast: several seeds of one architecture, each with ``initial``.
 
     Raises:
-        ProbeError: fewer than 3, or studies that differ in layers, contrast, or in having an ``initial``.
+        ProbeError: fewer than 3, or studies that differ in layers, contrast, volume, or in having an ``initial``.
 
     Cost: none to speak of.
 
@@ -125,10 +125,13 @@ def compare_networks(studies: Sequence[BoundaryStudy]) -> BoundaryStudy:
             "Train the network with other seeds:  "
             "compare_networks([boundary_study(net, x, initial=net0, seed=i) for i, (net, net0) in enumerate(trained)])"
         )
-    kinds = {(tuple(s), *((e.contrast, e.estimand, e.initial is None) for e in s.values())) for s in studies}
+    kinds = {
+        (tuple(s), *((e.contrast, e.estimand, e.volume_estimand, e.dimensions, e.initial is None) for e in s.values()))
+        for s in studies
+    }
     if len(kinds) > 1:
         raise ProbeError(
-            "the studies differ in their layers, their contrast, or in whether they have an untrained network.\n"
+            "the studies differ in their layers, their contrast, their volume, or in having an untrained network.\n"
             "Study every network in the same way:  boundary_study(net, x, layers=..., contrast=..., initial=...)"
         )
     effects = {name: _over_networks([study[name] for study in studies]) for name in studies[0]}

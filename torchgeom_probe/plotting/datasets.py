@@ -36,7 +36,7 @@ def plot_table(
     names, known = style.chosen_layers(layers, list(table.layers)), table.schema().names
     if by is not None and by not in known:
         raise ProbeError(f"by={by!r} is no column.\nThere are {', '.join(known)}.")
-    wanted = [*map(table.value, names), *(c for c in (by, "margin", "file") if c in known)]
+    wanted = [*map(table.value, names), *(c for c in (by, "margin", "file") if c is not None and c in known)]
     samples: dict[str, list[Any]] = table.to_arrow(wanted).to_pydict()
     kinds = {name: table.layers[name] for name in names}
     values = {

@@ -1,4 +1,4 @@
-"""Fields over planes as maps: a row a field, which shares a colour scale, a column a scan; all with class boundaries."""
+"""Fields over planes as maps: a row a field with one colour scale, a column a scan; all have class boundaries."""
 
 from __future__ import annotations
 
@@ -192,15 +192,16 @@ def _show_map(
     axes: Any, scan: SliceScan, field: Any, colours: dict[str, Any], *, plain: bool, corners: bool, height: int
 ) -> Any:
     """Draw a field with the boundaries of its scan, black where it is ``plain`` predictions; returns the image."""
-    low, high = scan.slice.extent
-    half_step = (high - low) / (scan.slice.steps - 1) / 2
+    plane: Any = scan.slice
+    low, high = plane.extent
+    half_step = (high - low) / (plane.steps - 1) / 2
     frame, ticks = (low - half_step, high + half_step), [low, (low + high) / 2, high]
     axes.set(xlim=frame, ylim=frame, xticks=ticks, yticks=ticks)
     place = axes.get_subplotspec()
     axes.tick_params(labelsize=SMALL, labelbottom=place.rowspan.stop == height, labelleft=place.is_first_col())
     _draw_boundaries(axes, scan, plain)
     dot = {"boxstyle": "circle,pad=0.12", "facecolor": "white", "linewidth": 0.7}
-    for (u, v), name in zip(scan.slice.corners.tolist() if corners else [], "abc", strict=False):
+    for (u, v), name in zip(plane.corners.tolist() if corners else [], "abc", strict=False):
         if low <= u <= high and low <= v <= high:
             axes.text(u, v, name, ha="center", va="center", fontsize=SMALL - 1, bbox=dot)
     return axes.imshow(field, origin="lower", extent=2 * frame, interpolation="nearest", **colours)
@@ -231,7 +232,8 @@ def _draw_bar(figure: Any, shown: Sequence[Any], row: Row, location: str, class_
 
 def _draw_boundaries(axes: Any, scan: SliceScan, plain: bool) -> None:
     labels, margin = scan.predictions.numpy(), scan.margin.numpy()
-    ticks = np.linspace(*scan.slice.extent, scan.slice.steps)
+    plane: Any = scan.slice
+    ticks = np.linspace(plane.extent[0], plane.extent[1], plane.steps)
     ticks = np.array([2 * ticks[0] - ticks[1], *ticks, 2 * ticks[-1] - ticks[-2]])  # so that lines reach the frame
     around = mpl("matplotlib.patheffects").withStroke(linewidth=2.2, foreground=(0, 0, 0, 0.55))
     classes = np.unique(labels)

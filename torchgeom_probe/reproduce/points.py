@@ -218,7 +218,12 @@ def _draw_maps(results: Results, trained: Trained, view: View) -> None:
         Row("√det g", scans, [scan.log_volume[LAYER] for scan in scans], "log √det g [nat]"),
         Row("Ricci scalar", scans, curvature, "Ricci scalar R", "signed"),
     ]
-    options = {"column_names": list(named), "class_names": view.class_names, "corners": False, "note": _NOTE}
+    options: dict[str, Any] = {
+        "column_names": list(named),
+        "class_names": view.class_names,
+        "corners": False,
+        "note": _NOTE,
+    }
     title = _named(trained, "{data}, {width} sigmoid units")
     results.picture(trained.name, plot_grid(rows, title=title, **options))
 
@@ -230,5 +235,12 @@ def _draw_overview(results: Results, found: list[tuple[Trained, View]]) -> None:
         named = trained.scans(view, trained.three)
         volumes = [scan.log_volume[LAYER] for scan in named.values()]
         rows.append(Row(_named(trained, "{data}\n{width} units"), list(named.values()), volumes, "log √det g [nat]"))
-    title, options = "√det g of one hidden layer of sigmoid units", {"corners": False, "note": _NOTE, "panel": 2.0}
-    results.picture("volumes", plot_grid(rows, column_names=list(named), title=title, **options), gallery=True)
+    figure = plot_grid(
+        rows,
+        column_names=list(named),
+        corners=False,
+        title="√det g of one hidden layer of sigmoid units",
+        note=_NOTE,
+        panel=2.0,
+    )
+    results.picture("volumes", figure, gallery=True)
