@@ -80,16 +80,8 @@ def plot_grid(
     """Draw rows of maps over planes, as wide as a page, the bar of each row at its right.
 
     The maps of a single scan are drawn in reading order instead, each with its title above and its bar below.
-
-    Args:
-        rows: the maps, as many in each.
-        column_names: above.
-        images: the samples as pictures, drawn below the maps; "auto" takes them from the slice.
-        class_names: the name of each class index.
-        corners: mark the samples of the slice.
-        title: above the figure.
-        note: below it, in small letters.
-        panel: the side of a map in inches, at most.
+    ``images``: the samples as pictures, drawn below the maps; "auto" takes them from the slice.  ``corners``: mark the
+    samples in the maps.  ``note``: below, in small letters.  ``panel``: the side of a map in inches, at most.
 
     Raises:
         ProbeError: no maps, rows that differ in length, names that do not fit, a scan of a line, no matplotlib.

@@ -22,8 +22,7 @@ from torchgeom_probe.reproduce.data import Images, load_digits, load_mnist, load
 from torchgeom_probe.reproduce.points import PaperNetwork
 from torchgeom_probe.reproduce.results import Results, drawn
 from torchgeom_probe.reproduce.settings import Say, Settings
-from torchgeom_probe.reproduce.training import Training, View, accuracy
-from torchgeom_probe.shapes import Tensor
+from torchgeom_probe.reproduce.training import Training, View, supervised
 
 #: The layers that are measured, of a network of one hidden layer the first: φ(Wx + b), the feature map of the paper.
 LAYERS = ("sigmoid", "sigmoid2")
@@ -59,7 +58,7 @@ def training(
             f"--width {width} is below the {num_inputs} pixels of an image, and of fewer features √det g is 0.\n"
             f"Write --width {num_inputs} or more."
         )
-    here, rate = data.to(settings.device), 0.001 if layers == 1 else 0.01
+    rate = 0.001 if layers == 1 else 0.01
 
     def model() -> nn.Module:
         if settings.papers:
@@ -72,30 +71,20 @@ def training(
     def optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
         return Adam(parameters, lr=0.001) if settings.papers else SGD(parameters, lr=rate, momentum=0.9)
 
-    def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(model(here.train_images[batch]), here.train_labels[batch])
-
-    return Training(
+    described = {"data": data.name, "width": width, "activation": "sigmoid", "learning_rate": rate}
+    described |= {"optimizer": "Adam" if settings.papers else "SGD, momentum 0.9", "dtype": str(dtype)[6:]}
+    train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
+    return supervised(
         data.name,
+        settings,
+        train,
+        measured={"train_accuracy": train, "test_accuracy": test},
         model=model,
-        loss=loss,
         optimizer=optimizer,
-        num_samples=len(here.train_labels),
         batch_size=1000 if settings.papers else 64,
         epochs=epochs,
         snapshots=snapshots,
-        evaluate=lambda model: {
-            "train_accuracy": accuracy(model, here.train_images, here.train_labels),
-            "test_accuracy": accuracy(model, here.test_images, here.test_labels),
-        },
-        describe={
-            "data": data.name,
-            "width": width,
-            "activation": "sigmoid",
-            "learning_rate": rate,
-            "optimizer": "Adam" if settings.papers else "SGD, momentum 0.9",
-            "dtype": str(dtype).removeprefix("torch."),
-        },
+        describe=described,
     )
 
 

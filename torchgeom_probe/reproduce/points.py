@@ -22,7 +22,7 @@ from torchgeom_probe.plotting.planes import Row, plot_grid
 from torchgeom_probe.probe import measure
 from torchgeom_probe.reproduce.results import Results
 from torchgeom_probe.reproduce.settings import Settings
-from torchgeom_probe.reproduce.training import Trained, Training, View, accuracy
+from torchgeom_probe.reproduce.training import Trained, Training, View, supervised
 from torchgeom_probe.shapes import Float, Int, Tensor
 from torchgeom_probe.slices.result import SliceScan
 from torchgeom_probe.slices.slice import Plane
@@ -174,19 +174,18 @@ def along_normals(model: nn.Module, initial: nn.Module, *, seed: int = 0) -> Bou
 
 
 def _training(task: str, width: int, settings: Settings) -> Training:
-    inputs, labels = (tensor.to(settings.device) for tensor in TASKS[task][0](seed=settings.seed))
+    data, parts = TASKS[task][0](seed=settings.seed), 2 if settings.quick else 10
     epochs = settings.epochs or (200 if settings.quick else 10_000)
-    parts = 2 if settings.quick else 10
-    return Training(
+    return supervised(
         f"{task}_{width}",
+        settings,
+        data,
+        measured={"accuracy": data},
         model=lambda: PaperNetwork(2, width, 2),
-        loss=lambda model, batch: nn.functional.cross_entropy(model(inputs[batch]), labels[batch]),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True),
-        num_samples=len(labels),
         batch_size=50,
         epochs=epochs,
         snapshots=[epochs * i // parts for i in range(1, parts)],
-        evaluate=lambda model: {"accuracy": accuracy(model, inputs, labels)},
         describe=dict(data=task, width=width, activation="sigmoid", learning_rate=0.1, momentum=0.9),
     )
 

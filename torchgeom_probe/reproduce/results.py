@@ -52,12 +52,7 @@ def drawn(view: View, scans: Mapping[str, SliceScan], **options: Any) -> Figure:
 class Results:
     """What a figure found: said while it is found, and written to ``results.json`` at the end.
 
-    Args:
-        figure: its name, of the folder too.
-        title: what it shows, in words.
-        settings: the command line's.
-        folder: where its files go; None: ``<out>/<figure>``.
-        say: prints a line.
+    Its files go to ``folder``; None: ``<out>/<figure>``.
     """
 
     def __init__(

@@ -105,17 +105,33 @@ def accuracy(model: nn.Module, x: Float[Tensor, "samples ..."], labels: Int[Tens
     return sum((model(part).argmax(1) == y).sum().item() for part, y in parts) / len(labels)
 
 
+def supervised(
+    name: str,
+    settings: Settings,
+    data: tuple[Tensor, Tensor],
+    *,
+    measured: Mapping[str, tuple[Tensor, Tensor]],
+    augment: Callable[[Tensor], Tensor] = lambda x: x,
+    **options: Any,
+) -> Training:
+    """Train a classifier by cross-entropy on samples [N, ...] and labels [N]; ``options`` are the rest of Training.
+
+    ``measured``: name → samples and labels on which the accuracy is taken.  ``augment`` changes a batch.
+    """
+    x, labels = (part.to(settings.device) for part in data)
+    sets = {name: [part.to(settings.device) for part in parts] for name, parts in measured.items()}
+    return Training(
+        name,
+        loss=lambda model, batch: nn.functional.cross_entropy(model(augment(x[batch])), labels[batch]),
+        num_samples=len(labels),
+        evaluate=lambda model: {name: accuracy(model, *parts) for name, parts in sets.items()},
+        **options,
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class View:
-    """A slice, and how it is scanned.
-
-    Args:
-        name: of its files.
-        slice: a :class:`~torchgeom_probe.Line` or :class:`~torchgeom_probe.Plane`.
-        options: those of :func:`~torchgeom_probe.scan`.  Points go in chunks of 64 where they give no ``batch_size``: a
-            number, not the memory of the moment, so that two runs round alike.
-        class_names: the name of each class index.
-    """
+    """A slice, the name of its files, the options of its scan, and the names of the classes."""
 
     name: str
     slice: Line | Plane
@@ -319,16 +335,9 @@ def train(
 ) -> Trained:
     """Train, or go on where an earlier run was killed, or find it done; scan the views of every snapshot on the way.
 
-    The maps go to TensorBoard (``events/`` in the training's folder) as soon as they are scanned.
-
-    Args:
-        training: what, and how.
-        settings: seed, device and ``out``.
-        views: slices that are scanned at every snapshot.
-        watch: options of a Monitor beside it: curves in TensorBoard and rows in ``geometry.csv``; None: no Monitor.
-        folder: where; a quick training of other settings there is deleted, any other refused.  None:
-            ``<out>/trainings/<name>``, where both are refused.
-        say: prints a line.
+    The maps go to TensorBoard (``events/`` in the training's folder) as soon as they are scanned.  ``watch``: options
+    of a Monitor beside it: curves there and rows in ``geometry.csv``.  ``folder``: of a quick training of other
+    settings in it all is deleted, any other refused; None: ``<out>/trainings/<name>``, where both are refused.
 
     Raises:
         ProbeError: a training of other settings is there; the loss is not finite; tensorboard or matplotlib is missing.
