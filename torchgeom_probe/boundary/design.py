@@ -73,13 +73,12 @@ def designed(
             f"all {len(x)} samples are predicted as one class ({int(classes[0])}), so no boundary lies between them.\n"
             "Give held-out samples of several classes, and a trained model:  boundary_study(model, x)"
         )
-    draw: dict[str, Any] = {"count": settings["pairs"], "share": settings["share"], "seed": seed, "readout": readout}
-    found = crossing_pairs(model, x, classes, groups, reach=contrast.reach, apart=contrast.apart, **draw)
+    draw = {"count": settings["pairs"], "share": settings["share"], "reach": contrast.reach, "apart": contrast.apart}
+    found = crossing_pairs(model, x, classes, groups, readout=readout, seed=seed, **draw)
     refuse_few(len(found.t), len(found.units.unique()), found.dropped)
     places, weights = contrast.places(found.t)
     offsets = found.t[:, None] + torch.tensor(settings["offsets"], dtype=torch.float64)
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64).expand(len(found.t), 2)
-    t_NP = torch.cat([places, ends, offsets], 1)
+    t_NP = torch.cat([places, torch.tensor([0.0, 1.0]).to(places).expand(len(places), 2), offsets], 1)
     points = found.points(x, t_NP.clamp(0, 1))
     within = (t_NP >= 0) & (t_NP <= 1)
     if settings["contrast"] == "same_class":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 
 import scipy.cluster.vq
@@ -73,31 +74,21 @@ def crossing_pairs(
     groups: Tensor,
     *,
     count: int,
-    share: bool,
-    reach: float,
-    apart: float,
-    readout: Readout | None,
-    seed: int,
+    share: bool = False,
+    reach: float = 0.0,
+    apart: float = 0.0,
+    readout: Readout | None = None,
+    seed: int = 0,
 ) -> Pairs:
-    """Draw pairs until ``count`` of them can be used, or there are no more.
+    """Draw pairs of samples [B, *input] until ``count`` of them can be used, or there are no more.
 
-    Args:
-        model: what decides.
-        x: [B, *input].
-        classes: [B], predicted of them.
-        groups: [B], what they belong to; no pair is made within a group.
-        count: how many are wanted.
-        share: whether a sample may be in several pairs.
-        reach: how far from the crossing, in units of the line, points of it are needed within the line.
-        apart: how far from the middle of the line the crossing must be.
-        readout: from the model's output to logits.
-        seed: of the draw.
+    Of two predicted ``classes`` [B] and two ``groups`` [B]; with ``share`` a sample may be in several.  A crossing must
+    be ``apart`` from the middle of its line and leave ``reach`` to either end, in units of the line.
     """
     generator = torch.Generator().manual_seed(seed)
     draw = _sharing(classes, groups, count, generator) if share else _disjoint(classes, groups, generator)
     ends, t = [torch.empty(0, 2, dtype=torch.long)], [torch.empty(0, dtype=torch.float64)]
-    dropped: dict[str, int] = {}
-    missing = count
+    dropped, missing = Counter[str](), count
     for some in draw.split(_AT_ONCE):
         if missing <= 0:
             break
@@ -107,11 +98,9 @@ def crossing_pairs(
             "crossing at the middle, where it is its own mirror image": (found - 0.5).abs() < apart,
             "crossing too near to a sample": torch.minimum(found, 1 - found) < reach,
         }
-        odd = torch.stack(list(reasons.values()))
-        good = (~odd.any(0)).nonzero().flatten()[:missing]
+        good = (~torch.stack(list(reasons.values())).any(0)).nonzero().flatten()[:missing]
         looked_at = len(some) if len(good) < missing else int(good[-1]) + 1
-        for reason, where in reasons.items():
-            dropped[reason] = dropped.get(reason, 0) + int(where[:looked_at].sum())
+        dropped += Counter({reason: int(where[:looked_at].sum()) for reason, where in reasons.items()})
         ends.append(some[good])
         t.append(found[good])
         missing -= len(good)
@@ -119,8 +108,7 @@ def crossing_pairs(
     regions, are = classes, CLASSES
     if len(classes[kept].unique()) < _FEW_CLASSES:
         regions, are = _clustered(x, _REGIONS, generator), "regions of the input"
-    dropped = {why: n for why, n in dropped.items() if n}
-    return Pairs(kept, classes[kept], groups[kept], torch.cat(t), regions[kept], are, dropped)
+    return Pairs(kept, classes[kept], groups[kept], torch.cat(t), regions[kept], are, dict(dropped))
 
 
 def _clustered(x: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -155,7 +155,12 @@ def boundary_study(
     device = next((t.device for t in (*probe.model.parameters(), *probe.model.buffers())), x.device)
     design = designed(probe.model, x.detach().to(device), groups_B, readout, settings)
     parts = None if target is None else Parts(target, settings, what="boundary_study")
-    rank, size = _place(distributed)
+    if distributed and not (dist.is_available() and dist.is_initialized()):
+        raise ProbeError(
+            "distributed=True shares the pairs over the ranks, and there is no process group.\n"
+            "Write  torch.distributed.init_process_group('gloo')  first, or leave distributed= out."
+        )
+    rank, size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     bar = False if rank else progress
     stored = dict(_chunks(probe, untrained, design, volume, parts, rank=rank, size=size, progress=bar, seed=seed))
     fields = _joined(_gathered(stored, settings, size))
@@ -165,18 +170,6 @@ def boundary_study(
         study.save(target)
         Parts.remove(target)
     return study
-
-
-def _place(distributed: bool) -> tuple[int, int]:
-    """The rank of this process, and how many share the pairs."""
-    if not distributed:
-        return 0, 1
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ProbeError(
-            "distributed=True shares the pairs over the ranks, and there is no process group.\n"
-            "Write  torch.distributed.init_process_group('gloo')  first, or leave distributed= out."
-        )
-    return dist.get_rank(), dist.get_world_size()
 
 
 def _gathered(stored: dict[int, Contents], settings: dict[str, Any], size: int) -> dict[int, Contents]:

@@ -153,9 +153,8 @@ def along_normals(model: nn.Module, initial: nn.Module, *, seed: int = 0) -> Bou
     branch of the sinusoid, trained minus untrained at the same points.
     """
     x, device = sinusoid(400, seed=10_000 + seed)[0], next(model.parameters()).device
-    decided, numbers = predicted(model, x.to(device), None), torch.arange(len(x))
-    draw: dict[str, Any] = {"count": 200, "share": False, "reach": 0.0, "apart": 0.0, "readout": None, "seed": seed}
-    pairs = crossing_pairs(model, x.to(device), decided["predictions"], numbers, **draw)
+    decided, alone = predicted(model, x.to(device), None), torch.arange(len(x))
+    pairs = crossing_pairs(model, x.to(device), decided["predictions"], alone, count=200, seed=seed)
     crossings = pairs.points(x, pairs.t[:, None])[:, 0].to(device).requires_grad_()
     logits = model(crossings)
     (normals,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), crossings)

@@ -23,13 +23,7 @@ Contents: TypeAlias = tuple[dict[str, Tensor], dict[str, Any]]
 class Parts:
     """The chunks of a measurement that are done, one file each, in ``<target>.parts`` with its settings beside them.
 
-    Args:
-        target: where the whole result will be.
-        settings: what is measured and how, as JSON can hold it.
-        what: the measurement's name, for errors.
-
-    Raises:
-        ProbeError: the folder holds chunks of another measurement.
+    ``target``: where the whole result will be.  Raises a ProbeError where the folder holds chunks of another one.
     """
 
     def __init__(self, target: Path, settings: Mapping[str, Any], *, what: str = "scan") -> None:
