@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from torchgeom_probe.boundary.contrasts import CONTRASTS
-from torchgeom_probe.boundary.design import LEAST_PAIRS, LEAST_UNITS, Design, refuse_few
+from torchgeom_probe.boundary.design import CONTRASTS, LEAST_PAIRS, LEAST_UNITS, Design, refuse_few
 from torchgeom_probe.boundary.effect import BoundaryEffect
 from torchgeom_probe.boundary.paired import Estimate, Tested, paired_effect
 from torchgeom_probe.boundary.pairs import CLASSES, Pairs

@@ -5,7 +5,6 @@ Legend of axes: N pairs, P points of a line.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ import torch
 from torch import nn
 
 from torchgeom_probe.boundary.points import boundary_points
-from torchgeom_probe.model.isolation import measuring
-from torchgeom_probe.model.predictions import Readout, decisions, logits_of
+from torchgeom_probe.model.predictions import Readout, decided
 from torchgeom_probe.shapes import Float, Int, Tensor
 
 #: Samples that go through the model at once, without tangents.
@@ -60,10 +58,8 @@ class Pairs:
 
 
 def predicted(model: nn.Module, x: Tensor, readout: Readout | None) -> dict[str, Tensor]:
-    """What the model predicts of samples [B, *input], and how surely (:func:`decisions`)."""
-    of_readout = measuring(readout) if isinstance(readout, nn.Module) else contextlib.nullcontext()
-    with measuring(model), of_readout:
-        parts = [decisions(logits_of(model(some), readout=readout, batch=len(some))) for some in x.split(_AT_ONCE)]
+    """What the model predicts of samples [B, *input], and how surely (``model.predictions.decisions``)."""
+    parts = [decided(model, some, readout=readout, batch=len(some)) for some in x.split(_AT_ONCE)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from torchgeom_probe.boundary.contrasts import CONTRASTS
-from torchgeom_probe.boundary.design import LEAST_PAIRS, Design, designed
+from torchgeom_probe.boundary.design import CONTRASTS, LEAST_PAIRS, Design, designed
 from torchgeom_probe.boundary.inference import LayerFields, effect_of
 from torchgeom_probe.boundary.speed import Speed, with_random
 from torchgeom_probe.boundary.study import BoundaryStudy
