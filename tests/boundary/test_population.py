@@ -210,9 +210,21 @@ def test_it_goes_on_after_a_kill_and_loads_what_is_done(x, tmp_path, monkeypatch
     assert dict(found) == dict(expected)
     assert [p.name for p in tmp_path.iterdir()] == ["study.json"]
     monkeypatch.setattr(population, "_chunks", None)  # not measured again
+    (tmp_path / "study.json.parts").mkdir()  # as a kill between the last two steps leaves it
     assert dict(study(model, x, **options)) == dict(expected)
     with pytest.raises(tgp.ProbeError, match=r"another boundary_study: its seed differ.*\n.*another.json"):
         study(model, x, **options | {"seed": 1})
+    assert [p.name for p in tmp_path.iterdir()] == ["study.json"]
+    for other in ({"mode": "as_is"}, {"precision": "bf16"}):
+        with pytest.raises(tgp.ProbeError, match=f"another boundary_study: its {next(iter(other))} differ"):
+            study(model, x, **options | other)
+
+
+def test_the_untrained_network_is_measured_as_the_trained_one_is(x):
+    with tgp.GeometryProbe(net(), layers=["1"], mode="as_is", normalize=False, precision="bf16") as probe:
+        like = population._like(probe, net(), replay=False)
+    for name in ("layers", "mode", "normalize", "precision", "engine"):
+        assert getattr(like, name) == getattr(probe, name), name
 
 
 def test_a_study_is_saved_whole_and_says_it_in_a_table(x, tmp_path):
@@ -247,6 +259,9 @@ def test_networks_as_units_are_a_t_test_over_their_estimates(x):
         tgp.compare_networks(studies[:2])
     with pytest.raises(tgp.ProbeError, match="differ in their layers, their contrast"):
         tgp.compare_networks([*studies, study(net(), x)])
+    other = study(net(), x, initial=net(), estimator="subspace:2")  # one mean of two volumes would be of neither
+    with pytest.raises(tgp.ProbeError, match="their volume"):
+        tgp.compare_networks([*studies, other])
 
 
 def test_digits_are_magnified_near_the_boundary():
@@ -401,6 +416,39 @@ def test_the_switches_of_relu_units_are_counted_along_the_line(x):
     assert 6 < effect.switches.estimate < 13
     assert "share of ReLU units that switch" in str(effect)
     assert f"{effect.switches.estimate}" in str(tgp.BoundaryStudy({"act": effect}, settings={}))
+
+
+def test_units_that_are_on_in_a_whole_chunk_are_relu_units_all_the_same():
+    class Units(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            z = x[:, :1]
+            self.act(torch.cat([z, z + 5], 1))
+            return torch.cat([-z, z], 1)
+
+    rows = torch.randn(90, 3).double()
+    rows[:, 0] = torch.tensor([-1.0, 3.0]).double().repeat(45)  # 0 at the crossing, 2 at the mirrored point
+    found = tgp.boundary_study(Units(), rows, layers=["act"], contrast="peak", pairs=33, progress=False)["act"]
+    # One of two units within ± 0.01 of the line, and none at the five other places.
+    assert float(found.switches.estimate) == pytest.approx(0.5 / 0.02)
+
+
+def test_a_layer_that_is_dead_at_the_samples_has_no_slope_and_a_result_all_the_same():
+    count = 30
+    ends, one = torch.arange(2 * count).reshape(count, 2), torch.zeros(count, 2, dtype=torch.long)
+    pairs = Pairs(ends, ends, ends, torch.full((count,), 0.3), one, "predicted classes", {})
+    speed = torch.randn(count, 4, dtype=torch.float64)
+    speed[:, 2:] = -math.inf
+    points, weights = torch.zeros(count, 4, 1), torch.tensor([1.0, -1.0], dtype=torch.float64)
+    within, margins = torch.ones(count, 4, dtype=torch.bool), torch.rand(count, 2).double()
+    laid_out = design.Design(pairs, points, points[:, 0], weights, within, margins)
+    found = inference.effect_of("layer", inference.LayerFields({"speed": speed}), laid_out, "mirror", ())
+    assert math.isnan(found.margin_slope.estimate)
+    assert found.num_pairs == count
+    assert "layer: not tested" in str(found)
 
 
 RANKS = textwrap.dedent(

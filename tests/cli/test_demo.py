@@ -18,8 +18,8 @@ def test_demo_from_end_to_end(tmp_path, capsys):
     printed = capsys.readouterr().out
     for phrase in (
         "log √det g, all d directions",
-        "Line: sigmoid, on this one slice",
-        "Plane: sigmoid2, on this one slice",
+        "line: sigmoid, on this one slice",
+        "plane: sigmoid2, on this one slice",
         "sigmoid2: ",
         "trained minus untrained",
         "tensorboard --logdir",
@@ -29,9 +29,9 @@ def test_demo_from_end_to_end(tmp_path, capsys):
     for tag in ("logvol/00_sigmoid", "logvol/01_sigmoid2", "training/loss", "training/test_accuracy"):
         assert len(events.Scalars(tag)) >= 10
     assert list(tgp.BoundaryStudy.load(tmp_path / "study.json")) == ["sigmoid", "sigmoid2"]
-    for name in ("line.png", "plane.png", "profile.png"):
+    for name in ("line.png", "plane.png", "digits_profile.png"):
         assert matplotlib.image.imread(tmp_path / name)[..., :3].std() > 0.05
-    scan = tgp.SliceScan.load(tmp_path / "plane_after.safetensors")
+    scan = tgp.SliceScan.load(tmp_path / "plane" / "epoch_00010.safetensors")
     assert scan.report["sigmoid"].num_directions == 64
 
 

@@ -49,7 +49,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_folder_of_odd_files(folder, tmp_path):
+def test_a_folder_of_odd_files(folder, tmp_path, monkeypatch):
+    to_arrow = tgp.DatasetTable.to_arrow
     data = ImageFiles(folder, _to_tensor)
     by_name = {file.name: index for index, file in enumerate(data.files)}
     assert "notes.txt" not in by_name
@@ -76,6 +77,9 @@ def test_a_folder_of_odd_files(folder, tmp_path):
     least = frame.sort_values("frame_volume")["file"].iloc[0].rpartition("/")[2]
     assert titles[2] == least
     assert len(tgp.plot(table, pictures=data, unit="log10", layers="3").subfigs) == 2
+    monkeypatch.setattr(tgp.DatasetTable, "to_arrow", lambda self, columns: _without_a_file(to_arrow(self, columns)))
+    assert tgp.plot(table).subfigs  # a sample without a file has no picture
+    monkeypatch.undo()
     flat = nn.Sequential(nn.Flatten(), nn.Linear(72, 2))  # 8 directions into 2 features: no volume anywhere
     none = tgp.measure_dataset(flat, data, path=tmp_path / "flat", label=1, layers=["1"])
     assert tgp.plot(none, by="label").axes[0].get_title() == "1"
@@ -86,6 +90,11 @@ def test_a_folder_of_odd_files(folder, tmp_path):
         table.summary(by="colour")
     with pytest.raises(tgp.ProbeError, match=r"'9' was not measured.\nThere are the layers \['3'\]"):
         table.layer("9")
+
+
+def _without_a_file(rows):
+    files = [None if row % 2 else file for row, file in enumerate(rows["file"].to_pylist())]
+    return rows.set_column(rows.column_names.index("file"), "file", [files])
 
 
 def _rho(frame):

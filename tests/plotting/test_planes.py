@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchgeom_probe import Plane, ProbeError, plot, scan
-from torchgeom_probe.plotting.planes import Map, Scale, plot_grid
+from torchgeom_probe.plotting.planes import Row, plot_grid
 from torchgeom_probe.plotting.style import pictures
 
 
@@ -153,24 +153,25 @@ def test_units_and_the_relative_scale(planes):
     assert np.allclose(logged, planes[0].entropy.log())
 
 
-def test_a_scale_of_whole_rows_has_its_bar_beside_them_and_of_columns_below(planes):
-    one, other, third = Scale("first row"), Scale("second row"), Scale("column", "signed")
-    before, after = planes
+def test_the_bar_of_a_row_is_beside_it_and_signed_values_have_white_at_zero(planes):
     figure = plot_grid(
         [
-            [Map(before, before.margin, one), Map(before, before.entropy, one), Map(before, before.margin - 1, third)],
-            [Map(after, after.margin, other), Map(after, after.entropy, other), Map(after, after.margin - 1, third)],
+            Row("margin", planes, [scan.margin for scan in planes], "logits"),
+            Row("minus one", planes, [scan.margin - 1 for scan in planes], "around 0", "signed"),
         ],
-        row_names=["before", "after"],
+        column_names=["before", "after"],
     )
-    assert {axes.get_ylabel() for axes in figure.axes} >= {"first row", "second row", "before", "after"}
-    (below,) = (axes for axes in figure.axes if axes.get_xlabel() == "column")
-    ticks = [float(text.get_text().replace("−", "-")) for text in below.get_xticklabels()]
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["before", "after"]
+    assert {axes.get_ylabel() for axes in figure.axes} >= {"margin", "minus one", "logits", "around 0"}
+    (beside,) = (axes for axes in figure.axes if axes.get_ylabel() == "around 0")
+    ticks = [float(text.get_text().replace("−", "-")) for text in beside.get_yticklabels()]
     assert ticks[1] == 0
     assert ticks[0] == -ticks[2]
-    signed = [axes.images[0] for axes in figure.axes[2:6:3]]
+    signed = [axes.images[0] for axes in figure.axes[2:4]]
     assert signed[0].get_clim() == signed[1].get_clim()
     assert signed[0].get_clim()[0] == -signed[0].get_clim()[1]
+    middle = signed[0].cmap(signed[0].norm(0.0))[:3]
+    assert max(middle) - min(middle) < 0.01
 
 
 def test_a_class_has_its_colour_in_every_figure_and_stands_below_it_on_the_bar(planes):
@@ -201,14 +202,14 @@ def test_a_bar_has_arrows_where_values_lie_beyond(planes):
 
 
 def test_grids_that_are_refused(planes, lines):
-    entry = Map(planes[0], planes[0].margin, Scale("margin"))
+    def row(count):
+        return Row("margin", planes[:count], [scan.margin for scan in planes[:count]], "logits")
+
     with pytest.raises(ProbeError, match=r"rows of \[2, 1\] maps"):
-        plot_grid([[entry, entry], [entry]])
+        plot_grid([row(2), row(1)])
     with pytest.raises(ProbeError, match=r"rows of \[\] maps"):
         plot_grid([])
     with pytest.raises(ProbeError, match="1 column names for 2 columns"):
-        plot_grid([[entry, entry]], column_names=["one"])
-    with pytest.raises(ProbeError, match="2 row names for 1 rows"):
-        plot_grid([[entry, entry]], row_names=["one", "two"])
+        plot_grid([row(2)], column_names=["one"])
     with pytest.raises(ProbeError, match=r"over a Plane, and this scan is of a Line.*\n.*tgp.plot\(scan\)"):
-        plot_grid([[Map(lines[0], planes[0].margin, Scale("margin"))]])
+        plot_grid([Row("margin", lines[:1], [lines[0].margin], "logits")])

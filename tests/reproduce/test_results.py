@@ -9,9 +9,10 @@ import torch
 from annotations import shapes_unchecked
 
 import torchgeom_probe as tgp
+from torchgeom_probe.reproduce import results as results_module
 from torchgeom_probe.reproduce.results import Results, table
 from torchgeom_probe.reproduce.settings import Settings
-from torchgeom_probe.reproduce.training import View
+from torchgeom_probe.reproduce.training import Training, View
 
 pytest.importorskip("matplotlib")
 
@@ -114,3 +115,21 @@ def test_the_gallery_gets_small_pictures(tmp_path):
     (small,) = (tmp_path / "gallery").iterdir()
     assert small.name == "figure_map.png"
     assert 5_000 < small.stat().st_size <= 150_000
+
+
+def test_seeds_are_for_studies_alone_and_without_studies_there_is_no_table(tmp_path, monkeypatch):
+    trained = []
+
+    def train(training, own, **options):
+        trained.append(training.name)
+        return SimpleNamespace(name=training.name, history=[{"epoch": 0}, {"epoch": 1}])
+
+    monkeypatch.setattr(results_module, "train", train)
+    results = Results("figure", "a test", settings(tmp_path, seeds=3), say=lambda line: None)
+    with shapes_unchecked():
+        of = Training("net", model=None, loss=None, optimizer=None, num_samples=1, epochs=1)
+    with shapes_unchecked():
+        results.train(of, [])
+        results.train(of, [], seeds=8)
+    assert trained == ["net", "net", "net_seed1", "net_seed2"]
+    assert table(tmp_path) == ""

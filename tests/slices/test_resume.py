@@ -52,8 +52,10 @@ def test_an_interrupted_scan_goes_on_and_ends_with_the_same_bytes(tmp_path, monk
     assert sorted(p.name for p in tmp_path.iterdir()) == ["resumed.safetensors", "whole.safetensors"]
 
     measured.clear()
+    (tmp_path / "resumed.safetensors.parts").mkdir()  # as a kill between the last two steps leaves it
     same(scan(Interrupted(inner), surface, layers=["inner.1"], path=target, progress=False), resumed)
     assert measured == []  # finished: loaded
+    assert not (tmp_path / "resumed.safetensors.parts").exists()
 
 
 def test_another_scan_is_never_overwritten_nor_continued(tmp_path):
@@ -67,6 +69,8 @@ def test_another_scan_is_never_overwritten_nor_continued(tmp_path):
         scan(model, surface, layers=["3"], path=target, progress=False)
     with pytest.raises(ProbeError, match="its normalize differ"):
         scan(model, surface, layers=["1"], normalize=False, path=target, progress=False)
+    with pytest.raises(ProbeError, match="its precision differ"):
+        scan(model, surface, layers=["1"], precision="bf16", path=target, progress=False)
     with torch.no_grad():
         model[0].weight[0, 0] += 1
     with pytest.raises(ProbeError, match="its model differ"):

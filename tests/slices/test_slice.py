@@ -97,6 +97,10 @@ REFUSED = {
     ),
     "one pixel": (lambda: Plane(X[:1], X[1:2], X[3:4]), "lie on one line"),
     "integers": (lambda: Line(X.long(), X), r"a has dtype torch.int64.*\n.*a.float\(\)"),
+    "integers in a plane": (
+        lambda: Plane(X.long(), X, X + 1),
+        r"a has dtype torch.int64.*\n.*Plane\(a.float\(\), b, c\)",
+    ),
     "shapes": (lambda: Plane(X, X + 1, X[:3]), r"the samples differ: .*c is \(3,\)"),
     "dtypes": (lambda: Line(X, X.double() + 1), "b is .* torch.float64"),
     "no tensor": (lambda: Line([1.0], X), r"a is a list, not a tensor.*\n.*torch.as_tensor\(a\)"),

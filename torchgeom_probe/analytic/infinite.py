@@ -181,6 +181,10 @@ def _moments(
         )
     s = x.square().sum(1)
     v = sigma**2 * s + zeta**2
+    if not v.isfinite().all():
+        raise ProbeError(
+            "some |x|² is not finite, and there is no metric there.\nKeep the others:  x[x.isfinite().all(1)]"
+        )
     phi = named(activation)
     if phi.name == "leaky_relu":
         return s, v, _flat(v, 0.5 * (1 + phi.parameter**2))
@@ -247,8 +251,6 @@ _BLOCK = 2**22
 
 
 def _quadrature(phi: Activation, v: Tensor) -> _Moments:
-    if not v.isfinite().all():
-        raise ProbeError("some |x|² is not finite, so the quadrature has no range.\nMeasure where x.isfinite().all().")
     largest = max([1.0, *v.tolist()])
     nodes = 1 + math.ceil(2 * _HALF_WIDTH / min(_STEP_U, _STEP_Z / math.sqrt(largest)))
     u = torch.linspace(-_HALF_WIDTH, _HALF_WIDTH, nodes, dtype=v.dtype, device=v.device)

@@ -16,7 +16,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -60,7 +60,7 @@ def metric(
     >>> x, W, b = torch.zeros(5, 2), torch.eye(2), torch.zeros(2)
     >>> assert torch.allclose(metric(x, W, b, "sin"), torch.eye(2) / 2)
     """
-    J = _jacobian(named(activation).first(_preactivations(x, W, b)), W)
+    J = _jacobian(named(activation), _preactivations(x, W, b), W)
     return J.mT @ J
 
 
@@ -85,7 +85,7 @@ def log_volume(
     >>> x, W, b = torch.zeros(5, 2), torch.eye(2), torch.zeros(2)
     >>> assert torch.allclose(log_volume(x, W, b, "sin"), torch.tensor(0.5).log())
     """
-    J = _jacobian(named(activation).first(_preactivations(x, W, b)), W)
+    J = _jacobian(named(activation), _preactivations(x, W, b), W)
     if J.shape[1] < J.shape[2]:
         return J.new_full(J.shape[:1], -torch.inf)
     J, scale, defect = regular(J)
@@ -142,7 +142,7 @@ def scalar_curvature(
 
 def _curvature(phi: Activation, z: Tensor, W: Tensor) -> Tensor:
     n, d = W.shape
-    J, scale, defect = regular(_jacobian(phi.first(z), W))
+    J, scale, defect = regular(_jacobian(phi, z, W))
     # Where g is singular the frame is a stand-in, marked by `defect`; so other samples keep their gradients.
     identity = torch.eye(d, dtype=W.dtype, device=W.device)
     frame = torch.linalg.solve_triangular(torch.linalg.qr(J).R, identity, upper=True) / scale[:, None, None]
@@ -201,8 +201,8 @@ def _preactivations(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     return x @ W.T + b
 
 
-def _jacobian(slopes: Tensor, W: Tensor) -> Tensor:
-    return slopes[..., None] * W / math.sqrt(W.shape[0])
+def _jacobian(phi: Activation, z: Tensor, W: Tensor) -> Tensor:
+    return phi.first(z)[..., None] * W / math.sqrt(W.shape[0])
 
 
 @dataclass(frozen=True)
@@ -250,24 +250,16 @@ _DERIVATIVES: dict[str, tuple[Elementwise, Elementwise]] = {
     "sin": (torch.cos, lambda z: -torch.sin(z)),
 }
 _ALIASES = {"identity": "z^1"}
-# What stands for itself when it is passed as a callable, or as a module of that class.  torch.erf is erf(z), not
-# erf(z/√2), so it is not in here.
-_CALLABLES: dict[Any, str] = {
-    torch.sigmoid: "sigmoid",
+# Modules that are known by their class, where nothing in them can be set; functions of torch by their own names below.
+# torch.erf is erf(z), not erf(z/√2), so it is not in here.
+_MODULES: dict[type, str] = {
     nn.Sigmoid: "sigmoid",
-    torch.tanh: "tanh",
     nn.Tanh: "tanh",
-    nn.functional.gelu: "gelu",
-    nn.functional.silu: "silu",
     nn.SiLU: "silu",
-    nn.functional.softplus: "softplus",
-    torch.relu: "relu",
-    nn.functional.relu: "relu",
     nn.ReLU: "relu",
-    nn.functional.leaky_relu: "leaky_relu",
     nn.Identity: "z^1",
-    torch.sin: "sin",
 }
+_FUNCTIONS = ("sigmoid", "tanh", "gelu", "silu", "softplus", "relu", "leaky_relu", "sin")
 
 
 def activation_names() -> list[str]:
@@ -298,14 +290,14 @@ def named(activation: str | Elementwise) -> Activation:
         )
     if type(activation) is nn.LeakyReLU:
         return _leaky_relu(float(activation.negative_slope))
+    known = _MODULES.get(type(activation))
     if type(activation) is nn.GELU and activation.approximate == "none":
-        return _by_name("gelu")
+        known = "gelu"
     if type(activation) is nn.Softplus and activation.beta == 1:
-        return _by_name("softplus")
-    try:
-        known = _CALLABLES.get(activation) or _CALLABLES.get(type(activation))
-    except TypeError:  # an unhashable callable
-        known = None
+        known = "softplus"
+    for name in _FUNCTIONS:
+        if activation in (getattr(torch, name, None), getattr(nn.functional, name, None)):
+            known = name
     if known is not None:
         return _by_name(known)
     first = derivative(activation)
@@ -355,8 +347,7 @@ def derivative(f: Elementwise) -> Elementwise:
         with warnings.catch_warnings():
             # torch warns of its own decompositions at the first forward derivative in a process.
             warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
-            along_one = torch.func.jvp(f, (z,), (torch.ones_like(z),))
-        value, tangent = along_one[0], along_one[1]
+            value, tangent = torch.func.jvp(f, (z,), (torch.ones_like(z),))[:2]
         if value.shape != z.shape:
             raise ProbeError(
                 f"the activation maps a tensor of shape {list(z.shape)} to {list(value.shape)}: it is not "

@@ -11,6 +11,9 @@ from torchgeom_probe.boundary.paired import Estimate, Tested
 
 #: Nats: an effect that a study should be able to tell from none.
 _WORTH_FINDING = 0.1
+#: Of an effect: what is a mean with its interval and p-value, and what a mean at each distance.
+CONTRASTED = ("own", "initial", "trace", "volume", "switches", "margin_slope")
+PROFILES = ("profile", "initial_profile")
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,12 @@ class BoundaryEffect:
 
     def __str__(self) -> str:
         difference = "" if self.initial is None else ", trained minus untrained"
-        scope = f"over {self.num_units} networks" if self.units == "networks" else "over this network's"
-        pairs = f"{scope} ({self.num_pairs} pairs)" if self.units == "networks" else f"{scope} {self.num_pairs} pairs"
+        scope = f"over this network's {self.num_pairs} pairs"
+        if self.units == "networks":
+            scope = f"over {self.num_units} networks ({self.num_pairs} pairs)"
         parts = [
             f"{self.name or 'the model'}: {self.verdict}: {self.estimate} nats ({in_words(self.p_value)}) of "
-            f"{self.estimand}{difference}, {pairs}"
+            f"{self.estimand}{difference}, {scope}"
         ]
         if self.volume is not None and self.dimensions:
             each = float(self.volume.estimate) / self.dimensions
@@ -117,15 +121,13 @@ class BoundaryEffect:
     @staticmethod
     def of(record: Mapping[str, Any]) -> BoundaryEffect:
         """Make an effect of what :meth:`record` gave."""
-        known = dict(record)
-        known["estimate"] = _estimate(known["estimate"])
-        for name in ("own", "initial", "trace", "volume", "switches", "margin_slope"):
-            if known[name] is not None:
-                known[name] = Tested(_estimate(known[name][0]), _number(known[name][1]))
-        for name in ("profile", "initial_profile"):
-            if known[name] is not None:
-                known[name] = {offset: _estimate(value) for offset, value in known[name]}
-        return BoundaryEffect(**known)
+        read: dict[str, Any] = {"estimate": _estimate(record["estimate"])}
+        for name in (name for name in (*CONTRASTED, *PROFILES) if record[name] is not None):
+            if name in PROFILES:
+                read[name] = {offset: _estimate(value) for offset, value in record[name]}
+            else:
+                read[name] = Tested(_estimate(record[name][0]), _number(record[name][1]))
+        return BoundaryEffect(**dict(record) | read)
 
 
 def in_words(p_value: float) -> str:

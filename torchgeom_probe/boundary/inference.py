@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from torchgeom_probe.boundary.contrasts import CONTRASTS
-from torchgeom_probe.boundary.design import LEAST_PAIRS, LEAST_UNITS, Design, refuse_few
+from torchgeom_probe.boundary.design import CONTRASTS, LEAST_PAIRS, LEAST_UNITS, Design, refuse_few
 from torchgeom_probe.boundary.effect import BoundaryEffect
 from torchgeom_probe.boundary.paired import Estimate, Tested, paired_effect
 from torchgeom_probe.boundary.pairs import CLASSES, Pairs
@@ -69,33 +68,29 @@ def effect_of(
     dropped = {why: count for why, count in dropped.items() if count}
     refuse_few(int(kept.sum()), len(pairs.units[kept].unique()), dropped, layer=name)
 
-    def tested(values: Tensor) -> tuple[Tested, int, str] | None:
+    def tested(values: Tensor) -> tuple[Tested, int, str]:
         """Of a contrast, where both it and the main one are finite."""
         where = values.isfinite() & kept
-        if contrast == "mirror" and pairs.regions_are != CLASSES:
+        if contrast == "mirror" and pairs.regions_are != CLASSES and where.sum() >= LEAST_PAIRS:
             values = _without_trend(values, pairs, where)
-        return _tested(values, pairs, where) if where.sum() >= LEAST_PAIRS else None
+        return _tested(values, pairs, where)
 
     def beside(quantity: str) -> Tested | None:
         known = quantity in own and (not untrained or quantity in untrained)
         if not known or contrast == "same_class":  # the others of its fields compare two lines
             return None
-        found = tested(design.contrasted(fields.minus_initial(quantity)))
-        return found and found[0]
+        found = tested(design.contrasted(fields.minus_initial(quantity)))[0]
+        return None if math.isnan(found.p_value) else found
 
-    def alone(of: dict[str, Tensor]) -> Tested | None:
-        found = tested(design.contrasted(of[main])) if of else None
-        return found and found[0]
-
-    (estimate, p_value), num_units, units = tested(effect) or _tested(effect, pairs, kept)
+    (estimate, p_value), num_units, units = tested(effect)
     return BoundaryEffect(
         name=name,
         estimand=f"{_PATH if main == 'speed' else fields.volume}, {CONTRASTS[contrast].words}",
         contrast=contrast,
         estimate=estimate,
         p_value=p_value,
-        own=alone(own) or Tested(Estimate(math.nan), math.nan),
-        initial=alone(untrained),
+        own=tested(design.contrasted(own[main]))[0],
+        initial=tested(design.contrasted(untrained[main]))[0] if untrained else None,
         trace=beside("trace"),
         volume=beside("volume"),
         volume_estimand=fields.volume,
@@ -136,7 +131,9 @@ def _without_trend(values: Tensor, pairs: Pairs, where: Tensor) -> Tensor:
 
 
 def _tested(values: Tensor, pairs: Pairs, where: Tensor) -> tuple[Tested, int, str]:
-    """The mean by the units that give the wider interval, how many these are, and what."""
+    """The mean by the units that give the wider interval, how many these are, and what; nan of too few pairs."""
+    if where.sum() < LEAST_PAIRS:
+        return Tested(Estimate(math.nan), math.nan), 0, ""
     if values[where].abs().max() < _ROUNDING:
         values = torch.zeros_like(values)
     kinds = {"samples or groups": pairs.units[where]}

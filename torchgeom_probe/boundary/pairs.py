@@ -5,16 +5,16 @@ Legend of axes: N pairs, P points of a line.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import warnings
+from collections import Counter
 from dataclasses import dataclass
 
+import scipy.cluster.vq
 import torch
 from torch import nn
 
 from torchgeom_probe.boundary.points import boundary_points
-from torchgeom_probe.model.isolation import measuring
-from torchgeom_probe.model.predictions import Readout, decisions, logits_of
+from torchgeom_probe.model.predictions import Readout, decided
 from torchgeom_probe.shapes import Float, Int, Tensor
 
 #: Samples that go through the model at once, without tangents.
@@ -58,10 +58,8 @@ class Pairs:
 
 
 def predicted(model: nn.Module, x: Tensor, readout: Readout | None) -> dict[str, Tensor]:
-    """What the model predicts of samples [B, *input], and how surely (:func:`decisions`)."""
-    of_readout = measuring(readout) if isinstance(readout, nn.Module) else contextlib.nullcontext()
-    with measuring(model), of_readout:
-        parts = [decisions(logits_of(model(some), readout=readout, batch=len(some))) for some in x.split(_AT_ONCE)]
+    """What the model predicts of samples [B, *input], and how surely (``model.predictions.decisions``)."""
+    parts = [decided(model, some, readout=readout, batch=len(some)) for some in x.split(_AT_ONCE)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -72,31 +70,21 @@ def crossing_pairs(
     groups: Tensor,
     *,
     count: int,
-    share: bool,
-    reach: float,
-    apart: float,
-    readout: Readout | None,
-    seed: int,
+    share: bool = False,
+    reach: float = 0.0,
+    apart: float = 0.0,
+    readout: Readout | None = None,
+    seed: int = 0,
 ) -> Pairs:
-    """Draw pairs until ``count`` of them can be used, or there are no more.
+    """Draw pairs of samples [B, *input] until ``count`` of them can be used, or there are no more.
 
-    Args:
-        model: what decides.
-        x: [B, *input].
-        classes: [B], predicted of them.
-        groups: [B], what they belong to; no pair is made within a group.
-        count: how many are wanted.
-        share: whether a sample may be in several pairs.
-        reach: how far from the crossing, in units of the line, points of it are needed within the line.
-        apart: how far from the middle of the line the crossing must be.
-        readout: from the model's output to logits.
-        seed: of the draw.
+    Of two predicted ``classes`` [B] and two ``groups`` [B]; with ``share`` a sample may be in several.  A crossing must
+    be ``apart`` from the middle of its line and leave ``reach`` to either end, in units of the line.
     """
     generator = torch.Generator().manual_seed(seed)
     draw = _sharing(classes, groups, count, generator) if share else _disjoint(classes, groups, generator)
     ends, t = [torch.empty(0, 2, dtype=torch.long)], [torch.empty(0, dtype=torch.float64)]
-    dropped: dict[str, int] = {}
-    missing = count
+    dropped, missing = Counter[str](), count
     for some in draw.split(_AT_ONCE):
         if missing <= 0:
             break
@@ -106,11 +94,9 @@ def crossing_pairs(
             "crossing at the middle, where it is its own mirror image": (found - 0.5).abs() < apart,
             "crossing too near to a sample": torch.minimum(found, 1 - found) < reach,
         }
-        odd = torch.stack(list(reasons.values()))
-        good = (~odd.any(0)).nonzero().flatten()[:missing]
+        good = (~torch.stack(list(reasons.values())).any(0)).nonzero().flatten()[:missing]
         looked_at = len(some) if len(good) < missing else int(good[-1]) + 1
-        for reason, where in reasons.items():
-            dropped[reason] = dropped.get(reason, 0) + int(where[:looked_at].sum())
+        dropped += Counter({reason: int(where[:looked_at].sum()) for reason, where in reasons.items()})
         ends.append(some[good])
         t.append(found[good])
         missing -= len(good)
@@ -118,36 +104,31 @@ def crossing_pairs(
     regions, are = classes, CLASSES
     if len(classes[kept].unique()) < _FEW_CLASSES:
         regions, are = _clustered(x, _REGIONS, generator), "regions of the input"
-    dropped = {why: n for why, n in dropped.items() if n}
-    return Pairs(kept, classes[kept], groups[kept], torch.cat(t), regions[kept], are, dropped)
+    return Pairs(kept, classes[kept], groups[kept], torch.cat(t), regions[kept], are, dict(dropped))
 
 
 def _clustered(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """[B], the samples in so many clusters, by k-means."""
     flat = x.flatten(1).double().cpu()
     centres = flat[torch.randperm(len(flat), generator=generator)[:count]]
-    for _ in range(20):
-        nearest = torch.cdist(flat, centres).argmin(1)
-        parts = [flat[nearest == i] for i in range(len(centres))]
-        centres = torch.stack([part.mean(0) if len(part) else c for part, c in zip(parts, centres, strict=True)])
-    return nearest
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a cluster that is left empty
+        _, nearest = scipy.cluster.vq.kmeans2(flat.numpy(), centres.numpy(), iter=20, minit="matrix")
+    return torch.from_numpy(nearest).long()
 
 
 def _disjoint(classes: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:
     """[N, 2], random pairs of different classes and groups in which no sample stands twice."""
-    return torch.cat([torch.empty(0, 2, dtype=torch.long), *_matches(classes, groups, generator)])
-
-
-def _matches(classes: Tensor, groups: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    rest = torch.arange(len(classes))
+    rest, matched = torch.arange(len(classes)), [torch.empty(0, 2, dtype=torch.long)]
     for _ in range(50):  # every round leaves those that met their like, to meet others
         rest = rest[torch.randperm(len(rest), generator=generator)]
         met, odd = rest[: len(rest) // 2 * 2].reshape(-1, 2), rest[len(rest) // 2 * 2 :]
         differ = _differ(met, classes, groups)
-        yield met[differ]
+        matched.append(met[differ])
         rest = torch.cat([met[~differ].flatten(), odd])
         if len(classes[rest].unique()) < 2:
-            return
+            break
+    return torch.cat(matched)
 
 
 def _sharing(classes: Tensor, groups: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -169,7 +150,7 @@ def _differ(pairs: Tensor, classes: Tensor, groups: Tensor) -> Tensor:
 def same_class_points(
     model: nn.Module, x: Tensor, classes: Tensor, pairs: Pairs, *, readout: Readout | None, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Points as far from a sample as each crossing is from the nearer end of its line, without a boundary between.
+    """Points of that sample's class as far from a sample as each crossing is from the nearer end of its line.
 
     From that end towards a random sample that is predicted as the same class; up to eight are tried.  Returns the
     points [N, *input], and [N], where one was found.

@@ -17,23 +17,29 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
-from torchgeom_probe.boundary.contrasts import CONTRASTS
-from torchgeom_probe.boundary.design import LEAST_PAIRS, Design, designed
+from torchgeom_probe.boundary.design import CONTRASTS, LEAST_PAIRS, Design, designed
 from torchgeom_probe.boundary.inference import LayerFields, effect_of
 from torchgeom_probe.boundary.speed import Speed, with_random
 from torchgeom_probe.boundary.study import BoundaryStudy
 from torchgeom_probe.errors import ProbeError, first_line, refuse_unknown
 from torchgeom_probe.estimators import Estimator, Exact, Subspace
 from torchgeom_probe.estimators.auto import Auto
-from torchgeom_probe.files import decoded, digest, encoded
+from torchgeom_probe.files import digest
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.isolation import measuring
 from torchgeom_probe.model.predictions import Readout
 from torchgeom_probe.probe import GeometryProbe, ProbeOptions, probe_of
 from torchgeom_probe.shapes import Tensor
-from torchgeom_probe.slices.resume import Parts, in_words, refuse_other, state_digest
+from torchgeom_probe.slices.resume import (
+    Contents,
+    Parts,
+    by_chunks,
+    in_words,
+    probe_settings,
+    refuse_other,
+    state_digest,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -46,7 +52,6 @@ _RANDOM = 4
 _SMALL = 64
 #: Of the line, to either side: within it switches of ReLU units are counted.
 _STEP = 0.01
-_PART = "part of a BoundaryStudy"
 
 
 def boundary_study(
@@ -134,59 +139,39 @@ def boundary_study(
         volume = Subspace()
     untrained = initial.model if isinstance(initial, GeometryProbe) else initial
     settings = {
-        **_settings(probe, volume, readout, untrained),
+        **probe_settings(probe),
+        **{"estimator": None if volume is None else repr(volume), "readout": in_words(readout)},
         **{"pairs": pairs, "contrast": contrast, "offsets": list(offsets), "share": share, "seed": seed},
-        "samples": digest(x, groups_B),
+        **{"model": state_digest(probe.model), "samples": digest(x, groups_B)},
+        "initial": None if untrained is None else state_digest(untrained),
     }
     target = None if path is None else Path(path)
     if target is not None and target.exists():
         finished = BoundaryStudy.load(target)
         refuse_other(finished.settings, settings, where=target, what="boundary_study")
+        Parts.remove(target)
         return finished
     device = next((t.device for t in (*probe.model.parameters(), *probe.model.buffers())), x.device)
     design = designed(probe.model, x.detach().to(device), groups_B, readout, settings)
     parts = None if target is None else Parts(target, settings, what="boundary_study")
-    rank, size = _place(distributed)
+    if distributed and not (dist.is_available() and dist.is_initialized()):
+        raise ProbeError(
+            "distributed=True shares the pairs over the ranks, and there is no process group.\n"
+            "Write  torch.distributed.init_process_group('gloo')  first, or leave distributed= out."
+        )
+    rank, size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     bar = False if rank else progress
     stored = dict(_chunks(probe, untrained, design, volume, parts, rank=rank, size=size, progress=bar, seed=seed))
     fields = _joined(_gathered(stored, settings, size))
     effects = {name: effect_of(name, found, design, contrast, offsets) for name, found in fields.items()}
     study = BoundaryStudy(effects, settings=settings)
-    if target is not None and parts is not None and not rank:
+    if target is not None and not rank:
         study.save(target)
-        parts.remove()
+        Parts.remove(target)
     return study
 
 
-def _settings(
-    probe: GeometryProbe, volume: Estimator | None, readout: Readout | None, initial: nn.Module | None
-) -> dict[str, Any]:
-    """What is measured, as JSON can hold it."""
-    return {
-        "layers": sorted({*probe.layers, *probe.left_out}),
-        "volume": None if volume is None else repr(volume),
-        "readout": in_words(readout),
-        "normalize": probe.normalize,
-        "transform": in_words(probe.transforms),
-        "engine": probe.engine,
-        "model": state_digest(probe.model),
-        "initial": None if initial is None else state_digest(initial),
-    }
-
-
-def _place(distributed: bool) -> tuple[int, int]:
-    """The rank of this process, and how many share the pairs."""
-    if not distributed:
-        return 0, 1
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ProbeError(
-            "distributed=True shares the pairs over the ranks, and there is no process group.\n"
-            "Write  torch.distributed.init_process_group('gloo')  first, or leave distributed= out."
-        )
-    return dist.get_rank(), dist.get_world_size()
-
-
-def _gathered(stored: dict[int, bytes], settings: dict[str, Any], size: int) -> dict[int, bytes]:
+def _gathered(stored: dict[int, Contents], settings: dict[str, Any], size: int) -> dict[int, Contents]:
     """The chunks of all ranks, which must have studied the same."""
     if size == 1:
         return stored
@@ -198,7 +183,7 @@ def _gathered(stored: dict[int, bytes], settings: dict[str, Any], size: int) -> 
             f"ranks {different} studied another model or other samples than rank 0, so their parts make no whole.\n"
             "Give all ranks rank 0's weights, buffers and x, or study on rank 0 alone: leave distributed= out."
         )
-    return {index: data for _, theirs in ranks for index, data in theirs.items()}
+    return {index: contents for _, theirs in ranks for index, contents in theirs.items()}
 
 
 def _chunks(
@@ -212,65 +197,63 @@ def _chunks(
     size: int,
     progress: bool | None,
     seed: int,
-) -> Iterator[tuple[int, bytes]]:
+) -> Iterator[tuple[int, Contents]]:
     """Measure every layer at all points, chunk by chunk of this rank, or read what is stored of it."""
-    directions = with_random(design.along, _RANDOM, seed=seed)
-    untrained: GeometryProbe | None = None
+    directions, networks = with_random(design.along, _RANDOM, seed=seed), {"trained": probe}
+
+    def measure(some: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, words = dict[str, Tensor](), dict[str, tuple[Any, ...]]()
+        for network in ("trained", "initial"):
+            if network not in networks and initial is not None:  # after a pass: "auto" has left out what it will
+                networks[network] = _like(probe, initial, replay=parts is None)
+            if network not in networks:
+                continue
+            for layer, quantity, field, *kind in _fields(networks[network], design, some, directions[:, some], volume):
+                tensors[f"{network} {quantity} {layer}"] = field
+                words[layer] = (layer, *kind)
+        return tensors, {"layers": list(words.values())}
+
     mine = list(enumerate(torch.arange(len(design.points)).split(_CHUNK)))[rank::size]
-    hidden = None if progress is None else not progress  # None: tqdm shows its bar on a terminal alone
-    with tqdm(total=sum(len(some) for _, some in mine), desc="boundary study", unit="pair", disable=hidden) as bar:
-        for index, some in mine:
-            data = None if parts is None else parts.get(index)
-            if data is None:
-                lines = design.points[some], directions[:, some], len(design.weights), volume
-                found = [("trained", *entry) for entry in _fields(probe, *lines)]
-                if initial is not None:
-                    untrained = untrained or _like(probe, initial)  # after a pass: "auto" has left out what it will
-                    found += [("initial", *entry) for entry in _fields(untrained, *lines)]
-                tensors = {str(i): field for i, (*_, field) in enumerate(found)}
-                data = encoded(tensors, {"fields": [entry[:-1] for entry in found]}, kind=_PART)
-                if parts is not None:
-                    parts.put(index, data)
-            yield index, data
-            bar.update(len(some))
+    shown: dict[str, Any] = {"desc": "boundary study", "unit": "pair", "progress": progress}
+    return by_chunks(mine, measure, parts, kind="part of a BoundaryStudy", **shown)
 
 
-def _joined(stored: dict[int, bytes]) -> dict[str, LayerFields]:
-    chunks = [decoded(stored[i], kind=_PART, origin=f"chunk {i}") for i in sorted(stored)]
-    layers: dict[str, LayerFields] = {}
-    for i, (network, layer, quantity, words, dimensions) in enumerate(chunks[0][1]["fields"]):
-        fields = layers.setdefault(layer, LayerFields())
-        getattr(fields, network)[quantity] = torch.cat([tensors[str(i)] for tensors, _ in chunks])
-        if quantity == "volume":
-            fields.volume, fields.dimensions = words, dimensions
+def _joined(stored: dict[int, Contents]) -> dict[str, LayerFields]:
+    chunks = [stored[i] for i in sorted(stored)]
+    layers = {name: LayerFields(volume=words, dimensions=dims) for name, words, dims in chunks[0][1]["layers"]}
+    for key in chunks[0][0]:
+        network, quantity, layer = key.split(" ", 2)
+        getattr(layers[layer], network)[quantity] = torch.cat([tensors[key] for tensors, _ in chunks])
     for fields in layers.values():
-        if any(of["switches"].isnan().any() for of in (fields.trained, fields.initial) if of):
-            for of in (fields.trained, fields.initial):
-                of.pop("switches", None)
+        both = [of["switches"] for of in (fields.trained, fields.initial) if "switches" in of]
+        if any(field.isnan().any() for field in both) or not any(field.any() for field in both):  # no ReLU
+            fields.trained.pop("switches", None)
+            fields.initial.pop("switches", None)
     return layers
 
 
 def _fields(
-    probe: GeometryProbe, points: Tensor, directions: Tensor, count: int, volume: Estimator | None
-) -> Iterator[tuple[str, str, str, int, Tensor]]:
-    """Layer, quantity, its words, its dimensions, [N, P]; volume and switches at the C points of the contrast alone."""
-    shape = points.shape[:2]
-    probe.estimator = Speed(directions[:, :, None].expand(-1, -1, shape[1], *points.shape[2:]).flatten(1, 2))
-    for layer, found in probe.measure(points.flatten(0, 1), progress=False).items():
-        yield layer, "speed", found.estimand, 1, found.value.reshape(shape)
-        yield layer, "trace", "½ log tr g", 1, found.extras["log_trace"].reshape(shape)
+    probe: GeometryProbe, design: Design, some: Tensor, directions: Tensor, volume: Estimator | None
+) -> Iterator[tuple[str, str, Tensor, str | None, int | None]]:
+    """Layer, quantity, [N, P], and the volume's words and dimensions; volume and switches at the C points alone."""
+    points, count = design.points[some], len(design.weights)
+    shape, kinds = points.shape[:2], dict[str, tuple[str, int]]()
     if volume is not None:
         probe.estimator = volume
         for layer, found in probe.measure(points[:, :count].flatten(0, 1), progress=False).items():
-            dimensions = min(found.num_directions, found.num_features)
-            yield layer, "volume", found.estimand, dimensions, found.value.reshape(-1, count)
-
+            kinds[layer] = found.estimand, min(found.num_directions, found.num_features)
+            yield layer, "volume", found.value.reshape(-1, count), *kinds[layer]
+    probe.estimator = Speed(directions[:, :, None].expand(-1, -1, shape[1], *points.shape[2:]).flatten(1, 2))
+    for layer, found in probe.measure(points.flatten(0, 1), progress=False).items():
+        kind = kinds.get(layer, (None, None))
+        yield layer, "speed", found.value.reshape(shape), *kind
+        yield layer, "trace", found.extras["log_trace"].reshape(shape), *kind
     for layer, switches in _switches(probe, points, count).items():
-        yield layer, "switches", "", 1, switches
+        yield layer, "switches", switches, *kinds.get(layer, (None, None))
 
 
 def _switches(probe: GeometryProbe, points: Tensor, count: int) -> dict[str, Tensor]:
-    """Layer → [N, C], the share of its ReLU units that switch along the line, per line; nan where it ends in none."""
+    """Layer → [N, C], the share of its units that switch on or off along the line, per line; nan where one is < 0."""
     layers = {name: probe.model.get_submodule(name) for name in probe.layers}
     hooked = HookedModel(probe.model, layers, transforms=probe.transforms)
     step, found = _STEP * (points[:, count + 1] - points[:, count]), dict[str, list[Tensor]]()
@@ -280,17 +263,17 @@ def _switches(probe: GeometryProbe, points: Tensor, count: int) -> dict[str, Ten
             for layer, units in hooked.outputs(inputs).features.items():
                 before, after = (units > 0).chunk(2)
                 switched = (before != after).double().mean(1) / (2 * _STEP)
-                relu = bool((units >= 0).all()) and bool((units == 0).any())
-                found.setdefault(layer, []).append(switched if relu else torch.full_like(switched, torch.nan))
+                found.setdefault(layer, []).append(switched if (units >= 0).all() else switched * torch.nan)
     return {layer: torch.stack(places, 1) for layer, places in found.items()}
 
 
-def _like(probe: GeometryProbe, initial: nn.Module) -> GeometryProbe:
+def _like(probe: GeometryProbe, initial: nn.Module, *, replay: bool) -> GeometryProbe:
     """The untrained network, probed as the trained one is."""
-    names = ("normalize", "engine", "wrt", "memory_budget", "mode")
+    names = ("normalize", "engine", "wrt", "memory_budget", "mode", "precision")
+    same: dict[str, Any] = {name: getattr(probe, name) for name in names}
+    same |= {"layers": probe.layers, "transform": dict(probe.transforms) or None, "replay": replay}
     try:
-        same: dict[str, Any] = {name: getattr(probe, name) for name in names}
-        return GeometryProbe(initial, layers=probe.layers, transform=dict(probe.transforms) or None, **same)
+        return GeometryProbe(initial, **same)
     except ProbeError as error:
         raise ProbeError(
             f"initial= has other layers than the model, of which {probe.layers} are studied: {first_line(error)}\n"

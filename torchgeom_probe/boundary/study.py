@@ -6,15 +6,16 @@ import html
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from torchgeom_probe.boundary.effect import BoundaryEffect, in_words
-from torchgeom_probe.boundary.paired import Estimate, Tested, student
+from torchgeom_probe.boundary.effect import CONTRASTED, PROFILES, BoundaryEffect, in_words
+from torchgeom_probe.boundary.paired import Tested, student
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import write_json
 
@@ -105,7 +106,7 @@ def compare_networks(studies: Sequence[BoundaryStudy]) -> BoundaryStudy:
         studies: S ≥ 3, of the same layers and contrast: several seeds of one architecture, each with ``initial``.
 
     Raises:
-        ProbeError: fewer than 3, or studies that differ in layers, contrast, or in having an ``initial``.
+        ProbeError: fewer than 3, or studies that differ in layers, contrast, volume, or in having an ``initial``.
 
     Cost: none to speak of.
 
@@ -125,10 +126,13 @@ def compare_networks(studies: Sequence[BoundaryStudy]) -> BoundaryStudy:
             "Train the network with other seeds:  "
             "compare_networks([boundary_study(net, x, initial=net0, seed=i) for i, (net, net0) in enumerate(trained)])"
         )
-    kinds = {(tuple(s), *((e.contrast, e.estimand, e.initial is None) for e in s.values())) for s in studies}
+    kinds = {
+        (tuple(s), *((e.contrast, e.estimand, e.volume_estimand, e.dimensions, e.initial is None) for e in s.values()))
+        for s in studies
+    }
     if len(kinds) > 1:
         raise ProbeError(
-            "the studies differ in their layers, their contrast, or in whether they have an untrained network.\n"
+            "the studies differ in their layers, their contrast, their volume, or in having an untrained network.\n"
             "Study every network in the same way:  boundary_study(net, x, layers=..., contrast=..., initial=...)"
         )
     effects = {name: _over_networks([study[name] for study in studies]) for name in studies[0]}
@@ -136,35 +140,20 @@ def compare_networks(studies: Sequence[BoundaryStudy]) -> BoundaryStudy:
 
 
 def _over_networks(effects: Sequence[BoundaryEffect]) -> BoundaryEffect:
-    def of(get: Callable[[BoundaryEffect], Tested | None]) -> Tested | None:
-        found = [tested.estimate for tested in map(get, effects) if tested is not None]
-        return _mean(found) if len(found) == len(effects) else None
-
-    def profile(get: Callable[[BoundaryEffect], Mapping[float, Estimate] | None]) -> dict[float, Estimate]:
-        profiles = [get(effect) or {} for effect in effects]
-        shared = [offset for offset in profiles[0] if all(offset in other for other in profiles)]
-        return {offset: _mean([other[offset] for other in profiles]).estimate for offset in shared}
-
     first = effects[0]
-    estimate, p_value = _mean([effect.estimate for effect in effects])
-    reasons = dict.fromkeys(why for effect in effects for why in effect.dropped)
-    return replace(
-        first,
-        estimate=estimate,
-        p_value=p_value,
-        own=_mean([effect.own.estimate for effect in effects]),
-        initial=of(lambda e: e.initial),
-        trace=of(lambda e: e.trace),
-        volume=of(lambda e: e.volume),
-        switches=of(lambda e: e.switches),
-        profile=profile(lambda e: e.profile),
-        initial_profile=None if first.initial_profile is None else profile(lambda e: e.initial_profile),
-        margin_slope=_mean([effect.margin_slope.estimate for effect in effects]),
-        num_pairs=sum(effect.num_pairs for effect in effects),
-        num_units=len(effects),
-        units="networks",
-        dropped={why: sum(effect.dropped.get(why, 0) for effect in effects) for why in reasons},
-    )
+    changed: dict[str, Any] = {}
+    for name in CONTRASTED:
+        found = [getattr(effect, name) for effect in effects]
+        changed[name] = None if None in found else _mean([tested.estimate for tested in found])
+    for name in PROFILES:
+        profiles = [getattr(effect, name) or {} for effect in effects]
+        shared = [offset for offset in profiles[0] if all(offset in other for other in profiles)]
+        means = {offset: _mean([other[offset] for other in profiles]).estimate for offset in shared}
+        changed[name] = means if shared or getattr(first, name) is not None else None
+    changed["estimate"], changed["p_value"] = _mean([effect.estimate for effect in effects])
+    dropped = sum((Counter(effect.dropped) for effect in effects), Counter[str]())
+    pairs = sum(effect.num_pairs for effect in effects)
+    return replace(first, **changed, num_pairs=pairs, num_units=len(effects), units="networks", dropped=dict(dropped))
 
 
 def _mean(values: Sequence[float]) -> Tested:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from torchgeom_probe.boundary.contrasts import CONTRASTS
+from torchgeom_probe.boundary.design import CONTRASTS
 from torchgeom_probe.boundary.population import boundary_study
 from torchgeom_probe.cli.models import add_probe, estimator_of, input_of, is_trained, model_of
 from torchgeom_probe.errors import ProbeError, optional

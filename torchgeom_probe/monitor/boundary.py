@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from torchgeom_probe.boundary.contrasts import CONTRASTS
+from torchgeom_probe.boundary.design import CONTRASTS
 from torchgeom_probe.boundary.paired import Tested, paired_effect
 from torchgeom_probe.boundary.pairs import crossing_pairs, predicted
 from torchgeom_probe.boundary.points import boundary_points

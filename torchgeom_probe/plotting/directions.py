@@ -53,13 +53,13 @@ def plot_directions(
     panels = figure.subplots(len(names), columns, squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()
-    style.show_picture(panels[0, 0], style.picture(x[sample]), "input", size=NORMAL, pad=2.0)
+    style.show_picture(panels[0, 0], style.picture(x[sample]), "input", size=NORMAL)
     for row, (name, vectors) in zip(panels, found.items(), strict=True):
         row[0].annotate(name or "model", (0.5, -0.08), xycoords="axes fraction", ha="center", va="top", fontsize=NORMAL)
         for axes, vector, value in zip(row[1:], vectors, report[name].singular_values[sample], strict=False):
             largest = vector.abs().max().clamp_min(1e-300)
             centred = 0.5 + vector.double().cpu() / (2 * largest.double().cpu())
             pixels = style.picture(centred, spread=False)
-            style.show_picture(axes, pixels, f"σ = {float(value):.3g}", size=SMALL, pad=2.0)
+            style.show_picture(axes, pixels, f"σ = {float(value):.3g}", size=SMALL)
     style.finish(figure, title, "directions of unit length; grey: 0; σ: the singular value, how much it is stretched")
     return figure

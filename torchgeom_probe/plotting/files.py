@@ -34,7 +34,7 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 160) -> Pat
 
 
 def small_png(figure: Figure, limit: int) -> bytes:
-    """Return a figure as a PNG of at most ``limit`` bytes, at the highest resolution that fits.
+    """Return a figure as a PNG of at most ``limit`` bytes, at the highest resolution that fits; else at the lowest.
 
     In all its colours where it is then as wide as a page; else of 256, which bands smooth fields.
 
@@ -42,9 +42,12 @@ def small_png(figure: Figure, limit: int) -> bytes:
     >>> len(small_png(Figure(), 20_000)) <= 20_000
     True
     """
+    pillow = optional("PIL.Image", extra="figures")
     for dpi, whole in ((115, True), (100, True), (115, False), (90, False), (70, False), (50, False)):
-        buffer, image = io.BytesIO(), _image(figure, dpi)
-        (image if whole else _quantized(image)).save(buffer, format="png", optimize=True)
+        image = pillow.open(_rendered(figure, ".png", dpi)).convert("RGB")
+        image = image if whole else image.quantize(256, method=pillow.Quantize.MEDIANCUT, dither=pillow.Dither.NONE)
+        buffer = io.BytesIO()
+        image.save(buffer, format="png", optimize=True)
         if buffer.tell() <= limit:
             break
     return buffer.getvalue()
@@ -54,12 +57,3 @@ def _rendered(figure: Figure, ending: str, dpi: int) -> io.BytesIO:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=ending[1:], dpi=dpi, metadata=_DATES[ending])
     return buffer
-
-
-def _image(figure: Figure, dpi: int) -> Any:
-    return optional("PIL.Image", extra="figures").open(_rendered(figure, ".png", dpi)).convert("RGB")
-
-
-def _quantized(image: Any) -> Any:
-    pillow = optional("PIL.Image", extra="figures")
-    return image.quantize(256, method=pillow.Quantize.MEDIANCUT, dither=pillow.Dither.NONE)

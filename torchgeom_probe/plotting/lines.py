@@ -50,7 +50,7 @@ def plot_lines(drawn: Scans) -> Figure:
         panels[-1].set_axis_off()
         for left, anchor, name, picture in zip((0.0, 0.8), "WE", "ab", pictures, strict=True):
             inset = panels[-1].inset_axes((left, 0.0, 0.2, 0.86), anchor=anchor)
-            style.show_picture(inset, picture, name, size=NORMAL, pad=2.0)
+            style.show_picture(inset, picture, name, size=NORMAL)
     style.finish(figure, drawn.title, style.note(scans[-1].report, drawn.shown))
     return figure
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from torchgeom_probe.boundary.effect import BoundaryEffect, in_words
+from torchgeom_probe.boundary.effect import in_words
 from torchgeom_probe.boundary.paired import Estimate
 from torchgeom_probe.boundary.study import BoundaryStudy
 from torchgeom_probe.plotting import style
@@ -29,7 +29,7 @@ def plot_study(
     Blue is the network, grey and dashed the untrained one; the dotted line is the boundary.  Above each panel stands
     the effect that the study tested, which is not read off the curve.
     """
-    style.refuse_unit(unit)
+    scale = style.factor(unit)
     names = style.chosen_layers(layers, list(study))
     columns = min(len(names), 3)
     rows = math.ceil(len(names) / columns)
@@ -41,10 +41,13 @@ def plot_study(
         effect = study[name]
         trained = effect.initial is not None
         if effect.initial_profile is not None:
-            _draw(axes, effect.initial_profile, unit, color=_GREY, linestyle="--", label="untrained")
-        _draw(axes, effect.profile, unit, color=BLUE, linestyle="-", label="trained" if trained else "the network")
+            _draw(axes, effect.initial_profile, scale, color=_GREY, linestyle="--", label="untrained")
+        _draw(axes, effect.profile, scale, color=BLUE, linestyle="-", label="trained" if trained else "the network")
         axes.axvline(0.0, color="black", linewidth=0.9, linestyle=":")
-        axes.set_title(f"{style.titled(name)}\n{_tested(effect, unit)}", fontsize=SMALL, linespacing=1.3)
+        interval = effect.estimate.interval
+        scaled = Estimate(scale * effect.estimate, interval and (scale * interval[0], scale * interval[1]))
+        tested = f"{scaled} {unit}, {in_words(effect.p_value)}"
+        axes.set_title(f"{style.titled(name)}\n{tested}", fontsize=SMALL, linespacing=1.3)
         axes.tick_params(labelsize=SMALL)
         axes.grid(alpha=0.25, linewidth=0.6)
     for axes in panels[:, 0]:
@@ -57,17 +60,9 @@ def plot_study(
     return figure
 
 
-def _draw(axes: Any, profile: Mapping[float, Estimate], unit: str, *, color: str, **line: Any) -> None:
-    scale = 1 / math.log(10) if unit == "log10" else 1.0
+def _draw(axes: Any, profile: Mapping[float, Estimate], scale: float, *, color: str, **line: Any) -> None:
     offsets = np.array(list(profile))
     means = scale * np.array([float(estimate) for estimate in profile.values()])
     bands = scale * np.array([estimate.interval or (math.nan, math.nan) for estimate in profile.values()])
     axes.fill_between(offsets, bands[:, 0], bands[:, 1], color=color, alpha=0.2, linewidth=0)
     axes.plot(offsets, means, color=color, linewidth=1.6, marker="o", markersize=2.5, **line)
-
-
-def _tested(effect: BoundaryEffect, unit: str) -> str:
-    scale = 1 / math.log(10) if unit == "log10" else 1.0
-    interval = effect.estimate.interval
-    scaled = Estimate(scale * effect.estimate, interval and (scale * interval[0], scale * interval[1]))
-    return f"{scaled} {unit}, {in_words(effect.p_value)}"

@@ -61,12 +61,11 @@ def finish(figure: Any, title: str | None, note: str | None) -> None:
 def note(report: GeometryReport, layers: Sequence[str]) -> str:
     """Say what the volumes of these layers are: every estimand and normalisation among them, once."""
     slices = "length or area that the layer gives to a unit of the slice (log √det of its metric on the slice)"
-    plain = {"log √det VᵀgV, V the given directions": slices}
-    notes = []
+    plain, notes = {"log √det VᵀgV, V the given directions": slices}, dict[str, None]()
     for layer in (report[name] for name in layers):
-        notes.append(plain.get(layer.estimand, layer.estimand))
-        notes[-1] += "; features divided by √(their number)" if layer.normalized else ""
-    return "volume: " + " | ".join(dict.fromkeys(notes))
+        divided = "; features divided by √(their number)" if layer.normalized else ""
+        notes[plain.get(layer.estimand, layer.estimand) + divided] = None
+    return "volume: " + " | ".join(notes)
 
 
 def titled(layer: str) -> str:
@@ -74,17 +73,16 @@ def titled(layer: str) -> str:
     return layer if "layer" in layer or "." in layer else f"layer {layer}" if layer else "model"
 
 
-def refuse_unit(unit: str) -> None:
-    """Refuse an unknown unit of logarithms."""
+def factor(unit: str, of: str = "nat") -> float:
+    """What a number measured in ``of`` is multiplied by to be drawn in ``unit``; other units than nats stay."""
     if unit not in ("nat", "log10"):
         raise ProbeError(f"unit={unit!r} is unknown.\nWrite unit='nat' (natural log, the default) or unit='log10'.")
+    return 1 / math.log(10) if unit == "log10" and of == "nat" else 1.0
 
 
 def in_unit(layer: LayerGeometry, unit: str) -> np.ndarray:
     """Return a layer's value [B], a log-volume in the unit ``"nat"`` or ``"log10"``."""
-    refuse_unit(unit)
-    values = layer.value.detach().double().cpu().numpy()
-    return values / math.log(10) if unit == "log10" and layer.unit == "nat" else values
+    return factor(unit, layer.unit) * layer.value.detach().double().cpu().numpy()
 
 
 def chosen_layers(layers: Sequence[str] | str | None, known: Sequence[str]) -> list[str]:
@@ -200,13 +198,6 @@ def pictures(scan: SliceScan, images: Images) -> list[np.ndarray]:
     return [picture(image) for image in images]
 
 
-def show_picture(axes: Any, picture: np.ndarray, name: str, *, size: float, pad: float) -> None:
-    """Draw a picture without ticks, with its name above in letters of this size."""
-    axes.imshow(picture, cmap="gray" if picture.ndim == 2 else None, vmin=0, vmax=1, interpolation="nearest")
-    axes.set(xticks=[], yticks=[])
-    axes.set_title(name, fontsize=size, pad=pad)
-
-
 def is_picture(shape: Sequence[int]) -> bool:
     """Whether a sample of this shape can be shown."""
     coloured = len(shape) == 3 and (shape[0] in (1, 3) or shape[2] == 3)
@@ -218,7 +209,12 @@ def picture(image: Any, *, spread: bool = True) -> np.ndarray:
     pixels = torch.as_tensor(image).detach().double().cpu().numpy()
     if pixels.ndim == 3 and pixels.shape[0] in (1, 3):
         pixels = pixels[0] if pixels.shape[0] == 1 else np.moveaxis(pixels, 0, -1)
-    if not spread:
-        return pixels
-    span = np.ptp(pixels)
-    return (pixels - pixels.min()) / span if span > 0 else np.zeros_like(pixels)
+    span = np.ptp(pixels) if spread else 1.0
+    return (pixels - pixels.min() * spread) / span if span > 0 else np.zeros_like(pixels)
+
+
+def show_picture(axes: Any, picture: np.ndarray, name: str, *, size: float, pad: float = 2.0) -> None:
+    """Draw a picture without ticks, with its name above in letters of this size."""
+    axes.imshow(picture, cmap="gray" if picture.ndim == 2 else None, vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(name, fontsize=size, pad=pad, parse_math=False)

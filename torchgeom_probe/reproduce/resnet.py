@@ -7,7 +7,7 @@ the same data and the same network.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torchgeom_probe.estimators.topk import TopK, paper_pool
 from torchgeom_probe.reproduce.data import Images, load_cifar10, load_photos
 from torchgeom_probe.reproduce.results import Results, drawn
 from torchgeom_probe.reproduce.settings import Settings
-from torchgeom_probe.reproduce.training import Trained, Training, View, accuracy
+from torchgeom_probe.reproduce.training import Trained, Training, View, supervised
 from torchgeom_probe.shapes import Tensor
 
 ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU"}
@@ -58,59 +58,39 @@ def network(settings: Settings, images: Images, act: str, *, num_classes: int = 
     return model
 
 
-def training(
-    name: str,
-    images: Images,
-    settings: Settings,
-    *,
-    epochs: int,
-    batch_size: int,
-    rate: float,
-    words: Mapping[str, Any],
-    **parts: Any,
-) -> Training:
-    """SGD as quirks.md says; the network is kept after the first epoch and at three tenths, too."""
+def options(images: Images, settings: Settings, *, epochs: int, batch_size: int, rate: float, **words: Any) -> Any:
+    """How the networks of figures 3 to 6 are trained: SGD as quirks.md says; ``words`` describe the rest.
+
+    The network is kept after the first epoch and at three tenths, too.
+    """
     rate, epochs = 0.01 if settings.papers else rate, settings.epochs or epochs
-    return Training(
-        f"{images.name}_{name}",
+    described: dict[str, Any] = {"data": images.name, "network": "ResNet-18" if settings.quick else "ResNet-34"}
+    described |= {"channels": channels(settings), **words, "learning_rate": rate}
+    return dict(
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=1e-4),
-        num_samples=len(images.train_labels),
         batch_size=1024 if settings.papers else batch_size,
         epochs=epochs,
         snapshots=(1, round(0.3 * epochs)),
         schedule=lambda progress: 1.0 if settings.papers else (1 + math.cos(math.pi * progress)) / 2,
-        describe={
-            "data": images.name,
-            "network": "ResNet-18" if settings.quick else "ResNet-34",
-            "channels": channels(settings),
-            **words,
-            "learning_rate": rate,
-            "optimizer": "SGD, momentum 0.9, weight decay 1e-4",
-        },
-        **parts,
+        describe=described | {"optimizer": "SGD, momentum 0.9, weight decay 1e-4"},
     )
 
 
 def by_labels(images: Images, settings: Settings, act: str) -> Training:
     """The training of figures 3 and 4: cross-entropy on mirrored images."""
-    here = images.to(settings.device)
 
-    def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        x, y = here.train_images[batch], here.train_labels[batch]
-        mirrored = torch.rand(len(batch), 1, 1, 1, device=x.device) < 0.5
-        return nn.functional.cross_entropy(model(torch.where(mirrored, x.flip(-1), x)), y)
+    def mirrored(x: Tensor) -> Tensor:
+        return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
 
-    return training(
-        act,
-        images,
+    epochs = settings.choose(embedded=8, paper=200, quick=1)
+    return supervised(
+        f"{images.name}_{act}",
         settings,
-        epochs=settings.choose(embedded=8, paper=200, quick=1),
-        batch_size=32,
-        rate=0.02,
-        words={"activation": act},
+        (images.train_images, images.train_labels),
+        measured={"test_accuracy": (images.test_images, images.test_labels)},
+        augment=mirrored,
         model=lambda: network(settings, images, act),
-        loss=loss,
-        evaluate=lambda model: {"test_accuracy": accuracy(model, here.test_images, here.test_labels)},
+        **options(images, settings, epochs=epochs, batch_size=32, rate=0.02, activation=act),
     )
 
 
@@ -120,15 +100,19 @@ def plane_view(images: Images, settings: Settings) -> View:
     return View("plane", plane, {"layers": list(STAGES)}, images.class_names)
 
 
-def of_labels(images: Images, results: Results, *, study: bool = False) -> dict[str, Trained]:
+def study(results: Results, networks: Sequence[Trained], images: Images, layers: Sequence[str], **drawn: Any) -> None:
+    """Study the boundaries between test images; crops of one photograph are not independent."""
+    groups = images.test_labels if images.name == "photos" else None
+    results.study(networks, images.test_images, layers=list(layers), groups=groups, **drawn)
+
+
+def of_labels(images: Images, results: Results, *, gallery: bool = False) -> dict[str, Trained]:
     """Train networks of three seeds with each activation, study the boundaries of all blocks; return the first ones."""
     networks, plane = {}, plane_view(images, results.settings)
     for act in ACTIVATIONS:
         of = by_labels(images, results.settings, act)
         several = results.train(of, [plane], seeds=results.settings.choose(embedded=3, paper=1, quick=1))
-        # Crops of one photograph are not independent.
-        groups = images.test_labels if images.name == "photos" else None
-        results.study(several, images.test_images, layers=list(STAGES), groups=groups, gallery=act == "gelu" and study)
+        study(results, several, images, STAGES, gallery=act == "gelu" and gallery)
         networks[act] = several[0]
     return networks
 
@@ -151,7 +135,7 @@ def fig4(results: Results) -> None:
     settings = results.settings
     images = load_images(settings)
     plane = plane_view(images, settings)
-    networks = of_labels(images, results, study=True)
+    networks = of_labels(images, results, gallery=True)
     for trained in networks.values():
         results.describe(trained, plane)
     last = {ACTIVATIONS[act]: of.scan(plane, of.epochs[-1]) for act, of in networks.items()}
@@ -160,9 +144,9 @@ def fig4(results: Results) -> None:
     )
 
     layers, k = (STAGES[-1:], 3) if settings.quick else (STAGES, 10)
-    options = {"layers": list(layers), "estimator": TopK(k=k), "transform": paper_pool, "batch_size": 16}
+    scanned = {"layers": list(layers), "estimator": TopK(k=k), "transform": paper_pool, "batch_size": 16}
     coarser = images.plane(settings.choose(embedded=6, paper=20, quick=4))
-    top, trained = View("plane_top", coarser, options, images.class_names), networks["gelu"]
+    top, trained = View("plane_top", coarser, scanned, images.class_names), networks["gelu"]
     results.describe(trained, top)
     title = f"The paper's volume, {k} largest σ of 512 pooled features: {images.title}"
     results.picture("blocks_top", drawn(top, trained.scans(top, trained.three[::2]), title=title))

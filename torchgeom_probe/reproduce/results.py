@@ -49,47 +49,31 @@ def drawn(view: View, scans: Mapping[str, SliceScan], **options: Any) -> Figure:
     return plot(list(scans.values()), **style | {"names": list(scans), "class_names": view.class_names} | options)
 
 
-def illustration(after: SliceScan, layer: str, before: SliceScan) -> tuple[str, dict[str, Any]]:
-    """What one slice shows of a layer, in words and numbers; where it shows nothing, why."""
-    try:
-        found = after.magnification(layer, initial=before)
-    except ProbeError as error:  # a constant entropy, a singular metric
-        return str(error), {}
-    return str(found), asdict(found)
-
-
 class Results:
     """What a figure found: said while it is found, and written to ``results.json`` at the end.
 
-    Args:
-        figure: its name, of the folder too.
-        title: what it shows, in words.
-        settings: the command line's.
-        say: prints a line.
+    Its files go to ``folder``; None: ``<out>/<figure>``.
     """
 
-    def __init__(self, figure: str, title: str, settings: Settings, *, say: Say = print) -> None:
+    def __init__(
+        self, figure: str, title: str, settings: Settings, *, folder: Path | None = None, say: Say = print
+    ) -> None:
         self.figure, self.settings, self.say = figure, settings, say
-        self.folder = settings.out / figure
+        self.folder = folder or settings.out / figure
+        chosen = {name: getattr(settings, name) for name in ("preset", "quick", "seed", "seeds", "device", "epochs")}
         self.numbers: dict[str, Any] = {
-            "figure": figure,
-            "title": title,
-            "settings": {
-                name: getattr(settings, name) for name in ("preset", "quick", "seed", "seeds", "device", "epochs")
-            },
-            "quirks": quirks(figure),
-            "trainings": {},
-            "studies": [],
-            "refused": [],
-            "slices": [],
-            "checks": {},
+            **{"figure": figure, "title": title, "settings": chosen, "quirks": quirks(figure)},
+            **{"trainings": {}, "studies": [], "refused": [], "slices": [], "checks": {}},
         }
 
-    def train(self, training: Training, views: Sequence[View], *, seeds: int = 1, **options: Any) -> list[Trained]:
-        """Train networks of so many seeds (``--seeds`` goes before); the first is the figure's own, and scanned."""
+    def train(
+        self, training: Training, views: Sequence[View], *, seeds: int | None = None, **options: Any
+    ) -> list[Trained]:
+        """Train a network; of a study so many ``seeds``, or ``--seeds``: the first is the figure's own, and scanned."""
         own = self.settings
         networks = [train(training, own, views=views, say=self.say, **options)]
-        for seed in range(own.seed + 1, own.seed + (own.seeds or seeds)):
+        count = 1 if seeds is None else own.seeds or seeds
+        for seed in range(own.seed + 1, own.seed + count):
             other = replace(training, name=f"{training.name}_seed{seed}")
             networks.append(train(other, replace(own, seed=seed), say=self.say))
         for trained in networks:
@@ -112,10 +96,14 @@ class Results:
         epoch = trained.epochs[-1]
         after, before = trained.scan(view, epoch), trained.scan(view, 0)
         for layer in list(after.report) if layers is None else layers:
-            sentence, numbers = illustration(after, layer, before)
-            self.say(f"{trained.name}, {view.name}: {sentence}")
-            place = {"network": trained.name, "view": view.name, "epoch": epoch, "name": layer, "sentence": sentence}
-            self.numbers["slices"].append(place | numbers)
+            place = {"network": trained.name, "view": view.name, "epoch": epoch, "name": layer}
+            try:
+                found = after.magnification(layer, initial=before)
+                place |= asdict(found) | {"sentence": str(found)}
+            except ProbeError as error:  # a constant entropy, a singular metric
+                place["sentence"] = str(error)
+            self.say(f"{trained.name}, {view.name}: {place['sentence']}")
+            self.numbers["slices"].append(place)
 
     def study(self, networks: Sequence[Trained], x: Tensor, *, gallery: bool = False, **options: Any) -> None:
         """Test the hypothesis at held-out samples: each network against itself before training, then all of them."""
@@ -132,14 +120,14 @@ class Results:
             return
         self.found(networks[0].name, studies, gallery=gallery)
 
-    def found(self, name: str, studies: Sequence[BoundaryStudy], *, gallery: bool = False, **options: Any) -> None:
+    def found(self, name: str, studies: Sequence[BoundaryStudy], *, gallery: bool = False) -> None:
         """Store and say what studies of networks of one kind found, of three or more the networks as units; draw it."""
         study = compare_networks(studies) if len(studies) >= LEAST_NETWORKS else studies[0]
         for effect in study.values():
             self.say(f"{name}: {effect}.")
             words = {"network": name, "sentence": str(effect), "supported": effect.supported, "cells": cells(effect)}
             self.numbers["studies"].append(words | effect.record())
-        self.picture(f"{name}_profile", plot(study, title=f"Near the boundary: {name}", **options), gallery=gallery)
+        self.picture(f"{name}_profile", plot(study, title=f"Near the boundary: {name}"), gallery=gallery)
 
     def picture(self, name: str, figure: Figure, *, gallery: bool = False) -> None:
         """Write ``name.png`` and ``name.pdf``; with ``gallery`` also the small PNG, where one was asked for."""
@@ -172,7 +160,7 @@ def cells(effect: BoundaryEffect) -> list[str]:
 
 
 def table(out: Path) -> str:
-    """The studies of every figure under ``out`` as one Markdown table, each network once."""
+    """The studies of every figure under ``out`` as one Markdown table, each network once; "" where there are none."""
     head = ["network, layer", "effect [nat]", "p", "of the volume", "untrained alone", "networks", "verdict"]
     rows: dict[str, list[str]] = {}
     for path in sorted(out.glob("fig*/results.json")):
@@ -180,4 +168,4 @@ def table(out: Path) -> str:
             layer, *others = study["cells"]
             rows[f"{study['network']}, {layer}"] = others
     lines = [head, ["---"] * len(head), *([name, *row] for name, row in rows.items())]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""

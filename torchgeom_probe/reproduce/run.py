@@ -47,19 +47,15 @@ def reproduce(names: Sequence[str], settings: Settings, *, say: Say = print) -> 
             f"Write one or more of {' '.join(FIGURES)}, or all:  torchgeom-probe reproduce fig1"
         )
     chosen = list(dict.fromkeys(f for name in names for f in (FIGURES if name == "all" else [name])))
-    began = time.perf_counter()
     for name in chosen:
         start, (run, title) = time.perf_counter(), FIGURES[name]
         say(f"{'' if name == chosen[0] else chr(10)}{name}: {title}")
         results = Results(name, title, settings, say=say)
         run(results)
         results.finish()
-        say(f"{name} took {_duration(time.perf_counter() - start)}.")
-    write_atomically(settings.out / "studies.md", f"{table(settings.out)}\n".encode())
-    say(f"\nNear decision boundaries, trained minus untrained:\n{table(settings.out)}")
-    if len(chosen) > 1:
-        say(f"\n{len(chosen)} figures in {_duration(time.perf_counter() - began)}, under {settings.out}.")
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+        seconds = time.perf_counter() - start
+        say(f"{name} took {f'{seconds:.0f} s' if seconds < 100 else f'{seconds / 60:.1f} min'}.")
+    studies = table(settings.out)
+    if studies:
+        write_atomically(settings.out / "studies.md", f"{studies}\n".encode())
+        say(f"\nNear decision boundaries, trained minus untrained:\n{studies}")

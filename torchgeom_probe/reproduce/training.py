@@ -12,6 +12,7 @@ import copy
 import hashlib
 import io
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,11 +38,11 @@ from torchgeom_probe.slices.slice import Line, Plane
 # A kill costs what was trained in about so many seconds, or one epoch where that takes longer.
 _CHECKPOINT_SECONDS = 20.0
 
-# All that a training writes into its folder.
+# All that a training, and the study of its network, write into its folder.
 _FILES = (
-    "settings.json", "checkpoint.pt", "history.json", "geometry.csv", "epoch_*.pt", "events/*.geometry",
-    "*/epoch_*.safetensors", "*/epoch_*.safetensors.parts",
-)  # fmt: skip
+    *("settings.json", "history.json", "study.json*", "checkpoint.pt", "geometry.csv", "epoch_*.pt"),
+    *("events/*.geometry", "*/epoch_*.safetensors*"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,13 +86,12 @@ class Training:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass over the data."""
-        return -(-self.num_samples // self.batch_size)
+        return math.ceil(self.num_samples / self.batch_size)
 
     @property
     def described(self) -> dict[str, Any]:
         """What results and settings say of it."""
-        sizes = {name: getattr(self, name) for name in ("epochs", "batch_size", "num_samples")}
-        return {**sizes, **self.describe}
+        return {name: getattr(self, name) for name in ("epochs", "batch_size", "num_samples")} | dict(self.describe)
 
 
 @torch.no_grad()
@@ -105,17 +105,33 @@ def accuracy(model: nn.Module, x: Float[Tensor, "samples ..."], labels: Int[Tens
     return sum((model(part).argmax(1) == y).sum().item() for part, y in parts) / len(labels)
 
 
+def supervised(
+    name: str,
+    settings: Settings,
+    data: tuple[Tensor, Tensor],
+    *,
+    measured: Mapping[str, tuple[Tensor, Tensor]],
+    augment: Callable[[Tensor], Tensor] = lambda x: x,
+    **options: Any,
+) -> Training:
+    """Train a classifier by cross-entropy on samples [N, ...] and labels [N]; ``options`` are the rest of Training.
+
+    ``measured``: name → samples and labels on which the accuracy is taken.  ``augment`` changes a batch.
+    """
+    x, labels = (part.to(settings.device) for part in data)
+    sets = {name: [part.to(settings.device) for part in parts] for name, parts in measured.items()}
+    return Training(
+        name,
+        loss=lambda model, batch: nn.functional.cross_entropy(model(augment(x[batch])), labels[batch]),
+        num_samples=len(labels),
+        evaluate=lambda model: {name: accuracy(model, *parts) for name, parts in sets.items()},
+        **options,
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class View:
-    """A slice, and how it is scanned.
-
-    Args:
-        name: of its files.
-        slice: a :class:`~torchgeom_probe.Line` or :class:`~torchgeom_probe.Plane`.
-        options: those of :func:`~torchgeom_probe.scan`.  Points go in chunks of 64 where they give no ``batch_size``: a
-            number, not the memory of the moment, so that two runs round alike.
-        class_names: the name of each class index.
-    """
+    """A slice, the name of its files, the options of its scan, and the names of the classes."""
 
     name: str
     slice: Line | Plane
@@ -124,7 +140,7 @@ class View:
 
 
 class Trained:
-    """A training that is done: its snapshots, their numbers and their scans.
+    """A training, its snapshots, their numbers and their scans; made by :func:`train`.
 
     Attributes:
         name, epochs: the training's, and the epochs of the snapshots, 0 first.
@@ -132,11 +148,19 @@ class Trained:
         history: per snapshot ``{"epoch": ..., "loss": ..., **evaluate(model)}``.
     """
 
-    def __init__(self, training: Training, settings: Settings, folder: Path) -> None:
+    def __init__(self, training: Training, settings: Settings, folder: Path, watch: Mapping[str, Any] | None) -> None:
         self.training, self.settings, self.folder = training, settings, folder
         self.name, self.epochs = training.name, training.kept
         self.history: list[dict[str, Any]] = []
         self._readouts: dict[int, nn.Module] = {}
+        self._done, self._network, self._monitor = 0, self._untrained(), None
+        self._optimizer = training.optimizer(self._network.parameters())
+        (self._board,) = writers_of(folder / "events")
+        self._parts: dict[str, Any] = {"model": self._network, "optimizer": self._optimizer}
+        if watch is not None:
+            writers = [self._board, folder / "geometry.csv"]
+            self._monitor = Monitor(self._network, **watch, writer=writers, on_error="raise")
+            self._parts["monitor"] = self._monitor
 
     @property
     def three(self) -> list[int]:
@@ -180,6 +204,125 @@ class Trained:
     def _scanned(self, view: View, epoch: int) -> Path:
         return self.folder / view.name / f"epoch_{epoch:05d}.safetensors"
 
+    # --- training, from the checkpoint on ---------------------------------------------------------------------------
+
+    def _run(self, views: Sequence[View], *, replace: bool, say: Say) -> None:
+        self._claim(replace=replace)
+        of, checkpoint = self.training, self.folder / "checkpoint.pt"
+        if checkpoint.exists():
+            state = self._loaded(checkpoint)
+            self._done, self.history = state["epoch"], state["history"]
+            for name, part in self._parts.items():
+                part.load_state_dict(state[name])
+            if self._done < of.epochs:
+                say(f"{of.name}: goes on after epoch {self._done} of {of.epochs}, from {self.folder}")
+        else:
+            words = ", ".join(f"{key}: {value}" for key, value in of.describe.items())
+            say(f"{of.name}: {of.epochs} epochs, {of.num_samples} samples, {words}")
+        with _seeded(self.settings), contextlib.closing(self._board), self._monitor or contextlib.nullcontext():
+            if self._monitor is not None and self._done < of.epochs:
+                self._monitor.follow(self._optimizer)
+            for epoch in of.kept:
+                self._until(epoch)
+                for view in views:
+                    new = not self._scanned(view, epoch).exists()
+                    found = self.scan(view, epoch)
+                    if new:
+                        self._board.write_map(f"{self.name}/{view.name}", found, epoch * of.steps_per_epoch)
+
+    def _claim(self, *, replace: bool) -> None:
+        """Write into the folder whose it is; refuse one of another training, or with ``replace`` empty a quick one."""
+        wanted = {name: getattr(self.settings, name) for name in ("preset", "quick", "seed", "device")}
+        wanted |= {"name": self.name, "untrained": digest(self._network.state_dict()), "snapshots": self.epochs}
+        wanted = finite_or_null(wanted | self.training.described)
+        file = self.folder / "settings.json"
+        stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else wanted
+        different = [key for key in wanted | stored if stored.get(key) != wanted.get(key)]
+        if different and not (replace and stored["quick"]):
+            key = different[0]
+            raise ProbeError(
+                f"{self.folder} holds another training: its {', '.join(different)} differ ({key}={stored.get(key)!r}, "
+                f"now {wanted.get(key)!r}).\nGive another directory with --out, or delete that one."
+            )
+        if different:
+            for path in [path for pattern in _FILES for path in self.folder.glob(pattern)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_json(file, wanted)
+
+    def _save(self) -> None:
+        """Write the checkpoint."""
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        _write(self.folder / "checkpoint.pt", {"epoch": self._done, "history": self.history, **state})
+
+    def _until(self, epoch: int) -> None:
+        """Train to the end of ``epoch``; keep the network there and its numbers."""
+        if not self.history:
+            self._seed(0)
+            untrained = copy.deepcopy(self._network)  # a loss may move running statistics
+            self._keep(self.training.loss(untrained, self._batches()[0]).item())
+        saved = time.monotonic()
+        left = range(self._done, epoch)
+        for _ in tqdm(left, f"{self.name} to epoch {epoch}", unit="epoch", leave=False, disable=None if left else True):
+            loss = self._one_epoch()
+            self._log(loss)
+            if self._done == epoch:
+                self._keep(loss)
+            elif time.monotonic() - saved > _CHECKPOINT_SECONDS:
+                self._save()
+                saved = time.monotonic()
+
+    def _log(self, loss: float) -> None:
+        """Write the loss of every epoch to TensorBoard, and beside a Monitor's curves some 40 times the accuracies."""
+        numbers = {"loss": loss}
+        if self._monitor is not None and self._done % max(1, self.training.epochs // 40) == 0:
+            numbers |= self.training.evaluate(self._network.eval())
+            self._network.train()
+        for name, value in numbers.items():
+            self._board.write_scalar(f"training/{name}", value, self._done * self.training.steps_per_epoch)
+
+    def _one_epoch(self) -> float:
+        """Train on every sample once; returns the mean loss of the steps."""
+        total = torch.zeros((), dtype=torch.float64, device=self.settings.device)
+        batches = self._batches()
+        for step, batch in enumerate(batches, self._done * len(batches)):
+            self._seed(step)
+            factor = self.training.schedule(step / (self.training.epochs * len(batches)))
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._optimizer.defaults["lr"] * factor
+            self._optimizer.zero_grad()
+            loss = self.training.loss(self._network, batch)
+            loss.backward()
+            self._optimizer.step()
+            total += loss.detach()
+        self._done += 1
+        if not total.isfinite():
+            raise ProbeError(
+                f"{self.name}: the loss is {float(total)} in epoch {self._done}.\n"
+                "Likely the learning rate is too large for this data; nothing of this epoch was kept."
+            )
+        return float(total) / len(batches)
+
+    @torch.no_grad()
+    def _keep(self, loss: float) -> None:
+        """Keep the network as it is now, and its numbers."""
+        self.history.append({"epoch": self._done, "loss": loss, **self.training.evaluate(self._network.eval())})
+        self._network.train()
+        # The snapshot first: from the checkpoint on, it is never trained again, so scans of it stay true.
+        _write(self._snapshot(self._done), self._network.state_dict())
+        write_json(self.folder / "history.json", self.history)
+        self._save()
+
+    def _batches(self) -> tuple[Int[Tensor, " batch"], ...]:
+        """The batches of this epoch, in its own order."""
+        generator = torch.Generator().manual_seed(_step_seed(self.settings.seed, -1 - self._done))
+        order = torch.randperm(self.training.num_samples, generator=generator).to(self.settings.device)
+        return order.split(self.training.batch_size)
+
+    def _seed(self, step: int) -> None:
+        # Without a GPU, torch.manual_seed would write down a stack trace at every step, for the GPU that may come.
+        generators = torch.default_generator if self.settings.device == "cpu" else torch
+        generators.manual_seed(_step_seed(self.settings.seed, step))
+
 
 def train(
     training: Training,
@@ -192,16 +335,9 @@ def train(
 ) -> Trained:
     """Train, or go on where an earlier run was killed, or find it done; scan the views of every snapshot on the way.
 
-    The maps go to TensorBoard (``events/`` in the training's folder) as soon as they are scanned.
-
-    Args:
-        training: what, and how.
-        settings: seed, device and ``out``.
-        views: slices that are scanned at every snapshot.
-        watch: options of a Monitor beside it: curves in TensorBoard and rows in ``geometry.csv``; None: no Monitor.
-        folder: where; a quick training of other settings there is deleted, any other refused.  None:
-            ``<out>/trainings/<name>``, where both are refused.
-        say: prints a line.
+    The maps go to TensorBoard (``events/`` in the training's folder) as soon as they are scanned.  ``watch``: options
+    of a Monitor beside it: curves there and rows in ``geometry.csv``.  ``folder``: of a quick training of other
+    settings in it all is deleted, any other refused; None: ``<out>/trainings/<name>``, where both are refused.
 
     Raises:
         ProbeError: a training of other settings is there; the loss is not finite; tensorboard or matplotlib is missing.
@@ -218,148 +354,12 @@ def train(
     ((0, 3), True)
     """
     optional("matplotlib", extra="figures")
-    loop = _Loop(training, settings, folder or settings.out / "trainings" / training.name, watch)
-    loop.claim(replace=folder is not None)
-    if not loop.load():
-        words = ", ".join(f"{key}: {value}" for key, value in training.describe.items())
-        say(f"{training.name}: {training.epochs} epochs, {training.num_samples} samples, {words}")
-    elif loop.epoch < training.epochs:
-        say(f"{training.name}: goes on after epoch {loop.epoch} of {training.epochs}, from {loop.folder}")
-    with _seeded(settings), contextlib.closing(loop.board), loop.monitor or contextlib.nullcontext():
-        if loop.monitor is not None and loop.epoch < training.epochs:
-            loop.monitor.follow(loop.optimizer)
-        for epoch in training.kept:
-            loop.until(epoch)
-            for view in views:
-                loop.show(view, epoch)
-    return loop
+    trained = Trained(training, settings, folder or settings.out / "trainings" / training.name, watch)
+    trained._run(views, replace=folder is not None, say=say)
+    return trained
 
 
-class _Loop(Trained):
-    """A training on its way: the network, its optimizer, its monitor, and how many epochs are done."""
-
-    def __init__(self, training: Training, settings: Settings, folder: Path, watch: Mapping[str, Any] | None) -> None:
-        super().__init__(training, settings, folder)
-        self.epoch, self.network, self.monitor = 0, self._untrained(), None
-        self.optimizer = training.optimizer(self.network.parameters())
-        (self.board,) = writers_of(folder / "events")
-        self.parts: dict[str, Any] = {"model": self.network, "optimizer": self.optimizer}
-        if watch is not None:
-            writers = [self.board, folder / "geometry.csv"]
-            self.monitor = self.parts["monitor"] = Monitor(self.network, **watch, writer=writers, on_error="raise")
-
-    def claim(self, *, replace: bool) -> None:
-        """Write into the folder whose it is; refuse one of another training, or with ``replace`` empty a quick one."""
-        wanted = {name: getattr(self.settings, name) for name in ("preset", "quick", "seed", "device")}
-        wanted |= {"name": self.name, "untrained": digest(self.network.state_dict()), "snapshots": self.epochs}
-        wanted = finite_or_null(wanted | self.training.described)
-        file = self.folder / "settings.json"
-        stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else wanted
-        different = [key for key in wanted | stored if stored.get(key) != wanted.get(key)]
-        if different and not (replace and stored["quick"]):
-            key = different[0]
-            raise ProbeError(
-                f"{self.folder} holds another training: its {', '.join(different)} differ ({key}={stored.get(key)!r}, "
-                f"now {wanted.get(key)!r}).\nGive another directory with --out, or delete that one."
-            )
-        if different:
-            for path in [path for pattern in _FILES for path in self.folder.glob(pattern)]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_json(file, wanted)
-
-    def load(self) -> bool:
-        """Go on from the checkpoint, if there is one."""
-        file = self.folder / "checkpoint.pt"
-        if file.exists():
-            state = self._loaded(file)
-            self.epoch, self.history = state["epoch"], state["history"]
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-        return file.exists()
-
-    def save(self) -> None:
-        """Write the checkpoint."""
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        _save(self.folder / "checkpoint.pt", {"epoch": self.epoch, "history": self.history, **state})
-
-    def until(self, epoch: int) -> None:
-        """Train to the end of ``epoch``; keep the network there and its numbers."""
-        if not self.history:
-            self._seed(0)
-            untrained = copy.deepcopy(self.network)  # a loss may move running statistics
-            self._keep(self.training.loss(untrained, self._batches()[0]).item())
-        saved = time.monotonic()
-        left = range(self.epoch, epoch)
-        for _ in tqdm(left, f"{self.name} to epoch {epoch}", unit="epoch", leave=False, disable=None if left else True):
-            loss = self._one_epoch()
-            self._log(loss)
-            if self.epoch == epoch:
-                self._keep(loss)
-            elif time.monotonic() - saved > _CHECKPOINT_SECONDS:
-                self.save()
-                saved = time.monotonic()
-
-    def _log(self, loss: float) -> None:
-        """Write the loss of every epoch to TensorBoard, and beside a Monitor's curves some 40 times the accuracies."""
-        numbers = {"loss": loss}
-        if self.monitor is not None and self.epoch % max(1, self.training.epochs // 40) == 0:
-            numbers |= self.training.evaluate(self.network.eval())
-            self.network.train()
-        for name, value in numbers.items():
-            self.board.write_scalar(f"training/{name}", value, self.epoch * self.training.steps_per_epoch)
-
-    def show(self, view: View, epoch: int) -> None:
-        """Scan, and write to TensorBoard what had not been scanned before."""
-        new = not self._scanned(view, epoch).exists()
-        found = self.scan(view, epoch)
-        if new:
-            self.board.write_map(f"{self.name}/{view.name}", found, epoch * self.training.steps_per_epoch)
-
-    def _one_epoch(self) -> float:
-        """Train on every sample once; returns the mean loss of the steps."""
-        total = torch.zeros((), dtype=torch.float64, device=self.settings.device)
-        batches = self._batches()
-        for step, batch in enumerate(batches, self.epoch * len(batches)):
-            self._seed(step)
-            factor = self.training.schedule(step / (self.training.epochs * len(batches)))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.optimizer.defaults["lr"] * factor
-            self.optimizer.zero_grad()
-            loss = self.training.loss(self.network, batch)
-            loss.backward()
-            self.optimizer.step()
-            total += loss.detach()
-        self.epoch += 1
-        if not total.isfinite():
-            raise ProbeError(
-                f"{self.name}: the loss is {float(total)} in epoch {self.epoch}.\n"
-                "Likely the learning rate is too large for this data; nothing of this epoch was kept."
-            )
-        return float(total) / len(batches)
-
-    @torch.no_grad()
-    def _keep(self, loss: float) -> None:
-        """Keep the network as it is now, and its numbers."""
-        self.history.append({"epoch": self.epoch, "loss": loss, **self.training.evaluate(self.network.eval())})
-        self.network.train()
-        # The snapshot first: from the checkpoint on, it is never trained again, so scans of it stay true.
-        _save(self._snapshot(self.epoch), self.network.state_dict())
-        write_json(self.folder / "history.json", self.history)
-        self.save()
-
-    def _batches(self) -> tuple[Int[Tensor, " batch"], ...]:
-        """The batches of this epoch, in its own order."""
-        generator = torch.Generator().manual_seed(_step_seed(self.settings.seed, -1 - self.epoch))
-        order = torch.randperm(self.training.num_samples, generator=generator).to(self.settings.device)
-        return order.split(self.training.batch_size)
-
-    def _seed(self, step: int) -> None:
-        # Without a GPU, torch.manual_seed would write down a stack trace at every step, for the GPU that may come.
-        generators = torch.default_generator if self.settings.device == "cpu" else torch
-        generators.manual_seed(_step_seed(self.settings.seed, step))
-
-
-def _save(path: Path, state: Any) -> None:
+def _write(path: Path, state: Any) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(path, buffer.getvalue())

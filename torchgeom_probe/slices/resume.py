@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
+from tqdm import tqdm
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.files import digest, write_atomically, write_json
+from torchgeom_probe.files import decoded, digest, encoded, write_atomically, write_json
 from torchgeom_probe.probe import GeometryProbe
+from torchgeom_probe.shapes import Tensor
+
+#: Tensors by name, and what JSON can hold: the contents of one file.
+Contents: TypeAlias = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 class Parts:
     """The chunks of a measurement that are done, one file each, in ``<target>.parts`` with its settings beside them.
 
-    Args:
-        target: where the whole result will be.
-        settings: what is measured and how, as JSON can hold it.
-        what: the measurement's name, for errors.
-
-    Raises:
-        ProbeError: the folder holds chunks of another measurement.
+    ``target``: where the whole result will be.  Raises a ProbeError where the folder holds chunks of another one.
     """
 
     def __init__(self, target: Path, settings: Mapping[str, Any], *, what: str = "scan") -> None:
-        self.folder = target.with_name(f"{target.name}.parts")
+        self.folder = _folder(target)
         stored = self.stored_settings(target)
         if stored is None:
             write_json(self.folder / "settings.json", settings)
@@ -38,8 +37,13 @@ class Parts:
     @staticmethod
     def stored_settings(target: Path) -> dict[str, Any] | None:
         """Return the settings of an interrupted measurement with this target; None where there is none."""
-        file = target.with_name(f"{target.name}.parts") / "settings.json"
+        file = _folder(target) / "settings.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    @staticmethod
+    def remove(target: Path) -> None:
+        """Delete the folder, if there is one: the whole result is in its place."""
+        shutil.rmtree(_folder(target), ignore_errors=True)
 
     def get(self, index: int) -> bytes | None:
         """Return what was put as this chunk, or None."""
@@ -50,12 +54,39 @@ class Parts:
         """Store a chunk; it is on the disk when this returns."""
         write_atomically(self._file(index), data)
 
-    def remove(self) -> None:
-        """Delete the folder: the whole result is in its place."""
-        shutil.rmtree(self.folder)
-
     def _file(self, index: int) -> Path:
         return self.folder / f"{index:06d}.safetensors"
+
+
+def _folder(target: Path) -> Path:
+    return target.with_name(f"{target.name}.parts")
+
+
+def by_chunks(
+    chunks: Iterable[tuple[int, Tensor]],
+    measure: Callable[[Tensor], tuple[Mapping[str, Tensor], Mapping[str, Any]]],
+    parts: Parts | None,
+    *,
+    kind: str,
+    desc: str,
+    unit: str,
+    progress: bool | None,
+) -> Iterator[tuple[int, Contents]]:
+    """Yield what was found at one chunk after the other, by number: what is stored of it, or what is measured now.
+
+    Both went through the same bytes, so that a measurement which was interrupted ends as one that was not.
+    """
+    mine = list(chunks)
+    hidden = None if progress is None else not progress  # None: tqdm shows its bar on a terminal alone
+    with tqdm(total=sum(len(chunk) for _, chunk in mine), desc=desc, unit=unit, disable=hidden) as bar:
+        for index, chunk in mine:
+            data = None if parts is None else parts.get(index)
+            if data is None:
+                data = encoded(*measure(chunk), kind=kind)
+                if parts is not None:
+                    parts.put(index, data)
+            yield index, decoded(data, kind=kind, origin=f"chunk {index}")
+            bar.update(len(chunk))
 
 
 def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, where: Path, what: str = "scan") -> None:
@@ -87,6 +118,7 @@ def probe_settings(probe: GeometryProbe) -> dict[str, Any]:
         "source": probe.source,
         "wrt": in_words(probe.wrt),
         "mode": probe.mode,
+        "precision": probe.precision,
     }
 
 

@@ -6,21 +6,19 @@ slice → points, tangents → per chunk of points: geometry of every layer, the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from tqdm import tqdm
 
 from torchgeom_probe.errors import ProbeError, refuse_unknown
 from torchgeom_probe.estimators import Auto
-from torchgeom_probe.files import decoded, encoded
 from torchgeom_probe.model.predictions import Readout, decided
 from torchgeom_probe.probe import GeometryProbe, ProbeOptions, probe_of
 from torchgeom_probe.shapes import Tensor
 from torchgeom_probe.slices.result import SliceScan, packed
-from torchgeom_probe.slices.resume import Parts, in_words, probe_settings, refuse_other, state_digest
+from torchgeom_probe.slices.resume import Parts, by_chunks, in_words, probe_settings, refuse_other, state_digest
 from torchgeom_probe.slices.slice import Line, Plane
 
 if TYPE_CHECKING:
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 
 #: Points a chunk: what a kill can cost, and one file of a scan that is stored.
 _CHUNK = 128
-_PART = "part of a SliceScan"
 _TANGENTS = "the slice's own tangents"
 
 
@@ -92,7 +89,7 @@ def scan(
         settings["estimator"] = _TANGENTS
     if path is None:
         settings["batch_size"] = batch_size or _CHUNK
-        return SliceScan.joined(slice, settings, list(_chunks(probe, slice, readout, settings, None, progress)))
+        return _scanned(probe, slice, readout, settings, None, progress)
     target = Path(path)
     finished = SliceScan.load(target) if target.exists() else None
     stored = finished.settings if finished is not None else Parts.stored_settings(target) or {}
@@ -101,39 +98,33 @@ def scan(
     settings["batch_size"] = batch_size or stored.get("batch_size", _CHUNK)
     if finished is not None:
         refuse_other(stored, settings, where=target)
-        return finished
-    parts = Parts(target, settings)
-    found = SliceScan.joined(slice, settings, list(_chunks(probe, slice, readout, settings, parts, progress)))
-    found.save(target)
-    parts.remove()
+    found = finished or _scanned(probe, slice, readout, settings, Parts(target, settings), progress)
+    if finished is None:
+        found.save(target)
+    Parts.remove(target)
     return found
 
 
-def _chunks(
+def _scanned(
     probe: GeometryProbe,
     slice: Line | Plane,
     readout: Readout | None,
     settings: Mapping[str, Any],
     parts: Parts | None,
     progress: bool | None,
-) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
-    """Yield what was found at one chunk of points after the other: what is stored of it, or what is measured now."""
+) -> SliceScan:
+    """Measure chunk after chunk of the points, but for those that are stored."""
     device = next((t.device for t in (*probe.model.parameters(), *probe.model.buffers())), slice.a.device)
     points, tangents = slice.points().detach().to(device), slice.tangents().detach().to(device)
 
     def decide(x: Tensor) -> dict[str, Tensor]:
         return decided(probe.model, x, readout=readout, batch=len(x), mode=probe.mode)
 
+    def measure(x: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        along = tangents[:, None].expand(-1, *x.shape) if settings["estimator"] == _TANGENTS else None
+        return packed(probe.measure(x, directions=along, progress=False), decide(x))
+
     decide(points[:1])  # what a readout gets wrong is said before the first minute is spent
-    hidden = None if progress is None else not progress  # None: tqdm shows its bar on a terminal alone
-    with tqdm(total=len(points), desc="scan", unit="point", disable=hidden) as bar:
-        for index, x in enumerate(points.split(settings["batch_size"])):
-            data = None if parts is None else parts.get(index)
-            if data is None:
-                along = tangents[:, None].expand(-1, *x.shape) if settings["estimator"] == _TANGENTS else None
-                report = probe.measure(x, directions=along, progress=False)
-                data = encoded(*packed(report, decide(x)), kind=_PART)
-                if parts is not None:
-                    parts.put(index, data)
-            yield decoded(data, kind=_PART, origin=f"chunk {index}")
-            bar.update(len(x))
+    chunks, shown = enumerate(points.split(settings["batch_size"])), {"desc": "scan", "unit": "point"}
+    found = by_chunks(chunks, measure, parts, kind="part of a SliceScan", progress=progress, **shown)
+    return SliceScan.joined(slice, settings, [contents for _, contents in found])

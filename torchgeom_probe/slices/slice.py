@@ -6,7 +6,6 @@ Legend of axes: P all points of the slice, k its dimension (1 or 2), T = P on a 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +18,36 @@ from torchgeom_probe.shapes import Float, Tensor
 
 class Slice:
     """What lines and planes share: coordinates in which the points lie on a grid and x is affine."""
+
+    def __post_init__(self) -> None:
+        kind, named = type(self).__name__, dict(zip("abc", self.samples, strict=False))
+        first = self.samples[0]
+        for name, sample in named.items():
+            if not isinstance(sample, Tensor):
+                seen = f"{kind}: {name} is a {type(sample).__name__}, not a tensor."
+                raise ProbeError(f"{seen}\nWrite:  torch.as_tensor({name})")
+            if not sample.is_floating_point():
+                call = ", ".join(f"{other}.float()" if other == name else other for other in named)
+                raise ProbeError(
+                    f"{kind}: {name} has dtype {sample.dtype}, and between integers there is no line.\n"
+                    f"Take the model's own floating-point input:  {kind}({call})"
+                )
+            if sample.shape != first.shape or sample.dtype != first.dtype or sample.device != first.device:
+                seen = ", ".join(f"{n} is {tuple(s.shape)} {s.dtype} on {s.device}" for n, s in named.items())
+                example = ", ".join(f"x[{i}]" for i in range(len(named)))
+                raise ProbeError(
+                    f"{kind}: the samples differ: {seen}.\n"
+                    f"Each is one input of the model, without a batch axis:  {kind}({example})"
+                )
+            if not bool(sample.isfinite().all()):
+                raise ProbeError(
+                    f"{kind}: {name} holds numbers that are not finite.\nTake another sample, or:  {name}.nan_to_num()"
+                )
+        steps = self.options["steps"]
+        if not isinstance(steps, int) or steps < 2:
+            raise ProbeError(
+                f"{kind}: steps={steps!r} must be a whole number of at least 2: both ends are points.\nWrite steps=64."
+            )
 
     @property
     def samples(self) -> tuple[Tensor, ...]:
@@ -75,8 +104,7 @@ class Line(Slice):
     steps: int = 64
 
     def __post_init__(self) -> None:
-        _check_samples({"a": self.a, "b": self.b}, kind="Line")
-        _check_steps(self.steps, kind="Line")
+        super().__post_init__()
         if torch.equal(self.a, self.b):
             raise ProbeError(
                 "Line: a and b are equal, so there is no line between them.\n"
@@ -95,7 +123,7 @@ class Line(Slice):
 
     def grid(self) -> Float[Tensor, " points k"]:
         """[T, 1]: the coordinate t of every point, float64."""
-        return _ticks(0.0, 1.0, self.steps)[:, None]
+        return torch.linspace(0, 1, self.steps, dtype=torch.float64)[:, None]
 
     def points(self) -> Float[Tensor, " points *input"]:
         """[T, *input]: the points, in the samples' dtype and on their device."""
@@ -149,8 +177,7 @@ class Plane(Slice):
     coordinates: Literal["equilateral", "barycentric"] = "equilateral"
 
     def __post_init__(self) -> None:
-        _check_samples({"a": self.a, "b": self.b, "c": self.c}, kind="Plane")
-        _check_steps(self.steps, kind="Plane")
+        super().__post_init__()
         if self.coordinates not in ("equilateral", "barycentric"):
             raise ProbeError(
                 f"Plane: coordinates={self.coordinates!r} is unknown.\n"
@@ -187,7 +214,7 @@ class Plane(Slice):
 
     def grid(self) -> Float[Tensor, " points k"]:
         """[H·W, 2]: the coordinates (u, v) of every point, float64."""
-        ticks = _ticks(*self.extent, self.steps)
+        ticks = torch.linspace(*self.extent, self.steps, dtype=torch.float64)
         v, u = torch.meshgrid(ticks, ticks, indexing="ij")
         return torch.stack([u.flatten(), v.flatten()], dim=1)
 
@@ -205,39 +232,3 @@ class Plane(Slice):
             return torch.stack([right, self.c - self.a])
         # 2√3 ((a + b) / 2 - o), written so that it is a difference of samples.
         return torch.stack([right, (self.a + self.b - 2 * self.c) / math.sqrt(3)])
-
-
-def _check_samples(samples: Mapping[str, Tensor], *, kind: str) -> None:
-    call = f"{kind}({', '.join(samples)})"
-    first = next(iter(samples.values()))
-    for name, sample in samples.items():
-        if not isinstance(sample, Tensor):
-            seen = f"{kind}: {name} is a {type(sample).__name__}, not a tensor."
-            raise ProbeError(f"{seen}\nWrite:  torch.as_tensor({name})")
-        if not sample.is_floating_point():
-            raise ProbeError(
-                f"{kind}: {name} has dtype {sample.dtype}, and between integers there is no line.\n"
-                f"Take the model's own floating-point input:  {call.replace(name, f'{name}.float()')}"
-            )
-        if sample.shape != first.shape or sample.dtype != first.dtype or sample.device != first.device:
-            seen = ", ".join(f"{n} is {tuple(s.shape)} {s.dtype} on {s.device}" for n, s in samples.items())
-            example = ", ".join(f"x[{i}]" for i in range(len(samples)))
-            raise ProbeError(
-                f"{kind}: the samples differ: {seen}.\n"
-                f"Each is one input of the model, without a batch axis:  {kind}({example})"
-            )
-        if not bool(sample.isfinite().all()):
-            raise ProbeError(
-                f"{kind}: {name} holds numbers that are not finite.\nTake another sample, or:  {name}.nan_to_num()"
-            )
-
-
-def _check_steps(steps: int, *, kind: str) -> None:
-    if not isinstance(steps, int) or steps < 2:
-        raise ProbeError(
-            f"{kind}: steps={steps!r} must be a whole number of at least 2: both ends are points.\nWrite steps=64."
-        )
-
-
-def _ticks(low: float, high: float, steps: int) -> Tensor:
-    return torch.linspace(low, high, steps, dtype=torch.float64)
