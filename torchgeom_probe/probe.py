@@ -105,6 +105,8 @@ class GeometryProbe:
         replay: bool = True,
         precision: Literal["bf16"] | None = None,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name in ProbeOptions.__annotations__}
+        self._given = ProbeOptions(**given)  # type: ignore[typeddict-item]
         if not isinstance(model, nn.Module):
             raise ProbeError(
                 f"model is a {type(model).__name__}, not an nn.Module.\n"
@@ -157,6 +159,12 @@ class GeometryProbe:
     def transforms(self) -> Mapping[str, Transform]:
         """Layer → what maps its output before it is flattened."""
         return self._hooked.transforms
+
+    @property
+    def options(self) -> ProbeOptions:
+        """What makes another probe like this one:  ``GeometryProbe(model, **probe.options)``."""
+        layers = self.layers if self.left_out else self._given["layers"]
+        return {**self._given, "estimator": self.estimator, "layers": layers}
 
     @property
     def source(self) -> str | None:

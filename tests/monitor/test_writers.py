@@ -109,6 +109,43 @@ def test_a_killed_run_leaves_no_half_line(name, half, report, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("kind", [tgp.CSVWriter, tgp.JSONWriter])
+def test_a_number_cut_short_is_no_number(kind, report, tmp_path):
+    path = tmp_path / "geometry"
+    for step in (0, 10):
+        kind(path).write(step, report)
+    path.write_bytes(path.read_bytes()[:-5])  # by a kill, in the last number of the last line
+    kind(path).write(20, report)
+    text = path.read_text()
+    kind(path).write(20, report)
+    assert path.read_text() == text
+    found = [line for line in text.splitlines() if re.search(r"\b10\b", line[:11])]
+    assert len(found) == (1 if kind is tgp.CSVWriter else 0), "of two layers one is whole"
+
+
+@pytest.mark.parametrize("kind", [tgp.CSVWriter, tgp.JSONWriter])
+def test_after_a_full_disk_no_two_lines_are_one(kind, report, tmp_path, monkeypatch):
+    path, lines = tmp_path / "geometry", kind._lines
+    writer = kind(path)
+    writer.write(0, report)
+
+    def half(self, step, layers):
+        text = lines(self, step, layers)
+        with path.open("a") as file:
+            file.write(text[: len(text) // 3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kind, "_lines", half)
+    with pytest.raises(OSError, match="No space left"):
+        writer.write(10, report)
+    monkeypatch.setattr(kind, "_lines", lines)
+    writer.write(20, report)
+    kind(tmp_path / "quiet").write(20, report)
+    last = (tmp_path / "quiet").read_text().splitlines()[-1]
+    assert path.read_text().splitlines()[-1] == last
+    assert len({len(line.split(",")) for line in path.read_text().splitlines()}) == 1
+
+
 # What writer= may be
 
 

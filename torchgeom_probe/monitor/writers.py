@@ -167,12 +167,13 @@ class _LogFile(Writer):
     def write(self, step: int, report: GeometryReport) -> None:
         """Append the numbers of every layer at this step; they are on disk when it returns."""
         layers: Layers = {name: {"quantity": layer.quantity, **layer.statistics()} for name, layer in report.items()}
-        if not self._begun:
+        begun, self._begun = self._begun, False  # after a failure, of a full disk, half a line is to be cut off
+        if not begun:
             text = self.path.read_bytes().decode() if self.path.exists() else ""
             write_atomically(self.path, self._resumed(text, step, layers).encode())
-            self._begun = True
         with self.path.open("a", newline="", encoding="utf-8") as file:
             file.write(self._lines(step, layers))
+        self._begun = True
 
     def _resumed(self, text: str, step: int, layers: Layers) -> str:
         """Return what stays of the file: the steps before this one."""
@@ -240,6 +241,8 @@ class CSVWriter(_LogFile):
     def _resumed(self, text: str, step: int, layers: Layers) -> str:
         self._header = ["step", "layer", *dict.fromkeys(name for found in layers.values() for name in found)]
         found, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [self._header]
+        if rows and not text.endswith("\n"):
+            rows.pop()  # cut short by a kill
         if found != self._header:
             raise ProbeError(
                 f"{self.path} exists and is no geometry log of such reports: its first line is {found}.\n"
