@@ -163,8 +163,7 @@ class GeometryProbe:
     @property
     def options(self) -> ProbeOptions:
         """What makes another probe like this one:  ``GeometryProbe(model, **probe.options)``."""
-        layers = self.layers if self.left_out else self._given["layers"]
-        return {**self._given, "estimator": self.estimator, "layers": layers}
+        return {**self._given, "estimator": self.estimator}
 
     @property
     def source(self) -> str | None:

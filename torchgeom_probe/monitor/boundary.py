@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 
+from typing import Any
+
 import torch
 
 from torchgeom_probe.boundary.contrasts import CONTRASTS
@@ -69,7 +71,8 @@ class BoundaryWatch:
         points = a[:, None] + torch.stack([t, 1 - t], 1).reshape(len(t), 2, *shaped[2:]) * (b - a)[:, None]
         along = (b - a) / (b - a).flatten(1).norm(dim=1).reshape(-1, *shaped[2:])
         # One of its own, which keeps its plans: a record of a pass at other points would be of no use.
-        self._probe = self._probe or GeometryProbe(probe.model, **{**probe.options, "replay": False})
+        options: Any = {**probe.options, "layers": probe.layers, "replay": False}
+        self._probe = self._probe or GeometryProbe(probe.model, **options)
         speed = Speed(with_random(along, 1, seed=0)[:, :, None].expand(-1, -1, 2, *x.shape[1:]).flatten(1, 2))
         self._probe.estimator = speed
         effects, clear = {}, ((t - 0.5).abs() >= CONTRASTS["mirror"].apart).cpu()

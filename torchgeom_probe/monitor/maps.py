@@ -40,8 +40,8 @@ def write_map(
 ) -> None:
     """Scan a slice along its own tangents, or call the function on the model, and have it drawn; close a figure."""
     if isinstance(made_from, Line | Plane):
-        options = {**probe.options, "estimator": None}
-        result: Any = scan(probe.model, made_from, progress=False, **options)  # type: ignore[arg-type]
+        options: Any = {**probe.options, "layers": probe.layers, "estimator": None}
+        result: Any = scan(probe.model, made_from, progress=False, **options)
     else:
         result = made_from(model)
     try:

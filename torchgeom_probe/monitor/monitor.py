@@ -434,8 +434,9 @@ class Monitor:
 
     def _drifted(self) -> Drift:
         if self.drift is None:
-            options = {name: value for name, value in self._probe.options.items() if name != "estimator"}
-            drift = Drift(self._probe.model, self.x_probe, **options)  # type: ignore[arg-type]
+            options: Any = {**self._probe.options, "layers": self._probe.layers}
+            del options["estimator"]
+            drift = Drift(self._probe.model, self.x_probe, **options)
             if self._begun_drift is not None:
                 drift.load_state_dict(self._begun_drift)
             self.drift = drift
