@@ -1,24 +1,27 @@
-"""FSDP2, run by torchrun: a model that fits no single GPU, probed while it trains, by all ranks together.
+"""DDP, or FSDP2 for a model that fits no single GPU, run by torchrun: every rank probes, rank 0 writes.
 
-torchrun --nproc-per-node 2 -m torchgeom_probe.integrations.recipes.fsdp
+torchrun --nproc-per-node 2 -m torchgeom_probe.integrations.recipes.several_processes
 """
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import torchgeom_probe as tgp
 
 
-def main(csv="torchgeom_runs/fsdp/geometry.csv", steps=20):
-    """Train on a different batch on every rank; probe on every rank, with the same samples: rank 0 writes."""
+def main(csv="torchgeom_runs/several/geometry.csv", sharded=False, steps=20):
+    """Train on a different batch on every rank; make the monitor on every rank, with the same samples."""
     dist.init_process_group("gloo")  # "nccl" on GPUs
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(4)), nn.Linear(32, 2))
-    for block in model[:-1]:
-        fully_shard(block)  # gathered one by one, also in a probe; TopK, LogDet and Trace gather the whole model
-    fully_shard(model)
+    if sharded:  # all ranks measure all samples together, block by block; TopK, LogDet and Trace gather the whole model
+        for block in [*model[:-1], model]:
+            fully_shard(block)
+    else:  # each rank measures its share of the samples
+        model = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     x_probe = torch.randn(32, 32)
@@ -31,8 +34,8 @@ def main(csv="torchgeom_runs/fsdp/geometry.csv", steps=20):
             nn.functional.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
             optimizer.step()
 
-    report = monitor.history[-1][1]
-    if dist.get_rank() == 0:
+    report = monitor.history[-1][1] if dist.get_rank() == 0 else None
+    if report is not None:
         print(report)
     dist.destroy_process_group()
     return report
