@@ -1,4 +1,4 @@
-"""A compiled model, mixed precision, gradient accumulation: the monitor counts updates, and measures eager and whole."""
+"""Compiled, in mixed precision, with gradient accumulation: the monitor counts updates, and measures in float32."""
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ def main(steps=12, accumulate=4, backend="inductor"):
     half = torch.float16 if device == "cuda" else torch.bfloat16
     network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GELU(), nn.Flatten(), nn.Linear(16 * 36, 4)).to(device)
     model = torch.compile(network, backend=backend)  # goes to the monitor as it is: it finds the network inside
+    assert isinstance(model, nn.Module)  # an OptimizedModule
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
     scaler = torch.amp.GradScaler(device, enabled=half == torch.float16)
 

@@ -16,9 +16,9 @@ def main(csv="torchgeom_runs/several/geometry.csv", sharded=False, steps=20):
     """Train on a different batch on every rank; make the monitor on every rank, with the same samples."""
     dist.init_process_group("gloo")  # "nccl" on GPUs
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(4)), nn.Linear(32, 2))
+    model: nn.Module = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(4)), nn.Linear(32, 2))
     if sharded:  # all ranks measure all samples together, block by block; TopK, LogDet and Trace gather the whole model
-        for block in [*model[:-1], model]:
+        for block in [*list(model.children())[:-1], model]:
             fully_shard(block)
     else:  # each rank measures its share of the samples
         model = DistributedDataParallel(model)

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import torchgeom_probe as tgp
-from torchgeom_probe.monitor import writers
 from torchgeom_probe.monitor.writers import writers_of
 
 
@@ -189,14 +188,6 @@ def test_without_tensorboard_a_directory_is_refused_with_the_pip_line(monkeypatc
     with pytest.raises(tgp.ProbeError, match=re.escape("pip install 'torchgeom_probe[tensorboard]'")):
         tgp.Monitor(models.mlp(), torch.randn(7, 5), writer=tmp_path / "runs")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_registered_writer_is_found(monkeypatch):
-    monkeypatch.setattr(writers, "_REGISTERED", list(writers._REGISTERED))
-    kind = type("Kept", (tgp.Writer,), {"__init__": lambda self, target: setattr(self, "target", target)})
-    writers.register_writer(lambda target: target == 17, kind)
-    (made,) = writers_of(17)
-    assert made.target == 17
 
 
 def test_the_base_does_nothing_and_a_writer_overrides_what_it_likes(report):

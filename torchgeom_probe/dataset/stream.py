@@ -143,7 +143,7 @@ class Rows:
                 "Measure batch by batch, on every rank:  tgp.measure(model, x)"
             )
         # One of its own: plans are made for another budget, and the caller's stays as it is.
-        self.probe = GeometryProbe(probe.model, **{**probe.options, "replay": False})
+        self.probe = probe.like(replay=False)
         self.units, self.label, self.input, self.readout = units, label, input, readout
         self.layers: dict[str, Any] = {}
         model = probe.model

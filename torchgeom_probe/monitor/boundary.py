@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-
-from typing import Any
-
 import torch
 
 from torchgeom_probe.boundary.contrasts import CONTRASTS
@@ -46,8 +43,8 @@ class BoundaryWatch:
 
     def charts(self, probe: GeometryProbe, step: int) -> dict[str, float]:
         """Measure; each layer's mean by the tag of its chart."""
-        found = self.measured(probe, step)
-        return {f"boundary/{label(i, layer)}": float(estimate) for i, (layer, (estimate, _)) in enumerate(found.items())}
+        found = enumerate(self.measured(probe, step).items())
+        return {f"boundary/{label(i, layer)}": float(tested.estimate) for i, (layer, tested) in found}
 
     def measured(self, probe: GeometryProbe, step: int) -> dict[str, Tested]:
         """Measure at the crossings of now; nothing where fewer than ten of the pairs have one."""
@@ -71,8 +68,7 @@ class BoundaryWatch:
         points = a[:, None] + torch.stack([t, 1 - t], 1).reshape(len(t), 2, *shaped[2:]) * (b - a)[:, None]
         along = (b - a) / (b - a).flatten(1).norm(dim=1).reshape(-1, *shaped[2:])
         # One of its own, which keeps its plans: a record of a pass at other points would be of no use.
-        options: Any = {**probe.options, "layers": probe.layers, "replay": False}
-        self._probe = self._probe or GeometryProbe(probe.model, **options)
+        self._probe = self._probe or probe.like(layers=probe.layers, replay=False)
         speed = Speed(with_random(along, 1, seed=0)[:, :, None].expand(-1, -1, 2, *x.shape[1:]).flatten(1, 2))
         self._probe.estimator = speed
         effects, clear = {}, ((t - 0.5).abs() >= CONTRASTS["mirror"].apart).cpu()

@@ -99,12 +99,10 @@ class Drift:
         refuse_no_samples(x_probe)
         if "estimator" in options:
             raise ProbeError("a Drift compares metrics on k directions of its own.\nLeave out estimator=, and give k=")
-        given = probe_of(model, options)
-        self._model = given.model
-        self._options = ProbeOptions(**{**given.options, "estimator": _Metric(k, seed), "replay": False})
+        self._probe = probe_of(model, options).like(estimator=_Metric(k, seed), replay=False)
         self.x_probe = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), x_probe)
         self._about = {"x_probe": fingerprint(self.x_probe), "k": k, "seed": seed}
-        self._metrics = self._measured(self._model)
+        self._metrics = self._measured(None)
         for layer, metric in self._metrics.items():
             values = torch.linalg.eigvalsh(metric)
             singular = values[:, 0] <= 1e-13 * values[:, -1]
@@ -121,7 +119,7 @@ class Drift:
         Raises:
             ProbeError: layers that were not there to begin with.
         """
-        now = self._measured(self._model if model is None else model)
+        now = self._measured(model)
         if set(now) != set(self._metrics):
             raise ProbeError(
                 f"the layers are now {', '.join(map(repr, now))}; g₀ is of {', '.join(map(repr, self._metrics))}.\n"
@@ -155,9 +153,9 @@ class Drift:
             )
         self._metrics = {layer: metric.to(self._metrics[layer]) for layer, metric in state["metrics"].items()}
 
-    def _measured(self, model: nn.Module) -> dict[str, Tensor]:
-        with GeometryProbe(model, **self._options) as probe:
-            report = probe.measure(self.x_probe, progress=False)
+    def _measured(self, model: nn.Module | None) -> dict[str, Tensor]:
+        probe = self._probe if model is None else self._probe.like(model)
+        report = probe.measure(self.x_probe, progress=False)
         return {layer: geometry.extras["metric"].cpu() for layer, geometry in report.items()}
 
 

@@ -40,8 +40,7 @@ def write_map(
 ) -> None:
     """Scan a slice along its own tangents, or call the function on the model, and have it drawn; close a figure."""
     if isinstance(made_from, Line | Plane):
-        options: Any = {**probe.options, "layers": probe.layers, "estimator": None}
-        result: Any = scan(probe.model, made_from, progress=False, **options)
+        result: Any = scan(probe.like(layers=probe.layers, estimator=None), made_from, progress=False)
     else:
         result = made_from(model)
     try:

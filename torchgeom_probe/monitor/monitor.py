@@ -416,7 +416,6 @@ class Monitor:
         return self.failures == before
 
     def _write_numbers(self, writers: Sequence[Writer], first: bool) -> None:
-        """Chart the drift, the boundaries and the monitor's own accounts."""
         numbers: dict[str, float] = {}
         if self._charts_drift:
             with self._failures.counted("the drift", self._step, raised=first):
@@ -434,9 +433,7 @@ class Monitor:
 
     def _drifted(self) -> Drift:
         if self.drift is None:
-            options: Any = {**self._probe.options, "layers": self._probe.layers}
-            del options["estimator"]
-            drift = Drift(self._probe.model, self.x_probe, **options)
+            drift = Drift(self._probe.like(layers=self._probe.layers), self.x_probe)
             if self._begun_drift is not None:
                 drift.load_state_dict(self._begun_drift)
             self.drift = drift

@@ -35,7 +35,7 @@ class ProbeSamples:
 
     @cached_property
     def decisions(self) -> Mapping[str, Tensor]:
-        """Each sample's predicted class and margin, … (``predictions.decisions``); empty where the output is no logits.
+        """Each sample's predicted class, margin, … (``predictions.decisions``); empty where the output is no logits.
 
         Cost: one plain forward pass, when it is first asked for.
         """
