@@ -56,6 +56,7 @@ class GeometryProbe:
         options: ``layers``, ``estimator``, ``normalize`` … as :func:`measure` has them.
 
     Attributes:
+        wrapped: the model as it was given, with what wraps it.
         left_out: layers that ``"auto"`` would take and that have nothing to measure → why.
 
     Raises:
@@ -93,6 +94,7 @@ class GeometryProbe:
                 f"model is a {type(model).__name__}, not an nn.Module.\n"
                 "Wrap a function in one:  a Module whose forward calls it."
             )
+        self.wrapped = model
         model = unwrapped(model)
         refuse_unhookable(model)
         refuse_options(engine, mode, memory_budget, source, wrt, precision)

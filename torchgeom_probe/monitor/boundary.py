@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from torchgeom_probe.boundary.contrasts import CONTRASTS
@@ -11,6 +14,7 @@ from torchgeom_probe.boundary.points import boundary_points
 from torchgeom_probe.boundary.speed import Speed, with_random
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.wrappers import unwrapped
+from torchgeom_probe.monitor.samples import fingerprint
 from torchgeom_probe.monitor.writers import label
 from torchgeom_probe.probe import GeometryProbe
 from torchgeom_probe.shapes import Float, Int, Tensor
@@ -40,6 +44,15 @@ class BoundaryWatch:
         self._ends: Int[Tensor, "pairs 2"] | None = None
         self._probe: GeometryProbe | None = None
         self.history: list[tuple[int, dict[str, Tested]]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pairs, and of which samples they are."""
+        return {"samples": fingerprint(self._x), "pairs": None if self._ends is None else self._ends.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the pairs of :meth:`state_dict`; of other samples none, and the curves begin anew."""
+        if state["samples"] == fingerprint(self._x) and state["pairs"] is not None:
+            self._ends = torch.tensor(state["pairs"])
 
     def charts(self, probe: GeometryProbe, step: int) -> dict[str, float]:
         """Measure; each layer's mean by the tag of its chart."""

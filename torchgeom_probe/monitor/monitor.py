@@ -156,8 +156,9 @@ class Monitor:
         self._failures = Failures(on_error)
         self._probe = probe_of(model_or_probe, options)
         self._own_probe = self._probe is not model_or_probe
-        self.model = self._probe.model if isinstance(model_or_probe, GeometryProbe) else model_or_probe
+        self.model = self._probe.wrapped
         self._ranks = Ranks.of(self.model, distributed, samples=fingerprint(self.x_probe))
+        self._writes = self._ranks is None or self._ranks.rank == 0
         # A schedule that goes by the clock is due at other steps on other ranks.
         self._alone = type(self.schedule) not in (Every, LogSpaced)
         self._history: deque[tuple[int, GeometryReport]] = deque(maxlen=keep)
@@ -281,6 +282,7 @@ class Monitor:
             "x_probe": fingerprint(self.x_probe),
             "indices": self.indices,
             "drift": self._begun_drift if self.drift is None else self.drift.state_dict(),
+            "boundary": None if self.boundary is None else self.boundary.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
@@ -314,6 +316,8 @@ class Monitor:
         self.indices = self.indices if state["indices"] is None else [int(i) for i in state["indices"]]
         self._stopwatch = Stopwatch(Clock(**state["clock"]))
         self._begun_drift = state.get("drift")
+        if self.boundary is not None and state.get("boundary") is not None:
+            self.boundary.load_state_dict(state["boundary"])
 
     def close(self) -> None:
         """Stop following, let go of the model, and close the writers; the history stays readable."""
@@ -347,10 +351,6 @@ class Monitor:
         skipped, self._skipped = int(self._skipped), 0
         self._step -= skipped
         return skipped > 0
-
-    @property
-    def _writes(self) -> bool:
-        return self._ranks is None or self._ranks.rank == 0
 
     def _measured(self) -> GeometryReport | None:
         def measured(x: Any, start: GeometryReport | None = None) -> GeometryReport:
