@@ -14,20 +14,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from torchgeom_probe.errors import ProbeError, optional
-from torchgeom_probe.model.stages import stage_layers
+from torchgeom_probe.model.stages import stage_layers as stage_layers  # a name of this module, too
 from torchgeom_probe.shapes import Float, Tensor
 
 if TYPE_CHECKING:
     from PIL import Image
-
-__all__ = [
-    "PretrainedModel",
-    "cifar_resnet",
-    "load",
-    "load_pretrained_efficientnet_lite0",
-    "read_images",
-    "stage_layers",
-]
 
 
 @dataclass(frozen=True, eq=False)
