@@ -8,7 +8,8 @@ Legend of axes: B samples, D augmentation directions: one less than the views of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,9 @@ def encoder(module: nn.Module) -> nn.Module:
     >>> encoder(module)(torch.randn(7, 3, 4, 4)).shape
     torch.Size([7, 5])
     """
-    return _Encoder(_branch(module))
+    (backbone, *heads) = _branch(module).items()
+    flat = [("flatten", nn.Flatten())] if heads else []
+    return nn.Sequential(OrderedDict([backbone, *flat, *heads]))
 
 
 def embedding_layers(module: nn.Module) -> list[str]:
@@ -205,20 +208,6 @@ class TwoViewProbe:
 
 # What a reader of a Barlow Twins script looks for.
 BarlowTwinsProbe = TwoViewProbe
-
-
-class _Encoder(nn.Module):
-    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        backbone, *heads = self.children()
-        z = backbone(x)
-        for head in heads:
-            z = head(z.flatten(1))
-        return z
 
 
 def _branch(module: nn.Module) -> dict[str, nn.Module]:

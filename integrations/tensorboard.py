@@ -1,6 +1,6 @@
 """Reports in TensorBoard: packed for the Geometry tab, and as charts of each layer for the other tabs.
 
-``Monitor(writer="runs/a")`` and ``Monitor(writer=SummaryWriter(...))`` come here: the last line registers them.
+``Monitor(writer="runs/a")`` and ``Monitor(writer=SummaryWriter(...))`` come here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torchgeom_probe.integrations.tensorboard_packed import (
 from torchgeom_probe.boundary.study import BoundaryStudy
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.monitor.samples import ProbeSamples
-from torchgeom_probe.monitor.writers import Writer, chart_of, charts, label, local_path, register_writer
+from torchgeom_probe.monitor.writers import Writer, chart_of, charts, is_summary_writer, label, local_path
 from torchgeom_probe.plotting.plot import plot
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
@@ -135,7 +135,7 @@ class TensorBoardWriter(Writer):
                     f"TensorBoardWriter needs a directory, and {self._log_dir} is a file.\n"
                     "Write:  TensorBoardWriter('runs/experiment_1')"
                 )
-        elif _takes(log_dir):
+        elif is_summary_writer(log_dir):
             self._events = log_dir
         else:
             raise ProbeError(
@@ -212,13 +212,17 @@ class TensorBoardWriter(Writer):
 
     def close(self) -> None:
         """Flush and close the event file; a ``SummaryWriter`` of yours stays open.  Writing reopens."""
-        if self._events is not None:
-            with self._explained():
-                if self._log_dir is None:
-                    self._events.flush()
-                else:
-                    events, self._events = self._events, None
-                    events.close()
+        if self._events is None:
+            return
+        events = self._events
+        try:
+            if self._log_dir is None:
+                events.flush()
+            else:
+                self._events = None
+                events.close()
+        except OSError as error:
+            raise self._failed(error) from error
 
     def _write_layer(
         self, events: Any, step: int, name: str, layer: LayerGeometry, statistics: Mapping[str, float]
@@ -237,11 +241,13 @@ class TensorBoardWriter(Writer):
 
     @contextmanager
     def _opened(self, step: int) -> Iterator[Any]:
-        with self._explained():
+        try:
             if self._events is None:
                 self._events = self._open(step)
             yield self._events
             self._events.flush()
+        except OSError as error:
+            raise self._failed(error) from error
 
     def _open(self, step: int) -> Any:
         assert self._log_dir is not None
@@ -255,18 +261,14 @@ class TensorBoardWriter(Writer):
             str(self._log_dir), purge_step=step if ours_alone else None, filename_suffix=_SUFFIX
         )
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if self._log_dir is not None:
-                self._events = None  # its worker is dead; the next write opens a new file
-            raise ProbeError(
-                f"TensorBoard events could not be written to {self.log_dir}: {error}.\n"
-                "Likely the disk is full, or the directory is not writable; what was written stays.\n"
-                "Free some space or choose another directory:  TensorBoardWriter('/other/disk/runs')"
-            ) from error
+    def _failed(self, error: OSError) -> ProbeError:
+        if self._log_dir is not None:
+            self._events = None  # its worker is dead; the next write opens a new file
+        return ProbeError(
+            f"TensorBoard events could not be written to {self.log_dir}: {error}.\n"
+            "Likely the disk is full, or the directory is not writable; what was written stays.\n"
+            "Free some space or choose another directory:  TensorBoardWriter('/other/disk/runs')"
+        )
 
 
 def _try_bytes(folder: Path) -> None:
@@ -320,12 +322,3 @@ def _table(rows: Iterable[Sequence[Any]]) -> str:
 
 def _torchs_own(events: Any) -> bool:
     return isinstance(events, optional("torch.utils.tensorboard", extra="tensorboard").SummaryWriter)
-
-
-def _takes(target: Any) -> bool:
-    if isinstance(target, str | os.PathLike):
-        return True
-    return not isinstance(target, type) and callable(getattr(target, "add_scalar", None))  # tensorboardX has one too
-
-
-register_writer(_takes, TensorBoardWriter)

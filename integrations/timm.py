@@ -14,20 +14,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from torchgeom_probe.errors import ProbeError, optional
-from torchgeom_probe.model.stages import stage_layers
+from torchgeom_probe.model.stages import stage_layers as stage_layers  # a name of this module, too
 from torchgeom_probe.shapes import Float, Tensor
 
 if TYPE_CHECKING:
     from PIL import Image
-
-__all__ = [
-    "PretrainedModel",
-    "cifar_resnet",
-    "load",
-    "load_pretrained_efficientnet_lite0",
-    "read_images",
-    "stage_layers",
-]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +98,7 @@ def load(
         options["pretrained"] = True
         failed = f"{name!r} with its pretrained weights could not be made"
         advice = "\nWithout network, load a file:  load(name, checkpoint='model.pth')"
-    return _with_preprocessing(name, _made(name, options, failed, advice))
+    return _with_preprocessing(name, _made(name, options, failed, advice), img_size=options.get("img_size"))
 
 
 def load_pretrained_efficientnet_lite0() -> PretrainedModel:
@@ -261,9 +252,9 @@ def _made(name: str, options: Mapping[str, Any], failed: str | None = None, advi
         raise ProbeError(f"{failed}: {error}{advice}") from error
 
 
-def _with_preprocessing(name: str, model: nn.Module) -> PretrainedModel:
+def _with_preprocessing(name: str, model: nn.Module, *, img_size: Any = None) -> PretrainedModel:
     data = optional("timm.data", extra="timm")
-    config = data.resolve_model_data_config(model)
+    config = data.resolve_model_data_config(model, args={"img_size": img_size})
     descriptions = None
     subset = data.infer_imagenet_subset(model) if hasattr(model, "num_classes") else None
     if subset is not None:

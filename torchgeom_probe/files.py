@@ -6,11 +6,12 @@ on loading, and equal contents give equal bytes.  Numbers alone go to JSON that 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,29 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     >>> write_atomically(tempfile.mkdtemp() + "/new/file", b"whole").read_bytes()
     b'whole'
     """
+    with replacing(path) as beside:
+        beside.write_bytes(data)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the path of a file beside another; what was written there then takes its place, at once or not at all.
+
+    >>> import tempfile
+    >>> with replacing(tempfile.mkdtemp() + "/file") as beside:
+    ...     _ = beside.write_text("whole")
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield beside
+        with beside.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
-    return target
 
 
 def finite_or_null(value: Any) -> Any:

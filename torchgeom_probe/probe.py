@@ -53,28 +53,10 @@ class GeometryProbe:
 
     Args:
         model: any ``nn.Module``; behind ``torch.compile`` or DistributedDataParallel the user's own module is probed.
-        layers: names, globs (``*`` within a level, ``**`` across), modules, module types, a callable ``(name, module)
-            -> bool``, a sequence of these, ``""`` (the model itself) or ``"auto"``: its stages, without those that have
-            nothing to measure (they never run, do not depend on x, have no axis of samples), which one warning and the
-            report name; the model's output where none is left.
-        estimator: what to estimate: ``Exact()``, ``TopK(k=10)``, …, or a name: ``"exact"``, ``"topk:10"``.  By default
-            :class:`~torchgeom_probe.estimators.Auto`: ``Exact()`` where d ≤ 16, and ``Subspace()`` otherwise.
-        normalize: divide J by √n, the paper's convention.
-        transform: maps a layer's output before it is flattened (pooling, say); a callable, or a dict layer → callable.
-        engine: ``"fused"``, ``"functorch"``, ``"vjp"``, or ``"auto"``: the first of them, in this order, that can run
-            the model.  ``"vjp"`` is what training sees: the surrogate gradients of ``torch.autograd.Function``.
-        source: a module's name; its output, instead of the model's input, is the space that the metric is pulled back
-            to.
-        wrt: which of several floating inputs the metric lives on, by argument name or place; several of them are one
-            space.
-        memory_budget: bytes that a measurement may use; default: half of what is free.  Samples, then directions, are
-            taken in chunks to keep to it; the results do not depend on the chunking.
-        mode: ``"eval"`` measures in eval mode whatever mode the model is in; ``"as_is"`` keeps it.
-        replay: run a shape's second pass again from a record of it, while all that it depended on is as it was.
-        precision: ``"bf16"`` takes tangents in bfloat16 inside of products, without reverse mode.  Depthwise models
-            gain nothing; a layer that is 0.02 nats off in the first measurement of a shape is refused.
+        options: ``layers``, ``estimator``, ``normalize`` … as :func:`measure` has them.
 
     Attributes:
+        wrapped: the model as it was given, with what wraps it.
         left_out: layers that ``"auto"`` would take and that have nothing to measure → why.
 
     Raises:
@@ -105,11 +87,14 @@ class GeometryProbe:
         replay: bool = True,
         precision: Literal["bf16"] | None = None,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name in ProbeOptions.__annotations__}
+        self._given = ProbeOptions(**given)  # type: ignore[typeddict-item]
         if not isinstance(model, nn.Module):
             raise ProbeError(
                 f"model is a {type(model).__name__}, not an nn.Module.\n"
                 "Wrap a function in one:  a Module whose forward calls it."
             )
+        self.wrapped = model
         model = unwrapped(model)
         refuse_unhookable(model)
         refuse_options(engine, mode, memory_budget, source, wrt, precision)
@@ -168,6 +153,11 @@ class GeometryProbe:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def like(self, model: nn.Module | None = None, **changes: Unpack[ProbeOptions]) -> GeometryProbe:
+        """Make another probe, of another model or with some options changed, whose plans are its own."""
+        own = self._hooked.model if model is None else model
+        return GeometryProbe(own, **{**self._given, "estimator": self.estimator, **changes})
 
     def close(self) -> None:
         """Let go of the model; measuring afterwards raises."""
@@ -427,17 +417,27 @@ def measure(
         directions: [k, B, *x.shape[1:]], tangents of your own: the short form of ``estimator=Along(directions)``.
         start: an earlier report on the same samples; ``TopK`` starts from it.
         progress: show a progress bar over chunks of samples; by default on a terminal, after a second.
-        layers: which layers: ``"auto"`` (the stages), names, globs, modules, types, ``""`` (the model).
-        estimator: what to estimate: an estimator or its name, ``"exact"``, ``"topk:10"``, ``"logdet:1e-6"``.
+        layers: names, globs (``*`` within a level, ``**`` across), modules, module types, a callable ``(name, module)
+            -> bool``, a sequence of these, ``""`` (the model itself) or ``"auto"``: its stages, without those that have
+            nothing to measure (they never run, do not depend on x, have no axis of samples), which one warning and the
+            report name; the model's output where none is left.
+        estimator: what to estimate: ``Exact()``, ``TopK(k=10)``, …, or a name: ``"exact"``, ``"topk:10"``,
+            ``"logdet:1e-6"``.  By default :class:`~torchgeom_probe.estimators.Auto`: ``Exact()`` where d ≤ 16, and
+            ``Subspace()`` otherwise.
         normalize: divide J by √n, the paper's convention (the default).
-        transform: maps a layer's output before it is flattened; a callable, or a dict layer → callable.
-        engine: ``"auto"``, ``"fused"``, ``"functorch"`` or ``"vjp"``.
-        source: a module whose output is the space that the metric is pulled back to, such as an embedding.
-        wrt: which floating arguments the metric lives on, where there are several.
-        memory_budget: bytes that the measurement may use; by default half of what is free.
-        mode: ``"eval"`` (the default) or ``"as_is"``.
-        replay: for a probe that goes on: whether to record its passes, and to run them again.
-        precision: ``"bf16"``: tangents in bfloat16 inside of products.
+        transform: maps a layer's output before it is flattened (pooling, say); a callable, or a dict layer → callable.
+        engine: ``"fused"``, ``"functorch"``, ``"vjp"``, or ``"auto"``: the first of them, in this order, that can run
+            the model.  ``"vjp"`` is what training sees: the surrogate gradients of ``torch.autograd.Function``.
+        source: a module, or its name; its output, instead of the model's input, is the space that the metric is pulled
+            back to: the embedding of a token model.
+        wrt: which of several floating arguments the metric lives on, by name or place; several of them are one space.
+        memory_budget: bytes that a measurement may use; default: half of what is free.  Samples, then directions, are
+            taken in chunks to keep to it; the results do not depend on the chunking.
+        mode: ``"eval"`` measures in eval mode whatever mode the model is in; ``"as_is"`` keeps it.
+        replay: of a probe: run a shape's second pass again from a record of it, while all that it depended on is as it
+            was.
+        precision: ``"bf16"`` takes tangents in bfloat16 inside of products, without reverse mode.  Depthwise models
+            gain nothing; a layer that is 0.02 nats off in the first measurement of a shape is refused.
 
     Raises:
         ProbeError: what cannot be measured, with its likely cause and the line to write.

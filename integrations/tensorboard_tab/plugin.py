@@ -79,7 +79,7 @@ class GeometryPlugin(base_plugin.TBPlugin):
         """The runs with geometry, and how far the files are read; reads on."""
         with self._starting:
             if self._walk is None or not self._walk.is_alive():
-                self._walk = threading.Thread(target=_logged(self._index.update), daemon=True)
+                self._walk = threading.Thread(target=self._read_on, daemon=True)
                 self._walk.start()
         self._walk.join(_PATIENCE)
         with self._index.lock:
@@ -158,6 +158,12 @@ class GeometryPlugin(base_plugin.TBPlugin):
     def profile(self, request: Request) -> Any:
         """The profiles of one study."""
         return self._record(request, "profile")[0].head
+
+    def _read_on(self) -> None:
+        try:
+            self._index.update()
+        except Exception:
+            tb_logging.get_logger().exception("the Geometry tab could not read the event files")
 
     def _record(self, request: Request, kind: str) -> tuple[Kept, list[np.ndarray]]:
         with self._index.lock:
@@ -261,13 +267,3 @@ def _plotly() -> Path:
     found = importlib.util.find_spec("plotly")
     folder = "" if found is None or found.origin is None else os.path.dirname(found.origin)
     return Path(folder, "package_data", "plotly.min.js")
-
-
-def _logged(task: Callable[[], None]) -> Callable[[], None]:
-    def run() -> None:
-        try:
-            task()
-        except Exception:
-            tb_logging.get_logger().exception("the Geometry tab could not read the event files")
-
-    return run

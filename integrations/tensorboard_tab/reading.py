@@ -155,7 +155,7 @@ class Index:
                         series = run.scalars.setdefault(found[1], {}).setdefault(found[2], {})
                         series[event.step] = value.simple_value
                         _thinned(series)
-        except (ValueError, KeyError, TypeError, zlib.error):  # damaged, or of a later version: not ours to show
+        except (ValueError, LookupError, TypeError, AttributeError, zlib.error):  # damaged, or of a later version
             return
 
     def _keep(self, run: Run, step: int, value: Any, place: Place) -> None:

@@ -1,11 +1,13 @@
 """The command line: its version, its refusals, what it says where a package is missing."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import torchgeom_probe as tgp
 from torchgeom_probe import cli
@@ -37,6 +39,16 @@ def test_refusals_are_one_message_and_status_1(arguments, match, model_file, tmp
     assert captured.err.startswith("torchgeom-probe: ")
     assert re.search(match, captured.err), captured.err
     assert "Traceback" not in captured.err
+
+
+def test_every_verb_obeys_engine_and_source(model_file, tmp_path, capsys):
+    start = ["--model", f"{model_file}:make", "--engine", "vjp", "--layers", "head"]
+    main(["directions", *start, "-k", "2", "--out", str(tmp_path)])  # five numbers are no picture
+    assert "engine vjp" in capsys.readouterr().out
+    weights = tmp_path / "weights.pth"
+    torch.save(runpy.run_path(str(model_file), run_name="my_model")["make"]().state_dict(), weights)
+    assert main(["boundary", *start, "--checkpoint", str(weights), "--batch", "60", "--source", "body"]) == 1
+    assert "source='body': a line between samples lies in the model's input" in capsys.readouterr().err
 
 
 def test_version_and_module_entry():

@@ -12,6 +12,7 @@ from torch import nn
 from torchgeom_probe.integrations.timm import ImageFiles
 
 import torchgeom_probe as tgp
+from torchgeom_probe.cli import dataset as verb
 from torchgeom_probe.cli.main import main
 from torchgeom_probe.plotting.files import save
 
@@ -109,8 +110,27 @@ def test_the_verb(folder, tmp_path, capsys):
     assert "3 samples, 0 of them not measured" in capsys.readouterr().out
     assert (tmp_path / "run" / "table.parquet").exists()
     assert (tmp_path / "run" / "dataset.png").exists()
-    assert main([*command]) == 1
-    assert "dataset takes --images DIR and a model" in capsys.readouterr().err
+    (tmp_path / "net.py").write_text("import torch\ndef make():\n    return torch.nn.Conv2d(3, 5, 3)\n")
+    assert main(["dataset", "--model", f"{tmp_path / 'net.py'}:make", *out]) == 1
+    assert "dataset takes a model that knows its own preprocessing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(command)  # without --images
+    with pytest.raises(SystemExit):
+        main([*command, *out, "--input-shape", "3"])  # nothing here would obey it
+
+
+def test_every_process_of_torchrun_has_a_card_of_its_own(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def asks(arguments):
+        asked.append(arguments.device)
+        raise tgp.ProbeError("enough")
+
+    monkeypatch.setattr(verb, "model_of", asks)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for device in ("cuda", "cuda:1", "cpu"):
+        main(["dataset", "--model", "timm:resnet18", "--images", str(folder), "--device", device])
+    assert asked == ["cuda:3", "cuda:1", "cpu"]
 
 
 @pytest.mark.slow

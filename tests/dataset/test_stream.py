@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from collections import UserDict
 from pathlib import Path
 
 import pytest
@@ -325,6 +326,8 @@ def test_the_callers_model_and_probe_are_as_they_were(tmp_path):
         tgp.measure_dataset(probe, Synthetic(20), path=tmp_path)
         assert probe.memory_budget is None
         assert probe._plans == {}
+        tgp.measure_dataset(probe, Synthetic(20), path=tmp_path / "again")
+        assert probe.left_out == {}
     assert model.training
     assert torch.get_num_threads() == threads
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
@@ -349,6 +352,58 @@ def test_cost(tmp_path):
         probe.cost(DataLoader([torch.zeros(2, 5)], batch_size=None))
     with pytest.raises(tgp.ProbeError, match="no sample of the data set could be loaded"):
         probe.cost(Synthetic(4, bad=range(4)))
+
+
+def test_cost_where_the_first_samples_fail_and_on_the_models_device(tmp_path):
+    probe = tgp.GeometryProbe(network(), layers=["1"])
+    assert probe.cost(DataLoader(Synthetic(6, bad=range(3)), 3)).samples == 6
+    rows = stream.Rows(probe, stream.Units.of(Synthetic(6), batch_size=3, num_workers=0, collate_fn=None))
+    rows.device = torch.device("meta")  # in place of a GPU
+    assert rows.input_of(rows.units[0]).is_meta
+
+
+def test_batches_as_transformers_makes_them(tmp_path):
+    x, label = torch.randn(6, 5), torch.arange(6)
+    batches = [UserDict({"input": x[part], "labels": label[part]}) for part in ([0, 1, 2, 3], [4, 5])]
+    table = measured(batches, tmp_path, label="labels").to_arrow()
+    assert table["index"].to_pylist() == table["label"].to_pylist() == list(range(6))
+
+
+def test_a_table_that_is_compacted_while_another_rank_reads_it(tmp_path, monkeypatch):
+    table = measured(Synthetic(24), tmp_path, batch_size=8)
+    listed = tgp.DatasetTable(tmp_path)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    read = parquet.read_schema
+
+    def too_late(file):
+        if "parts" in str(file):
+            table.compact()
+        return read(file)
+
+    monkeypatch.setattr(parquet, "read_schema", too_late)
+    assert listed.complete
+    assert len(listed) == 24
+
+
+def test_a_table_that_cannot_be_compacted_leaves_nothing_behind(tmp_path, monkeypatch):
+    table = measured(Synthetic(24), tmp_path, batch_size=8)
+    before = sorted(tmp_path.rglob("*"))
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tgp.DatasetTable, "to_arrow", lambda self, columns=None, **options: full() if options else rows)
+    rows = {"index": pytest.importorskip("pyarrow").chunked_array([[0]])}
+    with pytest.raises(OSError, match="No space left"):
+        table.compact()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_table_of_nothing_yet_can_be_printed(tmp_path):
+    measured(Synthetic(8), tmp_path)
+    for part in (tmp_path / "parts").iterdir():
+        part.unlink()
+    assert str(tgp.DatasetTable(tmp_path)).startswith("0 samples so far, 0 of them not measured")
 
 
 def test_the_core_does_not_import_pyarrow():

@@ -297,6 +297,15 @@ def one_process(tmp_path):
     dist.destroy_process_group()
 
 
+def test_a_probe_of_a_ddp_model_has_its_ranks_so_that_one_of_them_writes(one_process):
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
+    for made in (model, tgp.GeometryProbe(model)):
+        monitor = tgp.Monitor(made, torch.randn(2, 3))
+        assert monitor._ranks is not None
+        assert monitor.model is model
+    assert tgp.Monitor(tgp.GeometryProbe(model.module), torch.randn(2, 3))._ranks is None
+
+
 def test_a_group_of_one_and_parts_that_do_not_travel(one_process):
     model = nn.parallel.DistributedDataParallel(nn.Linear(5, 3))
     with tgp.Monitor(model, torch.randn(4, 5), layers=[""], estimator=tgp.Exact()) as monitor:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -187,18 +188,20 @@ def test_empty_foreign_and_damaged_files_harm_nothing(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "events.out.tfevents.1.host").write_bytes(data)
     (tmp_path / "good" / "notes.txt").write_text("not read")
-    foreign = event_pb2.Event(step=3)
-    value = foreign.summary.value.add(tag="geometry/probe")
-    value.metadata.plugin_data.plugin_name, value.metadata.plugin_data.content = "geometry", b"probe"
-    value.tensor.string_val.append(b"not compressed")
-    record = foreign.SerializeToString()
+    framed = b""
+    for strings in ([b"not compressed"], [], [b"[]"], [b'{"arrays": 3, "tag": ""}'], [b'{"arrays": {}, "tag": ""}']):
+        foreign = event_pb2.Event(step=3)
+        value = foreign.summary.value.add(tag="geometry/probe")
+        value.metadata.plugin_data.plugin_name, value.metadata.plugin_data.content = "geometry", b"probe"
+        value.tensor.string_val.extend(s if b" " in s[:5] else zlib.compress(s) for s in strings)
+        record = foreign.SerializeToString()
+        framed += len(record).to_bytes(8, "little") + bytes(4) + record + bytes(4)
     (tmp_path / "foreign").mkdir()
-    framed = len(record).to_bytes(8, "little") + bytes(4) + record + bytes(4)
-    (tmp_path / "foreign" / "events.out.tfevents.1.host").write_bytes(framed)
+    (tmp_path / "foreign" / "events.out.tfevents.1.host").write_bytes(framed + good)
     asked = Tab(tmp_path)
     runs = asked.read()
-    assert runs["good"]["probes"] == 3
-    assert set(runs) <= {"good", "damaged"}
+    assert runs["good"]["probes"] == runs["foreign"]["probes"] == 3
+    assert set(runs) <= {"good", "damaged", "foreign"}
     for run in runs:
         for route, query in (("depth", {}), ("layer", {"layer": "a", "step": 0}), ("samples", {})):
             status, _ = asked(route, run=run, **query)

@@ -249,6 +249,13 @@ def test_load_gives_the_models_own_preprocessing():
     assert [words for words, _ in loaded.labels(torch.eye(10), k=1)[7]] == ["class 7"]
 
 
+def test_the_preprocessing_is_for_the_size_that_was_asked_for():
+    loaded = load("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
+    x = loaded.batch([Image.new("RGB", (50, 40))])
+    assert x.shape == (1, 3, 32, 32)
+    assert loaded.model(x).shape == (1, 3)
+
+
 def test_load_takes_a_checkpoint(tmp_path):
     saved = timm.create_model("resnet18", num_classes=3)
     torch.save(saved.state_dict(), tmp_path / "model.pth")

@@ -61,6 +61,13 @@ def test_the_number_is_the_contrast_of_the_path_at_its_crossing():
         values.append(float(speeds[0] - speeds[1]))
     assert float(effect.estimate) == pytest.approx(sum(values) / len(values), abs=1e-9)
     before = watch._ends.clone()
+    state = tgp.Monitor(probe, x[:3], boundary=x).state_dict()
+    assert state["boundary"]["pairs"] is None
+    resumed, other = tgp.Monitor(probe, x[:3], boundary=x), tgp.Monitor(probe, x[:3], boundary=x + 1)
+    for monitor in (resumed, other):
+        monitor.load_state_dict({**state, "boundary": watch.state_dict()})
+    assert torch.equal(resumed.boundary._ends, before)
+    assert other.boundary._ends is None
     model[2].bias[0] += 0.5  # boundaries move, the pairs do not
     watch.measured(probe, 1)
     assert torch.equal(watch._ends, before)

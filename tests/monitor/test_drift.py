@@ -81,12 +81,82 @@ def test_what_has_no_distance_is_refused():
         drift.measure(network().float())
 
 
-def test_a_monitor_charts_it(tmp_path):
-    model, x = network(), torch.randn(4, 5, dtype=torch.float64)
-    optimizer, log = torch.optim.SGD(model.parameters(), lr=0.5), tmp_path / "log.csv"
-    with tgp.Monitor(model, x, layers=["0", "2"], every=1, writer=log, drift=True).follow(optimizer) as monitor:
-        model(x).square().sum().backward()
-        optimizer.step()
+class Numbers(tgp.Writer):
+    def __init__(self, *, fails=False):
+        self.found, self.fails = {}, fails
+
+    def write_scalar(self, tag, value, step):
+        if self.fails and tag.startswith("drift/"):
+            raise OSError(28, "No space left on device")
+        self.found[tag, step] = value
+
+
+def moved(model, x, steps, **options):
+    """A monitor over so many steps."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with tgp.Monitor(model, x, layers=["0", "2"], every=1, drift=True, **options) as monitor:
+        monitor.probe_now()
+        monitor.follow(optimizer)
+        for _ in range(steps):
+            model(x).square().sum().backward()
+            optimizer.step()
+    return monitor
+
+
+def test_a_monitor_charts_it():
+    writer = Numbers()
+    monitor = moved(network(), torch.randn(4, 5, dtype=torch.float64), 1, writer=writer)
     distance = monitor.drift.measure()["2"].distance.median()
     assert distance > 0.01
     assert monitor.failures == 0
+    assert writer.found["drift/01_2", 1] == pytest.approx(float(distance))
+    assert writer.found["drift/01_2", 0] < 1e-6
+
+
+def test_a_writer_that_fails_starves_no_other():
+    healthy = Numbers()
+    model, x = network(), torch.randn(4, 5, dtype=torch.float64)
+    monitor = tgp.Monitor(model, x, layers=["0"], drift=True, writer=[Numbers(), healthy])
+    monitor.probe_now()
+    monitor.writers[0].fails = True
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        monitor.probe_now()
+    assert healthy.found["geometry/failures", 0] == 0
+    assert "drift/00_0" in {tag for tag, _ in healthy.found}
+    healthy.found.clear()
+    monitor.probe_now()
+    assert ("drift/00_0", 0) in healthy.found
+
+
+def test_a_resumed_monitor_goes_on_from_the_same_beginning(tmp_path):
+    model, x = network(), torch.randn(4, 5, dtype=torch.float64)
+    first = moved(model, x, 2)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    expected = first.drift.measure()["2"].distance
+    resumed = tgp.Monitor(model, x, layers=["0", "2"], drift=True)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert resumed.state_dict()["drift"].keys() == first.state_dict()["drift"].keys()  # also before its first probe
+    resumed.probe_now()
+    assert resumed.failures == 0
+    assert torch.equal(resumed.drift.measure()["2"].distance, expected)
+
+
+def test_the_options_of_a_probe_hold_for_drift_and_maps():
+    model, x = network(), torch.randn(4, 5, dtype=torch.float64)
+    cut = {"2": lambda y: y[:, :6]}
+    with tgp.GeometryProbe(model, layers="2", transform=cut, normalize=False, estimator=tgp.Exact()) as probe:
+        monitor = tgp.Monitor(probe, x, drift=True, on_error="raise")
+        monitor.probe_now()
+        found = monitor.drift.state_dict()["metrics"]["2"]
+        own = tgp.Drift(model, x, layers="2", transform=cut, normalize=False).state_dict()["metrics"]["2"]
+        assert torch.equal(found, own)
+        assert torch.equal(tgp.Drift(probe, x).state_dict()["metrics"]["2"], own)
+
+        class Album(tgp.Writer):
+            def write_map(self, tag, result, step):
+                self.result = result
+
+        album, line = Album(), tgp.Line(x[0], x[1], steps=3)
+        tgp.Monitor(probe, x, writer=album, maps={"line": line}, on_error="raise").probe_now()
+    wanted = tgp.scan(model, line, layers="2", transform=cut, normalize=False)  # along its own tangents
+    assert torch.equal(album.result.log_volume["2"], wanted.log_volume["2"])

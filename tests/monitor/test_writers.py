@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import torchgeom_probe as tgp
-from torchgeom_probe.monitor import writers
 from torchgeom_probe.monitor.writers import writers_of
 
 
@@ -109,6 +108,43 @@ def test_a_killed_run_leaves_no_half_line(name, half, report, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("kind", [tgp.CSVWriter, tgp.JSONWriter])
+def test_a_number_cut_short_is_no_number(kind, report, tmp_path):
+    path = tmp_path / "geometry"
+    for step in (0, 10):
+        kind(path).write(step, report)
+    path.write_bytes(path.read_bytes()[:-5])  # by a kill, in the last number of the last line
+    kind(path).write(20, report)
+    text = path.read_text()
+    kind(path).write(20, report)
+    assert path.read_text() == text
+    found = [line for line in text.splitlines() if re.search(r"\b10\b", line[:11])]
+    assert len(found) == (1 if kind is tgp.CSVWriter else 0), "of two layers one is whole"
+
+
+@pytest.mark.parametrize("kind", [tgp.CSVWriter, tgp.JSONWriter])
+def test_after_a_full_disk_no_two_lines_are_one(kind, report, tmp_path, monkeypatch):
+    path, lines = tmp_path / "geometry", kind._lines
+    writer = kind(path)
+    writer.write(0, report)
+
+    def half(self, step, layers):
+        text = lines(self, step, layers)
+        with path.open("a") as file:
+            file.write(text[: len(text) // 3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kind, "_lines", half)
+    with pytest.raises(OSError, match="No space left"):
+        writer.write(10, report)
+    monkeypatch.setattr(kind, "_lines", lines)
+    writer.write(20, report)
+    kind(tmp_path / "quiet").write(20, report)
+    last = (tmp_path / "quiet").read_text().splitlines()[-1]
+    assert path.read_text().splitlines()[-1] == last
+    assert len({len(line.split(",")) for line in path.read_text().splitlines()}) == 1
+
+
 # What writer= may be
 
 
@@ -152,14 +188,6 @@ def test_without_tensorboard_a_directory_is_refused_with_the_pip_line(monkeypatc
     with pytest.raises(tgp.ProbeError, match=re.escape("pip install 'torchgeom_probe[tensorboard]'")):
         tgp.Monitor(models.mlp(), torch.randn(7, 5), writer=tmp_path / "runs")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_registered_writer_is_found(monkeypatch):
-    monkeypatch.setattr(writers, "_REGISTERED", list(writers._REGISTERED))
-    kind = type("Kept", (tgp.Writer,), {"__init__": lambda self, target: setattr(self, "target", target)})
-    writers.register_writer(lambda target: target == 17, kind)
-    (made,) = writers_of(17)
-    assert made.target == 17
 
 
 def test_the_base_does_nothing_and_a_writer_overrides_what_it_likes(report):

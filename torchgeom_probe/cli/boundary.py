@@ -11,7 +11,7 @@ from torch import nn
 
 from torchgeom_probe.boundary.design import CONTRASTS
 from torchgeom_probe.boundary.population import boundary_study
-from torchgeom_probe.cli.models import add_probe, estimator_of, input_of, is_trained, model_of
+from torchgeom_probe.cli.models import LITE0, add_probe, estimator_of, input_of, is_trained, model_of, probe_options
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.plotting.files import save
 from torchgeom_probe.plotting.plot import plot
@@ -53,7 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
     model, loaded = model_of(arguments)
     initial = untrained_of(arguments)
     x = input_of(arguments, model, loaded)
-    options: dict[str, Any] = {} if arguments.estimator is None else {"estimator": estimator_of(arguments)}
+    options = probe_options(arguments)
+    if arguments.estimator is not None:
+        options["estimator"] = estimator_of(arguments)
     study = boundary_study(
         model,
         x,
@@ -63,8 +65,6 @@ def run(arguments: argparse.Namespace) -> None:
         share=arguments.share,
         seed=arguments.seed,
         path=arguments.out / "study.json",
-        layers=arguments.layers,
-        engine=arguments.engine,
         **options,
     )
     print(study)
@@ -79,7 +79,7 @@ def untrained_of(arguments: argparse.Namespace) -> nn.Module | None:
         return None
     before = copy.copy(arguments)
     before.pretrained, before.checkpoint, before.tag_fetches = False, arguments.initial, False
-    if arguments.model == "efficientnet-lite0":
+    if arguments.model == LITE0:
         before.model = "timm:tf_efficientnet_lite0"
     if arguments.initial is None:
         print(f"The control has random weights (--seed {arguments.seed}); --initial FILE for those before training.")

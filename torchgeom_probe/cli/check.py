@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from torchgeom_probe.cli.models import add_json, add_probe, input_of, model_of, show
+from torchgeom_probe.cli.models import add_json, add_probe, input_of, model_of, probe_options, show
 from torchgeom_probe.probe import GeometryProbe
 
 
@@ -22,7 +22,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Print what the check found; status 1 where it is not ok."""
     model, loaded = model_of(arguments)
     x = input_of(arguments, model, loaded)
-    with GeometryProbe(model, layers=arguments.layers, engine=arguments.engine, source=arguments.source) as probe:
-        report = probe.check(x)
+    report = GeometryProbe(model, **probe_options(arguments)).check(x)
     show(arguments, str(report), {"ok": report.ok, **asdict(report)})
     return 0 if report.ok else 1

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torchgeom_probe.cli.models import add_probe, estimator_of, model_of
+from torchgeom_probe.cli.models import add_estimator, add_layers, add_model, estimator_of, model_of, probe_options
 from torchgeom_probe.dataset.stream import measure_dataset
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.plotting.files import save
@@ -22,9 +22,10 @@ def add(verbs: Any) -> None:
         description="Stopped or killed, the same command goes on where it was; torchrun -m torchgeom_probe.cli.main "
         "dataset ... shares the images over processes.  The name of an image's folder is its label.",
     )
-    add_probe(parser)
-    parser.add_argument("--estimator", metavar="NAME", help="as for measure")
-    parser.add_argument("-k", type=int, help="directions of subspace, singular values of topk")
+    add_model(parser)
+    add_layers(parser)
+    add_estimator(parser)
+    parser.add_argument("--images", nargs="+", required=True, metavar="PATH", help="directories or files of images")
     parser.add_argument("--batch-size", type=int, default=16, help="images a batch (default 16)")
     parser.add_argument("--workers", type=int, default=1, help="processes that load images (default 1)")
     parser.add_argument("--out", type=Path, default=Path("torchgeom_runs/dataset"), metavar="DIR")
@@ -33,9 +34,11 @@ def add(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print a summary; write ``table.parquet`` and ``dataset.png``."""
+    if arguments.device == "cuda":  # under torchrun a card for each process
+        arguments.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     model, loaded = model_of(arguments)
-    if loaded is None or arguments.images is None:
-        raise ProbeError("dataset takes --images DIR and a model that knows its own preprocessing: --model timm:NAME")
+    if loaded is None:
+        raise ProbeError("dataset takes a model that knows its own preprocessing.\nWrite --model timm:NAME")
     images = optional("torchgeom_probe.integrations.timm", extra="timm").ImageFiles
     table = measure_dataset(
         model,
@@ -44,13 +47,11 @@ def run(arguments: argparse.Namespace) -> None:
         label=1,
         batch_size=arguments.batch_size,
         num_workers=arguments.workers,
-        layers=arguments.layers,
         estimator=estimator_of(arguments),
-        engine=arguments.engine,
-        source=arguments.source,
+        **probe_options(arguments),
     )
     if int(os.environ.get("RANK", 0)) == 0 and table.complete:
         print(table.compact())
         several = table.to_pandas(["label"])["label"].nunique() > 1
-        figure = plot(table, by="label" if several else None, title=f"{arguments.model}")
+        figure = plot(table, by="label" if several else None, title=arguments.model)
         print(f"Wrote {arguments.out / 'table.parquet'} and {save(figure, arguments.out / 'dataset.png')}.")

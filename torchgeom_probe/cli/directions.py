@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from torchgeom_probe.cli.models import add_probe, input_of, model_of
+from torchgeom_probe.cli.models import add_probe, input_of, model_of, probe_options
 from torchgeom_probe.errors import optional
 from torchgeom_probe.estimators import Directions
 from torchgeom_probe.plotting.directions import plot_directions
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     model, loaded = model_of(arguments)
     x = input_of(arguments, model, loaded)
     estimator = Directions(k=arguments.k, smallest=arguments.smallest, seed=arguments.seed)
-    report = measure(model, x, layers=arguments.layers, estimator=estimator, source=arguments.source, progress=None)
+    report = measure(model, x, estimator=estimator, **probe_options(arguments))
     print(report)
     written = [report.save(arguments.out / "directions.safetensors")]
     for sample in range(len(x)):

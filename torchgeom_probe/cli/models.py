@@ -1,4 +1,4 @@
-"""What several verbs read: ``--model`` with its weights, the input, the layers, ``--estimator``."""
+"""What several verbs read: ``--model`` with its weights, the layers, the input, ``--estimator``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from torch import nn
 
 from torchgeom_probe.errors import ProbeError, first_line, optional
 from torchgeom_probe.estimators import Estimator, named
+from torchgeom_probe.estimators.options import ENGINES
 from torchgeom_probe.files import finite_or_null
 from torchgeom_probe.shapes import Tensor
 
 #: The one model with real weights that need no download: they come in a package of their own.
-_LITE0 = "efficientnet-lite0"
+LITE0 = "efficientnet-lite0"
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,7 @@ def show(arguments: argparse.Namespace, text: str, data: Any) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model``, ``--pretrained``, ``--checkpoint`` and ``--device``."""
+    """Add ``--model``, ``--pretrained``, ``--checkpoint``, ``--seed`` and ``--device``."""
     parser.add_argument(
         "--model",
         required=True,
@@ -49,31 +50,52 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pretrained", action="store_true", help="with the library's weights (fetched once)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights to load")
+    parser.add_argument("--seed", type=int, default=0, help="of what is random: weights, input, directions")
     add_device(parser)
 
 
+def add_layers(parser: argparse.ArgumentParser) -> None:
+    """Add ``--layers``, ``--engine`` and ``--source``."""
+    parser.add_argument(
+        "--layers", nargs="+", default=["auto"], metavar="NAME", help="names or globs (default: the stages)"
+    )
+    parser.add_argument("--engine", choices=ENGINES, default="auto")
+    parser.add_argument("--source", metavar="NAME", help="pull back to this module's output")
+
+
 def add_probe(parser: argparse.ArgumentParser) -> None:
-    """Add the model, its input, and how it is probed."""
+    """Add the model, its layers and its input."""
     add_model(parser)
+    add_layers(parser)
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="image files or a directory (default: random numbers)"
     )
     parser.add_argument("--data", metavar="SPEC", help="path.py:name of a batch, or of a function that makes one")
     parser.add_argument("--input-shape", metavar="C,H,W", help="shape of one random sample (default: the model's own)")
     parser.add_argument("--batch", type=int, default=4, help="random samples (default 4)")
-    parser.add_argument("--seed", type=int, default=0)
+
+
+def add_estimator(parser: argparse.ArgumentParser) -> None:
+    """Add ``--estimator`` and ``-k``."""
     parser.add_argument(
-        "--layers", nargs="+", default=["auto"], metavar="NAME", help="names or globs (default: the stages)"
+        "--estimator",
+        metavar="NAME",
+        help="auto (default: exact where d <= 16, else subspace; with -k subspace), exact, subspace, topk, logdet, "
+        "trace, …; with its number topk:10, or more subspace:k=4,seed=1",
     )
-    parser.add_argument("--engine", choices=("auto", "fused", "functorch", "vjp"), default="auto")
-    parser.add_argument("--source", metavar="NAME", help="pull back to this module's output")
+    parser.add_argument("-k", type=int, help="directions of subspace, singular values of topk")
+
+
+def probe_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the options of :func:`add_layers` ask of a probe."""
+    return {name: getattr(arguments, name) for name in ("layers", "engine", "source")}
 
 
 def is_trained(arguments: argparse.Namespace) -> bool:
     """Whether ``--model`` comes with trained weights: asked for, named by a tag, or carried by its package."""
     library, _, name = arguments.model.partition(":")
     tagged = library == "timm" and "." in name
-    return arguments.pretrained or arguments.checkpoint is not None or tagged or arguments.model == _LITE0
+    return arguments.pretrained or arguments.checkpoint is not None or tagged or arguments.model == LITE0
 
 
 def device_of(arguments: argparse.Namespace) -> torch.device:
@@ -98,8 +120,8 @@ def model_of(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
 
 def _made(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     library, _, name = arguments.model.partition(":")
-    torch.manual_seed(getattr(arguments, "seed", 0))
-    if arguments.model == _LITE0 or (library == "timm" and name):
+    torch.manual_seed(arguments.seed)
+    if arguments.model == LITE0 or (library == "timm" and name):
         loaded = _from_timm(name, arguments)
         return loaded.model, loaded
     if library == "torchvision" and name:
@@ -112,7 +134,7 @@ def _made(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
         raise ProbeError(
             f"--model {arguments.model!r} is not understood.\n"
             "Write timm:NAME (timm:resnet18), torchvision:NAME (torchvision:resnet18), path.py:factory, a function "
-            f"without arguments that returns an nn.Module, or {_LITE0}."
+            f"without arguments that returns an nn.Module, or {LITE0}."
         )
     if arguments.checkpoint is not None:
         try:
@@ -126,10 +148,10 @@ def _made(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
 
 def _from_timm(name: str, arguments: argparse.Namespace) -> Any:
     models = optional("torchgeom_probe.integrations.timm", extra="timm")
-    if arguments.model == _LITE0:
+    if arguments.model == LITE0:
         if arguments.checkpoint is not None:
             raise ProbeError(
-                f"--model {_LITE0} carries its own weights.\n"
+                f"--model {LITE0} carries its own weights.\n"
                 "For a checkpoint of yours:  --model timm:tf_efficientnet_lite0"
             )
         return models.load_pretrained_efficientnet_lite0()
@@ -140,10 +162,8 @@ def _from_timm(name: str, arguments: argparse.Namespace) -> Any:
     except ProbeError as error:
         if not trained or arguments.checkpoint is not None or "could not be made" not in str(error):
             raise
-        cause = error.__cause__
-        first_line = next(iter(str(cause).strip().splitlines()), "")
         raise ProbeError(
-            f"the weights of {arguments.model} could not be fetched: {type(cause).__name__}: {first_line}\n"
+            f"the weights of {arguments.model} could not be fetched: {first_line(error.__cause__ or error)}\n"
             "Without network, give a file of weights:  --checkpoint model.pth\n"
             f"or, untrained:  --model timm:{name.split('.')[0]}"
         ) from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from torchgeom_probe.cli.models import add_model, is_trained, model_of
+from torchgeom_probe.cli.models import add_layers, add_model, is_trained, model_of, probe_options
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.files import write_json
 from torchgeom_probe.plotting.files import save
@@ -47,13 +47,12 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--images", nargs="+", required=True, metavar="PATH", help="two image files: a line; three: a plane"
     )
-    parser.add_argument("--layers", nargs="+", default=["auto"], metavar="NAME", help="default: the stages")
+    add_layers(parser)
     parser.add_argument("--grid", type=int, help="points of the line (default 64), or along a side of the plane (24)")
     parser.add_argument(
         "--size", type=int, default=224, help="pixels a side, for models that timm does not know (default 224)"
     )
     parser.add_argument("--batch-size", type=int, default=16, help="points a chunk (default 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, where none are loaded")
     parser.add_argument("--out", type=Path, default=Path("torchgeom_runs/scan"), metavar="DIR")
     parser.set_defaults(run=run, resumes=True)
 
@@ -75,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     on = Plane(a, b, rest[0], steps=arguments.grid or 24) if rest else Line(a, b, steps=arguments.grid or 64)
     model, out = model.eval(), arguments.out
     path = out / "scan.safetensors"
-    found = scan(model, on, layers=arguments.layers, batch_size=arguments.batch_size, path=path)
+    found = scan(model, on, batch_size=arguments.batch_size, path=path, **probe_options(arguments))
 
     described = None if loaded is None else loaded.descriptions
     names = None if described is None else [words.split(",")[0] for words in described]

@@ -30,7 +30,7 @@ from torchgeom_probe.shapes import Tensor
 #: Samples a unit where neither a loader nor the caller says.
 BATCH = 64
 #: What a loader's own setting is kept of.
-_LOADING = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
+_LOADING = ("num_workers", "timeout", "worker_init_fn", "multiprocessing_context")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Units:
         order: the indices that are measured, ascending.
         size: samples a unit.
         collate: from a list of samples to a batch.
-        loading: what torch's DataLoader is given: workers, pinned memory ….
+        loading: what torch's DataLoader is given: workers, their timeout ….
     """
 
     dataset: Any
@@ -125,7 +125,8 @@ class Units:
             batches = iter(self.dataset)
         start = 0
         for number, batch in enumerate(batches):
-            size = next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+            leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)  # transformers' is a mapping
+            size = next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)
             yield Unit(number, list(range(start, start + size)), batch)
             start += size
 
@@ -261,7 +262,7 @@ def by_length(x: Any, size: int) -> Iterator[tuple[list[int], Any]]:
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask.bool().all()):
         yield list(range(size)), x
         return
-    lengths = (mask.bool() * torch.arange(1, mask.shape[1] + 1)).amax(1).clamp_min(1)
+    lengths = (mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).clamp_min(1)
     for length in lengths.unique().tolist():
         rows = (lengths == length).nonzero()[:, 0].tolist()
         yield rows, {key: _cut(value, rows, mask, length) for key, value in x.items()}

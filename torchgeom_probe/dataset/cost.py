@@ -58,19 +58,18 @@ def dataset_cost(data: Any, probe: GeometryProbe) -> DatasetCost:
         raise ProbeError(
             f"a {type(data).__name__} does not say how many samples it has.\nAsk of a batch:  probe.cost(x)"
         )
-    rows, tables, batch, began = Rows(probe, units), [], None, 0.0
-    for unit in units.loaded(lambda number: True):
-        if batch is None and unit.indices:
-            batch = rows.probe.cost(rows.input_of(unit))
-            rows.of(unit)  # plans
-            began = time.perf_counter()
-            if len(units) > 1:
-                continue
+    rows, loaded = Rows(probe, units), units.loaded(lambda number: True)
+    first = next((unit for unit in loaded if unit.indices), None)
+    if first is None:
+        raise ProbeError("no sample of the data set could be loaded.\nLook at one:  data[0]")
+    batch = rows.probe.cost(rows.input_of(first))
+    rows.of(first)  # plans
+    tables, began = [], time.perf_counter()
+    for unit in loaded:
         tables.append(rows.of(unit))
         if time.perf_counter() - began > _SECONDS:
             break
-    if batch is None:
-        raise ProbeError("no sample of the data set could be loaded.\nLook at one:  data[0]")
+    tables = tables or [rows.of(first)]
     table = arrow("pyarrow").concat_tables(tables, promote_options="permissive")
     rate = len(table) / (time.perf_counter() - began)
     buffer = io.BytesIO()

@@ -10,13 +10,12 @@ unit, done or not: what a probe learns from its first batch (plan, engine, a fra
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,8 +142,8 @@ class Rows:
                 "the model is sharded (FSDP2) and needs all ranks at once; a data set is shared out over the ranks.\n"
                 "Measure batch by batch, on every rank:  tgp.measure(model, x)"
             )
-        self.probe = copy.copy(probe)
-        self.probe._plans = {}  # made for another budget; the caller's own stay as they are
+        # One of its own: plans are made for another budget, and the caller's stays as it is.
+        self.probe = probe.like(replay=False)
         self.units, self.label, self.input, self.readout = units, label, input, readout
         self.layers: dict[str, Any] = {}
         model = probe.model
@@ -166,8 +165,9 @@ class Rows:
         }
 
     def input_of(self, unit: Unit) -> Any:
-        """What the model takes of a unit's batch."""
-        return input_of(unit.batch, self.input, self.label, parameter_names(self.probe.model))
+        """What the model takes of a unit's batch, on its device."""
+        x = input_of(unit.batch, self.input, self.label, parameter_names(self.probe.model))
+        return tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), x)
 
     def of(self, unit: Unit) -> pyarrow.Table:
         """The rows of a unit; where it cannot be measured as one, of each of its samples alone.
@@ -197,7 +197,7 @@ class Rows:
             tables.append(_table({"index": list(failed)}, file=files, error=list(failed.values())))
         return arrow("pyarrow").concat_tables(tables, promote_options="permissive") if tables else _table({"index": []})
 
-    def _measured(self, unit: Unit) -> Iterator[pyarrow.Table]:
+    def _measured(self, unit: Unit) -> list[pyarrow.Table]:
         if isinstance(unit.batch, ProbeError):
             raise unit.batch
         size, found = len(unit.indices), []
@@ -206,7 +206,6 @@ class Rows:
         if names is None and self.units.size:
             names = [self.units.file(index) for index in unit.indices]  # type: ignore[misc]
         for places, x in by_length(self.input_of(unit), size):
-            x = tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), x)
             report = self.probe.measure(x, progress=False)
             columns: dict[str, Any] = {"index": [unit.indices[place] for place in places]}
             if labels is not None:
@@ -219,7 +218,7 @@ class Rows:
             found.append(_table(columns, file=files, error=[None] * len(places)))
             words = ("quantity", "unit", "estimand", "engine", "normalized")
             self.layers = self.layers or {n: {word: getattr(g, word) for word in words} for n, g in report.items()}
-        return iter(found)
+        return found
 
     def _decision(self, x: Any, size: int) -> dict[str, Any]:
         probe = self.probe

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchgeom_probe.errors import ProbeError, optional
+from torchgeom_probe.files import replacing
 
 if TYPE_CHECKING:
     import pyarrow
@@ -51,7 +52,7 @@ class DatasetTable:
             raise ProbeError(
                 f"{self.path} holds no measured data set.\nMeasure one:  tgp.measure_dataset(model, data, path=...)"
             )
-        self._seen: dict[Path, tuple[Any, dict[str, Any]]] = {}
+        self._seen: dict[Path, tuple[pyarrow.Schema, dict[str, Any]]] = {}
 
     def __repr__(self) -> str:
         return f"DatasetTable({str(self.path)!r}: {len(self)} samples, layers {list(self.layers)})"
@@ -73,41 +74,41 @@ class DatasetTable:
     @property
     def complete(self) -> bool:
         """Whether every unit is measured; of an iterable: whether its end was reached as well."""
-        return (self.path / "table.parquet").exists() or len(self.done()) == self.manifest["units"]
+        return len(self.done()) == self.manifest["units"] or (self.path / "table.parquet").exists()
 
     @property
     def layers(self) -> dict[str, Any]:
         """Layer → the quantity, unit, estimand, engine and normalisation that were measured."""
-        return next((found for found in (self._footer(file)["layers"] for file in self._files()) if found), {})
+        return next((footer["layers"] for _, footer in self._files().values() if footer["layers"]), {})
 
     def done(self) -> dict[int, str | None]:
         """The units that are measured → a digest of their input, where the data set is an iterable."""
-        return dict(unit for file in self._files() for unit in self._footer(file).get("units", ()))
+        return dict(unit for _, footer in self._files().values() for unit in footer.get("units", ()))
 
     def to_arrow(self, columns: Sequence[str] | None = None, *, among: range | None = None) -> pyarrow.Table:
         """The rows as a pyarrow Table: some columns alone, indices ``among`` a range alone."""
-        schema = self.schema()
+        schema, files = self.schema(), list(self._files())
         index = arrow("pyarrow.compute").field("index")
         within = None if among is None else (index >= among.start) & (index < among.stop)
-        wanted = (
-            schema.names if columns is None else [n for n in dict.fromkeys(["index", *columns]) if n in schema.names]
-        )
-        found = arrow("pyarrow.dataset").dataset(self._files(), schema=schema).to_table(columns=wanted, filter=within)
+        wanted = [n for n in schema.names if columns is None or n == "index" or n in columns]
+        found = arrow("pyarrow.dataset").dataset(files, schema=schema).to_table(columns=wanted, filter=within)
         # In order, and once: two processes may have measured a unit, which gave the same rows.
         return found.take(np.unique(found["index"].to_numpy(), return_index=True)[1])
 
     def schema(self) -> pyarrow.Schema:
         """Every column of any part: those of the samples, then layer by layer the value and the others by name."""
-        schemas = [self._read(file)[0] for file in self._files()]
-        found = arrow("pyarrow").unify_schemas([*schemas, _index()], promote_options="permissive")
-        layers = list(self.layers)
+        pyarrow = arrow("pyarrow")
+        schemas = [pyarrow.schema([("index", pyarrow.int64())]), *(schema for schema, _ in self._files().values())]
+        found = pyarrow.unify_schemas(schemas, promote_options="permissive")
+        layers = self.layers
 
         def place(name: str) -> tuple[int, int, str]:
             layer, _, column = name.rpartition("/")
-            first = SAMPLE.index(name) if name in SAMPLE else column != self.layers[layer]["quantity"]
-            return -1 if name in SAMPLE else layers.index(layer), int(first), column
+            if name in SAMPLE:
+                return -1, SAMPLE.index(name), column
+            return list(layers).index(layer), int(column != layers[layer]["quantity"]), column
 
-        return arrow("pyarrow").schema([found.field(name) for name in sorted(found.names, key=place)])
+        return pyarrow.schema([found.field(name) for name in sorted(found.names, key=place)])
 
     def to_pandas(self, columns: Sequence[str] | None = None) -> DataFrame:
         """The rows as a DataFrame; needs pandas."""
@@ -145,10 +146,11 @@ class DatasetTable:
                 values = own[self.value(layer)].astype("float64")
                 finite = values[np.isfinite(values)]
                 p10, median, p90 = finite.quantile([0.1, 0.5, 0.9])
-                keys = {"layer": layer or "(model)", by or "samples": group, "quantity": measured["quantity"]}
-                counts = {"count": len(own), "nonfinite": len(own) - len(finite)}
-                rows.append(keys | {"p10": p10, "median": median, "p90": p90} | counts)
-        return arrow("pandas").DataFrame(rows).set_index(["layer", by or "samples"] if rows else [])
+                counts = (len(own), len(own) - len(finite))
+                rows.append([layer or "(model)", group, measured["quantity"], p10, median, p90, *counts])
+        keys = ["layer", by or "samples"]
+        columns = [*keys, "quantity", "p10", "median", "p90", "count", "nonfinite"]
+        return arrow("pandas").DataFrame(rows, columns=columns).set_index(keys)
 
     def failures(self) -> dict[int, str]:
         """Index → why, of the samples that could not be loaded or measured."""
@@ -166,35 +168,29 @@ class DatasetTable:
                 f"{self.path} is not complete: {len(self.done())} of {self.manifest['units'] or 'unknown'} units.\n"
                 "Run the same measure_dataset(...) again: it goes on where it stopped."
             )
-        whole, beside = self.path / "table.parquet", self.path / f"table.parquet.{os.getpid()}.tmp"
+        whole = self.path / "table.parquet"
         if not whole.exists():
             last = max(self.to_arrow(["index"])["index"].to_pylist(), default=-1)
             footer = {KEY: json.dumps({"layers": self.layers}, sort_keys=True)}
-            with arrow("pyarrow.parquet").ParquetWriter(beside, self.schema().with_metadata(footer)) as writer:
-                for start in range(0, last + 1, _GROUP):
-                    writer.write_table(
-                        self.to_arrow(among=range(start, start + _GROUP)).replace_schema_metadata(footer)
-                    )
-            with beside.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(beside, whole)
+            with replacing(whole) as beside:
+                with arrow("pyarrow.parquet").ParquetWriter(beside, self.schema().with_metadata(footer)) as writer:
+                    for start in range(0, last + 1, _GROUP):
+                        rows = self.to_arrow(among=range(start, start + _GROUP))
+                        writer.write_table(rows.replace_schema_metadata(footer))
         shutil.rmtree(self.path / "parts", ignore_errors=True)
         return self
 
-    def _files(self) -> list[Path]:
-        # The whole table takes the place of parts that a kill has left beside it.
-        whole = self.path / "table.parquet"
-        return [whole] if whole.exists() else sorted((self.path / "parts").glob("*.parquet"))
-
-    def _footer(self, file: Path) -> dict[str, Any]:
-        return self._read(file)[1]
-
-    def _read(self, file: Path) -> tuple[pyarrow.Schema, dict[str, Any]]:
-        if file not in self._seen:
-            schema = arrow("pyarrow.parquet").read_schema(file)
-            self._seen[file] = schema.remove_metadata(), json.loads(schema.metadata[KEY])
-        return self._seen[file]
-
-
-def _index() -> pyarrow.Schema:
-    return arrow("pyarrow").schema([("index", arrow("pyarrow").int64())])
+    def _files(self) -> dict[Path, tuple[pyarrow.Schema, dict[str, Any]]]:
+        """The files → their columns and what their footers say; each is read once."""
+        while True:
+            # The whole table takes the place of parts that a kill has left beside it.
+            whole = self.path / "table.parquet"
+            files = [whole] if whole.exists() else sorted((self.path / "parts").glob("*.parquet"))
+            try:
+                for file in files:
+                    if file not in self._seen:
+                        schema = arrow("pyarrow.parquet").read_schema(file)
+                        self._seen[file] = schema.remove_metadata(), json.loads(schema.metadata[KEY])
+                return {file: self._seen[file] for file in files}
+            except FileNotFoundError:
+                continue  # another process has made the whole table meanwhile

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -14,7 +14,8 @@ from torchgeom_probe.boundary.points import boundary_points
 from torchgeom_probe.boundary.speed import Speed, with_random
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.wrappers import unwrapped
-from torchgeom_probe.monitor.writers import Writer
+from torchgeom_probe.monitor.samples import fingerprint
+from torchgeom_probe.monitor.writers import label
 from torchgeom_probe.probe import GeometryProbe
 from torchgeom_probe.shapes import Float, Int, Tensor
 
@@ -41,13 +42,22 @@ class BoundaryWatch:
             )
         self._x = x.detach().clone()
         self._ends: Int[Tensor, "pairs 2"] | None = None
+        self._probe: GeometryProbe | None = None
         self.history: list[tuple[int, dict[str, Tested]]] = []
 
-    def charted(self, probe: GeometryProbe, step: int, writers: Sequence[Writer]) -> None:
-        """Measure, and send each layer's mean to the writers."""
-        for i, (layer, (estimate, _)) in enumerate(self.measured(probe, step).items()):
-            for writer in writers:
-                writer.write_scalar(f"boundary/{i:02d}_{layer or 'model'}", float(estimate), step)
+    def state_dict(self) -> dict[str, Any]:
+        """The pairs, and of which samples they are."""
+        return {"samples": fingerprint(self._x), "pairs": None if self._ends is None else self._ends.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the pairs of :meth:`state_dict`; of other samples none, and the curves begin anew."""
+        if state["samples"] == fingerprint(self._x) and state["pairs"] is not None:
+            self._ends = torch.tensor(state["pairs"])
+
+    def charts(self, probe: GeometryProbe, step: int) -> dict[str, float]:
+        """Measure; each layer's mean by the tag of its chart."""
+        found = enumerate(self.measured(probe, step).items())
+        return {f"boundary/{label(i, layer)}": float(tested.estimate) for i, (layer, tested) in found}
 
     def measured(self, probe: GeometryProbe, step: int) -> dict[str, Tested]:
         """Measure at the crossings of now; nothing where fewer than ten of the pairs have one."""
@@ -70,10 +80,12 @@ class BoundaryWatch:
         shaped = (-1, 1, *[1] * (x.dim() - 1))
         points = a[:, None] + torch.stack([t, 1 - t], 1).reshape(len(t), 2, *shaped[2:]) * (b - a)[:, None]
         along = (b - a) / (b - a).flatten(1).norm(dim=1).reshape(-1, *shaped[2:])
-        probe = copy.copy(probe)
-        probe.estimator = Speed(with_random(along, 1, seed=0)[:, :, None].expand(-1, -1, 2, *x.shape[1:]).flatten(1, 2))
+        # One of its own, which keeps its plans: a record of a pass at other points would be of no use.
+        self._probe = self._probe or probe.like(layers=probe.layers, replay=False)
+        speed = Speed(with_random(along, 1, seed=0)[:, :, None].expand(-1, -1, 2, *x.shape[1:]).flatten(1, 2))
+        self._probe.estimator = speed
         effects, clear = {}, ((t - 0.5).abs() >= CONTRASTS["mirror"].apart).cpu()
-        for layer, geometry in probe.measure(points.flatten(0, 1), progress=False).items():
+        for layer, geometry in self._probe.measure(points.flatten(0, 1), progress=False).items():
             crossing, mirrored = geometry.value.detach().double().cpu().reshape(-1, 2).T
             contrast = crossing - mirrored
             kept = contrast.isfinite() & clear

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +16,8 @@ from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.directions import for_every_sample, orthonormal_frame
 from torchgeom_probe.monitor.samples import fingerprint, refuse_no_samples
-from torchgeom_probe.monitor.writers import Writer
-from torchgeom_probe.probe import GeometryProbe, ProbeOptions
+from torchgeom_probe.monitor.writers import label
+from torchgeom_probe.probe import GeometryProbe, ProbeOptions, probe_of
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
 
@@ -67,14 +67,14 @@ class Drift:
     networks of ``torchgeom-probe reproduce regimes``.  The signed volume is none: it is small in both regimes.
 
     Args:
-        model: any ``nn.Module``; its metric now is g₀.
+        model: any ``nn.Module``, or a probe of one, whose options hold; its metric now is g₀.
         x_probe: [B, ...], copied; the samples to compare at.
         k: how many random orthonormal directions of the input; d where that is smaller.
         seed: of the directions.
         options: of the probe: ``layers``, ``normalize``, …
 
     Raises:
-        ProbeError: a layer of fewer features than directions, a singular g₀.
+        ProbeError: a layer of fewer features than directions, a singular g₀, options beside a probe.
 
     Cost: a measurement of k directions each time.
 
@@ -88,15 +88,21 @@ class Drift:
     """
 
     def __init__(
-        self, model: nn.Module, x_probe: Any, *, k: int = 8, seed: int = 0, **options: Unpack[ProbeOptions]
+        self,
+        model: nn.Module | GeometryProbe,
+        x_probe: Any,
+        *,
+        k: int = 8,
+        seed: int = 0,
+        **options: Unpack[ProbeOptions],
     ) -> None:
         refuse_no_samples(x_probe)
         if "estimator" in options:
             raise ProbeError("a Drift compares metrics on k directions of its own.\nLeave out estimator=, and give k=")
-        self.k, self.seed, self._options = k, seed, options
+        self._probe = probe_of(model, options).like(estimator=_Metric(k, seed), replay=False)
         self.x_probe = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), x_probe)
-        self._model = model
-        self._metrics: dict[str, Tensor] = self._measured(model)
+        self._about = {"x_probe": fingerprint(self.x_probe), "k": k, "seed": seed}
+        self._metrics = self._measured(None)
         for layer, metric in self._metrics.items():
             values = torch.linalg.eigvalsh(metric)
             singular = values[:, 0] <= 1e-13 * values[:, -1]
@@ -113,7 +119,7 @@ class Drift:
         Raises:
             ProbeError: layers that were not there to begin with.
         """
-        now = self._measured(self._model if model is None else model)
+        now = self._measured(model)
         if set(now) != set(self._metrics):
             raise ProbeError(
                 f"the layers are now {', '.join(map(repr, now))}; g₀ is of {', '.join(map(repr, self._metrics))}.\n"
@@ -121,15 +127,14 @@ class Drift:
             )
         return {layer: LayerDrift.between(self._metrics[layer], metric) for layer, metric in now.items()}
 
-    def write(self, writers: Sequence[Writer], step: int) -> None:
-        """Chart the median distance of each layer."""
-        for layer, moved in self.measure().items():
-            for writer in writers:
-                writer.write_scalar(f"drift/{layer}", float(moved.distance.median()), step)
+    def charts(self) -> dict[str, float]:
+        """The median distance of each layer, by the tag of its chart."""
+        moved = self.measure().items()
+        return {f"drift/{label(i, layer)}": float(own.distance.median()) for i, (layer, own) in enumerate(moved)}
 
     def state_dict(self) -> dict[str, Any]:
         """g₀, and what it was measured on: a resumed run goes on from the same beginning."""
-        return {"metrics": dict(self._metrics), "x_probe": fingerprint(self.x_probe), "k": self.k, "seed": self.seed}
+        return {"metrics": dict(self._metrics), **self._about}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take g₀ from :meth:`state_dict`.
@@ -137,11 +142,10 @@ class Drift:
         Raises:
             ProbeError: other samples, directions or layers; not such a state.
         """
-        missing = [key for key in ("metrics", "x_probe", "k", "seed") if key not in state]
+        missing = [key for key in ("metrics", *self._about) if key not in state]
         if missing:
             raise ProbeError(f"this is no state of a Drift: it lacks {missing}.")
-        mine = {"x_probe": fingerprint(self.x_probe), "k": self.k, "seed": self.seed}
-        other = [key for key, value in mine.items() if state[key] != value]
+        other = [key for key, value in self._about.items() if state[key] != value]
         if other or set(state["metrics"]) != set(self._metrics):
             raise ProbeError(
                 f"the state was saved with another {other[0] if other else 'set of layers'}: the metrics do not"
@@ -149,21 +153,18 @@ class Drift:
             )
         self._metrics = {layer: metric.to(self._metrics[layer]) for layer, metric in state["metrics"].items()}
 
-    def _measured(self, model: nn.Module) -> dict[str, Tensor]:
-        estimator = _Metric(self.k, self.seed)
-        options = ProbeOptions(**{**self._options, "estimator": estimator})
-        with GeometryProbe(model, **options) as probe:
-            probe.measure(self.x_probe, progress=False)
-        return {layer: torch.cat(parts) for layer, parts in estimator.metrics.items()}
+    def _measured(self, model: nn.Module | None) -> dict[str, Tensor]:
+        probe = self._probe if model is None else self._probe.like(model)
+        report = probe.measure(self.x_probe, progress=False)
+        return {layer: geometry.extras["metric"].cpu() for layer, geometry in report.items()}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Metric(Estimator):
-    """Keeps VᵀgV of every layer, [B, k, k] float64, in ``metrics``, chunk by chunk."""
+    """Finds VᵀgV of every layer: the extra ``metric`` [B, k, k], float64."""
 
     k: int
     seed: int
-    metrics: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def cost(self, plan: Plan, *, engine: str = "auto") -> dict[str, ProductCount]:
         k = min(self.k, plan.num_inputs)
@@ -184,12 +185,10 @@ class _Metric(Estimator):
         directions = for_every_sample(frame, plan.space, jacobians.inputs.size)
         found = {}
         for entry, factor in jacobians.factors(k, lambda a, b: directions[a:b]).items():
-            metric = factor.gram
-            if factor.triangle is not None:
-                metric = factor.triangle.mT @ factor.triangle
+            metric = factor.gram if factor.triangle is None else factor.triangle.mT @ factor.triangle
             assert metric is not None
-            self.metrics.setdefault(entry, []).append(metric.double().cpu())
-            found[entry] = from_factor(
+            geometry = from_factor(
                 jacobians, entry, factor, estimand="VᵀgV", engine=jacobians.engine, num_directions=k, full_rank=k
             )
+            found[entry] = replace(geometry, extras={"metric": metric.double()})
         return found

@@ -10,6 +10,7 @@ from torch import nn
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.monitor.writers import Writer
+from torchgeom_probe.probe import GeometryProbe
 from torchgeom_probe.slices.scan import scan
 from torchgeom_probe.slices.slice import Line, Plane
 
@@ -35,16 +36,18 @@ def refuse_no_maps(maps: Mapping[str, MapOf], writers: Sequence[Writer]) -> None
 
 
 def write_map(
-    tag: str, made_from: MapOf, writers: Sequence[Writer], step: int, model: nn.Module, scanned: Any, options: Any
+    tag: str, made_from: MapOf, writers: Sequence[Writer], step: int, probe: GeometryProbe, model: nn.Module
 ) -> None:
-    """Scan a slice of ``scanned`` (a model or a probe), or call the function on the model, and have it drawn."""
+    """Scan a slice along its own tangents, or call the function on the model, and have it drawn; close a figure."""
     if isinstance(made_from, Line | Plane):
-        result: Any = scan(scanned, made_from, progress=False, **options)
+        result: Any = scan(probe.like(layers=probe.layers, estimator=None), made_from, progress=False)
     else:
         result = made_from(model)
-    for writer in writers:
-        if writer.draws:
-            writer.write_map(tag, result, step)
-    pyplot = sys.modules.get("matplotlib.pyplot")
-    if pyplot is not None and isinstance(result, pyplot.Figure):
-        pyplot.close(result)
+    try:
+        for writer in writers:
+            if writer.draws:
+                writer.write_map(tag, result, step)
+    finally:
+        pyplot = sys.modules.get("matplotlib.pyplot")
+        if pyplot is not None and isinstance(result, pyplot.Figure):
+            pyplot.close(result)

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -83,7 +83,7 @@ class Monitor:
         distributed: None: where the model is a DistributedDataParallel, its ranks share the samples of each probe;
             True: all ranks of the default process group do (they hold the same weights); False: each process probes for
             itself.
-        drift: chart the median :class:`~torchgeom_probe.Drift` distance since the first probe, ``drift/<layer>``.
+        drift: chart the median :class:`~torchgeom_probe.Drift` distance since the first probe, ``drift/NN_layer``.
         options: of the probe, as :class:`~torchgeom_probe.GeometryProbe` has them: ``layers``, ``estimator``, ….  The
             directions that it draws are the same at every step.
 
@@ -154,17 +154,17 @@ class Monitor:
         self.probes = 0
         self.last_probed: int | None = None
         self._failures = Failures(on_error)
-        # Not the estimator: a map is scanned along the slice's own tangents.
-        self._scan_options: Any = {key: value for key, value in options.items() if key != "estimator"}
-        self._scanned = model_or_probe
         self._probe = probe_of(model_or_probe, options)
         self._own_probe = self._probe is not model_or_probe
-        self.model = self._probe.model if isinstance(model_or_probe, GeometryProbe) else model_or_probe
+        self.model = self._probe.wrapped
         self._ranks = Ranks.of(self.model, distributed, samples=fingerprint(self.x_probe))
+        self._writes = self._ranks is None or self._ranks.rank == 0
         # A schedule that goes by the clock is due at other steps on other ranks.
         self._alone = type(self.schedule) not in (Every, LogSpaced)
         self._history: deque[tuple[int, GeometryReport]] = deque(maxlen=keep)
-        self._charts_drift, self.drift = drift, cast(Drift | None, None)
+        self.drift: Drift | None = None
+        self._charts_drift = drift
+        self._begun_drift: Mapping[str, Any] | None = None  # where that of the run that goes on here began
         self._step = 0
         #: How many of these steps were none: on the device until a probe is due, for to ask is to wait for it.
         self._skipped: Tensor | int = 0
@@ -262,36 +262,17 @@ class Monitor:
                         earlier, last = self._history.pop()
                         self._history.append((earlier, _without_vectors(last)))
                     self._history.append((self._step, report))
-            working = list(self.writers)
-            if report is not None:
-                samples = ProbeSamples(self._probe, self.x_probe, self.indices, self.labels)
-                for writer in self.writers:
-                    before = self.failures
-                    with self._failures.counted(f"{type(writer).__name__}.write", self._step, raised=first):
-                        writer.write_samples(self._step, samples)
-                        writer.write(self._step, report)
-                    if self.failures > before:
-                        working.remove(writer)
-            if self._charts_drift and self._writes:
-                with self._failures.counted("the drift", self._step, raised=first):
-                    options = {**self._scan_options, "layers": self._probe.layers}
-                    self.drift = self.drift or Drift(self._probe.model, self.x_probe, **options)
-                    self.drift.write(working, self._step)
+            writers = [writer for writer in self.writers if report is None or self._wrote(writer, report, first)]
             if draw:
-                for tag, draw_map in self.maps.items():
+                for tag, made_from in self.maps.items():
                     with self._failures.counted(f"the map {tag!r}", self._step):
-                        write_map(
-                            tag, draw_map, self.writers, self._step, self.model, self._scanned, self._scan_options
-                        )
-            if self.boundary is not None and self._writes:
-                with self._failures.counted("the boundaries", self._step):
-                    self.boundary.charted(self._probe, self._step, self.writers)
+                        write_map(tag, made_from, self.writers, self._step, self._probe, self.model)
             if self._writes:
-                self._write_own_accounts(working, first)
+                self._write_numbers(writers, first)
         return report
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, in plain Python values; of ``x_probe`` only a fingerprint."""
+        """Return what a resumed run needs: plain values, of ``x_probe`` a fingerprint, of the drift where it began."""
         return {
             "step": self.steps,
             "probes": self.probes,
@@ -300,6 +281,8 @@ class Monitor:
             "clock": asdict(self._stopwatch.read()),
             "x_probe": fingerprint(self.x_probe),
             "indices": self.indices,
+            "drift": self._begun_drift if self.drift is None else self.drift.state_dict(),
+            "boundary": None if self.boundary is None else self.boundary.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
@@ -332,6 +315,9 @@ class Monitor:
         self._failures.count = int(state["failures"])
         self.indices = self.indices if state["indices"] is None else [int(i) for i in state["indices"]]
         self._stopwatch = Stopwatch(Clock(**state["clock"]))
+        self._begun_drift = state.get("drift")
+        if self.boundary is not None and state.get("boundary") is not None:
+            self.boundary.load_state_dict(state["boundary"])
 
     def close(self) -> None:
         """Stop following, let go of the model, and close the writers; the history stays readable."""
@@ -365,10 +351,6 @@ class Monitor:
         skipped, self._skipped = int(self._skipped), 0
         self._step -= skipped
         return skipped > 0
-
-    @property
-    def _writes(self) -> bool:
-        return self._ranks is None or self._ranks.rank == 0
 
     def _measured(self) -> GeometryReport | None:
         def measured(x: Any, start: GeometryReport | None = None) -> GeometryReport:
@@ -426,14 +408,36 @@ class Monitor:
     def _samples_on(self, device: torch.device) -> Any:
         return tree_map_only(Tensor, lambda tensor: tensor.to(device), self.x_probe)
 
-    def _write_own_accounts(self, writers: Sequence[Writer], first: bool) -> None:
-        accounts = {"geometry/failures": float(self.failures)}
+    def _wrote(self, writer: Writer, report: GeometryReport, first: bool) -> bool:
+        before = self.failures
+        with self._failures.counted(f"{type(writer).__name__}.write", self._step, raised=first):
+            writer.write_samples(self._step, ProbeSamples(self._probe, self.x_probe, self.indices, self.labels))
+            writer.write(self._step, report)
+        return self.failures == before
+
+    def _write_numbers(self, writers: Sequence[Writer], first: bool) -> None:
+        numbers: dict[str, float] = {}
+        if self._charts_drift:
+            with self._failures.counted("the drift", self._step, raised=first):
+                numbers |= self._drifted().charts()
+        if self.boundary is not None:
+            with self._failures.counted("the boundaries", self._step):
+                numbers |= self.boundary.charts(self._probe, self._step)
+        numbers["geometry/failures"] = float(self.failures)
         if self.probes > 1 and self._step:  # until then there is no training to take a share of
-            accounts["geometry/overhead"] = self.overhead
+            numbers["geometry/overhead"] = self.overhead
         for writer in writers:
             with self._failures.counted(f"{type(writer).__name__}.write_scalar", self._step, raised=first):
-                for tag, value in accounts.items():
+                for tag, value in numbers.items():
                     writer.write_scalar(tag, value, self._step)
+
+    def _drifted(self) -> Drift:
+        if self.drift is None:
+            drift = Drift(self._probe.like(layers=self._probe.layers), self.x_probe)
+            if self._begun_drift is not None:
+                drift.load_state_dict(self._begun_drift)
+            self.drift = drift
+        return self.drift
 
 
 def _on_cpu(report: GeometryReport) -> GeometryReport:

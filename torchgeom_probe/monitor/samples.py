@@ -11,9 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import digest
-from torchgeom_probe.model.inputs import Inputs, refuse_unless_dense
-from torchgeom_probe.model.isolation import measuring
-from torchgeom_probe.model.predictions import decisions, logits_of
+from torchgeom_probe.model.inputs import refuse_unless_dense
+from torchgeom_probe.model.predictions import decided
 from torchgeom_probe.probe import GeometryProbe
 from torchgeom_probe.shapes import Tensor
 
@@ -36,17 +35,19 @@ class ProbeSamples:
 
     @cached_property
     def decisions(self) -> Mapping[str, Tensor]:
-        """Each sample's predicted class and margin, … (``predictions.decisions``); empty where the output is no logits.
+        """Each sample's predicted class, margin, … (``predictions.decisions``); empty where the output is no logits.
 
         Cost: one plain forward pass, when it is first asked for.
         """
-        inputs = Inputs.of(self.x, self.probe.model, wrt=self.probe.wrt, from_source=self.probe.source is not None)
-        with measuring(self.probe.model, mode=self.probe.mode):
-            output = inputs.run(self.probe.model)
-            try:
-                return decisions(logits_of(output, readout=None, batch=inputs.size))
-            except ProbeError:
-                return {}
+        try:
+            return decided(self.probe.model, self.x, readout=None, batch=size_of(self.x), mode=self.probe.mode)
+        except ProbeError:
+            return {}
+
+
+def size_of(x_probe: Any) -> int:
+    """How many samples there are."""
+    return next(len(leaf) for leaf in tree_leaves(x_probe) if isinstance(leaf, Tensor) and leaf.dim())
 
 
 def labels_of(labels: Any, x_probe: Any) -> list[int | str] | None:
@@ -58,7 +59,7 @@ def labels_of(labels: Any, x_probe: Any) -> list[int | str] | None:
     if labels is None:
         return None
     found = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-    size = next(len(leaf) for leaf in tree_leaves(x_probe) if isinstance(leaf, Tensor))
+    size = size_of(x_probe)
     if len(found) != size or not all(isinstance(label, int | str) for label in found):
         kinds = ", ".join(dict.fromkeys(type(label).__name__ for label in found))
         raise ProbeError(

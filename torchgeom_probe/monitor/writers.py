@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.files import finite_or_null, write_atomically
 from torchgeom_probe.report import GeometryReport, LayerGeometry
 
@@ -20,13 +19,8 @@ if TYPE_CHECKING:
     from torchgeom_probe.boundary.study import BoundaryStudy
     from torchgeom_probe.monitor.samples import ProbeSamples
 
-# Modules that register a writer of theirs; imported when a target comes that no writer so far takes.
-_INTEGRATIONS = ("torchgeom_probe.integrations.tensorboard",)
-
 # Layer → its quantity and its statistics, by name.
 Layers = Mapping[str, Mapping[str, float | str]]
-
-_REGISTERED: list[tuple[Callable[[Any], bool], Callable[[Any], Writer]]] = []
 
 
 class Writer:
@@ -63,11 +57,6 @@ class Writer:
         return type(self).write_map is not Writer.write_map
 
 
-def register_writer(takes: Callable[[Any], bool], make: Callable[[Any], Writer]) -> None:
-    """Let ``Monitor(writer=target)`` mean ``make(target)`` for the targets that ``takes`` says yes to."""
-    _REGISTERED.append((takes, make))
-
-
 def writers_of(target: Any) -> tuple[Writer, ...]:
     """Return the writers that a monitor's ``writer`` means: none, one, or one for each of a list or tuple.
 
@@ -89,22 +78,21 @@ def writers_of(target: Any) -> tuple[Writer, ...]:
 def _writer_of(target: Any) -> Writer:
     if isinstance(target, Writer):
         return target
-    make = _maker(target)
-    if make is None:
-        # Not at the top: the integrations stand above this room, and only who writes to one needs it.
-        for module in _INTEGRATIONS:
-            importlib.import_module(module)
-        make = _maker(target)
-    if make is None:
+    path = Path(target) if isinstance(target, str | os.PathLike) else None
+    if path is not None and path.suffix in (".csv", ".jsonl"):
+        return CSVWriter(path) if path.suffix == ".csv" else JSONWriter(path)
+    if path is None and not is_summary_writer(target):
         raise ProbeError(
             f"writer= takes a path, a SummaryWriter, a tgp.Writer, or a list of such; got {target!r}.\n"
             "Write:  writer='runs/a'  or  writer='geometry.csv'; a writer of your own derives from tgp.Writer."
         )
-    return make(target)
+    # Not at the top: the integrations stand above this room, and only who writes to one needs it.
+    return optional("torchgeom_probe.integrations.tensorboard", extra="tensorboard").TensorBoardWriter(target)
 
 
-def _maker(target: Any) -> Callable[[Any], Writer] | None:
-    return next((make for takes, make in _REGISTERED if takes(target)), None)
+def is_summary_writer(target: Any) -> bool:
+    """Whether this is a ``SummaryWriter``: of torch, of tensorboardX, or one that looks like it."""
+    return not isinstance(target, type) and callable(getattr(target, "add_scalar", None))
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -167,12 +155,13 @@ class _LogFile(Writer):
     def write(self, step: int, report: GeometryReport) -> None:
         """Append the numbers of every layer at this step; they are on disk when it returns."""
         layers: Layers = {name: {"quantity": layer.quantity, **layer.statistics()} for name, layer in report.items()}
-        if not self._begun:
+        begun, self._begun = self._begun, False  # after a failure, of a full disk, half a line is to be cut off
+        if not begun:
             text = self.path.read_bytes().decode() if self.path.exists() else ""
             write_atomically(self.path, self._resumed(text, step, layers).encode())
-            self._begun = True
         with self.path.open("a", newline="", encoding="utf-8") as file:
             file.write(self._lines(step, layers))
+        self._begun = True
 
     def _resumed(self, text: str, step: int, layers: Layers) -> str:
         """Return what stays of the file: the steps before this one."""
@@ -240,6 +229,8 @@ class CSVWriter(_LogFile):
     def _resumed(self, text: str, step: int, layers: Layers) -> str:
         self._header = ["step", "layer", *dict.fromkeys(name for found in layers.values() for name in found)]
         found, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [self._header]
+        if rows and not text.endswith("\n"):
+            rows.pop()  # cut short by a kill
         if found != self._header:
             raise ProbeError(
                 f"{self.path} exists and is no geometry log of such reports: its first line is {found}.\n"
@@ -260,11 +251,3 @@ def _csv(*rows: Sequence[Any]) -> str:
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     return text.getvalue()
-
-
-def _ends_in(ending: str) -> Callable[[Any], bool]:
-    return lambda target: isinstance(target, str | os.PathLike) and str(target).endswith(ending)
-
-
-register_writer(_ends_in(".csv"), CSVWriter)
-register_writer(_ends_in(".jsonl"), JSONWriter)
