@@ -68,7 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.against is not None:
         several = [(arguments, arguments.out / "first"), (_other(arguments), arguments.out / "against")]
     networks = [_Network.of(own, out) for own, out in several]
-    lines, record = ["# " + " against ".join(_text(network.name) for network in networks), ""], {}
+    record: dict[str, dict[str, Any]] = {}
+    lines = ["# " + " against ".join(_text(network.name) for network in networks), ""]
     lines += [f"{len(networks[0].x)} samples, no labels. Logarithms are natural; J is divided by √n.", ""]
     for title, section in _SECTIONS.items():
         print(f"{title} …", flush=True)
