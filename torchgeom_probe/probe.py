@@ -6,6 +6,7 @@ x → directions → dual forward pass → per-layer factor → LayerGeometry �
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,11 +17,12 @@ from torch import nn
 
 from torchgeom_probe.check import CheckReport
 from torchgeom_probe.errors import LayerRefusal, ProbeError, refuse_unknown
-from torchgeom_probe.estimators import Along, Auto, Estimator, Subspace
+from torchgeom_probe.estimators import Estimator, Subspace
 from torchgeom_probe.estimators.base import estimator_of
 from torchgeom_probe.estimators.cost import Cost, cost_of, seconds_per_row
 from torchgeom_probe.estimators.options import (
     ProbeOptions,
+    in_place_of,
     progress_bar,
     refuse_options,
     refuse_other_samples,
@@ -202,14 +204,7 @@ class GeometryProbe:
                 derivative, ….
         """
         self._refuse_closed()
-        estimator: Estimator | None = None
-        if directions is not None:
-            if not isinstance(self.estimator, (Auto, Subspace, Along)):
-                raise ProbeError(
-                    f"directions= are an estimator of their own, and this probe has {self.estimator}.\n"
-                    "Write GeometryProbe(model, ..., estimator=Along(directions)), or leave its estimator out"
-                )
-            estimator = Along(directions)
+        estimator = None if directions is None else in_place_of(self.estimator, directions)
         if self._replays is not None and start is None:
             replayed = self._replayed(self._replays, x, estimator, progress)
             if replayed is not None:
@@ -258,6 +253,7 @@ class GeometryProbe:
         rows = max(count.at_once for count in estimator.cost(plan, engine=self._engine_that_runs).values())
         at_once = plan.samples_at_once(rows, inputs.size)
         parts: list[GeometryReport] = []
+        begun = time.perf_counter()
         with progress_bar(inputs.size, progress) as bar:
             done = 0
             while done < inputs.size:
@@ -287,7 +283,9 @@ class GeometryProbe:
                 self._plans[inputs.key()] = plan
                 bar.update(stop - done)
                 done = stop
-        return GeometryReport.joined(parts)
+        report = GeometryReport.joined(parts)
+        report.seconds = time.perf_counter() - begun
+        return report
 
     def _refuse_coupled(self, inputs: Inputs, plan: Plan) -> None:
         """Say what couples the samples: an op that a pass refuses by name, or else the layer where it shows."""

@@ -50,10 +50,8 @@ class LayerGeometry(HasDirections):
         quantity: what ``value`` is, in a word, which is its attribute, column and chart: ``"log_volume"`` (log √det g,
             or the effective volume), ``"frame_volume"`` (log √det VᵀgV), ``"scale"``, ``"half_log_det"``, ….
         unit: of ``value``: ``"nat"``, a natural logarithm, or another.
-        rank: [B], how many singular values exceed ``rank_tolerance`` · σ_max; -1 where the Jacobian is not finite; None
-            where the estimator does not see it.
-        log_pseudo_volume: [B], natural log of the product of those; 0 at rank 0 (an empty product); None without a
-            rank.
+        rank: [B], how many singular values exceed ``rank_tolerance`` · σ_max; -1 where J is not finite; None: not seen.
+        log_pseudo_volume: [B], log of the product of those; 0 at rank 0 (an empty product); None without a rank.
         rank_tolerance: the threshold of ``rank``, relative to the largest singular value.
         std_error: [B] standard error of a stochastic ``value``, in its unit, or None.
         error_bound: [B] bound on the error of ``value``, in its unit, or None.
@@ -138,8 +136,7 @@ class LayerGeometry(HasDirections):
     def lipschitz_bounds(self) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
         """Lower and upper bound [B] of σ_1 of J, the layer's local Lipschitz constant (of J/√n when normalised).
 
-        From ``Exact`` they coincide; from ``TopK`` every Ritz value is a lower bound, and ``error_bound`` says how far
-        off.
+        From ``Exact`` they coincide; of ``TopK`` a Ritz value is the lower one, and ``error_bound`` gives the upper.
 
         Raises:
             ProbeError: an estimator that does not bound σ_1.
@@ -246,6 +243,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
 
     Attributes:
         left_out: layers that ``layers="auto"`` did not measure → why.
+        seconds: wall time of the measurement; None of a part, and of what was read from a file: no file holds it.
 
     >>> import torch, torchgeom_probe as tgp
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh())
@@ -253,6 +251,8 @@ class GeometryReport(Mapping[str, LayerGeometry]):
     >>> list(report), tuple(report["1"].log_volume.shape)
     (['0', '1'], (5,))
     """
+
+    seconds: float | None = None
 
     def __init__(self, layers: Mapping[str, LayerGeometry], *, left_out: Mapping[str, str] | None = None) -> None:
         self._layers = dict(layers)

@@ -423,3 +423,12 @@ def test_where_random_numbers_are_drawn_every_sample_stays():
     found = probe.measure(x)[""]
     assert len(set(found.num_products.tolist())) == 2
     assert set(sizes.read()[2:]) == {2}
+
+
+def test_what_is_measured_again_is_the_same_to_the_bit_and_its_time_is_the_reports_own(tmp_path):
+    model, layer, x = problems.problem("mlp", n=60, d=90, batch=3)
+    probe = tgp.GeometryProbe(model, layers=[layer], estimator=tgp.TopK(k=3, method="krylov"))
+    first, second = (probe.measure(x) for _ in range(2))
+    assert first.save(tmp_path / "a").read_bytes() == second.save(tmp_path / "b").read_bytes()
+    assert 0 < first.seconds != second.seconds
+    assert tgp.GeometryReport.load(tmp_path / "a").seconds is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -52,8 +51,8 @@ class TopK(Estimator):
     formed and decomposed instead; ``estimand`` then says "dense".
 
     Bias: downward, within ``error_bound``; variance: none for a given ``seed`` (the start block, the same for all
-    samples and layers).  Cost: ``num_products`` [B] products per sample and layer, half of them Jv and half Jᵀu, and
-    ``seconds`` [B]: 50 to 100 at k = 10, n = 512, d = 3072, against 512 for the whole Jacobian; at a ResNet's unpooled
+    samples and layers).  Cost: ``num_products`` [B] products per sample and layer, half of them Jv and half Jᵀu: 50 to
+    100 at k = 10, n = 512, d = 3072, against 512 for the whole Jacobian; at a ResNet's unpooled
     stages 80 (the last) to 180 (the first) for ``tol=0.1``; 12 at unchanged weights.
 
     The paper's conventions (Zavatone-Veth et al., arXiv:2301.11375): J/√n, log10, k = 10 or all 512, the stages of a
@@ -160,17 +159,12 @@ class TopK(Estimator):
         warm = {e: b for e, g in (start or {}).items() if (b := self._before(g, jacobians.device)) is not None}
         with layer_jacobians(jacobians, estimator=f"TopK(k={self.k})", at_once=block) as maps:
             expanded = {e: m for e, m in maps.items() if not self._dense_at_once(min(m.num_features, m.num_inputs))}
-            begun, images = time.perf_counter(), {}
+            images = {}
             if len(expanded) > 1 and not warm:
                 generator = torch.Generator().manual_seed(self.seed)
                 random = random_block(next(iter(maps.values())), block, generator)
                 images = pushed_together(jacobians, maps, random)
-            shared = (time.perf_counter() - begun) / max(1, len(expanded))
-            found = {}
-            for entry, jacobian in maps.items():
-                took = shared if entry in expanded else 0.0
-                found[entry] = self._layer(jacobians, jacobian, images.get(entry), warm.get(entry), took)
-            return found
+            return {e: self._layer(jacobians, m, images.get(e), warm.get(e)) for e, m in maps.items()}
 
     def _before(self, earlier: LayerGeometry, device: torch.device) -> Before | None:
         """What an earlier result says, where it is one of these k values with their vectors."""
@@ -183,9 +177,8 @@ class TopK(Estimator):
         return Before(earlier.singular_values.to(device, torch.float64), bound, vectors, cold)
 
     def _layer(
-        self, jacobians: Jacobians, jacobian: LayerJacobian, image: Tensor | None, before: Before | None, shared: float
+        self, jacobians: Jacobians, jacobian: LayerJacobian, image: Tensor | None, before: Before | None
     ) -> LayerGeometry:
-        begun = time.perf_counter() - shared
         smaller = min(jacobian.num_features, jacobian.num_inputs)
         block = min(self._block(jacobian.device.type), smaller)
         vectors: Tensor | None = None
@@ -220,7 +213,6 @@ class TopK(Estimator):
                 converged = torch.ones_like(converged)
         tolerance = rank_tolerance(jacobian.dtype)
         volume, rank, pseudo = log_volume(sigma, num_directions=self.k, tolerance=tolerance)
-        seconds = torch.full_like(bound, (time.perf_counter() - begun) / jacobian.batch)
         return LayerGeometry(
             **conventions(jacobians, jacobian.entry, jacobian.engine),
             estimand=f"Σ log σ_i over the {self.k} largest singular values of J (effective volume; {how})",
@@ -232,7 +224,7 @@ class TopK(Estimator):
             num_directions=self.k,
             rank_tolerance=tolerance,
             error_bound=bound,
-            extras={"num_products": products, "cold_products": cold, "converged": converged, "seconds": seconds},
+            extras={"num_products": products, "cold_products": cold, "converged": converged},
             right_singular_vectors=vectors,
         )
 
