@@ -17,7 +17,7 @@ from torch import nn
 
 from torchgeom_probe.check import CheckReport
 from torchgeom_probe.errors import LayerRefusal, ProbeError, refuse_unknown
-from torchgeom_probe.estimators import Estimator, Subspace
+from torchgeom_probe.estimators import Estimator
 from torchgeom_probe.estimators.base import estimator_of
 from torchgeom_probe.estimators.cost import Cost, cost_of, seconds_per_row
 from torchgeom_probe.estimators.options import (

@@ -33,7 +33,7 @@ else:  # pandas is optional: its types are for the type checker alone
 class LayerGeometry(HasDirections):
     """The local geometry of one layer's feature map Φ around each of B samples.
 
-    With J = ∂Φ/∂x at a sample (divided by √n when ``normalized``, the paper's convention) and g = JᵀJ:
+    With J = ∂Φ/∂x at a sample (divided by √n when ``normalized``, as in the paper), g = JᵀJ, all on the model's device:
 
     Attributes:
         name: the layer's name; ``name#1``, ``name#2`` … for the later calls of a module that is called repeatedly.
@@ -59,9 +59,8 @@ class LayerGeometry(HasDirections):
             [B, 2] (95 %), ``num_products`` (Jv and Jᵀu formed for each sample), ….  Each is an attribute, too.
         spectrum: the spectral density of g, or None; see :meth:`GeometryReport.density`.
         right_singular_vectors: [B, q, d], for ``directions()`` and ``measure(x, start=report)``, or None.
+        sketch: [B, b, s], of what J makes of b random directions, for ``measure(x, start=report)``, or None.
         input_shape: of one sample of the space that is pulled back to.
-
-    Tensors stay on the model's device.
     """
 
     name: str
@@ -83,6 +82,7 @@ class LayerGeometry(HasDirections):
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     spectrum: SpectralDensity | None = None
     right_singular_vectors: Float[Tensor, "batch q d"] | None = None
+    sketch: Float[Tensor, "batch b s"] | None = None
     input_shape: tuple[int, ...] = ()
 
     def __getattr__(self, name: str) -> Tensor:
@@ -234,8 +234,8 @@ def _as_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**{name: value for name, value in tensors.items() if "/" not in name}, "extras": extras}
 
 
-#: What a saved report may leave out: as large as the Jacobians themselves.
-_LARGE = "right_singular_vectors"
+#: What a saved report may leave out: as large as the Jacobians themselves, or of no use without what is.
+_LARGE = ("right_singular_vectors", "sketch")
 
 
 class GeometryReport(Mapping[str, LayerGeometry]):
@@ -384,7 +384,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         """Everything by name, singular values included; of each layer ``nonfinite`` counts what has no finite value."""
         layers = []
         for layer in self.values():
-            tensors = {n.removeprefix("extras/"): t for n, t in layer._tensors().items() if n not in (_LARGE, "value")}
+            tensors = {n.removeprefix("extras/"): t for n, t in layer._tensors().items() if n not in (*_LARGE, "value")}
             count = int((~layer.value.isfinite()).sum())
             layers.append({**layer._constants(), layer.quantity: layer.value, **tensors, "nonfinite": count})
         return {"units": "natural log", "left_out": self.left_out, "layers": layers}
@@ -397,7 +397,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         """Every tensor by name, for a file of any format; with ``large`` spectra and singular vectors too."""
         found: dict[str, Tensor] = {}
         for i, layer in enumerate(self.values()):
-            found |= {f"{i}/{name}": t for name, t in layer._tensors().items() if large or name != _LARGE}
+            found |= {f"{i}/{name}": t for name, t in layer._tensors().items() if large or name not in _LARGE}
             if large and layer.spectrum is not None:
                 found |= {f"{i}/spectrum/{part}": getattr(layer.spectrum, part) for part in ("nodes", "weights")}
         return found

@@ -220,12 +220,13 @@ def test_warm_start_follows_a_small_change_of_the_weights():
     probe = tgp.GeometryProbe(model, layers=[layer], estimator=tgp.TopK(k=10, method="krylov"))
     cold = probe.measure(x)
     same = probe.measure(x, start=cold)[layer]
-    assert same.num_products.tolist() == [12] * 3
+    assert same.num_products.tolist() == [16] * 3
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1e-3 * p.abs().mean() * torch.randn_like(p))
     warm, again = probe.measure(x, start=cold)[layer], probe.measure(x)[layer]
-    assert (warm.num_products < again.num_products).all()
+    assert (warm.num_products <= again.num_products).all()  # a change that looks like few directions starts cold
+    assert warm.num_products.double().mean() < again.num_products.double().mean()
     true = oracle.singular_values(model, [layer], x)[layer][:, :10] / math.sqrt(warm.num_features)
     assert ((warm.log_volume - true.log().sum(1)).abs() <= warm.error_bound).all()
     assert (warm.error_bound <= 0.02).all()

@@ -160,7 +160,7 @@ class TopK(Estimator):
         with layer_jacobians(jacobians, estimator=f"TopK(k={self.k})", at_once=block) as maps:
             expanded = {e: m for e, m in maps.items() if not self._dense_at_once(min(m.num_features, m.num_inputs))}
             images = {}
-            if len(expanded) > 1 and not warm:
+            if len(expanded) > 1:
                 generator = torch.Generator().manual_seed(self.seed)
                 random = random_block(next(iter(maps.values())), block, generator)
                 images = pushed_together(jacobians, maps, random)
@@ -168,13 +168,13 @@ class TopK(Estimator):
 
     def _before(self, earlier: LayerGeometry, device: torch.device) -> Before | None:
         """What an earlier result says, where it is one of these k values with their vectors."""
-        vectors, bound = earlier.right_singular_vectors, earlier.error_bound
-        if vectors is None or bound is None or earlier.num_directions != self.k:
+        found = (earlier.singular_values, earlier.error_bound, earlier.right_singular_vectors)
+        found += (earlier.extras.get("cold_products"), earlier.sketch)
+        known = [part.to(device, torch.float64) for part in found if part is not None]
+        if len(known) < len(found) or earlier.num_directions != self.k:
             return None
-        vectors = vectors.to(device, torch.float64)
-        bound = torch.where(earlier.singular_values[:, -1].to(device) > 0, bound.to(device, torch.float64), torch.inf)
-        cold = earlier.extras.get("cold_products", torch.zeros_like(bound)).to(device, torch.float64)
-        return Before(earlier.singular_values.to(device, torch.float64), bound, vectors, cold)
+        values, bound, *others = known
+        return Before(values, torch.where(values[:, -1] > 0, bound, torch.inf), *others)
 
     def _layer(
         self, jacobians: Jacobians, jacobian: LayerJacobian, image: Tensor | None, before: Before | None
@@ -182,6 +182,7 @@ class TopK(Estimator):
         smaller = min(jacobian.num_features, jacobian.num_inputs)
         block = min(self._block(jacobian.device.type), smaller)
         vectors: Tensor | None = None
+        sketch: Tensor | None = None
         how = "dense"
         if self._dense_at_once(smaller):
             sigma, bound, products = self._dense(jacobian)
@@ -200,7 +201,8 @@ class TopK(Estimator):
                 image=image,
                 before=before,
             )
-            sigma, bound, products, vectors = found.values, found.bound, found.products, found.vectors
+            sigma, bound, products = found.values, found.bound, found.products
+            vectors, sketch = found.vectors, found.sketch
             converged, cold = found.converged.double(), products
             if before is not None:  # a cheap warm start must not make the next one look dear
                 cold = torch.maximum(products, before.cold_products.long())
@@ -226,6 +228,7 @@ class TopK(Estimator):
             error_bound=bound,
             extras={"num_products": products, "cold_products": cold, "converged": converged},
             right_singular_vectors=vectors,
+            sketch=sketch,
         )
 
     def _dense(self, jacobian: LayerJacobian) -> tuple[Tensor, Tensor, Tensor]:
