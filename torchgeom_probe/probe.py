@@ -85,7 +85,7 @@ class GeometryProbe:
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(2, 16), nn.Sigmoid(), nn.Linear(16, 16), nn.Sigmoid())
-    >>> with GeometryProbe(model, layers=["1", "3"], estimator=Subspace(k=2)) as probe:
+    >>> with GeometryProbe(model, layers=["1", "3"], estimator="subspace:2") as probe:
     ...     report = probe.measure(torch.randn(7, 2))
     >>> report["3"].log_volume.shape, report["3"].engine
     (torch.Size([7]), 'fused')
@@ -337,7 +337,7 @@ class GeometryProbe:
         The seconds are rows times the time of a row in a plain forward pass, run for this on up to eight samples.  Of a
         DataLoader or Dataset: what ``measure_dataset`` takes, from a few seconds of it.
 
-        >>> probe = GeometryProbe(nn.Sequential(nn.Linear(5, 3), nn.Tanh()), layers="*", estimator=Subspace(k=2))
+        >>> probe = GeometryProbe(nn.Sequential(nn.Linear(5, 3), nn.Tanh()), layers="*", estimator="subspace:2")
         >>> cost = probe.cost(torch.randn(7, 5))
         >>> assert (cost.rows, cost.samples_at_once) == (21, 7)  # the primal and 2 directions each, in one pass
         >>> print(cost)                                    # doctest: +ELLIPSIS

@@ -143,7 +143,6 @@ class LayerGeometry(HasDirections):
         """
         if self.singular_values.shape[1] and (
             self.error_bound is not None
-            or self.num_directions == self.num_inputs == self.singular_values.shape[1]
             or (self.spectrum is not None and self.spectrum.exact)
         ):
             largest = self.singular_values[:, 0]

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 from torch import nn
+from torchgeom_probe.integrations.timm import cifar_resnet
 
 import torchgeom_probe as tgp
-from torchgeom_probe.integrations.timm import cifar_resnet
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

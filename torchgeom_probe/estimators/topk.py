@@ -11,13 +11,20 @@ import torch
 from torch.nn import functional
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.base import Estimator, ProductCount, conventions, counted, dense_count
+from torchgeom_probe.estimators.base import (
+    Estimator,
+    ProductCount,
+    counted,
+    dense_count,
+    from_singular_values,
+    refuse_more_than_there_are,
+)
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians, pushed_together
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.krylov import leading, random_block
 from torchgeom_probe.linalg.stopping import Before
-from torchgeom_probe.linalg.volume import log_volume, rank_tolerance
+from torchgeom_probe.linalg.volume import rank_tolerance
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
 
@@ -114,7 +121,10 @@ class TopK(Estimator):
             raise ProbeError(f"TopK(method={self.method!r}) is unknown.\nWrite 'auto', 'krylov' or 'dense'.")
 
     def cost(self, plan: Plan, *, engine: str = "auto") -> dict[str, ProductCount]:
-        """Per layer: about 8 k products and at most those of the dense Jacobian; or the dense Jacobian at once."""
+        """Per layer: 4 k + 40 products where the spectrum decays, and the most that there can be; or the dense J.
+
+        A pass ends at its layer: a product of an early one takes a part of the time that is said for it.
+        """
         # A block, the graph that is saved for reverse mode, and the Krylov vectors.
         expected = min(8 * self.k + 16, plan.num_inputs)
         krylov_bytes = 3 * 8 * expected * (plan.num_inputs + max(plan.features.values()))
@@ -122,20 +132,17 @@ class TopK(Estimator):
         found = {}
         for entry, n in plan.features.items():
             smaller = min(n, plan.num_inputs)
-            if self.k > smaller:
-                raise ProbeError(
-                    f"TopK(k={self.k}): the Jacobian of layer {entry!r} is {n} x {plan.num_inputs} and has {smaller} "
-                    "singular values.\n"
-                    f"Write TopK(k={smaller}) or fewer, or take them all:  estimator=Exact()"
-                )
+            refuse_more_than_there_are("TopK", self.k, entry, n, plan.num_inputs)
             if self._dense_at_once(smaller):
                 why = "the whole J is about as cheap as an iteration"
                 found[entry] = dense_count(n, plan.num_inputs, at_once=rows, why=why)
             else:
-                most = self._most_products(smaller, self._block("cpu"))
-                half = min(8 * self.k, most) // 2
-                after = ", then the dense J" if self._may_go_dense else ""
-                why = f"block Krylov, Jv and Jᵀu in turn, about {most} products at the most{after}"
+                block = min(self._block("cuda"), smaller)
+                # In any case k values are found: of one push more than there are pulls.
+                most = max(self._most_products(smaller, block), (2 * -(-self.k // block) - 1) * block)
+                half = min(4 * self.k + 40, most) // 2
+                after = f", then the dense J: {smaller} more" if self._may_go_dense else ""
+                why = f"block Krylov, Jv and Jᵀu in turn, some {2 * half} products and at the most {most}{after}"
                 found[entry] = ProductCount(half, half, most + (smaller if after else 0), False, rows, why)
         return found
 
@@ -168,8 +175,8 @@ class TopK(Estimator):
 
     def _before(self, earlier: LayerGeometry, device: torch.device) -> Before | None:
         """What an earlier result says, where it is one of these k values with their vectors."""
-        found = (earlier.singular_values, earlier.error_bound, earlier.right_singular_vectors)
-        found += (earlier.extras.get("cold_products"), earlier.sketch)
+        parts = (earlier.error_bound, earlier.right_singular_vectors, earlier.extras.get("cold_products"))
+        found = (earlier.singular_values, *parts, earlier.sketch)
         known = [part.to(device, torch.float64) for part in found if part is not None]
         if len(known) < len(found) or earlier.num_directions != self.k:
             return None
@@ -213,18 +220,14 @@ class TopK(Estimator):
                 bound = torch.where(found.converged, bound, exact_bound)
                 products = torch.where(found.converged, products, jacobian.products)
                 converged = torch.ones_like(converged)
-        tolerance = rank_tolerance(jacobian.dtype)
-        volume, rank, pseudo = log_volume(sigma, num_directions=self.k, tolerance=tolerance)
-        return LayerGeometry(
-            **conventions(jacobians, jacobian.entry, jacobian.engine),
+        return from_singular_values(
+            jacobians,
+            jacobian.entry,
+            sigma,
             estimand=f"Σ log σ_i over the {self.k} largest singular values of J (effective volume; {how})",
-            quantity="log_volume",
-            value=volume,
-            singular_values=sigma,
-            rank=rank,
-            log_pseudo_volume=pseudo,
+            engine=jacobian.engine,
             num_directions=self.k,
-            rank_tolerance=tolerance,
+            tolerance=rank_tolerance(jacobian.dtype),
             error_bound=bound,
             extras={"num_products": products, "cold_products": cold, "converged": converged},
             right_singular_vectors=vectors,

@@ -113,7 +113,8 @@ def leading(
     image = jacobian.push(start) if image is None else image
     found = replace(Leading.empty(jacobian, k), sketch=sketched(image))
     options: Any = {"k": k, "tolerance": tolerance, "max_products": max_products, "generator": generator}
-    cold, refused = list(range(jacobian.batch)), []
+    cold: list[int] = list(range(jacobian.batch))
+    refused: list[int] = []
     if before is not None and before.sketch.shape == found.sketch.shape and k >= 2 * block:
         if max_products >= 2 * (before.vectors.shape[1] + block):
             cold, refused = _warm(jacobian, found, start, image, before, **options)

@@ -211,7 +211,7 @@ class Verdict:
             own, close = own + 1.5 * self._prior.bound / self._steps, _WARM_MARGIN * close
         own = torch.minimum(close, own)
         bound = torch.minimum(own + hidden, below_top)
-        if self._prior is not None and self._steps == 1:
+        if self._prior is not None and self._unseen is not None and self._steps == 1:
             # What was missing is missing still; what J's change has added is seen, or measured along random directions.
             lost = self._prior.values.clamp_min(1e-300).log().sum(1) - total
             bound = torch.minimum(bound, torch.nan_to_num(lost + self._prior.bound + self._unseen, nan=torch.inf))
