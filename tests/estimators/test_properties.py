@@ -3,6 +3,7 @@
 import math
 
 import problems
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -85,7 +85,7 @@ def on_directions(directions: Tensor, jacobians: Jacobians, estimand: str) -> di
             estimand=estimand,
             engine=jacobians.engine,
             num_directions=k,
-            tolerance=resolution(jacobians, factors[entry]),
+            tolerance=resolution(jacobians.plan.dtype, factors[entry]),
         )
         for entry in jacobians.plan.features
     }

@@ -199,9 +199,9 @@ def from_singular_values(
     )
 
 
-def resolution(jacobians: Jacobians, factor: Factor) -> float:
-    """Below this share of the largest a singular value of the factor is rounding."""
-    own = rank_tolerance(factor.dtype or jacobians.plan.dtype)
+def resolution(dtype: torch.dtype, factor: Factor) -> float:
+    """Below this share of the largest a singular value of the factor, of tangents of that dtype, is rounding."""
+    own = rank_tolerance(factor.dtype or dtype)
     return own if factor.gram is None else max(own, GRAM_RESOLUTION)  # float64 tangents that did not fit into memory
 
 

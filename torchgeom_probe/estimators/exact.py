@@ -87,7 +87,7 @@ class Exact(Estimator):
                 engine=engine,
                 num_directions=d,
                 full_rank=min(n, d),
-                tolerance=resolution(jacobians, factors[entry]),
+                tolerance=resolution(plan.dtype, factors[entry]),
                 spectrum=SpectralDensity.of_singular_values(sigma[entry], d),
                 extras=_whole(sigma[entry], d),
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.nn import functional
@@ -18,6 +18,7 @@ from torchgeom_probe.estimators.base import (
     dense_count,
     from_singular_values,
     refuse_more_than_there_are,
+    resolution,
 )
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians, pushed_together
@@ -165,13 +166,10 @@ class TopK(Estimator):
         block = self._block(jacobians.device.type)
         warm = {e: b for e, g in (start or {}).items() if (b := self._before(g, jacobians.device)) is not None}
         with layer_jacobians(jacobians, estimator=f"TopK(k={self.k})", at_once=block) as maps:
-            expanded = {e: m for e, m in maps.items() if not self._dense_at_once(min(m.num_features, m.num_inputs))}
-            images = {}
-            if len(expanded) > 1:
-                generator = torch.Generator().manual_seed(self.seed)
-                random = random_block(next(iter(maps.values())), block, generator)
-                images = pushed_together(jacobians, maps, random)
-            return {e: self._layer(jacobians, m, images.get(e), warm.get(e)) for e, m in maps.items()}
+            expanded = [m for m in maps.values() if not self._dense_at_once(min(m.num_features, m.num_inputs))]
+            random = random_block(next(iter(maps.values())), block, torch.Generator().manual_seed(self.seed))
+            images = pushed_together(jacobians, maps, random) if len(expanded) > 1 else {}
+            return {e: self._layer(jacobians, m, random, images.get(e), warm.get(e)) for e, m in maps.items()}
 
     def _before(self, earlier: LayerGeometry, device: torch.device) -> Before | None:
         """What an earlier result says, where it is one of these k values with their vectors."""
@@ -180,46 +178,48 @@ class TopK(Estimator):
         known = [part.to(device, torch.float64) for part in found if part is not None]
         if len(known) < len(found) or earlier.num_directions != self.k:
             return None
-        values, bound, *others = known
-        return Before(values, torch.where(values[:, -1] > 0, bound, torch.inf), *others)
+        values, bound, vectors, cold, sketch = known
+        of_these_vectors = (values[:, -1] > 0) & (cold > 0)  # and not of the dense J, where the iteration did not end
+        return Before(values, torch.where(of_these_vectors, bound, torch.inf), vectors, cold, sketch)
 
     def _layer(
-        self, jacobians: Jacobians, jacobian: LayerJacobian, image: Tensor | None, before: Before | None
+        self,
+        jacobians: Jacobians,
+        jacobian: LayerJacobian,
+        random: Tensor,
+        image: Tensor | None,
+        before: Before | None,
     ) -> LayerGeometry:
         smaller = min(jacobian.num_features, jacobian.num_inputs)
-        block = min(self._block(jacobian.device.type), smaller)
-        vectors: Tensor | None = None
-        sketch: Tensor | None = None
-        how = "dense"
+        others: dict[str, Any] = {}
         if self._dense_at_once(smaller):
-            sigma, bound, products = self._dense(jacobian)
-            converged, cold = torch.ones_like(bound), products
+            how, (sigma, bound, tolerance) = "dense", self._dense(jacobian)
+            products = cold = counted(bound, smaller)
         else:
-            how = "block Krylov"
-            generator = torch.Generator().manual_seed(self.seed)
+            how, tolerance = "block Krylov", rank_tolerance(jacobian.dtype)
+            block = min(random.shape[1], smaller)
             found = leading(
                 jacobian,
-                random_block(jacobian, block, generator),
+                random[:, :block],
                 k=self.k,
                 block=block,
                 tolerance=self.tol,
                 max_products=self._most_products(smaller, block),
-                generator=generator,
-                image=image,
+                generator=torch.Generator().manual_seed(self.seed + 1),
+                image=None if image is None else image[:, :block],
                 before=before,
             )
             sigma, bound, products = found.values, found.bound, found.products
-            vectors, sketch = found.vectors, found.sketch
-            converged, cold = found.converged.double(), products
+            others = {"right_singular_vectors": found.vectors, "sketch": found.sketch}
+            cold = products
             if before is not None:  # a cheap warm start must not make the next one look dear
                 cold = torch.maximum(products, before.cold_products.long())
-            if self._may_go_dense and not bool(found.converged.all()):
+            ended = found.converged | sigma.isnan().any(1)
+            if self._may_go_dense and not bool(ended.all()):
                 how = "block Krylov, dense where that did not converge"
-                exact, exact_bound, _ = self._dense(jacobian)
-                sigma = torch.where(found.converged[:, None], sigma, exact)
-                bound = torch.where(found.converged, bound, exact_bound)
-                products = torch.where(found.converged, products, jacobian.products)
-                converged = torch.ones_like(converged)
+                exact, exact_bound, tolerance = self._dense(jacobian)
+                sigma, bound = torch.where(ended[:, None], sigma, exact), torch.where(ended, bound, exact_bound)
+                products, cold = torch.where(ended, products, jacobian.products), torch.where(ended, cold, 0)
         return from_singular_values(
             jacobians,
             jacobian.entry,
@@ -227,21 +227,21 @@ class TopK(Estimator):
             estimand=f"Σ log σ_i over the {self.k} largest singular values of J (effective volume; {how})",
             engine=jacobian.engine,
             num_directions=self.k,
-            tolerance=rank_tolerance(jacobian.dtype),
+            tolerance=tolerance,
             error_bound=bound,
-            extras={"num_products": products, "cold_products": cold, "converged": converged},
-            right_singular_vectors=vectors,
-            sketch=sketch,
+            extras={"num_products": products, "cold_products": cold, "converged": (bound <= self.tol).double()},
+            **others,
         )
 
-    def _dense(self, jacobian: LayerJacobian) -> tuple[Tensor, Tensor, Tensor]:
-        before = jacobian.products
-        values = jacobian.dense().singular_values()[:, : self.k]
+    def _dense(self, jacobian: LayerJacobian) -> tuple[Tensor, Tensor, float]:
+        """The values of the dense J, their bound, and what of the largest is rounding."""
+        factor = jacobian.dense()
+        tolerance = resolution(jacobian.dtype, factor)
+        values = factor.singular_values()[:, : self.k]
         # Rounding of the products, and of the Gram matrix that they are reduced to.
         relative = values[:, :1] / values.clamp_min(1e-300)
         rounding = 8 * jacobian.eps * relative + 1e-15 * relative.square()
-        bound = torch.where(values > 16 * jacobian.eps * values[:, :1], rounding, 0.0).sum(1)
-        return values, bound, counted(bound, jacobian.products - before)
+        return values, torch.where(values > tolerance * values[:, :1], rounding, 0.0).sum(1), tolerance
 
     def _block(self, device: str) -> int:
         return self.block if self.block is not None else 4 if device == "cpu" else 8

@@ -196,6 +196,6 @@ class _Metric(Estimator):
                 estimand="VᵀgV",
                 engine=jacobians.engine,
                 num_directions=k,
-                tolerance=resolution(jacobians, factor),
+                tolerance=resolution(jacobians.plan.dtype, factor),
             )
         return found
