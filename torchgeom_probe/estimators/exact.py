@@ -97,7 +97,7 @@ class Exact(Estimator):
 
 def _whole(sigma: Tensor, d: int) -> dict[str, Tensor]:
     """What a frame can only estimate, without its errors."""
-    moments = frame_moments(sigma[None], num_directions=d, num_inputs=d).extras
+    moments = frame_moments(sigma[None], num_directions=d, num_inputs=d)
     return {name: moments[name] for name in ("scale", "effective_dimension")}
 
 

@@ -171,7 +171,7 @@ class Subspace(Estimator):
         moments: dict[str, dict[str, torch.Tensor]] = {entry: {} for entry in found}
         for width in widths:
             alike = [entry for entry, values in sigma.items() if values.shape[2] == width]
-            whole = frame_moments(torch.cat([sigma[e] for e in alike], 1), num_directions=k, num_inputs=d).extras
+            whole = frame_moments(torch.cat([sigma[e] for e in alike], 1), num_directions=k, num_inputs=d)
             for name, values in whole.items():
                 for entry, part in zip(alike, values.chunk(len(alike)), strict=True):
                     moments[entry][name] = part

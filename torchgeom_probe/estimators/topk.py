@@ -41,19 +41,20 @@ class TopK(Estimator):
     a LOWER bound of its singular value, so a volume that has not converged is too small, never too large.  A sample
     stops, and costs nothing from then on, when ``error_bound`` [B] on the error of ``log_volume`` is within ``tol``
     (``converged`` = 1) or the next half-step would go beyond ``max_products`` (0).  The bound is finite at any moment:
-    what the last steps gained says what may be ahead, and small residuals say it better.  It is no theorem: the
-    constants are set by calibration, a slow test of 11520 runs (tests/linalg/test_stopping.py).
+    what the last steps gained says what may be ahead, and small residuals say it better.  It is no theorem: constants
+    are set by calibration, CALIBRATED
 
     Neither sees further copies of a multiple singular value, of which a block of b vectors meets b.  So where ``block``
     values agree to 1e-3 (or agree ten times better than with the next one), what hidden copies could add is part of the
-    bound; where that is too much, the sample starts again from k + 2 vectors.
+    bound; where that is too much, the sample starts again from k + 2 vectors.  Nor do gains tell of a value whose
+    vector has a small part in the start: what such a one could add, but for one start in a thousand, is counted too.
 
     A push ends with its layer, a pull begins there; the first push is one for all layers.  From an earlier report
-    (``start=``; a monitor hands its last one) the old singular vectors are pushed first, four to judge by: where
-    they have lost much, or a cold start is cheap, the sample starts cold.  Where g has not changed along them, that is
-    all; else they and four random vectors go on as a block.  A change that is one new direction alone, as large as
-    the smallest of the k values, can be missed by such a start; so it is not made for k < 8, nor where the k values are
-    within a per cent of each other.
+    (``start=``; a monitor hands its last one) the random start is pushed first, as then: how far its products have
+    changed bounds the change of J.  Where that is nothing, the old singular vectors are pushed, and that is all.  Where
+    it is that of a few new directions, of which the old vectors know nothing, or where these have lost much, or a cold
+    start is cheap, the sample starts cold, at no more than ``block`` products lost; else all go on as one block.  No
+    warm start is made for k < 2 · ``block``, nor where the k values are within a per cent of each other.
 
     Where the dense Jacobian is about as cheap (n or d below some 16 k), or no convergence comes at its price, J is
     formed and decomposed instead; ``estimand`` then says "dense".

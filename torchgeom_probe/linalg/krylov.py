@@ -19,7 +19,7 @@ Legend of axes: B samples, b the block, m the vectors so far, k the values wante
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class Leading:
     sketch: Float[Tensor, "B b s"]
 
     @staticmethod
-    def empty(jacobian: Operator, k: int) -> Leading:
+    def empty(jacobian: Operator, k: int, sketch: Float[Tensor, "B b s"]) -> Leading:
         """Of every sample nothing."""
         count, device = jacobian.batch, jacobian.device
         values = torch.zeros(count, k, dtype=torch.float64, device=device)
@@ -68,7 +68,7 @@ class Leading:
             products=torch.zeros(count, dtype=torch.long, device=device),
             vectors=values.new_zeros(count, k + SPARE, jacobian.num_inputs),
             left=values.new_zeros(count, k + SPARE, jacobian.num_features),
-            sketch=values.new_zeros(count, 0, 0),
+            sketch=sketch,
         )
 
 
@@ -111,7 +111,7 @@ def leading(
     (True, True)
     """
     image = jacobian.push(start) if image is None else image
-    found = replace(Leading.empty(jacobian, k), sketch=sketched(image))
+    found = Leading.empty(jacobian, k, sketched(image))
     options: Any = {"k": k, "tolerance": tolerance, "max_products": max_products, "generator": generator}
     cold: list[int] = list(range(jacobian.batch))
     refused: list[int] = []

@@ -4,7 +4,8 @@ The pairs are those of :mod:`torchgeom_probe.linalg.krylov`, S_i their values, r
 the k wanted after the j-th half-step.  Four bounds on the error of a_j; the smallest that counts is taken.
 
 - **Progress.**  Where σ_1 … σ_k are close together the iteration advances as 1/j² and faster, so that what is left is
-  at most some j times the last two half-steps' gain.  How many times was calibrated (``_AHEAD``).
+  at most some j times the last two half-steps' gain.  How many times was calibrated (``_AHEAD``).  It is no less than
+  what a value could add that the start hardly knows of: there gains cease while it is still missing.
 - **The top.**  All k values are below σ_1, whose own bound is that of k = 1; before progress is to be seen, σ_1² is
   below tr g, which the random start has estimated.
 - **Linear.**  Some singular value lies within |r_i| of S_i.
@@ -104,7 +105,7 @@ class Before:
 
     @property
     def apart(self) -> Bool[Tensor, " S"]:
-        """Whether values this close do not take each other's vectors at any change."""
+        """Whether the values are so far from each other that they do not take each other's vectors at any change."""
         return (self.values[:, 0] / self.values[:, -1].clamp_min(1e-300)).log() > self.values.shape[1] * _TIGHT
 
 
