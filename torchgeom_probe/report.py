@@ -142,8 +142,7 @@ class LayerGeometry(HasDirections):
             ProbeError: an estimator that does not bound σ_1.
         """
         if self.singular_values.shape[1] and (
-            self.error_bound is not None
-            or (self.spectrum is not None and self.spectrum.exact)
+            self.error_bound is not None or (self.spectrum is not None and self.spectrum.exact)
         ):
             largest = self.singular_values[:, 0]
             return largest, largest if self.error_bound is None else largest * self.error_bound.exp()

@@ -184,12 +184,7 @@ class TopK(Estimator):
         return Before(values, torch.where(of_these_vectors, bound, torch.inf), vectors, cold, sketch)
 
     def _layer(
-        self,
-        jacobians: Jacobians,
-        jacobian: LayerJacobian,
-        random: Tensor,
-        image: Tensor | None,
-        before: Before | None,
+        self, jacobians: Jacobians, jacobian: LayerJacobian, random: Tensor, image: Tensor | None, before: Before | None
     ) -> LayerGeometry:
         smaller = min(jacobian.num_features, jacobian.num_inputs)
         others: dict[str, Any] = {}
