@@ -65,7 +65,7 @@ class TopK(Estimator):
     Bias: downward, within ``error_bound``; variance: none for a given ``seed`` (the start block, the same for all
     samples and layers).  Cost: ``num_products`` [B] products per sample and layer, half of them Jv and half Jᵀu: 50 to
     100 at k = 10, n = 512, d = 3072, against 512 for the whole Jacobian; at a ResNet's unpooled
-    stages 80 (the last) to 180 (the first) for ``tol=0.1``; 12 at unchanged weights.
+    stages 80 (the last) to 180 (the first) for ``tol=0.1``; 16 at unchanged weights.
 
     The paper's conventions (Zavatone-Veth et al., arXiv:2301.11375): J/√n, log10, k = 10 or all 512, the stages of a
     ResNet average-pooled to 512 features.  :func:`paper_pool` is the pooling, for ``transform=``.  Their code sets
