@@ -6,6 +6,7 @@ x → directions → dual forward pass → per-layer factor → LayerGeometry �
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,11 +17,12 @@ from torch import nn
 
 from torchgeom_probe.check import CheckReport
 from torchgeom_probe.errors import LayerRefusal, ProbeError, refuse_unknown
-from torchgeom_probe.estimators import Along, Auto, Estimator, Subspace
+from torchgeom_probe.estimators import Estimator
 from torchgeom_probe.estimators.base import estimator_of
 from torchgeom_probe.estimators.cost import Cost, cost_of, seconds_per_row
 from torchgeom_probe.estimators.options import (
     ProbeOptions,
+    in_place_of,
     progress_bar,
     refuse_options,
     refuse_other_samples,
@@ -65,7 +67,7 @@ class GeometryProbe:
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(2, 16), nn.Sigmoid(), nn.Linear(16, 16), nn.Sigmoid())
-    >>> with GeometryProbe(model, layers=["1", "3"], estimator=Subspace(k=2)) as probe:
+    >>> with GeometryProbe(model, layers=["1", "3"], estimator="subspace:2") as probe:
     ...     report = probe.measure(torch.randn(7, 2))
     >>> report["3"].log_volume.shape, report["3"].engine
     (torch.Size([7]), 'fused')
@@ -192,14 +194,7 @@ class GeometryProbe:
                 derivative, ….
         """
         self._refuse_closed()
-        estimator: Estimator | None = None
-        if directions is not None:
-            if not isinstance(self.estimator, (Auto, Subspace, Along)):
-                raise ProbeError(
-                    f"directions= are an estimator of their own, and this probe has {self.estimator}.\n"
-                    "Write GeometryProbe(model, ..., estimator=Along(directions)), or leave its estimator out"
-                )
-            estimator = Along(directions)
+        estimator = None if directions is None else in_place_of(self.estimator, directions)
         if self._replays is not None and start is None:
             replayed = self._replayed(self._replays, x, estimator, progress)
             if replayed is not None:
@@ -248,6 +243,7 @@ class GeometryProbe:
         rows = max(count.at_once for count in estimator.cost(plan, engine=self._engine_that_runs).values())
         at_once = plan.samples_at_once(rows, inputs.size)
         parts: list[GeometryReport] = []
+        begun = time.perf_counter()
         with progress_bar(inputs.size, progress) as bar:
             done = 0
             while done < inputs.size:
@@ -277,7 +273,9 @@ class GeometryProbe:
                 self._plans[inputs.key()] = plan
                 bar.update(stop - done)
                 done = stop
-        return GeometryReport.joined(parts)
+        report = GeometryReport.joined(parts)
+        report.seconds = time.perf_counter() - begun
+        return report
 
     def _refuse_coupled(self, inputs: Inputs, plan: Plan) -> None:
         """Say what couples the samples: an op that a pass refuses by name, or else the layer where it shows."""
@@ -329,7 +327,7 @@ class GeometryProbe:
         The seconds are rows times the time of a row in a plain forward pass, run for this on up to eight samples.  Of a
         DataLoader or Dataset: what ``measure_dataset`` takes, from a few seconds of it.
 
-        >>> probe = GeometryProbe(nn.Sequential(nn.Linear(5, 3), nn.Tanh()), layers="*", estimator=Subspace(k=2))
+        >>> probe = GeometryProbe(nn.Sequential(nn.Linear(5, 3), nn.Tanh()), layers="*", estimator="subspace:2")
         >>> cost = probe.cost(torch.randn(7, 5))
         >>> assert (cost.rows, cost.samples_at_once) == (21, 7)  # the primal and 2 directions each, in one pass
         >>> print(cost)                                    # doctest: +ELLIPSIS

@@ -33,7 +33,7 @@ else:  # pandas is optional: its types are for the type checker alone
 class LayerGeometry(HasDirections):
     """The local geometry of one layer's feature map Φ around each of B samples.
 
-    With J = ∂Φ/∂x at a sample (divided by √n when ``normalized``, the paper's convention) and g = JᵀJ:
+    With J = ∂Φ/∂x at a sample (divided by √n when ``normalized``, as in the paper), g = JᵀJ, all on the model's device:
 
     Attributes:
         name: the layer's name; ``name#1``, ``name#2`` … for the later calls of a module that is called repeatedly.
@@ -50,10 +50,8 @@ class LayerGeometry(HasDirections):
         quantity: what ``value`` is, in a word, which is its attribute, column and chart: ``"log_volume"`` (log √det g,
             or the effective volume), ``"frame_volume"`` (log √det VᵀgV), ``"scale"``, ``"half_log_det"``, ….
         unit: of ``value``: ``"nat"``, a natural logarithm, or another.
-        rank: [B], how many singular values exceed ``rank_tolerance`` · σ_max; -1 where the Jacobian is not finite; None
-            where the estimator does not see it.
-        log_pseudo_volume: [B], natural log of the product of those; 0 at rank 0 (an empty product); None without a
-            rank.
+        rank: [B], how many singular values exceed ``rank_tolerance`` · σ_max; -1 where J is not finite; None: not seen.
+        log_pseudo_volume: [B], log of the product of those; 0 at rank 0 (an empty product); None without a rank.
         rank_tolerance: the threshold of ``rank``, relative to the largest singular value.
         std_error: [B] standard error of a stochastic ``value``, in its unit, or None.
         error_bound: [B] bound on the error of ``value``, in its unit, or None.
@@ -61,9 +59,8 @@ class LayerGeometry(HasDirections):
             [B, 2] (95 %), ``num_products`` (Jv and Jᵀu formed for each sample), ….  Each is an attribute, too.
         spectrum: the spectral density of g, or None; see :meth:`GeometryReport.density`.
         right_singular_vectors: [B, q, d], for ``directions()`` and ``measure(x, start=report)``, or None.
+        sketch: [B, b, s], of what J makes of b random directions, for ``measure(x, start=report)``, or None.
         input_shape: of one sample of the space that is pulled back to.
-
-    Tensors stay on the model's device.
     """
 
     name: str
@@ -85,6 +82,7 @@ class LayerGeometry(HasDirections):
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     spectrum: SpectralDensity | None = None
     right_singular_vectors: Float[Tensor, "batch q d"] | None = None
+    sketch: Float[Tensor, "batch b s"] | None = None
     input_shape: tuple[int, ...] = ()
 
     def __getattr__(self, name: str) -> Tensor:
@@ -138,16 +136,13 @@ class LayerGeometry(HasDirections):
     def lipschitz_bounds(self) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
         """Lower and upper bound [B] of σ_1 of J, the layer's local Lipschitz constant (of J/√n when normalised).
 
-        From ``Exact`` they coincide; from ``TopK`` every Ritz value is a lower bound, and ``error_bound`` says how far
-        off.
+        From ``Exact`` they coincide; of ``TopK`` a Ritz value is the lower one, and ``error_bound`` gives the upper.
 
         Raises:
             ProbeError: an estimator that does not bound σ_1.
         """
         if self.singular_values.shape[1] and (
-            self.error_bound is not None
-            or self.num_directions == self.num_inputs == self.singular_values.shape[1]
-            or (self.spectrum is not None and self.spectrum.exact)
+            self.error_bound is not None or (self.spectrum is not None and self.spectrum.exact)
         ):
             largest = self.singular_values[:, 0]
             return largest, largest if self.error_bound is None else largest * self.error_bound.exp()
@@ -237,8 +232,8 @@ def _as_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**{name: value for name, value in tensors.items() if "/" not in name}, "extras": extras}
 
 
-#: What a saved report may leave out: as large as the Jacobians themselves.
-_LARGE = "right_singular_vectors"
+#: What a saved report may leave out: as large as the Jacobians themselves, or of no use without what is.
+_LARGE = ("right_singular_vectors", "sketch")
 
 
 class GeometryReport(Mapping[str, LayerGeometry]):
@@ -246,6 +241,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
 
     Attributes:
         left_out: layers that ``layers="auto"`` did not measure → why.
+        seconds: wall time of the measurement; None of a part, and of what was read from a file: no file holds it.
 
     >>> import torch, torchgeom_probe as tgp
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh())
@@ -253,6 +249,8 @@ class GeometryReport(Mapping[str, LayerGeometry]):
     >>> list(report), tuple(report["1"].log_volume.shape)
     (['0', '1'], (5,))
     """
+
+    seconds: float | None = None
 
     def __init__(self, layers: Mapping[str, LayerGeometry], *, left_out: Mapping[str, str] | None = None) -> None:
         self._layers = dict(layers)
@@ -384,7 +382,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         """Everything by name, singular values included; of each layer ``nonfinite`` counts what has no finite value."""
         layers = []
         for layer in self.values():
-            tensors = {n.removeprefix("extras/"): t for n, t in layer._tensors().items() if n not in (_LARGE, "value")}
+            tensors = {n.removeprefix("extras/"): t for n, t in layer._tensors().items() if n not in (*_LARGE, "value")}
             count = int((~layer.value.isfinite()).sum())
             layers.append({**layer._constants(), layer.quantity: layer.value, **tensors, "nonfinite": count})
         return {"units": "natural log", "left_out": self.left_out, "layers": layers}
@@ -397,7 +395,7 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         """Every tensor by name, for a file of any format; with ``large`` spectra and singular vectors too."""
         found: dict[str, Tensor] = {}
         for i, layer in enumerate(self.values()):
-            found |= {f"{i}/{name}": t for name, t in layer._tensors().items() if large or name != _LARGE}
+            found |= {f"{i}/{name}": t for name, t in layer._tensors().items() if large or name not in _LARGE}
             if large and layer.spectrum is not None:
                 found |= {f"{i}/spectrum/{part}": getattr(layer.spectrum, part) for part in ("nodes", "weights")}
         return found

@@ -1,6 +1,7 @@
 """probe.cost(x): what it promises is what a measurement does."""
 
 import models
+import problems
 import pytest
 import torch
 from torch import nn
@@ -87,3 +88,23 @@ def test_in_words():
     assert "the whole J is about as cheap" in text
     assert "fc (n = 7)" in text
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+@pytest.mark.parametrize("kind", problems.KINDS)
+def test_an_iteration_stays_within_its_bound_and_near_what_is_expected(kind, k):
+    model, layer, x = problems.problem(kind, n=300, d=320)
+    least = 4 if k == 1 else 4 * (2 * -(-k // 4) - 1)
+    for options in ({"tol": 0.1}, {"tol": 1e-9}, {"max_products": 1}, {"max_products": 60}, {"tol": 1e-9, "block": 9}):
+        estimator = tgp.TopK(k, **{"method": "krylov" if "max_products" not in options else "auto", **options})
+        probe = tgp.GeometryProbe(model, layers=[layer], estimator=estimator)
+        work, products = probe.cost(x).products[layer], probe.measure(x)[layer].num_products.max().item()
+        assert least <= products <= work.most, options
+        if options == {"tol": 0.1}:
+            assert (work.pushes + work.pulls) / 3 <= products <= 3 * (work.pushes + work.pulls)
+
+
+def test_directions_keep_to_their_bound():
+    model, x = problems.linear(torch.linspace(1, 0.999, 270), 270, 290, dtype=torch.float64), torch.zeros(1, 290)
+    probe = tgp.GeometryProbe(model, layers="", estimator=tgp.Directions(k=4, tol=1e-12))
+    assert 270 < probe.measure(x.double())[""].num_products.max() <= probe.cost(x.double()).products[""].most

@@ -299,3 +299,9 @@ def test_refused_arguments(options, message):
 def test_refused_deflation():
     with pytest.raises(ProbeError, match="has 8 singular values in all"):
         _measured(nn.Linear(20, 8), torch.zeros(1, 20), deflate=8)
+
+
+def test_deflation_keeps_to_the_price_of_the_dense_jacobian():
+    model, x = problems.linear(torch.linspace(1, 0.99, 300), 300, 320), torch.zeros(1, 320)
+    probe = tgp.GeometryProbe(model, layers="", estimator=tgp.LogDet(eps=1e-3, deflate=40))
+    assert probe.measure(x)[""].num_products.item() <= probe.cost(x).products[""].most + 16

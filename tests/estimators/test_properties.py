@@ -3,6 +3,7 @@
 import math
 
 import problems
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -171,3 +172,17 @@ def test_the_estimands_agree_where_they_should(seed, n, d):
     torch.testing.assert_close(trace.trace, exact.spectrum.trace()[0])
     ratio, rank = exact.spectrum.participation_ratio()[0].item(), exact.spectrum.effective_rank()[0].item()
     assert 1 <= ratio <= rank + 1e-9 <= d + 1e-6
+
+
+def test_all_directions_that_are_not_orthonormal_say_nothing_of_the_spectrum_of_g():
+    model, x = nn.Linear(3, 7), torch.randn(2, 3)
+    axes = torch.eye(3)[:, None].expand(3, 2, 3)
+    g = tgp.measure(model, x, layers="", estimator=tgp.Along(2 * axes), normalize=False)
+    with pytest.raises(tgp.ProbeError, match="says nothing of the whole spectrum"):
+        g.density("")
+    with pytest.raises(tgp.ProbeError, match="does not bound σ_1"):
+        _ = g[""].lipschitz_bounds
+    whole = tgp.measure(model, x, layers="", estimator=tgp.Subspace(3), normalize=False)
+    exact = tgp.measure(model, x, layers="", estimator=tgp.Exact(), normalize=False)
+    torch.testing.assert_close(whole[""].lipschitz_bounds[1], exact[""].lipschitz_bounds[1])
+    torch.testing.assert_close(whole.density("").trace()[0], exact.density("").trace()[0])

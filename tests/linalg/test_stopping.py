@@ -6,9 +6,9 @@ import problems
 import pytest
 import torch
 
-from torchgeom_probe.linalg.krylov import leading, random_block
+from torchgeom_probe.linalg.krylov import _Space, leading, random_block
 from torchgeom_probe.linalg.operator import MatrixOperator
-from torchgeom_probe.linalg.stopping import Before
+from torchgeom_probe.linalg.stopping import Before, Verdict, _least_part, sketched
 
 N, D, SEEDS = 256, 512, 40
 
@@ -72,6 +72,63 @@ def _found(matrices, k, tolerance, budget, before=None):
     return found
 
 
+def _before(found):
+    return Before(found.values, found.bound, found.vectors, found.products.double(), found.sketch)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "edge", "flat top", "mlp"])
+def test_one_new_direction_is_found_after_a_warm_start(kind):
+    """A change that the old vectors do not feel at all: only random directions, pushed before and after, know of it."""
+    matrices = torch.stack([_matrix(kind, seed) for seed in range(200, 205)])
+    cold = _found(matrices, 10, 0.1, 4 * N)
+    left, sigma, right = torch.linalg.svd(matrices, full_matrices=False)
+    for number, size in ((40, 1.0), (41, 2.0), (200, 4.0)):  # of a small value, whose vectors are none of the old ones
+        change = left[:, :, number, None] * right[:, None, number] * (size * sigma[:, 9, None, None])
+        warm = _found(matrices + change, 10, 0.1, 4 * N, _before(cold))
+        again = _found(matrices + change, 10, 0.1, 4 * N)
+        assert torch.equal(warm.products, again.products), "judged by the products that a cold start begins with"
+    same = _found(matrices, 10, 0.1, 4 * N, _before(cold))
+    assert (same.products == 16).all()
+
+
+def test_a_value_that_the_start_hardly_knows_of_is_not_above_what_may_be_missed():
+    """The fifth singular vector is as far from the start as in one case of a thousand; the sixth takes its place."""
+    sigma = torch.cat([torch.tensor([9.0, 8.0, 7.0, 6.0, 1.08]), torch.linspace(1, 0.9, N - 5)]).double()
+    rows = torch.randn(4, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rows[:, 4] = 0.0
+    rows = torch.linalg.qr(rows.T).Q.T
+    rows[0] *= (1 - _least_part(4, D)) ** 0.5
+    rows[0, 4] = _least_part(4, D) ** 0.5
+    space = _Space(MatrixOperator(torch.eye(N, D).double()[None] * sigma[:, None]), rows[None], [0], torch.Generator())
+    verdict = Verdict(k=5, block=4, tolerance=0.02, eps=1e-16, like=space.matrix, inputs=D)
+    above = []
+    for step in range(1, 30):
+        space.half_step()
+        verdict._steps = step
+        if step % 2 and step > 3:
+            missed = verdict._missed_values(space.values, space.weights, 5).item()
+            above.append((missed, (sigma[4] / space.values[0, 4]).log().item()))
+    assert all(error <= missed for missed, error in above), above
+    assert above[2][1] > 0.2 * above[2][0], "and not by far"
+    assert above[-1][0] < 0.05
+
+
+def test_progress_is_no_bound_where_a_value_is_missing():
+    """Found among 11520 runs: σ_11 stood in the place of σ_10, whose part in the start is small, and rose no more."""
+    _found(_matrix("mlp", 5030)[None], 10, 0.02, 4 * N)
+
+
+def test_a_sketch_has_the_length_of_what_it_is_made_of():
+    generator = torch.Generator().manual_seed(0)
+    for length in (3, 64, 65, 4099):
+        rows = torch.randn(200, 4, length, generator=generator, dtype=torch.float64)
+        rows[:, 0, 1:] = 0.0  # one number alone
+        ratio = sketched(rows).square().sum(2) / rows.square().sum(2)
+        torch.testing.assert_close(ratio[:, 0], torch.ones(200).double())
+        assert abs(ratio.mean() - 1) < 0.05
+        assert ratio.std() < 0.3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_bound_is_below_the_error(kind):
@@ -91,7 +148,7 @@ def test_nor_after_a_warm_start(kind):
     change = change * matrices.square().mean((1, 2), keepdim=True).sqrt()
     for tolerance in (1e-3, 0.1):
         cold = _found(matrices, 10, tolerance, 4 * N)
-        before = Before(cold.values, cold.bound, cold.vectors, cold.products.double())
+        before = _before(cold)
         for size in (0, 1e-4, 1e-3, 1e-2, 0.1):
             for budget in (4 * N, 48, 96) if tolerance == 1e-3 else (4 * N, 48):
                 warm = _found(matrices + size * change, 10, tolerance, budget, before)

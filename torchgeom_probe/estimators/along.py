@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.base import Estimator, ProductCount, from_factor
+from torchgeom_probe.estimators.base import Estimator, ProductCount, from_singular_values, resolution
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.gram import singular_values
@@ -78,15 +78,14 @@ def on_directions(directions: Tensor, jacobians: Jacobians, estimand: str) -> di
     factors = jacobians.factors(k, lambda start, stop: directions[start:stop])
     sigma = singular_values(factors)
     return {
-        entry: from_factor(
+        entry: from_singular_values(
             jacobians,
             entry,
-            factors[entry],
+            sigma[entry],
             estimand=estimand,
             engine=jacobians.engine,
             num_directions=k,
-            full_rank=k,
-            sigma=sigma[entry],
+            tolerance=resolution(jacobians.plan.dtype, factors[entry]),
         )
         for entry in jacobians.plan.features
     }

@@ -16,7 +16,6 @@ from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.gram import Factor
-from torchgeom_probe.linalg.spectrum import SpectralDensity
 from torchgeom_probe.linalg.volume import log_volume, rank_tolerance
 from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.report import LayerGeometry
@@ -30,7 +29,8 @@ class ProductCount:
     """The products that an estimator needs of one layer, per sample, and why these.
 
     Attributes:
-        pushes, pulls: Jv by the dual pass and Jᵀu by reverse mode, as many as are expected.
+        pushes, pulls: Jv by the dual pass and Jᵀu by reverse mode; of an iteration as many as a spectrum that decays
+            asks for.
         most: products at which it stops at the latest; equal to the sum where the number is fixed.
         shared: whether the pushes are those of one pass for all layers.
         at_once: tangent rows that one sample takes at once, what is kept beside them included: samples are chunked by
@@ -172,28 +172,22 @@ def conventions(jacobians: Jacobians, entry: str, engine: str) -> dict[str, Any]
     }
 
 
-def from_factor(
+def from_singular_values(
     jacobians: Jacobians,
     entry: str,
-    factor: Factor,
+    sigma: torch.Tensor,
     *,
-    estimand: str,
     engine: str,
     num_directions: int,
-    full_rank: int,
-    sigma: torch.Tensor | None = None,
+    tolerance: float,
+    full_rank: int | None = None,
+    **others: Any,
 ) -> LayerGeometry:
-    """Singular values, rank and log-volume of one layer from the factor of its tangents."""
-    sigma = factor.singular_values() if sigma is None else sigma
-    tolerance = rank_tolerance(factor.dtype or jacobians.plan.dtype)
-    if factor.gram is not None:
-        tolerance = max(tolerance, GRAM_RESOLUTION)  # float64 tangents that did not fit into memory together
-    volume, rank, pseudo = log_volume(sigma, num_directions=full_rank, tolerance=tolerance)
-    num_inputs = jacobians.plan.num_inputs
-    whole = num_directions == num_inputs
+    """The log-volume, the rank and what else a layer's result holds; of fewer than ``full_rank`` values it is −∞."""
+    rank_wanted = num_directions if full_rank is None else full_rank
+    volume, rank, pseudo = log_volume(sigma, num_directions=rank_wanted, tolerance=tolerance)
     return LayerGeometry(
         **conventions(jacobians, entry, engine),
-        estimand=estimand,
         quantity="log_volume",
         value=volume,
         singular_values=sigma,
@@ -201,8 +195,23 @@ def from_factor(
         log_pseudo_volume=pseudo,
         num_directions=num_directions,
         rank_tolerance=tolerance,
-        spectrum=SpectralDensity.of_singular_values(sigma, num_inputs) if whole else None,
+        **others,
     )
+
+
+def resolution(dtype: torch.dtype, factor: Factor) -> float:
+    """Below this share of the largest a singular value of the factor, of tangents of that dtype, is rounding."""
+    own = rank_tolerance(factor.dtype or dtype)
+    return own if factor.gram is None else max(own, GRAM_RESOLUTION)  # float64 tangents that did not fit into memory
+
+
+def refuse_more_than_there_are(estimator: str, k: int, entry: str, n: int, d: int) -> None:
+    """Refuse k singular values of an n x d Jacobian that has fewer."""
+    if k > min(n, d):
+        raise ProbeError(
+            f"{estimator}(k={k}): the Jacobian of layer {entry!r} is {n} x {d} and has {min(n, d)} singular values.\n"
+            f"Write {estimator}(k={min(n, d)}) or fewer, or take them all:  estimator=Exact()"
+        )
 
 
 def counted(like: torch.Tensor, products: int) -> torch.Tensor:

@@ -30,7 +30,8 @@ class Cost:
         split: whether a sample's directions do not fit at once, so that what had to be forgotten is made again.
         bytes: peak memory of a chunk, estimated from that of a plain pass.
         budget: what it may be.
-        seconds: expected for ``rows``, at the speed of a plain forward pass that was timed for this.
+        seconds: expected for ``rows``, at the speed of a plain forward pass that was timed for this; less where the
+            rows of a layer end there.
         engine: the engine asked for.
     """
 
@@ -89,7 +90,8 @@ class Cost:
             f"  rows: {self.rows}{most}, in {chunks} chunk{plural} of up to {self.samples_at_once} samples x "
             f"{self.directions_at_once} directions at once",
             f"  memory: about {_amount(self.bytes)} at the peak, of a budget of {_amount(self.budget)}",
-            f"  time: about {self.seconds:.2g} s, at the speed of a plain forward pass over as many rows",
+            f"  time: up to about {self.seconds:.2g} s, at the speed of a plain forward pass over as many rows"
+            + ("; those of a layer end there" if any(not c.shared for c in self.products.values()) else ""),
         ]
         reasons: dict[str, list[str]] = {}
         for entry, count in self.products.items():

@@ -13,13 +13,20 @@ from typing import ClassVar
 import torch
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.base import Estimator, ProductCount, conventions, counted
+from torchgeom_probe.estimators.base import (
+    Estimator,
+    ProductCount,
+    counted,
+    dense_count,
+    from_singular_values,
+    refuse_more_than_there_are,
+)
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.layer import LayerJacobian, layer_jacobians
 from torchgeom_probe.jacobian.plan import Plan
-from torchgeom_probe.linalg.krylov import leading, random_block
+from torchgeom_probe.linalg.krylov import SPARE, leading, random_block
 from torchgeom_probe.linalg.operator import Operator
-from torchgeom_probe.linalg.volume import log_volume, rank_tolerance
+from torchgeom_probe.linalg.volume import rank_tolerance
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
 
@@ -86,16 +93,12 @@ class Directions(Estimator):
                     f"not feel {d - n} directions at all, and none of them is the least.\n"
                     f"Measure a layer with n ≥ d; or the largest:  estimator=Directions(k={self.k})"
                 )
-            if self.k > min(n, d):
-                raise ProbeError(
-                    f"Directions(k={self.k}): the Jacobian of layer {entry!r} is {n} x {d} and has {min(n, d)} "
-                    f"singular values.\nWrite Directions(k={min(n, d)}) or fewer"
-                )
+            refuse_more_than_there_are("Directions", self.k, entry, n, d)
             if self._dense(n, d):
                 plan.refuse_too_long(entry, max(n, d), min(n, d))
-                found[entry] = ProductCount(d if d < n else 0, n if n <= d else 0, min(n, d), False, d, "all of J")
+                found[entry] = dense_count(n, d, at_once=d, why="the vectors are those of all of J")
             else:
-                half, most = 4 * self.k + 16, min(n, d)
+                half, most = 4 * self.k + 16, 2 * min(n, d) + 2 * (self.k + 1 + SPARE)
                 found[entry] = ProductCount(half, half, most, False, 8 * _BLOCK + 4 * self.k, "block Krylov")
         return found
 
@@ -115,21 +118,15 @@ class Directions(Estimator):
             values, vectors, error = _of_all(jacobian, self.k, smallest=self.smallest)
         else:
             values, vectors, error = _of_products(jacobian, self.k, tol=self.tol, seed=self.seed)
-        tolerance = rank_tolerance(jacobian.dtype)
-        volume, rank, pseudo = log_volume(
-            values.sort(1, descending=True).values, num_directions=self.k, tolerance=tolerance
-        )
-        return LayerGeometry(
-            **conventions(jacobians, jacobian.entry, jacobian.engine),
+        return from_singular_values(
+            jacobians,
+            jacobian.entry,
+            values,
             estimand=f"Σ log σ_i over the {self.k} {'smallest' if self.smallest else 'largest'} singular values of J",
-            quantity="log_volume",
-            value=volume,
-            singular_values=values,
-            rank=rank,
-            log_pseudo_volume=pseudo,
+            engine=jacobian.engine,
             num_directions=self.k,
-            rank_tolerance=tolerance,
-            extras={"direction_error": error, "num_products": counted(volume, jacobian.products)},
+            tolerance=rank_tolerance(jacobian.dtype),
+            extras={"direction_error": error, "num_products": counted(values, jacobian.products)},
             right_singular_vectors=vectors,
         )
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.base import Estimator, ProductCount, from_factor
+from torchgeom_probe.estimators.base import Estimator, ProductCount, from_singular_values, resolution
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.directions import basis
-from torchgeom_probe.linalg.gram import Factor, streamed_factor
+from torchgeom_probe.linalg.gram import Factor, singular_values, streamed_factor
 from torchgeom_probe.linalg.moments import frame_moments
+from torchgeom_probe.linalg.spectrum import SpectralDensity
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Tensor
 
@@ -76,24 +77,27 @@ class Exact(Estimator):
             like = torch.empty(jacobians.inputs.size, 0, dtype=plan.dtype, device=jacobians.device)
             factors = jacobians.factors(d, lambda start, stop: basis(start, stop, plan.space, like=like))
             engine = jacobians.engine
-        found = {
-            entry: from_factor(
+        sigma = singular_values(factors)
+        return {
+            entry: from_singular_values(
                 jacobians,
                 entry,
-                factors[entry],
+                sigma[entry],
                 estimand=FULL if n >= d else FEW_FEATURES,
                 engine=engine,
                 num_directions=d,
                 full_rank=min(n, d),
+                tolerance=resolution(plan.dtype, factors[entry]),
+                spectrum=SpectralDensity.of_singular_values(sigma[entry], d),
+                extras=_whole(sigma[entry], d),
             )
             for entry, n in plan.features.items()
         }
-        return {entry: replace(g, extras=_whole(g.singular_values, d)) for entry, g in found.items()}
 
 
 def _whole(sigma: Tensor, d: int) -> dict[str, Tensor]:
     """What a frame can only estimate, without its errors."""
-    moments = frame_moments(sigma[None], num_directions=d, num_inputs=d).extras
+    moments = frame_moments(sigma[None], num_directions=d, num_inputs=d)
     return {name: moments[name] for name in ("scale", "effective_dimension")}
 
 

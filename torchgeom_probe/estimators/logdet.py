@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -171,19 +171,19 @@ class LogDet(Estimator):
 
     def _stochastic(self, jacobian: LayerJacobian, smaller: int) -> _Found:
         limit = smaller if self.method == "auto" else math.inf
-        drawn = _Probes(self, jacobian, deflate=0 if self.deflate == "auto" else self.deflate)
-        finished = drawn.draw(limit)
+        drawn = _Probes(self, jacobian, limit, deflate=0 if self.deflate == "auto" else self.deflate)
+        finished = drawn.draw()
         while self.tol is not None and finished and not drawn.settled(self.tol):
             price = drawn.price(self.tol)
             rank = min(_AUTO_DEFLATION, smaller // 4)
             deflated = drawn.price(self.tol, without=rank) + 8 * rank + 16
             may_deflate = self.deflate == "auto" and not drawn.deflated
             if may_deflate and deflated < price and jacobian.products + deflated < limit:
-                drawn = _Probes(self, jacobian, deflate=rank)
+                drawn = _Probes(self, jacobian, limit, deflate=rank)
             elif jacobian.products + 0.9 * price > limit:
                 finished = False
                 break
-            finished = drawn.draw(limit)
+            finished = drawn.draw()
         return drawn.found() if finished or self.method != "auto" else self._exact(jacobian)
 
     def floor(self, largest: Float[Tensor, "batch 1"]) -> Float[Tensor, "batch 1"]:
@@ -210,8 +210,8 @@ class _Probes:
         eps: [B, 1], ε; it is settled by the first set of probes.
     """
 
-    def __init__(self, estimator: LogDet, jacobian: LayerJacobian, *, deflate: int) -> None:
-        self.estimator, self.jacobian, self.deflated = estimator, jacobian, deflate
+    def __init__(self, estimator: LogDet, jacobian: LayerJacobian, limit: float, *, deflate: int) -> None:
+        self.estimator, self.jacobian, self.limit, self.deflated = estimator, jacobian, limit, deflate
         self.smaller = min(jacobian.num_features, jacobian.num_inputs)
         self.steps = 0
         nothing = torch.zeros(jacobian.batch, 0, dtype=torch.float64, device=jacobian.device)
@@ -220,16 +220,9 @@ class _Probes:
         if deflate:
             block, generator = min(4, self.smaller), torch.Generator().manual_seed(estimator.seed)
             start = random_block(jacobian, block, generator)
-            most = 4 * self.smaller
-            top = leading(
-                jacobian,
-                start,
-                k=deflate,
-                block=block,
-                tolerance=2e-3 * deflate,
-                max_products=most,
-                generator=generator,
-            )
+            most = min(4 * self.smaller, limit - jacobian.products)
+            options: dict[str, Any] = {"k": deflate, "block": block, "tolerance": 2e-3 * deflate, "max_products": most}
+            top = leading(jacobian, start, generator=generator, **options)
             vectors = top.left if jacobian.num_features < jacobian.num_inputs else top.vectors
             self._eigenvalues, self._directions, self._bound = top.values.square(), vectors[:, :deflate], 2 * top.bound
         self.eps = torch.zeros_like(self._bound)[:, None]
@@ -237,7 +230,7 @@ class _Probes:
         #: [B], what the value still moved by with λ_1 in the last step, where ε is relative to it.
         self._drift = torch.zeros_like(self._bound)
 
-    def draw(self, limit: float) -> bool:
+    def draw(self) -> bool:
         """Run another set of probes; False where the price of the dense Jacobian was reached first."""
         settings, drawn = self.estimator, self.half.shape[1]
         signs = rademacher(settings.probes, self.smaller, seed=settings.seed + 7919 * (drawn // settings.probes))
@@ -256,7 +249,7 @@ class _Probes:
             # faster: half of the products that the last rate asks for.
             rate = before / excess if run.steps >= 6 else math.inf
             rounds = math.log(excess) / math.log(rate) if rate > 1 else math.inf
-            if self.jacobian.products + 2 * settings.probes * max(1, rounds) > limit:
+            if self.jacobian.products + 2 * settings.probes * max(1, rounds) > self.limit:
                 return False
             run.step()
             if run.steps < min(self.smaller, 32) and run.steps % 2:

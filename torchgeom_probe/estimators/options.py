@@ -9,7 +9,10 @@ from torch import nn
 from tqdm import tqdm
 
 from torchgeom_probe.errors import LayerRefusal, ProbeError
+from torchgeom_probe.estimators.along import Along
+from torchgeom_probe.estimators.auto import Auto
 from torchgeom_probe.estimators.base import Estimator
+from torchgeom_probe.estimators.subspace import Subspace
 from torchgeom_probe.jacobian.jacobians import EngineName
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.model.hooked import Transform
@@ -17,6 +20,7 @@ from torchgeom_probe.model.inputs import Inputs, Wrt
 from torchgeom_probe.model.isolation import Mode
 from torchgeom_probe.model.layers import LayerSpec
 from torchgeom_probe.report import LayerGeometry
+from torchgeom_probe.shapes import Tensor
 
 ENGINES = ("auto", "fused", "functorch", "vjp")
 #: What a value in bfloat16 may be off, in nats.
@@ -56,6 +60,16 @@ def refuse_options(engine: Any, mode: Any, memory_budget: Any, source: Any, wrt:
         )
     if source is not None and wrt is not None:
         raise ProbeError(f"source={source!r} and wrt={wrt!r} each say where the metric lives.\nLeave one of them out.")
+
+
+def in_place_of(estimator: Estimator, directions: Tensor) -> Along:
+    """The estimator that ``measure(x, directions=V)`` is the short form of."""
+    if not isinstance(estimator, (Auto, Subspace, Along)):
+        raise ProbeError(
+            f"directions= are an estimator of their own, and this probe has {estimator}.\n"
+            "Write GeometryProbe(model, ..., estimator=Along(directions)), or leave its estimator out"
+        )
+    return Along(directions)
 
 
 def refuse_other_samples(start: Mapping[str, LayerGeometry], inputs: Inputs, plan: Plan) -> None:

@@ -17,6 +17,7 @@ from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.directions import for_every_sample, orthonormal_frame, principal_frame, smooth_frame
 from torchgeom_probe.linalg.moments import frame_moments
+from torchgeom_probe.linalg.spectrum import SpectralDensity
 from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
@@ -170,7 +171,7 @@ class Subspace(Estimator):
         moments: dict[str, dict[str, torch.Tensor]] = {entry: {} for entry in found}
         for width in widths:
             alike = [entry for entry, values in sigma.items() if values.shape[2] == width]
-            whole = frame_moments(torch.cat([sigma[e] for e in alike], 1), num_directions=k, num_inputs=d).extras
+            whole = frame_moments(torch.cat([sigma[e] for e in alike], 1), num_directions=k, num_inputs=d)
             for name, values in whole.items():
                 for entry, part in zip(alike, values.chunk(len(alike)), strict=True):
                     moments[entry][name] = part
@@ -182,8 +183,10 @@ class Subspace(Estimator):
         frame = jacobians.remembered((self.frame, k, seed), lambda: self._frame(k, plan, seed))
         directions = for_every_sample(frame, plan.space, jacobians.inputs.size)
         found = on_directions(directions, jacobians, f"log √det VᵀgV, V {_FRAMES[self.frame].format(k)}")
-        quantity = "log_volume" if k == plan.num_inputs else "frame_volume"
-        return {entry: replace(g, quantity=quantity) for entry, g in found.items()}
+        if k < plan.num_inputs:
+            return {entry: replace(g, quantity="frame_volume") for entry, g in found.items()}
+        spectra = {entry: SpectralDensity.of_singular_values(g.singular_values, k) for entry, g in found.items()}
+        return {entry: replace(g, spectrum=spectra[entry]) for entry, g in found.items()}
 
     def _frame(self, k: int, plan: Plan, seed: int) -> Float[Tensor, "k d"]:
         if self.frame == "random":

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from torchgeom_probe.linalg.operator import Operator
 from torchgeom_probe.linalg.orthonormal import orthonormal
-from torchgeom_probe.linalg.stopping import Before, Verdict
+from torchgeom_probe.linalg.stopping import Before, Verdict, sketched
 from torchgeom_probe.shapes import Bool, Float, Int, Tensor
 
 #: Vectors beyond the k wanted that a warm start keeps.
@@ -45,6 +45,7 @@ class Leading:
         products: [B], Jv and Jᵀu together.
         vectors: [B, q, D], right singular vectors, k and two spare ones; zero where there are no more.
         left: [B, q, N], the left ones.
+        sketch: [B, b, s], J of the start in short, for a later warm start.
     """
 
     values: Float[Tensor, "B k"]
@@ -53,9 +54,10 @@ class Leading:
     products: Int[Tensor, " B"]
     vectors: Float[Tensor, "B q D"]
     left: Float[Tensor, "B q N"]
+    sketch: Float[Tensor, "B b s"]
 
     @staticmethod
-    def empty(jacobian: Operator, k: int) -> Leading:
+    def empty(jacobian: Operator, k: int, sketch: Float[Tensor, "B b s"]) -> Leading:
         """Of every sample nothing."""
         count, device = jacobian.batch, jacobian.device
         values = torch.zeros(count, k, dtype=torch.float64, device=device)
@@ -66,6 +68,7 @@ class Leading:
             products=torch.zeros(count, dtype=torch.long, device=device),
             vectors=values.new_zeros(count, k + SPARE, jacobian.num_inputs),
             left=values.new_zeros(count, k + SPARE, jacobian.num_features),
+            sketch=sketch,
         )
 
 
@@ -95,8 +98,8 @@ def leading(
         max_products: per sample.
         generator: of the random directions that fill up a block.
         image: J of the start, where it is known.
-        before: what was found of a J close by; where a sample's first ``block`` products say that it is of no use, the
-            sample starts anew.
+        before: what was found of a J close by, from the same start; where the start's products or ``block`` more say
+            that it is of no use, the sample starts anew.
 
     >>> from torchgeom_probe.linalg.operator import MatrixOperator
     >>> J = MatrixOperator(torch.diag(torch.arange(60.0, 0.0, -1.0).double())[None])
@@ -107,36 +110,50 @@ def leading(
     >>> bool(found.converged), bool(0 <= error <= found.bound < 1e-3)
     (True, True)
     """
-    found = Leading.empty(jacobian, k)
-    cold = list(range(jacobian.batch))
+    image = jacobian.push(start) if image is None else image
+    found = Leading.empty(jacobian, k, sketched(image))
     options: Any = {"k": k, "tolerance": tolerance, "max_products": max_products, "generator": generator}
-    spent = 0
-    if before is not None and k >= 2 * block and max_products >= 2 * (before.vectors.shape[1] + block):
-        old = before.vectors
-        image = jacobian.push(old[:, :block])
-        use = before.helps(image)
-        warm, cold, spent = [i for i in cold if use[i]], [i for i in cold if not use[i]], block
-        if warm:
-            image = torch.cat([image[warm], jacobian.push(old[warm, block:], at=warm)], 1)
-            given = before.at(warm)
-            _expanded(jacobian, found, old[warm], warm, image, before=given, **(options | {"max_products": 0}))
-            more = [i for i, sample in enumerate(warm) if not found.converged[sample]]
-            if more:  # random vectors beside the old ones: what is new may lie across all of them
-                at, old, given = [warm[i] for i in more], old[warm][more], given.at(more)
-                random = orthonormal(start[at], old, eps=1e-9)
-                image = torch.cat([image[more], jacobian.push(random, at=at)], 1)
-                both = torch.cat([old, random], 1)
-                cold += _expanded(jacobian, found, both, at, image, before=given, moved=True, **options)[0]
-                cold.sort()  # those whose copies may be missing start anew, too
-        image = None
+    cold: list[int] = list(range(jacobian.batch))
+    refused: list[int] = []
+    if before is not None and before.sketch.shape == found.sketch.shape and k >= 2 * block:
+        if max_products >= 2 * (before.vectors.shape[1] + block):
+            cold, refused = _warm(jacobian, found, start, image, before, **options)
     if cold:
-        image = None if image is None else image[cold]
-        crowded, spent = _expanded(jacobian, found, start[cold], cold, image, spent=spent, **options)
+        options["max_products"] = max_products - (block if refused else 0)
+        crowded, spent = _expanded(jacobian, found, start[cold], cold, image[cold], **options)
         larger = min(max(2 * block, k + 2), jacobian.num_features, jacobian.num_inputs)
-        if crowded and spent + 4 * larger <= max_products:
+        if crowded and spent + 4 * larger <= options["max_products"]:
             start = random_block(jacobian, larger, generator)[crowded]
             _expanded(jacobian, found, start, crowded, None, spent=spent, **options)
+        found.products[refused] += block
     return found
+
+
+def _warm(
+    jacobian: Operator, found: Leading, start: Tensor, image: Tensor, before: Before, **options: Any
+) -> tuple[list[int], list[int]]:
+    """Expand the random start and the old vectors together where these are of use.
+
+    Returns the other samples, and those among them for which old vectors were pushed in vain.
+    """
+    everyone, block = list(range(jacobian.batch)), start.shape[1]
+    unseen, few = before.change(found.sketch)
+    # Of a few new directions the old vectors know nothing, and a random block learns of them in a cold start's time.
+    hopeful = (before.apart & (~few | (unseen + before.bound <= options["tolerance"]))).tolist()
+    asked = [i for i in everyone if hopeful[i]]
+    if not asked:
+        return everyone, []
+    old, rows = before.vectors[asked], start[asked]
+    rows = torch.cat([rows, orthonormal(old[:, :block], rows, eps=1e-9)], 1)
+    image = torch.cat([image[asked], jacobian.push(rows[:, block:], at=asked)], 1)
+    helps = before.at(asked).helps(old[:, :block] @ rows.mT @ image).tolist()  # they lie in the span of the rows
+    use = [i for i in range(len(asked)) if helps[i]]
+    warm = [asked[i] for i in use]
+    if warm:
+        rows = torch.cat([rows[use], orthonormal(old[use, block:], rows[use], eps=1e-9)], 1)
+        image = torch.cat([image[use], jacobian.push(rows[:, 2 * block :], at=warm)], 1)
+        _expanded(jacobian, found, rows, warm, image, before=before.at(warm), unseen=unseen[warm], **options)
+    return [i for i in everyone if i not in warm], [i for i in asked if i not in warm]
 
 
 def random_block(jacobian: Operator, block: int, generator: torch.Generator) -> Float[Tensor, "B b D"]:
@@ -158,7 +175,7 @@ def _expanded(
     generator: torch.Generator,
     spent: int = 0,
     before: Before | None = None,
-    moved: bool = False,
+    unseen: Float[Tensor, " S"] | None = None,
 ) -> tuple[list[int], int]:
     """Fill in what is found at some samples; return those that need a larger block, and the products so far.
 
@@ -174,14 +191,14 @@ def _expanded(
         like=space.matrix,
         inputs=jacobian.num_inputs,
         before=before,
-        moved=moved,
+        unseen=unseen,
     )
     crowded: list[int] = []
     while True:
         space.half_step(image)
         image, spent = None, spent + start.shape[1]
         done = verdict.judge(
-            space.values, *space.before, matrix_Smn=space.matrix, complete=space.complete, exhausted=space.exhausted
+            space.values, *space.before, weights_Sc=space.weights, complete=space.complete, exhausted=space.exhausted
         )
         done = done | ~space.finite
         if spent + start.shape[1] > max_products and space.values.shape[1] >= min(k, space.full):
@@ -261,6 +278,7 @@ class _Space:
         dtype = torch.float64 if jacobian.dtype == torch.float64 else torch.float32
         self.right, self.left = (_Rows(start, n, dtype) for n in (jacobian.num_inputs, jacobian.num_features))
         self.right.append(start)
+        self._block = start.shape[1]
         self.matrix = start.new_zeros(len(start), 0, start.shape[1], dtype=torch.float64)
         self.full = min(jacobian.num_features, jacobian.num_inputs)
         self.complete = torch.zeros(len(start), dtype=torch.bool, device=start.device)
@@ -276,6 +294,11 @@ class _Space:
     def values(self) -> Tensor:
         """[S, r], the singular values of M."""
         return self._pairs[1]
+
+    @property
+    def weights(self) -> Tensor:
+        """[S, r], the squared length of the first block's part along each right vector."""
+        return self._pairs[2][:, :, : self._block].square().sum(2)
 
     @property
     def exhausted(self) -> bool:

@@ -14,7 +14,6 @@ tr g² − (tr g)²/d.  Its sign is right for every frame, so the ratio (tr g)²
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -24,34 +23,17 @@ from torchgeom_probe.shapes import Float, Tensor
 
 #: Fewer directions have too few off-diagonals (6) for an effective dimension with an error.
 FEWEST = 4
+_NAMES = ("scale", "scale_error", "effective_dimension", "effective_dimension_error")
 #: Rotations of the frame that the jackknife is averaged over.
 _ROTATIONS = 16
 
 
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """What random frames say of g.
-
-    Attributes:
-        scale: [B], ½ log(tr g / d), in nats.
-        scale_error: [B], its standard error.
-        effective_dimension: [B], (tr g)² / tr g², from 1 (rank 1) to d (isotropic); None of fewer than 4 directions.
-        effective_dimension_error: [B], its standard error.
-    """
-
-    scale: Float[Tensor, " batch"]
-    scale_error: Float[Tensor, " batch"]
-    effective_dimension: Float[Tensor, " batch"] | None = None
-    effective_dimension_error: Float[Tensor, " batch"] | None = None
-
-    @property
-    def extras(self) -> dict[str, Tensor]:
-        """By name, without what is None."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-
-def frame_moments(sigma: Float[Tensor, "F B r"], *, num_directions: int, num_inputs: int) -> Moments:
+def frame_moments(sigma: Float[Tensor, "F B r"], *, num_directions: int, num_inputs: int) -> dict[str, Tensor]:
     """Estimate the scale and the effective dimension of g from the singular values of JV on F random k-frames.
+
+    Returns, each [B], ``scale`` = ½ log(tr g / d), in nats, and ``effective_dimension`` = (tr g)² / tr g², from 1 (rank
+    1) to d (isotropic), with their standard errors ``scale_error`` and ``effective_dimension_error``; of fewer than 4
+    directions the scale alone.
 
     ``tr g`` and ``tr g²`` are without bias; the logarithm and the ratio have one of second order.  The standard error
     of the scale is that of a χ² with the frame's degrees of freedom; that of the effective dimension comes from leaving
@@ -62,7 +44,7 @@ def frame_moments(sigma: Float[Tensor, "F B r"], *, num_directions: int, num_inp
     >>> sigma = torch.linalg.eigvalsh(frames @ g @ frames.mT).flip(1).sqrt()[:, None]
     >>> found = frame_moments(sigma, num_directions=8, num_inputs=60)
     >>> true = g.trace().square() / g.square().trace()
-    >>> bool((found.effective_dimension - true).abs() < 3 * found.effective_dimension_error)
+    >>> bool((found["effective_dimension"] - true).abs() < 3 * found["effective_dimension_error"])
     True
     """
     k, d, frames = num_directions, num_inputs, len(sigma)
@@ -71,9 +53,10 @@ def frame_moments(sigma: Float[Tensor, "F B r"], *, num_directions: int, num_inp
     scale = (s.mean(0) / k).log() / 2
     if k == d:
         dimension = (s.square() / q).mean(0)
-        return Moments(scale, torch.zeros_like(scale), dimension, torch.zeros_like(dimension))
+        zero = torch.zeros_like(scale)
+        return dict(zip(_NAMES, (scale, zero, dimension, zero), strict=True))
     if k < FEWEST:  # their own spread says too little: as if g had rank 1
-        return Moments(scale, _log_spread(torch.full_like(scale, 2 / (k * frames))))
+        return {"scale": scale, "scale_error": _log_spread(torch.full_like(scale, 2 / (k * frames)))}
     square_of_trace, trace_of_square = (part.mean(0) for part in _unbiased(s, q, k, d))
     # Var s = 2b (tr g² − (tr g)²/d), over (E s)²
     anisotropy = (trace_of_square - square_of_trace / d).clamp_min(0)
@@ -82,7 +65,7 @@ def frame_moments(sigma: Float[Tensor, "F B r"], *, num_directions: int, num_inp
     of_square, of_ratio = (part.mean(0) / frames for part in _jackknife(energies, s, q, k, d))
     # tr g² is itself uncertain, and too small where the frame misses a leading direction: its upper end is taken.
     error = _log_spread(variance * of_square.sqrt().exp())
-    return Moments(scale, error, dimension, dimension * of_ratio.sqrt())
+    return dict(zip(_NAMES, (scale, error, dimension, dimension * of_ratio.sqrt()), strict=True))
 
 
 def _haar(k: int, d: int) -> tuple[float, float]:

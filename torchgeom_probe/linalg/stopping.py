@@ -4,7 +4,8 @@ The pairs are those of :mod:`torchgeom_probe.linalg.krylov`, S_i their values, r
 the k wanted after the j-th half-step.  Four bounds on the error of a_j; the smallest that counts is taken.
 
 - **Progress.**  Where σ_1 … σ_k are close together the iteration advances as 1/j² and faster, so that what is left is
-  at most some j times the last two half-steps' gain.  How many times was calibrated (``_AHEAD``).
+  at most some j times the last two half-steps' gain.  How many times was calibrated (``_AHEAD``).  It is no less than
+  what a value could add that the start hardly knows of: there gains cease while it is still missing.
 - **The top.**  All k values are below σ_1, whose own bound is that of k = 1; before progress is to be seen, σ_1² is
   below tr g, which the random start has estimated.
 - **Linear.**  Some singular value lies within |r_i| of S_i.
@@ -28,15 +29,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
+import scipy
 import torch
+from torch.nn import functional
 
+from torchgeom_probe.linalg.lanczos import rademacher
 from torchgeom_probe.shapes import Bool, Float, Tensor
 
 _LN10 = math.log(10.0)
 
 #: Half-steps' gains that may lie ahead, as a share of the half-steps made; for k values _AHEAD + _AHEAD_FEW/k.
 _AHEAD, _AHEAD_FEW = 0.7, 2.1
+#: How often, for a singular vector, a random start may have a smaller part along it than is counted on.
+_UNLUCKY = 1e-3
 #: Linear and quadratic bounds count only where log10 σ_i is known within the first number and |r_i|/S_i is below the
 #: second, in two half-steps in a row.
 _CREDIBLE = 1e-3
@@ -46,13 +53,13 @@ _CLOSE = 0.03
 #: second, if they agree ten times better than with the next value.
 _TIGHT = 1e-3
 #: A warm start goes on where its first values have lost or won less than this, in nats on average, and a cold one takes
-#: so many products; or where they and the angles between them have changed by less than the last.
+#: so many products; or where none has changed by more than the last.
 _LOST, _DEAR, _SAME = 0.035, 100, 1e-2
 #: After a warm start gains may lie ahead as after so many half-steps more, and residuals of pairs that were good before
 #: say less of what is new.
 _WARM, _WARM_MARGIN = 9, 6.0
-#: What of a change of g cannot be seen along the old vectors, in units of what can, squared, for each of d · k entries.
-_UNSEEN = 10.0
+#: Numbers of a row's sketch.
+_SKETCH = 64
 _ALIKE = 0.05
 
 
@@ -60,34 +67,64 @@ _ALIKE = 0.05
 class Before:
     """What was found of a J close by: k values, their bound, and as many right singular vectors, or a few more.
 
-    The vectors are orthonormal, in the order of the values; ``cold_products``: what the latest cold start took.
+    The vectors are orthonormal, in the order of the values; ``cold_products``: what the latest cold start took;
+    ``sketch``: what that J made of the random start.
     """
 
     values: Float[Tensor, "S k"]
     bound: Float[Tensor, " S"]
     vectors: Float[Tensor, "S q D"]
     cold_products: Float[Tensor, " S"]
+    sketch: Float[Tensor, "S b s"]
 
     def at(self, samples: list[int]) -> Before:
         """Of some samples."""
-        return Before(*(value[samples] for value in (self.values, self.bound, self.vectors, self.cold_products)))
+        return Before(*(value[samples] for value in vars(self).values()))
 
-    def helps(self, image_SbN: Float[Tensor, "S b N"]) -> list[bool]:
+    def change(self, sketch_Sbs: Float[Tensor, "S b s"]) -> tuple[Float[Tensor, " S"], Bool[Tensor, " S"]]:
+        """What the change Δ of J may do to Σ log σ_i, in nats; and whether it is that of a few new directions.
+
+        The same random rows W were pushed before.  |ΔW|² is |Δ|_F² · h², where h² follows a beta law if Δ has one
+        direction, and is nearer to its mean if it has more.  Σ_i (σ_i(J + Δ) − σ_i(J))² ≤ |Δ|_F² (Mirsky).
+        """
+        stretch = torch.linalg.svdvals(torch.nan_to_num(sketch_Sbs - self.sketch)).square()
+        norm = (stretch.sum(1) / _least_part(sketch_Sbs.shape[1], self.vectors.shape[2])).sqrt()
+        few = stretch[:, 0] > 0.5 * stretch.sum(1)
+        return norm * self.values.clamp_min(1e-300).reciprocal().square().sum(1).sqrt(), few
+
+    def helps(self, image_SbN: Float[Tensor, "S b N"]) -> Bool[Tensor, " S"]:
         """Whether to go on from the vectors, by what J makes of the first few.
 
-        Where it makes of them what it made before; or where they have lost little and a cold start is dear: the block
-        that goes on from them is a wide one.
+        Where they are stretched as they were before; or have lost little, and a cold start is dear: the block that goes
+        on from them is a wide one.
         """
-        image = torch.nan_to_num(image_SbN)
-        count = min(image.shape[1], self.values.shape[1])
-        old, now = self.values[:, :count].clamp_min(1e-300), torch.linalg.svdvals(image)[:, :count].clamp_min(1e-300)
-        loss = (old / now).log()
-        metric = (image @ image.mT)[:, :count, :count] / (old[:, :, None] * old[:, None, :])
-        between = (metric - torch.diag_embed(metric.diagonal(dim1=1, dim2=2))).abs().amax((1, 2))
-        # Values this close take each other's vectors at any change: nothing can be said of what is between them.
-        apart = (self.values[:, 0] / self.values[:, -1].clamp_min(1e-300)).log() > self.values.shape[1] * _TIGHT
-        same = (loss.abs().amax(1) < _SAME) & (between < _SAME)
-        return (apart & (same | ((loss.mean(1).abs() < _LOST) & (self.cold_products >= _DEAR)))).tolist()
+        count = min(image_SbN.shape[1], self.values.shape[1])
+        now = torch.linalg.svdvals(torch.nan_to_num(image_SbN))[:, :count].clamp_min(1e-300)
+        loss = (self.values[:, :count].clamp_min(1e-300) / now).log()
+        return (loss.abs().amax(1) < _SAME) | ((loss.mean(1).abs() < _LOST) & (self.cold_products >= _DEAR))
+
+    @property
+    def apart(self) -> Bool[Tensor, " S"]:
+        """Whether the values are so far from each other that they do not take each other's vectors at any change."""
+        return (self.values[:, 0] / self.values[:, -1].clamp_min(1e-300)).log() > self.values.shape[1] * _TIGHT
+
+
+def sketched(image_SbN: Float[Tensor, "S b N"]) -> Float[Tensor, "S b s"]:
+    """A few numbers a row from which differences of rows can be measured: sums of N numbers with random signs.
+
+    >>> rows = torch.randn(1, 2, 10_000).double()
+    >>> bool((sketched(rows).norm() / rows.norm()).log().abs() < 0.4)
+    True
+    """
+    length = image_SbN.shape[2]
+    signs = rademacher(1, length, seed=0)[0].to(image_SbN.device)
+    return functional.pad(image_SbN * signs, (0, -length % _SKETCH)).unflatten(2, (-1, _SKETCH)).sum(2)
+
+
+@cache
+def _least_part(block: int, inputs: int) -> float:
+    """|Wᵀv|² of a unit vector v and W of ``block`` random orthonormal rows, but for one case in a thousand."""
+    return float(scipy.stats.beta.ppf(_UNLUCKY, block / 2, (inputs - block) / 2)) if block < inputs else 1.0
 
 
 class Verdict:
@@ -109,10 +146,10 @@ class Verdict:
         like: Tensor,
         inputs: int,
         before: Before | None = None,
-        moved: bool = False,
+        unseen: Float[Tensor, " S"] | None = None,
     ) -> None:
         self.k, self.block, self.tolerance, self.eps, self.inputs = k, block, tolerance, eps, inputs
-        self._prior, self._moved = before, moved
+        self._prior, self._unseen = before, unseen
         self.bound = like.new_full((len(like),), torch.inf)
         self.met = torch.zeros(len(like), dtype=torch.bool, device=like.device)
         self.crowded = self.met
@@ -121,6 +158,7 @@ class Verdict:
         self._highest = self.bound
         self._alike_from = torch.full_like(self.met, k, dtype=torch.long)
         self._spread = torch.zeros_like(self.bound)
+        self._missed = like.new_zeros(len(like), 2)
         nothing = like.new_full((len(like), 2), torch.nan)
         #: [S, 2]: log S_1 and a_j, after this half-step and the two before; nan where there were fewer than k values.
         self._sums = [nothing, nothing, nothing]
@@ -131,13 +169,13 @@ class Verdict:
         before_Sc: Float[Tensor, "S c0"],
         residuals_Scb: Float[Tensor, "S c0 b"],
         *,
-        matrix_Smn: Float[Tensor, "S m n"],
+        weights_Sc: Float[Tensor, "S c"],
         complete: Bool[Tensor, " S"],
         exhausted: bool,
     ) -> Bool[Tensor, " S"]:
         """Take in what a half-step has found; return which samples need no other.
 
-        ``matrix`` [S, m, n], whose values they are.
+        ``weights``: the squared length of the random start's part along each right vector.
         ``complete`` [S]: a random block was mapped into the known range, so there are no more values; ``exhausted``:
         the space is whole.
         """
@@ -153,7 +191,9 @@ class Verdict:
         known = complete | exhausted
         total = torch.where(zero.any(1) | torch.tensor(not enough), torch.nan, logs.sum(1))
         self._sums = [torch.stack([logs[:, 0], total], 1), *self._sums[:2]]
-        ahead = self._progress()
+        if self._steps % 2 and self._prior is None:  # after a push the space holds the polynomials of one degree more
+            self._missed = torch.stack([self._missed_values(values_Sc, weights_Sc, rank) for rank in (1, k)], 1)
+        ahead = torch.maximum(self._progress(), self._missed)
         hidden, hidden_top = self._hidden_copies(values_Sc, before_Sc, residuals_Scb)
         # From above all values are bounded by σ_1's bound; at first by what the random start says of tr g.
         highest = logs[:, 0] + ahead[:, 0] + hidden_top
@@ -172,8 +212,11 @@ class Verdict:
             own, close = own + 1.5 * self._prior.bound / self._steps, _WARM_MARGIN * close
         own = torch.minimum(close, own)
         bound = torch.minimum(own + hidden, below_top)
-        if self._prior is not None and not self._moved and self._steps == 1:
-            bound = torch.minimum(bound, self._unchanged(matrix_Smn, total))
+        if self._prior is not None and self._unseen is not None and self._steps == 1:
+            # What was missing is missing still; what J's change has added is seen, or measured along random directions.
+            lost = self._prior.values.clamp_min(1e-300).log().sum(1) - total
+            bound = torch.minimum(bound, torch.nan_to_num(lost + self._prior.bound + self._unseen, nan=torch.inf))
+            bound = bound.clamp_min(0)
         bound = torch.where(known, torch.where(torch.tensor(exhausted), 0.0, close), bound)
         settled = bound <= torch.maximum(self.tolerance - rounding, rounding)
         self.bound = bound + rounding
@@ -183,7 +226,7 @@ class Verdict:
 
     def keep(self, samples: list[int]) -> None:
         """Let go of the other samples."""
-        for name in ("bound", "met", "_credible", "_highest", "_alike_from", "_spread"):
+        for name in ("bound", "met", "_credible", "_highest", "_alike_from", "_spread", "_missed"):
             setattr(self, name, getattr(self, name)[samples])
         self._prior = None if self._prior is None else self._prior.at(samples)
         self._sums = [sums[samples] for sums in self._sums]
@@ -198,20 +241,28 @@ class Verdict:
         steps = self._steps if self._prior is None else self._steps + _WARM
         return torch.nan_to_num((_AHEAD + _AHEAD_FEW * few) * steps * gain, nan=torch.inf)
 
-    def _unchanged(self, matrix: Tensor, total: Tensor) -> Tensor:
-        """[S], the bound after one product along the old vectors, where g has hardly changed along them.
+    def _missed_values(self, values_Sc: Tensor, weights_Sc: Tensor, rank: int) -> Tensor:
+        """[S], by how many nats a singular value that the space does not show may exceed the one of this rank.
 
-        In the first order a_1 moves as the true sum does, so what was missing is missing still.  In the second the
-        change of g between V and the rest of space counts, which is not seen: entries as large as those between the
-        vectors of V, d of them a vector, over a gap.
+        The space holds p(g) W for the random start W and every polynomial p of a degree, and the weights ω_j of W along
+        the pairs are those of a Gauss quadrature: Σ_j ω_j p(S_j²)² is what W's spectrum gives.  A singular vector v in
+        it that no pair stands for has h² = |Wᵀv|², so that h² p(σ²)² ≤ Σ_{j≥rank} ω_j p(S_j²)², where p is small: of
+        λ^s T(λ), T the Chebyshev polynomials that stay within 1 up to the rank's own S², the best s is taken.  W does
+        not know v, so h² follows a beta law, and is smaller than its first ‰ in one case of a thousand.
         """
-        assert self._prior is not None
-        k, old = self.k, self._prior.values.clamp_min(1e-300)
-        between = (matrix.mT @ matrix)[:, :k, :k] / (old[:, :, None] * old[:, None, :])
-        between = between - torch.diag_embed(between.diagonal(dim1=1, dim2=2))
-        fell = (old.log().sum(1) - total).clamp_min(0)
-        bound = self._prior.bound + fell + _UNSEEN * self.inputs * k * between.square().mean((1, 2))
-        return torch.where(total.isfinite() & bound.isfinite(), bound, torch.inf)
+        degree = (self._steps - 1) // 2
+        if degree < 1 or values_Sc.shape[1] < rank:
+            return torch.full_like(self.bound, torch.inf)
+        seen = (values_Sc[:, rank - 1 :] / values_Sc[:, rank - 1 : rank].clamp_min(1e-300)).square().clamp_max(1.0)
+        s = torch.arange(degree + 1, dtype=seen.dtype, device=seen.device)
+        small = seen[..., None] ** s * ((degree - s) * (2 * seen[..., None] - 1).acos()).cos()
+        weights = weights_Sc[:, rank - 1 :, None]
+        allowed = (weights * small.square()).sum(1) / _least_part(self.block, self.inputs)
+        above = torch.logspace(-6, 2, 161, dtype=seen.dtype, device=seen.device)  # (σ/S)² − 1
+        large = (degree - s)[:, None] * (1 + 2 * above).acosh()
+        growth = s[:, None] * above.log1p() + large + (-2 * large).exp().log1p() - math.log(2)
+        possible = (growth <= allowed.clamp_min(1e-300).log()[..., None] / 2).all(1).sum(1)
+        return torch.where(possible < len(above), above[possible.clamp_max(len(above) - 1)].log1p() / 2, torch.inf)
 
     def _by_residuals(self, values_Sc: Tensor, residuals_Scb: Tensor, complete: Tensor) -> Tensor:
         """[S], the linear and the quadratic bound, the smaller value by value; inf where they do not count."""

@@ -21,7 +21,7 @@ def rank_tolerance(dtype: torch.dtype) -> float:
 def log_volume(
     sigma: Float[Tensor, "batch r"], *, num_directions: int, tolerance: float
 ) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """Return (log-volume, rank, log pseudo-volume), each [B], from descending singular values [B, r], in nats.
+    """Return (log-volume, rank, log pseudo-volume), each [B], from singular values [B, r], in nats.
 
     The log-volume is Σ log σ_i; -inf where the rank falls short of ``num_directions``, nan where the singular values
     are not finite.  The rank counts what exceeds ``tolerance`` · σ_1, and is -1 where they are not finite.  The log
@@ -33,7 +33,7 @@ def log_volume(
     ([2.0, 0.0], [2, 1], [2.0, 2.0])
     """
     finite = sigma.isfinite().all(-1)
-    top = sigma[:, :1] if sigma.shape[1] else sigma.new_zeros(sigma.shape[0], 1)
+    top = sigma.amax(1, keepdim=True) if sigma.shape[1] else 0.0
     counted = (sigma > tolerance * top) & finite[:, None]
     rank = counted.sum(-1)
     log_pseudo_volume = torch.where(counted, sigma, 1.0).log().sum(-1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
+
 from torchgeom_probe.estimators import Estimator, TopK
 from torchgeom_probe.monitor.schedules import Budget, Clock, Schedule
 from torchgeom_probe.report import GeometryReport
@@ -16,15 +18,14 @@ def affordable(estimator: Estimator, last: GeometryReport, schedule: Schedule, c
     >>> import torch, torchgeom_probe as tgp
     >>> model, x = torch.nn.Linear(300, 250), torch.randn(2, 300)
     >>> last = tgp.measure(model, x, layers="", estimator=tgp.TopK(4, method="krylov"))
-    >>> poor, rich = (Clock(seconds, since_last_probe=seconds) for seconds in (0.0, 1e9))
+    >>> poor, rich = (Clock(seconds, last_probe_seconds=1.0, since_last_probe=seconds) for seconds in (0.0, 1e9))
     >>> [affordable(tgp.TopK(4), last, Budget(0.1), clock).max_products for clock in (poor, rich)]
     [1, None]
     """
     if not isinstance(estimator, TopK) or not isinstance(schedule, Budget):
         return estimator
-    made = [layer for layer in last.values() if "num_products" in layer.extras]
-    price = sum(float((layer.seconds / layer.num_products.clamp_min(1)).sum()) for layer in made)
-    products = schedule.allowance(clock) / max(price, 1e-9)
-    if products >= max(layer.num_features for layer in made):
+    made = torch.stack([layer.num_products.double().mean() for layer in last.values()])
+    products = schedule.allowance(clock) * float(made.mean()) / max(clock.last_probe_seconds, 1e-9)
+    if products >= max(layer.num_features for layer in last.values()):
         return estimator
     return replace(estimator, max_products=max(1, int(min(products, estimator.max_products or math.inf))))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.estimators.base import Estimator, ProductCount, from_factor
+from torchgeom_probe.estimators.base import Estimator, ProductCount, from_singular_values, resolution
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.linalg.directions import for_every_sample, orthonormal_frame
@@ -187,8 +187,14 @@ class _Metric(Estimator):
         for entry, factor in jacobians.factors(k, lambda a, b: directions[a:b]).items():
             metric = factor.gram if factor.triangle is None else factor.triangle.mT @ factor.triangle
             assert metric is not None
-            geometry = from_factor(
-                jacobians, entry, factor, estimand="VᵀgV", engine=jacobians.engine, num_directions=k, full_rank=k
+            geometry = from_singular_values(
+                jacobians,
+                entry,
+                factor.singular_values(),
+                estimand="VᵀgV",
+                engine=jacobians.engine,
+                num_directions=k,
+                tolerance=resolution(jacobians.plan.dtype, factor),
             )
             found[entry] = replace(geometry, extras={"metric": metric.double()})
         return found

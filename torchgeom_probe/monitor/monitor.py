@@ -446,5 +446,5 @@ def _on_cpu(report: GeometryReport) -> GeometryReport:
 
 
 def _without_vectors(report: GeometryReport) -> GeometryReport:
-    layers = {name: replace(layer, right_singular_vectors=None) for name, layer in report.items()}
+    layers = {name: replace(layer, right_singular_vectors=None, sketch=None) for name, layer in report.items()}
     return GeometryReport(layers, left_out=report.left_out)
