@@ -100,6 +100,8 @@ class Jacobians:
             done, _ = self._in_one_pass(self.inputs, directions(0, num_directions))
         else:
             done.update(self._factors_in_chunks(num_directions, directions, at_once))
+        if self.low is not None:  # the singular values resolve what its rounding leaves
+            done = {entry: replace(factor, dtype=self.low) for entry, factor in done.items()}
         return {entry: factor.scaled(self.scale(entry)) for entry, factor in done.items()}
 
     @property
@@ -112,8 +114,6 @@ class Jacobians:
         done: dict[str, Factor] = {}
         one = self._with(self.hooked, inputs, self.plan)
         one.push(directions, lambda entry, blocks: done.update({entry: Factor.of(blocks)}), any_order=True)
-        if self.low is not None:  # the singular values resolve what its rounding leaves
-            done = {entry: replace(factor, dtype=self.low) for entry, factor in done.items()}
         self.engine = one.engine
         self.finite.update(one.finite)
         return done, one.finite
@@ -384,7 +384,7 @@ def _refuse_another_value(engine: str, entry: str, values: list[Tensor], referen
     """
     value = torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in values], dim=1)[: len(reference)]
     expected = reference[: len(value)]
-    scale = expected.abs().amax().nan_to_num(posinf=0.0) if expected.numel() else expected.sum()
+    scale = expected.abs().nan_to_num(posinf=0.0).amax() if expected.numel() else expected.sum()
     # Rounding moves a deep network's output by a tiny share of its size, a write that was lost by a large one.
     eps = torch.finfo(value.dtype).eps
     allowed = (1e-6 if eps < 1e-12 else max(1e-2, 8 * eps)) * scale

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.model.kinds import attributes_of
 from torchgeom_probe.model.state import State
 from torchgeom_probe.shapes import Tensor
 
@@ -60,7 +61,7 @@ class _Made(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is not _GRADIENT:  # that was there before
+        if func != _GRADIENT:  # that was there before
             given = {id(a) for a in (*args, *(kwargs or {}).values())}  # an op in place makes nothing
             self._made += [
                 weakref.ref(leaf)
@@ -118,8 +119,7 @@ def _holders(left: list[Any]) -> tuple[list[Any], set[int]]:
 
 
 def _attributes(thing: Any) -> dict[str, Any] | None:
-    attributes = getattr(thing, "__dict__", None)
-    return attributes if isinstance(attributes, dict) and not isinstance(thing, types.ModuleType) else None
+    return None if isinstance(thing, types.ModuleType) else attributes_of(thing)
 
 
 def _of_python(owner: Any) -> bool:
