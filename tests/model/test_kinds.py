@@ -41,6 +41,8 @@ class Places(nn.Module):
         self.listed, self.local.count, self.seen = iter(list(range(100))), 0, []
         self.register_buffer("learns", torch.zeros(2))
         self.register_buffer("repeated", torch.zeros(1).expand(4))
+        self.register_buffer("conjugate", torch.zeros(4, dtype=torch.complex64).conj())
+        self.register_buffer("negative", torch.zeros(4, dtype=torch.complex64).conj().imag)
         self.register_buffer("sparse", torch.zeros(4).to_sparse())
         self.target = Target()
         self.proxy = weakref.proxy(self.target)

@@ -95,7 +95,11 @@ def resolved(imported: Iterable[str], package: str | None) -> list[str]:
 
 
 def memory(tensor: Tensor) -> Tensor:
-    """A tensor without the axes along which it only repeats (``expand``): nothing can be copied to those."""
+    """What lies in memory of a tensor: not conjugated, without the axes along which it only repeats (``expand``)."""
+    if tensor.is_conj():
+        tensor = tensor.conj()
+    if tensor.is_neg():
+        tensor = tensor._neg_view()
     if tensor.layout is not torch.strided or 0 not in tensor.stride():
         return tensor
     return tensor[tuple(slice(None if step else 1) for step in tensor.stride())]
