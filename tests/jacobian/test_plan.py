@@ -25,6 +25,38 @@ def test_samples_that_are_all_alike_do_not_hide_that_they_are_coupled(engine, va
     assert torch.allclose(volume, 3 * (1 - x[:, 0].double().tanh().square()).log(), atol=1e-6)
 
 
+def test_a_plan_holds_for_the_arguments_that_are_cut_with_the_samples():
+    class Table(nn.Module):
+        def forward(self, x, table):
+            return x * (table[:, None] if len(table) == len(x) else table.sum())
+
+    probe = tgp.GeometryProbe(Table(), layers="", wrt="x", normalize=False, memory_budget=300)
+    x = torch.randn(6, 4)
+    for rows, expected in ((5, [15.0] * 6), (6, [1.0, 2, 3, 4, 5, 6])):
+        found = probe.measure((x, torch.arange(1.0, rows + 1)))[""]
+        assert torch.allclose(found.log_volume, 4 * torch.tensor(expected).double().log(), atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["fused", "functorch", "vjp"])
+def test_a_source_that_puts_out_no_number_has_no_derivative_there(engine):
+    class Log(nn.Module):
+        def forward(self, x):
+            return x.log()
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log, self.last = Log(), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.last(torch.nan_to_num(self.log(x)))
+
+    x = torch.rand(3, 4) + 0.1
+    x[0, 0] = -1
+    found = tgp.measure(Masked(), x, layers="", source="log", engine=engine)[""]
+    assert found.log_volume.isnan().tolist() == [True, False, False]
+
+
 @pytest.mark.parametrize("kind", [list, tuple, np.array])
 def test_what_a_list_says_of_each_sample_is_not_cut_off_from_it(kind):
     class Scaled(nn.Module):

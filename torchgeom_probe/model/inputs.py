@@ -158,7 +158,9 @@ class Inputs:
     def key(self) -> Any:
         """What a plan depends on: everything but the numbers, and the number of samples but for one."""
         described = tuple(
-            (tuple(v.shape[1:]), v.shape[:1] == (1,), v.dtype, v.device) if isinstance(v, Tensor) else repr(v)
+            (tuple(v.shape[1:]), v.shape[:1] == (1,), v.shape[:1] == (self.size,), v.dtype, v.device)
+            if isinstance(v, Tensor)
+            else repr(v)
             for v in self.leaves
         )
         return str(self.spec), described

@@ -83,6 +83,7 @@ class State:
         self._tensors: list[Tensor] = []
         self._numbers: list[Tensor] = []
         self._watched: list[Tensor] = []
+        self._plain = True  # whether all tensors are what lies in memory
         self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self._others: list[Callable[[], None]] = []
         self._moving: list[Callable[[], Any]] = []  # of what moves and stays where it is: counts, context variables
@@ -111,11 +112,11 @@ class State:
         beside = list(beside)
         if not (self.light and len(beside) == len(self._beside) and all(map(is_, beside, self._beside))):
             return False
-        if not self.identities.hold() or any(map(kinds.differ, self._tensors, self._numbers)):
+        if not self.identities.hold() or any(map(kinds.differ, self._lying(self._tensors), self._numbers)):
             return False
         with _disable_current_modes(), torch.no_grad():
             if self._tensors:
-                torch._foreach_copy_(self._numbers, list(map(kinds.memory, self._tensors)))
+                torch._foreach_copy_(self._numbers, self._lying(self._tensors))
         self._note()
         self._arrays = [(array, array.copy()) for array, _ in self._arrays]
         self._generators = [(get, put, get()) for get, put, _ in self._generators]
@@ -196,6 +197,9 @@ class State:
             "Make it one:  self.register_buffer(name, tensor, persistent=False)"
         )
 
+    def _lying(self, tensors: list[Tensor]) -> list[Tensor]:
+        return tensors if self._plain else list(map(kinds.memory, tensors))
+
     def _put_numbers_back(self) -> None:
         if not self._tensors:
             return
@@ -205,7 +209,8 @@ class State:
         moved = [(tensor, version) for tensor, _, version in kept if version >= 0 and tensor._version != version]
         with _disable_current_modes(), torch.no_grad():
             if plain:  # torch takes no empty list
-                torch._foreach_copy_([kinds.memory(t.data) for t, _ in plain], [numbers for _, numbers in plain])
+                into = self._lying([tensor.data for tensor, _ in plain])
+                torch._foreach_copy_(into, [numbers for _, numbers in plain])
             for tensor, version in moved:
                 torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
             if len(plain) < len(kept):
@@ -367,12 +372,12 @@ class State:
     def _copy(self, tensor: Tensor) -> None:
         self._seen.add(id(tensor))
         self._tensors.append(tensor)
+        self._plain &= kinds.memory(tensor) is tensor
         self._numbers.append(kinds.memory(tensor.detach()).clone())
         self.light &= tensor.numel() * tensor.element_size() <= _LIGHT_BYTES
 
     def _attributes(self, tensor: Tensor) -> None:
-        attributes = vars(tensor)
-        self.identities.empty.append(attributes) if not attributes else self._look(attributes, _DEPTH)
+        self._look(vars(tensor), _DEPTH) if vars(tensor) else self.identities.empty.append(vars(tensor))
 
     def _reference(self, reference: weakref.ref[Any], depth: int) -> None:
         target = reference()

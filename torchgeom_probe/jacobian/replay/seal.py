@@ -106,7 +106,9 @@ class Seal:
             _refuse_modules_by_name(users)
         _refuse_opaque(state, modules, names, by_name)
         self._tensors = list(readable(state).values())
-        self._kinds, self._lie = list(map(_KIND, self._tensors)), list(map(_lies, self._tensors))
+        self._kinds = list(map(_KIND, self._tensors))
+        self._strided = [tensor for tensor in self._tensors if tensor.layout is torch.strided]
+        self._lie = _lying(self._strided)
         self._types = list(map(type, self._tensors))
         if any(kind not in (Tensor, nn.Parameter) for kind in self._types):
             raise Refused("holds tensors of a class of its own")
@@ -122,16 +124,15 @@ class Seal:
             and self.state.identities.hold()
             and self._code.hold()
             and list(map(_KIND, self._tensors)) == self._kinds
-            and list(map(_lies, self._tensors)) == self._lie
+            and _lying(self._strided) == self._lie
             and list(map(type, self._tensors)) == self._types
             and [tensor.data_ptr() for tensor in self._on_gpu] == self._pointers
         )
 
 
-def _lies(tensor: Tensor) -> Any:
-    """What a program that has been written down takes as given of a tensor in memory."""
-    strided = tensor.layout is torch.strided
-    return strided and (tensor.stride(), tensor.storage_offset(), tensor.is_conj(), tensor.is_neg())
+def _lying(tensors: list[Tensor]) -> list[list[Any]]:
+    """What a program that has been written down takes as given of tensors in memory."""
+    return [list(map(ask, tensors)) for ask in (Tensor.stride, Tensor.storage_offset, Tensor.is_conj, Tensor.is_neg)]
 
 
 def readable(state: State) -> Mapping[int, Tensor]:
