@@ -336,8 +336,8 @@ class State:
     def _imported(self, name: str, read: frozenset[str], depth: int) -> None:
         if name in sys.modules:
             self._inside(sys.modules[name], read, depth)
-        elif not kinds.of_a_framework(name):  # to look at it would be to run it
-            self.light = self.whole = False
+        else:  # to look at it would be to run it; once it is there, it has another place
+            self.identities.other(getter(get_item, name), sys.modules)
 
     def _name(self, get: Callable[..., Any], put: Callable[..., None], holder: Any, name: str) -> Any:
         value = self.identities.other(getter(get, name), holder)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from torchgeom_probe.jacobian.replay.recorder import Ran, Refused
-from torchgeom_probe.model.identities import Identities, names_in
+from torchgeom_probe.model.identities import MISSING, Identities, names_in
 from torchgeom_probe.model.state import State, followed
 from torchgeom_probe.shapes import Tensor
 
@@ -243,6 +243,8 @@ def _refuse_opaque(state: State, modules: list[nn.Module], names: set[str], by_n
 def _sealable(value: Any) -> bool:
     if isinstance(value, (torch.jit.ScriptModule, torch.jit.ScriptFunction, np.ndarray)):
         return False
+    if value is MISSING:
+        return True
     if isinstance(value, (tuple, frozenset)):
         return all(map(_sealable, value))
     if isinstance(value, weakref.ref):
