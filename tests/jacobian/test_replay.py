@@ -7,6 +7,8 @@ that no audit looks at: the seal alone stands between the change and a stale rep
 import copy
 import dataclasses
 import functools
+import importlib
+import sys
 import types
 import warnings
 
@@ -30,6 +32,7 @@ ARRAY = np.ones(1)
 TENSOR = torch.ones(())
 OUTSIDE = types.ModuleType("outside_of_the_test")
 OUTSIDE.scale = 1.0
+sys.modules[OUTSIDE.__name__] = OUTSIDE
 
 
 class Config:
@@ -115,6 +118,18 @@ def _global(name, value):
 
 def _lambda_with(value):
     return lambda h: h * value
+
+
+def _imported(self, h):
+    import outside_of_the_test
+
+    return h * outside_of_the_test.scale
+
+
+def _imported_from(self, h):
+    from outside_of_the_test import scale
+
+    return h * scale
 
 
 class _Dropped(nn.Module):
@@ -229,6 +244,32 @@ TRAPS = {
         lambda m: setattr(SETTINGS.inner, "scale", 3.0), lambda self, h: h * SETTINGS.inner.scale
     ),
     "a class's attribute": Trap(lambda m: setattr(Config, "scale", 3.0), lambda self, h: h * Config.scale),
+    "a module imported on the way": Trap(lambda m: setattr(OUTSIDE, "scale", 3.0), _imported),
+    "a name imported on the way": Trap(lambda m: setattr(OUTSIDE, "scale", 3.0), _imported_from),
+    "a module of sys": Trap(
+        lambda m: setattr(OUTSIDE, "scale", 3.0), lambda self, h: h * sys.modules[OUTSIDE.__name__].scale, never=True
+    ),
+    "a module by importlib": Trap(
+        lambda m: setattr(OUTSIDE, "scale", 3.0),
+        lambda self, h: h * importlib.import_module(OUTSIDE.__name__).scale,
+        never=True,
+    ),
+    "an attribute of a parameter": Trap(
+        _set("first.weight.alpha", 3.0),
+        lambda self, h: h * self.first.weight.alpha,
+        prepare=_set("first.weight.alpha", 1.0),
+    ),
+    "an attribute of a buffer": Trap(
+        _set("gain.alpha", 3.0), lambda self, h: h * getattr(self.gain, "alpha", 1.0)
+    ),
+    "how a weight lies": Trap(
+        lambda m: setattr(m.second.weight, "data", m.second.weight.data.t().contiguous().t()),
+        lambda self, h: h * self.second.weight.reshape(-1)[:6] * self.second.weight.stride(0),
+    ),
+    "where a weight lies in its memory": Trap(
+        lambda m: setattr(m.second.weight, "data", torch.randn(7, 6)[1:]),
+        lambda self, h: h * (1 + self.second.weight.storage_offset()),
+    ),
     "another module's global": Trap(lambda m: setattr(OUTSIDE, "scale", 3.0), lambda self, h: h * OUTSIDE.scale),
     "another module's global by a name made up": Trap(
         lambda m: setattr(OUTSIDE, "scale", 3.0), lambda self, h: h * getattr(OUTSIDE, "sc" + "ale"), never=True

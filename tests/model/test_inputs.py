@@ -194,3 +194,36 @@ def test_the_advice_of_a_complex_input_works():
     g = tgp.measure(Real(), torch.view_as_real(z), layers="", estimator="exact", normalize=False)[""]
     assert torch.allclose(g.value, (2 * z).abs().log().sum(1) * 2, atol=1e-12)
     assert math.isfinite(g.value.sum())
+
+
+class Sum(nn.Module):
+    def forward(self, x, y):
+        return torch.cat([x * 2, y.sum(0).expand(len(x), -1) if len(y) != len(x) else y * 3], dim=1)
+
+
+def test_arguments_named_twice_in_vain_or_of_other_sizes():
+    x, y = torch.randn(3, 2), torch.randn(3, 2)
+    twice, once = (tgp.measure(Sum(), (x, y), layers="", wrt=wrt, estimator=tgp.Exact())[""] for wrt in (["x", 0], "x"))
+    assert torch.equal(twice.log_volume, once.log_volume)
+    assert len(twice.singular_values[0]) == 2
+    with pytest.raises(tgp.ProbeError, match=r"names no argument(.|\n)*wrt='x'"):
+        tgp.measure(Sum(), (x, y), layers="", wrt=[])
+    for rows in (6, 7):
+        with pytest.raises(tgp.ProbeError, match=rf"x \[3, 2\], y \[{rows}, 2\](.|\n)*wrt='x'"):
+            tgp.measure(Sum(), (x, torch.randn(rows, 2)), layers="", wrt=["x", "y"])
+
+
+def test_arguments_of_different_types_keep_theirs():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.narrow, self.wide = nn.Linear(2, 2), nn.Linear(2, 2).double()
+
+        def forward(self, x, y):
+            return torch.cat([self.narrow(x).double(), self.wide(y)], dim=1)
+
+    model = Mixed()
+    given = (torch.randn(3, 2), torch.randn(3, 2).double())
+    found = tgp.measure(model, given, layers="", wrt=["x", "y"], estimator=tgp.Exact(), normalize=False)[""]
+    dets = [layer.weight.double().det().abs().log() for layer in (model.narrow, model.wide)]
+    assert torch.allclose(found.log_volume, sum(dets).expand(3), atol=1e-5)

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from torchgeom_probe import ProbeError
-from torchgeom_probe.model.predictions import DECISIONS, decisions, logits_of
+from torchgeom_probe.model.predictions import DECISIONS, decided, decisions, logits_of
 
 
 def test_decisions_are_those_of_plain_python():
@@ -49,3 +50,10 @@ def test_logits_that_are_not_finite_have_no_class(bad):
 def test_what_is_no_logits_is_refused(output, readout, message):
     with pytest.raises(ProbeError, match=message):
         logits_of(output, readout=readout, batch=4)
+
+
+def test_what_is_predicted_from_is_not_written_to():
+    x = torch.randn(3, 4)
+    kept = x.clone()
+    decided(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2)), x, readout=None, batch=3)
+    assert torch.equal(x, kept)

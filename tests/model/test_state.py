@@ -224,6 +224,38 @@ def test_what_cannot_be_reached_is_taken_out_and_named_with_its_hook(hook, conta
     assert FOUND[models[1]] == [globals()[container]]
 
 
+class Unseen:
+    __slots__ = ("out",)
+
+
+UNSEEN = Unseen()
+
+
+def test_what_is_left_behind_where_only_a_part_can_be_taken_out_is_refused():
+    def hook(module, args, out):
+        globals()["OUT_OF_REACH"].append(out)
+        globals()["UNSEEN"].out = out * 2
+
+    model = network()
+    model[1].register_forward_hook(hook)
+    with (
+        pytest.warns(UserWarning, match="OUT_OF_REACH, which"),
+        pytest.raises(tgp.ProbeError, match="from where they cannot be taken back"),
+    ):
+        tgp.measure(model, torch.randn(4, 3), layers=["1"])
+
+
+def test_what_a_function_remembers_is_its_own():
+    @functools.lru_cache
+    def mask(size):
+        return torch.ones(size)
+
+    model = network()
+    model[1].register_forward_hook(lambda module, args, out: out * mask(7))
+    tgp.measure(model, torch.randn(4, 3), layers=["1"])
+    assert mask.cache_info().currsize == 1
+
+
 def test_models_without_code_of_the_users_are_not_searched_for_leftovers():
     torchs, users = nn.Sequential(nn.Linear(3, 7), nn.BatchNorm1d(7), nn.Tanh()), network()
     users[0].register_forward_hook(to_default)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from torchgeom_probe.dual.followed import Followed, has_tangent
-from torchgeom_probe.jacobian.fused import Seer, Sink
+from torchgeom_probe.jacobian.fused import START, Seer, Sink
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.shapes import Tensor
@@ -40,6 +40,7 @@ def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink, *,
     def pushed(direction: Tensor) -> Any:
         return torch.func.jvp(captured, (point,), (direction,))
 
+    see(START, [point])
     values, tangents = torch.func.vmap(pushed, randomness="same")(directions.to(point.dtype))
     for entry, blocks in tangents.items():
         see(entry, [value[0] for value in values[entry]])

@@ -22,6 +22,10 @@ Sink = Callable[[str, list[Tensor]], None]
 Seer = Callable[[str, list[Tensor]], None]
 
 
+#: What a seer calls the source's output; no layer has such a name.
+START = "<input>"
+
+
 def unseen(entry: str, leaves: list[Tensor]) -> None:
     """The seer of a pass whose values nobody asks about."""
 
@@ -55,7 +59,9 @@ def push(
         )
 
     def on_source(output: Any) -> Any:
-        return _dual(hooked.source_value(output), directions, layout)
+        value = hooked.source_value(output)
+        see(START, [value])
+        return _dual(value, directions, layout)
 
     with dual_pass(low=low), before_weights_go(hooked.model, _build_deferred), hooked.attached(on_output, on_source):
         point = inputs.point

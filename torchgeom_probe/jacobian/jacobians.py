@@ -100,6 +100,8 @@ class Jacobians:
             done, _ = self._in_one_pass(self.inputs, directions(0, num_directions))
         else:
             done.update(self._factors_in_chunks(num_directions, directions, at_once))
+        if self.low is not None:  # the singular values resolve what its rounding leaves
+            done = {entry: replace(factor, dtype=self.low) for entry, factor in done.items()}
         return {entry: factor.scaled(self.scale(entry)) for entry, factor in done.items()}
 
     @property
@@ -112,8 +114,6 @@ class Jacobians:
         done: dict[str, Factor] = {}
         one = self._with(self.hooked, inputs, self.plan)
         one.push(directions, lambda entry, blocks: done.update({entry: Factor.of(blocks)}), any_order=True)
-        if self.low is not None:  # the singular values resolve what its rounding leaves
-            done = {entry: replace(factor, dtype=self.low) for entry, factor in done.items()}
         self.engine = one.engine
         self.finite.update(one.finite)
         return done, one.finite
@@ -215,8 +215,8 @@ class Jacobians:
         A tangent does not tell: behind a ReLU that of a nan is 0.  On a GPU always a tensor, which nobody waits for.
         """
         if self.inputs.point is not None:
-            self._see(_INPUT, [self.inputs.point])
-        defined = self.finite[entry] & self.finite.get(_INPUT, self.finite[entry])
+            self._see(fused.START, [self.inputs.point])
+        defined = self.finite[entry] & self.finite.get(fused.START, self.finite[entry])
         return None if defined.device.type == "cpu" and bool(defined.all()) else defined
 
     def _see(self, entry: str, leaves: Sequence[Tensor]) -> None:
@@ -370,10 +370,6 @@ class Jacobians:
             "low": self.low,
         }
         return Jacobians(hooked, inputs, plan, self.engine, **options)  # type: ignore[arg-type]
-
-
-#: Where `finite` says it of the input; no layer has such a name.
-_INPUT = "<input>"
 
 
 def _refuse_another_value(engine: str, entry: str, values: list[Tensor], reference: Tensor) -> None:

@@ -54,10 +54,10 @@ class Layout:
 
 def weights_with_channels_last(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the weights that many passes over such images would each lay anew, by name."""
-    return {
-        f"{name}.weight" if name else "weight": module.weight.detach().contiguous(memory_format=torch.channels_last)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-        and type(module._parameters.get("weight")) is nn.Parameter
-        and tuple(module.kernel_size) != (1, 1)
-    }
+    owners: dict[int, tuple[str, Tensor]] = {}  # one name for each: torch gives a tied weight to all that have it
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and tuple(module.kernel_size) != (1, 1):
+            weight = module._parameters.get("weight")
+            if type(weight) is nn.Parameter:
+                owners.setdefault(id(weight), (f"{name}.weight" if name else "weight", weight))
+    return {name: w.detach().contiguous(memory_format=torch.channels_last) for name, w in owners.values()}

@@ -177,7 +177,10 @@ def make_plan(hooked: HookedModel, inputs: Inputs, *, memory_budget: int | None)
         # Random outputs are never the same, and a fake tensor has no values to compare.
         fake = isinstance(space, FakeTensor)
         draws = not fake and (drew_random_numbers() or not all(map(torch.equal, before, _random_state())))
-        per_sample, whole, coupled = _samples(hooked, own, found, compare=not (fake or draws))
+        compare = not (fake or draws)
+        per_sample, whole, coupled = _samples(
+            hooked, *(_apart(hooked, own, found) if compare else (own, found)), compare
+        )
         # Sharded weights come and go by cuts of FSDP's own, into memory that is not there in between.
         logs = cuts.seen and not (fake or draws or comes_and_goes(hooked.model)) and harmless(hooked, own)
     return Plan(
@@ -261,7 +264,7 @@ def _first_run(hooked: HookedModel, inputs: Inputs) -> tuple[Inputs, Outputs, Li
         with LiveBytes([*hooked.model.parameters(), *own.leaves]) as live:
             return own, hooked.outputs(own, keep=_COMPARED, aside=live.paused), live
 
-    if inputs.size <= _MANY_SAMPLES:
+    if inputs.size <= _MANY_SAMPLES or inputs.listed:
         return run(inputs)
     try:
         return run(inputs.chunk(0, _MANY_SAMPLES))
@@ -295,8 +298,25 @@ def _space(hooked: HookedModel, own: Inputs, found: Outputs) -> Tensor:
     return found.sources[0]
 
 
+def _apart(hooked: HookedModel, own: Inputs, found: Outputs) -> tuple[Inputs, Outputs]:
+    """The samples and what they give; moved apart where all are alike, which hides that they depend on each other."""
+    point = own.point
+    if point is None or own.size == 1 or not torch.equal(point, point[:1].expand_as(point)):
+        return own, found
+    by = torch.linspace(0, 0.1, own.size, dtype=point.dtype, device=point.device)
+    leaves = list(own.leaves)
+    for i in own.wrt:
+        step = by.to(leaves[i].dtype).view(-1, *[1] * (leaves[i].ndim - 1))
+        leaves[i] = leaves[i].detach() * (1 + step) + step
+    moved = replace(own, leaves=tuple(leaves))
+    try:
+        return moved, hooked.outputs(moved, keep=_COMPARED)
+    except Exception:
+        return own, found
+
+
 def _samples(
-    hooked: HookedModel, own: Inputs, found: Outputs, *, compare: bool
+    hooked: HookedModel, own: Inputs, found: Outputs, compare: bool
 ) -> tuple[frozenset[int], bool, tuple[str, ...]]:
     """Which arguments are cut with the samples; whether no part can be run; which entries couple the samples.
 
@@ -307,6 +327,8 @@ def _samples(
     count = 2 if own.size > 2 else 3
 
     def apart(inputs: Inputs) -> list[str] | None:
+        if inputs.listed:
+            return None
         different: list[str] = []
         for sample in range(min(own.size, 2) if compare else 1):  # two: whichever sample matters, one run is without it
             try:

@@ -13,7 +13,7 @@ from torchgeom_probe.dual.followed import Followed
 from torchgeom_probe.dual.one_op import refuse_another_adjoint
 from torchgeom_probe.errors import EngineRefusal, first_line
 from torchgeom_probe.jacobian.functorch import starting_point
-from torchgeom_probe.jacobian.fused import Seer, Sink, unseen
+from torchgeom_probe.jacobian.fused import START, Seer, Sink, unseen
 from torchgeom_probe.jacobian.layout import Layout, weights_with_channels_last
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
@@ -79,6 +79,7 @@ def pullback(
     ``layout``: images may lie in memory as it says.  ``until``: the pass ends with this entry.
     """
     point = starting_point(hooked, inputs)
+    see(START, [point])
     point = torch.cat([point] * copies) if copies > 1 else point
     inputs = inputs.repeated(copies * inputs.size) if copies > 1 else inputs
     # Until the last pullback: activation checkpointing runs the forward pass again in each.

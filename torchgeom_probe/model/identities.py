@@ -110,7 +110,7 @@ def getter(get: Callable[..., Any], name: str) -> Callable[[Any], Any]:
 def get_attribute(holder: Any, name: str) -> Any:
     """An attribute, or MISSING."""
     try:
-        return getattr(holder, name)
+        return object.__getattribute__(holder, name)  # a slot that holds nothing is no call of the user's __getattr__
     except (AttributeError, ValueError):  # a slot, or a cell, that holds nothing yet
         return MISSING
 
@@ -157,12 +157,19 @@ def put_members(kind: type, members: Mapping[str, Any]) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def names_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """Every name that a function's code reads from outside, and the globals that it binds; inner functions' too."""
-    written = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
+def names_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    """Every name that a function's code reads from outside, the globals that it binds, and the modules that it imports.
+
+    Inner functions' too; a module as ``import`` has it, with a dot before it for each package to go up.
+    """
+    instructions = list(dis.get_instructions(code))
+    written = {i.argval for i in instructions if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
+    # What was put on the stack before: how far to go up, and what to take from the module.
+    imports = zip(instructions, instructions[2:], strict=False)
+    imported = {"." * up.argval + i.argval for up, i in imports if i.opname == "IMPORT_NAME"}
     read = set(code.co_names)
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
             more = names_in(inner)
-            read, written = read | more[0], written | more[1]
-    return frozenset(read), frozenset(written)
+            read, written, imported = read | more[0], written | more[1], imported | more[2]
+    return frozenset(read), frozenset(written), frozenset(imported)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Union
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
@@ -28,6 +29,7 @@ class Inputs:
         size: B.
         wrt: places of the leaves that the metric lives on; none where a ``source`` is measured from.
         per_sample: places of the leaves whose first axis is the samples; the others go whole with every chunk.
+        listed: whether a list or array beside them has something for each sample, which cannot be cut with them.
         start, total: where these samples stand among those of the measurement.
     """
 
@@ -37,6 +39,7 @@ class Inputs:
     size: int
     wrt: tuple[int, ...]
     per_sample: frozenset[int]
+    listed: bool = False
     start: int = 0
     total: int = 0
 
@@ -63,21 +66,28 @@ class Inputs:
         refuse_unless_dense(leaves[i] for i in tensors)
         _refuse_other_device(model, [leaves[i] for i in tensors])
         places = tensors[:1] if from_source else _places(leaves, names, tensors, wrt, model)
-        first = leaves[places[0]]
         if any(leaves[i].ndim == 0 or leaves[i].shape[0] == 0 for i in places):
             shapes = [tuple(leaves[i].shape) for i in tensors]
             raise ProbeError(
                 f"x has shape {shapes[0] if len(shapes) == 1 else shapes}: no sample to measure at.\n"
                 "Pass a batch [B, ...]."
             )
-        size = first.shape[0]
+        size = leaves[places[0]].shape[0]
+        if any(leaves[i].shape[0] != size for i in places):
+            listed = ", ".join(f"{names[i]} {list(leaves[i].shape)}" for i in places)
+            raise ProbeError(
+                f"the arguments of wrt= have different numbers of samples, so they are no one space: {listed}.\n"
+                f"Name those alone that have one row a sample:  wrt={names[places[0]]!r}"
+            )
+        cut = frozenset(i for i in tensors if leaves[i].ndim and leaves[i].shape[0] == size)
         return Inputs(
             leaves,
             spec,
             names,
             size,
             wrt=() if from_source else tuple(places),
-            per_sample=frozenset(i for i in tensors if leaves[i].ndim and leaves[i].shape[0] == size),
+            per_sample=cut,
+            listed=size > 1 and _listed([path for i, (path, _) in enumerate(paths) if i not in cut], leaves, size),
             total=size,
         )
 
@@ -132,17 +142,15 @@ class Inputs:
         The rest are copies: a model may write to its input, and the user's tensors are not ours to change.
         """
         given = self.wrt if point is not None else ()
-        leaves = [
-            leaf.detach().clone() if isinstance(leaf, Tensor) and i not in given else leaf
-            for i, leaf in enumerate(self.leaves)
-        ]
+        leaves = [leaf if i in given else copied(leaf) for i, leaf in enumerate(self.leaves)]
         if point is not None and len(self.wrt) == 1:
             leaves[self.wrt[0]] = point
         elif point is not None:
             offset = 0
             for i in self.wrt:
                 shape = self.leaves[i].shape[1:]
-                leaves[i] = point[:, offset : offset + shape.numel()].reshape(point.shape[0], *shape)
+                part = point[:, offset : offset + shape.numel()].reshape(point.shape[0], *shape)
+                leaves[i] = part.to(self.leaves[i].dtype)
                 offset += shape.numel()
         args, kwargs = tree_unflatten(leaves, self.spec)
         return args, kwargs
@@ -150,7 +158,9 @@ class Inputs:
     def key(self) -> Any:
         """What a plan depends on: everything but the numbers, and the number of samples but for one."""
         described = tuple(
-            (tuple(v.shape[1:]), v.shape[:1] == (1,), v.dtype, v.device) if isinstance(v, Tensor) else repr(v)
+            (tuple(v.shape[1:]), v.shape[:1] == (1,), v.shape[:1] == (self.size,), v.dtype, v.device)
+            if isinstance(v, Tensor)
+            else repr(v)
             for v in self.leaves
         )
         return str(self.spec), described
@@ -159,6 +169,25 @@ class Inputs:
         """The shapes of the tensors, in words."""
         shapes = [tuple(leaf.shape) for leaf in self.leaves if isinstance(leaf, Tensor)]
         return str(shapes[0] if len(shapes) == 1 else shapes)
+
+
+def _listed(paths: Sequence[Sequence[Any]], leaves: Sequence[Any], size: int) -> bool:
+    """Whether any list among the arguments has as many items as there are samples, or any array as many rows."""
+    items: dict[str, set[int]] = {}
+    for path in paths:
+        for depth, key in enumerate(path[2:], start=2):  # after "positional", "keyword" and which of them
+            if hasattr(key, "idx"):
+                items.setdefault(str(path[:depth]), set()).add(key.idx)
+    return any(len(each) == size for each in items.values()) or any(
+        isinstance(leaf, np.ndarray) and leaf.shape[:1] == (size,) for leaf in leaves
+    )
+
+
+def copied(leaf: Any) -> Any:
+    """A tensor or array as another that may be written to; what is neither as it is."""
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone()
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
 def refuse_unless_dense(tensors: Iterable[Tensor]) -> None:
@@ -234,7 +263,9 @@ def _places(
     floating = [i for i in tensors if leaves[i].is_floating_point()]
     if wrt is not None:
         wanted = [wrt] if isinstance(wrt, (str, int)) else list(wrt)
-        return [_place(one, leaves, names, floating, model) for one in wanted]
+        if not wanted:
+            raise ProbeError(f"wrt={wrt!r} names no argument.\nName one, or leave it out:  wrt={names[tensors[0]]!r}")
+        return list(dict.fromkeys(_place(one, leaves, names, floating, model) for one in wanted))
     if len(floating) == 1:
         return floating
     embedding = next(

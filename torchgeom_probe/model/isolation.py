@@ -179,7 +179,7 @@ def _refuse_batch_statistics(model: nn.Module, modules: list[nn.Module]) -> None
 
 @contextlib.contextmanager
 def _process_set() -> Iterator[None]:
-    fastpath = torch.backends.mha.get_fastpath_enabled()
+    fastpath, dtype = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
     with _numbers_set(), contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         # Each is torch speaking of its own decompositions, or of gradients that a measurement does not want.
@@ -199,6 +199,7 @@ def _process_set() -> Iterator[None]:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
+            torch.set_default_dtype(dtype)
 
 
 @contextlib.contextmanager

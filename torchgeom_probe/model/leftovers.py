@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import gc
 import sys
 import types
@@ -19,12 +20,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.model.kinds import attributes_of
 from torchgeom_probe.model.state import State
 from torchgeom_probe.shapes import Tensor
 
 #: Model → the containers that were found: kept with the rest of its state from then on.
 FOUND: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
 _GRADIENT: Any = vars(torch._C.TensorBase)["grad"].__get__
+_ADVICE = (
+    "Let it write to what a measurement finds and puts back exactly: an attribute of a module or of the hook's own "
+    "object, or a list or dict that it names."
+)
 _CONTAINERS = (list, dict, set, collections.deque)
 
 
@@ -46,9 +52,12 @@ def taken_out(state: State | None, ours: Callable[[], Iterable[Tensor]]) -> Iter
     known = {id(tensor) for tensor in ours()}
     if any(id(tensor) not in known for tensor in made.alive()):
         gc.collect()  # a cycle is no holder
-        left = [tensor for tensor in made.alive() if id(tensor) not in known]
+        left = [tensor for tensor in made.alive() if id(tensor) not in known and not _cached(tensor)]
         if left:
-            _take_out(state, left)
+            holders = _take_out(state, left)
+            left.clear()
+            if not holders or any(id(tensor) not in known and not _cached(tensor) for tensor in made.alive()):
+                _refuse(state)
 
 
 class _Made(TorchFunctionMode):
@@ -60,7 +69,7 @@ class _Made(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is not _GRADIENT:  # that was there before
+        if func != _GRADIENT:  # that was there before
             given = {id(a) for a in (*args, *(kwargs or {}).values())}  # an op in place makes nothing
             self._made += [
                 weakref.ref(leaf)
@@ -73,7 +82,7 @@ class _Made(TorchFunctionMode):
         return [tensor for tensor in (reference() for reference in self._made) if tensor is not None]
 
 
-def _take_out(state: State, left: list[Any]) -> None:
+def _take_out(state: State, left: list[Any]) -> list[Any]:
     holders, inside = _holders(left)
     for holder in holders:
         if isinstance(holder, dict):
@@ -85,18 +94,27 @@ def _take_out(state: State, left: list[Any]) -> None:
             (holder.update if isinstance(holder, set) else holder.extend)(kept)
         state.keep(holder)
     FOUND.setdefault(state.model, []).extend(holders)
-    what = f"{_writers(state.model)} leaves tensors of the measurement in "
-    advice = (
-        "Let it write to what a measurement finds and puts back exactly: an attribute of a module or of the hook's own "
-        "object, or a list or dict that it names."
+    if holders:
+        where = ", ".join(sorted({_named(holder) for holder in holders}))
+        warnings.warn(
+            f"{_writers(state.model)} leaves tensors of the measurement in {where}, which nothing leads to from the "
+            "model.  They are taken out again, after this and every measurement; what they took the place of is "
+            f"gone.\n{_ADVICE}",
+            stacklevel=3,
+        )
+    return holders
+
+
+def _refuse(state: State) -> None:
+    raise ProbeError(
+        f"{_writers(state.model)} leaves tensors of the measurement in a place from where they cannot be taken back.\n"
+        f"{_ADVICE}"
     )
-    if not holders:
-        raise ProbeError(f"{what}a place from where they cannot be taken back.\n{advice}")
-    warnings.warn(
-        f"{what}{', '.join(sorted({_named(holder) for holder in holders}))}, which nothing leads to from the model.  "
-        f"They are taken out again, after this and every measurement; what they took the place of is gone.\n{advice}",
-        stacklevel=2,
-    )
+
+
+def _cached(tensor: Any) -> bool:
+    """Whether it is what ``functools.lru_cache`` remembers of a function: the same whoever asks first."""
+    return any(isinstance(referrer, functools._lru_cache_wrapper) for referrer in gc.get_referrers(tensor))
 
 
 def _holders(left: list[Any]) -> tuple[list[Any], set[int]]:
@@ -118,8 +136,7 @@ def _holders(left: list[Any]) -> tuple[list[Any], set[int]]:
 
 
 def _attributes(thing: Any) -> dict[str, Any] | None:
-    attributes = getattr(thing, "__dict__", None)
-    return attributes if isinstance(attributes, dict) and not isinstance(thing, types.ModuleType) else None
+    return None if isinstance(thing, types.ModuleType) else attributes_of(thing)
 
 
 def _of_python(owner: Any) -> bool:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.model.inputs import arguments_of
+from torchgeom_probe.model.inputs import arguments_of, copied
 from torchgeom_probe.model.isolation import Mode, measuring
 from torchgeom_probe.shapes import Float, Tensor
 
@@ -83,7 +84,7 @@ def decisions(logits: Float[Tensor, " batch classes"]) -> dict[str, Tensor]:
 
 def decided(model: nn.Module, x: Any, *, readout: Readout | None, batch: int, mode: Mode = "eval") -> dict[str, Tensor]:
     """Run the model plainly, leave it as it was, and return its :func:`decisions` at x."""
-    args, kwargs = arguments_of(x)
+    args, kwargs = tree_map(copied, arguments_of(x))
     of_readout = measuring(readout) if isinstance(readout, nn.Module) else contextlib.nullcontext()
     with measuring(model, mode=mode), of_readout:
         return decisions(logits_of(model(*args, **kwargs), readout=readout, batch=batch))

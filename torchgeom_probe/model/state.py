@@ -16,9 +16,9 @@ import random
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter, is_
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.model import kinds
 from torchgeom_probe.model.generators import GENERATORS, same_numbers, state_of
 from torchgeom_probe.model.identities import (
     CONTAINERS,
@@ -48,12 +49,6 @@ _MANY = 1000
 _LARGE_BYTES = 1 << 28
 #: A tensor or array of more is copied for a measurement, and not kept until the next.
 _LIGHT_BYTES = 1 << 20
-#: Packages whose objects are none of a model's own state, and may be at work in another thread; but for some that hold
-#: what a model or a hook puts there.
-_FRAMEWORKS = {*sys.stdlib_module_names, "torch", "torchvision", "lightning", "pytorch_lightning", "tqdm", "numpy"}
-_FRAMEWORKS |= {"tensorboard", "torchgeom_probe"}
-_HOLDERS = ("types", "collections", "argparse", "weakref", "_weakrefset", "torch.distributions")
-Answer = TypeVar("Answer", bound=Callable[..., Any])
 
 
 class State:
@@ -88,9 +83,11 @@ class State:
         self._tensors: list[Tensor] = []
         self._numbers: list[Tensor] = []
         self._watched: list[Tensor] = []
+        self._plain = True  # whether all tensors are what lies in memory
         self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self._others: list[Callable[[], None]] = []
         self._moving: list[Callable[[], Any]] = []  # of what moves and stays where it is: counts, context variables
+        self._iterators: list[tuple[Iterator[Any], Any]] = []
         self._generators: list[tuple[Callable[[], Any], Callable[[Any], Any], Any]] = []
         self._draws: bool | None = None
         self._seen: set[int] = set()
@@ -100,21 +97,27 @@ class State:
         self._look_at([of_all_modules["_global_forward_hooks"], of_all_modules["_global_forward_pre_hooks"]], _DEPTH)
         self._beside = list(beside)
         self._look_at(self._beside, _DEPTH)
-        self._versions, self._watched_versions = _versions(self._tensors), _versions(self._watched)
-        self._learn = list(map(_LEARNS, self._watched))
+        self._note()
+
+    def _note(self) -> None:
+        """Note what is beside the numbers of tensors, and moves."""
+        self._learn, self._gradients = list(map(_LEARNS, self.tensors)), list(map(_GRADIENT, self._watched))
+        self._versions, self._watched_versions = kinds.versions(self._tensors), self._versions_of_watched()
+
+    def _versions_of_watched(self) -> list[int]:
+        return kinds.versions([*self._watched, *(g for g in self._gradients if g is not None)])
 
     def again(self, beside: Iterable[Any] = ()) -> bool:
         """Take this state anew, if all is found where it was: numbers alone may be others.  False: make a new one."""
         beside = list(beside)
         if not (self.light and len(beside) == len(self._beside) and all(map(is_, beside, self._beside))):
             return False
-        if not self.identities.hold() or any(map(_differ, self._tensors, self._numbers)):
+        if not self.identities.hold() or any(map(kinds.differ, self._lying(self._tensors), self._numbers)):
             return False
         with _disable_current_modes(), torch.no_grad():
             if self._tensors:
-                torch._foreach_copy_(self._numbers, self._tensors)
-        self._versions, self._watched_versions = _versions(self._tensors), _versions(self._watched)
-        self._learn = list(map(_LEARNS, self._watched))
+                torch._foreach_copy_(self._numbers, self._lying(self._tensors))
+        self._note()
         self._arrays = [(array, array.copy()) for array, _ in self._arrays]
         self._generators = [(get, put, get()) for get, put, _ in self._generators]
         self.ran, self._draws = False, None
@@ -153,35 +156,49 @@ class State:
                 if container:
                     container.clear()
             for container, content in self._containers:
-                if not _same(container, content):
-                    base = _base(type(container))
+                if not kinds.same_content(container, content):
+                    base = kinds.base_of(type(container))
                     base.clear(container)
                     (base.update if hasattr(base, "update") else base.extend)(container, content)
             for put in self._others:
                 put()
         for put in self._moving:
             put()
-        if list(map(_LEARNS, self._watched)) != self._learn:
-            for tensor, learns in zip(self._watched, self._learn, strict=True):
+        if list(map(_LEARNS, self.tensors)) != self._learn:
+            for tensor, learns in zip(self.tensors, self._learn, strict=True):
                 tensor.requires_grad_(learns)
+        if not all(map(is_, map(_GRADIENT, self._watched), self._gradients)):
+            for tensor, gradient in zip(self._watched, self._gradients, strict=True):
+                tensor.grad = gradient
         for array, numbers in self._arrays:
             np.copyto(array, numbers)
         for _, set_state, state in self._generators if generators else ():
             set_state(state)
         self._put_numbers_back()
-        now = _versions(self._watched)
-        moved = zip(self._watched, self._watched_versions, now, strict=True) if now != self._watched_versions else ()
+        for iterator, position in self._iterators:
+            kinds.set_position(iterator, position)
+        if self._versions_of_watched() != self._watched_versions:
+            self._refuse_writes()
+
+    def _refuse_writes(self) -> None:
+        now = self._versions_of_watched()
+        moved = zip(self._watched, self._watched_versions, now, strict=False)
         written = [tensor for tensor, before, after in moved if before != after]
-        if written:
-            named = [name for name, p in self.model.named_parameters() if any(p is t for t in written)]
+        named = [name for name, p in self.model.named_parameters() if any(p is t for t in written)]
+        if named or not written:
+            what = f"its own parameters in place ({', '.join(named[:3])})" if named else "its gradients in place"
             raise ProbeError(
-                f"the model's forward pass writes to its own parameters in place ({', '.join(named[:3])}), also in "
-                "eval mode, so it cannot be measured without being changed.\n"
+                f"the model's forward pass writes to {what}, also in eval mode, so it cannot be measured without being "
+                "changed.\n"
                 "Do that in the training step instead, or behind  if self.training:"
-                if named
-                else f"the forward pass writes in place to a tensor of {list(written[0].shape)} that is no buffer.\n"
-                "Make it one:  self.register_buffer(name, tensor, persistent=False)"
             )
+        raise ProbeError(
+            f"the forward pass writes in place to a tensor of {list(written[0].shape)} that is no buffer.\n"
+            "Make it one:  self.register_buffer(name, tensor, persistent=False)"
+        )
+
+    def _lying(self, tensors: list[Tensor]) -> list[Tensor]:
+        return tensors if self._plain else list(map(kinds.memory, tensors))
 
     def _put_numbers_back(self) -> None:
         if not self._tensors:
@@ -192,14 +209,15 @@ class State:
         moved = [(tensor, version) for tensor, _, version in kept if version >= 0 and tensor._version != version]
         with _disable_current_modes(), torch.no_grad():
             if plain:  # torch takes no empty list
-                torch._foreach_copy_([tensor.data for tensor, _ in plain], [numbers for _, numbers in plain])
+                into = self._lying([tensor.data for tensor, _ in plain])
+                torch._foreach_copy_(into, [numbers for _, numbers in plain])
             for tensor, version in moved:
                 torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
             if len(plain) < len(kept):
                 with torch.inference_mode():
                     for tensor, numbers, version in kept:
                         if version < 0:
-                            tensor.copy_(numbers)
+                            kinds.memory(tensor).copy_(numbers)
 
     # The walk: a method for each kind of thing that holds state, found by _how.
 
@@ -231,15 +249,21 @@ class State:
                     self._look(value, _DEPTH)
             elif _how(type(value)) is not None:
                 self._look(value, _DEPTH)
-        self._watched += [p for p in inner[1].values() if p is not None]
+        for parameter in inner[1].values():
+            if parameter is not None:
+                self._watched.append(parameter)
+                self._attributes(parameter)
         for buffer in inner[2].values():
             if buffer is not None and id(buffer) not in self._seen:
                 self._copy(buffer)
+                self._attributes(buffer)
         self._look_at(inner[0].values(), _DEPTH)
         self._class(type(module), _DEPTH)
 
     def _keep(self, container: Any) -> None:
-        base = _base(type(container))  # not its own methods: they may copy as they like, or import what they map to
+        base = kinds.base_of(
+            type(container)
+        )  # not its own methods: they may copy as they like, or import what they map to
         inside = dict(base.items(container)) if isinstance(container, dict) else list(base.__iter__(container))
         if inside or type(container) not in CONTAINERS:
             self._containers.append((container, inside))
@@ -250,7 +274,7 @@ class State:
 
     def _container(self, container: Any, depth: int) -> None:
         self._keep(container)
-        base = _base(type(container))
+        base = kinds.base_of(type(container))
         held = list(base.values(container) if isinstance(container, dict) else base.__iter__(container))
         self.whole &= len(held) <= _MANY or not any(map(_how, map(type, held)))
         if len(held) <= _MANY:
@@ -259,15 +283,16 @@ class State:
             self._object(container, depth)
 
     def _object(self, value: Any, depth: int) -> None:
-        if isinstance(getattr(value, "__dict__", None), dict):
-            self._keep(vars(value))
-            self._look_at(list(vars(value).values()), depth)
-        for slot in _slots(type(value)):
+        attributes = kinds.attributes_of(value)
+        if attributes is not None:
+            self._keep(attributes)
+            self._look_at(list(attributes.values()), depth)
+        for slot in kinds.slots(type(value)):
             self._look(self._name(get_attribute, put_attribute, value, slot), depth)
         self._class(type(value), depth)
 
     def _class(self, kind: type, depth: int) -> None:
-        for one in _own_classes(kind):
+        for one in kinds.own_classes(kind):
             if one in self._classes:
                 continue
             self._classes.add(one)
@@ -277,7 +302,7 @@ class State:
             self._look_at(members.values(), depth)
 
     def _function(self, function: types.FunctionType, depth: int) -> None:
-        if _of_a_framework(function.__globals__.get("__name__", "")):
+        if kinds.of_a_framework(function.__globals__.get("__name__", "")):
             self._look(vars(function).get("__wrapped__"), depth)  # the user's own, decorated by torch.no_grad()
             return
         self.functions.append(function)
@@ -285,8 +310,10 @@ class State:
             self._look(self._name(get_attribute, put_attribute, cell, "cell_contents"), depth)
         for get in _OF_A_FUNCTION:
             self._look(self.identities.other(get, function), depth)
-        read, written = names_in(function.__code__)
+        read, written, imported = names_in(function.__code__)
         outside = function.__globals__
+        for name in kinds.resolved(imported, outside.get("__package__")):
+            self._imported(name, read, depth)
         for name in written:
             self._name(get_item, put_item, outside, name)
         for name in read & outside.keys():
@@ -295,12 +322,22 @@ class State:
     def _global(self, outside: dict[str, Any], name: str, read: frozenset[str], depth: int) -> None:
         self.identities.name(outside, name)
         value = outside[name]
-        if not isinstance(value, types.ModuleType):
+        if isinstance(value, types.ModuleType):
+            self._inside(value, read, depth - 1)
+        else:
             self._look(value, depth)
-        elif not _of_a_framework(value.__name__) and depth > 0:
-            for inner in read & vars(value).keys():
-                self._name(get_item, put_item, vars(value), inner)
-                self._global(vars(value), inner, read, depth - 1)
+
+    def _inside(self, module: types.ModuleType, read: frozenset[str], depth: int) -> None:
+        if not kinds.of_a_framework(module.__name__) and depth >= 0:
+            for name in read & vars(module).keys():
+                self._name(get_item, put_item, vars(module), name)
+                self._global(vars(module), name, read, depth)
+
+    def _imported(self, name: str, read: frozenset[str], depth: int) -> None:
+        if name in sys.modules:
+            self._inside(sys.modules[name], read, depth)
+        else:  # to look at it would be to run it; once it is there, it has another place
+            self.identities.other(getter(get_item, name), sys.modules)
 
     def _name(self, get: Callable[..., Any], put: Callable[..., None], holder: Any, name: str) -> Any:
         value = self.identities.other(getter(get, name), holder)
@@ -320,7 +357,7 @@ class State:
             self._look(variable.get(), depth)
 
     def _within(self, value: Any, depth: int) -> None:
-        self._look_at([getattr(value, name, None) for name in _WITHIN], depth)
+        self._look_at([getattr(value, name, None) for name in kinds.WITHIN], depth)
 
     def _tensor(self, tensor: Tensor, depth: int) -> None:
         self.light &= tensor.grad_fn is None
@@ -330,12 +367,17 @@ class State:
             self._watched.append(tensor)
         else:
             self._copy(tensor)
+        self._attributes(tensor)
 
     def _copy(self, tensor: Tensor) -> None:
         self._seen.add(id(tensor))
         self._tensors.append(tensor)
-        self._numbers.append(tensor.detach().clone())
-        self.light &= tensor.nbytes <= _LIGHT_BYTES
+        self._plain &= kinds.memory(tensor) is tensor
+        self._numbers.append(kinds.memory(tensor.detach()).clone())
+        self.light &= tensor.numel() * tensor.element_size() <= _LIGHT_BYTES
+
+    def _attributes(self, tensor: Tensor) -> None:
+        self._look(vars(tensor), _DEPTH) if vars(tensor) else self.identities.empty.append(vars(tensor))
 
     def _reference(self, reference: weakref.ref[Any], depth: int) -> None:
         target = reference()
@@ -344,6 +386,19 @@ class State:
         elif target is not None:
             self.light = False  # to hold the target would be to keep it alive
             self._look(target, depth)
+
+    def _proxy(self, proxy: Any, depth: int) -> None:
+        self.light = False
+        with contextlib.suppress(ReferenceError):
+            self._look(proxy.__init__.__self__, depth)
+
+    def _iterator(self, iterator: Iterator[Any], depth: int) -> None:
+        self.light = False
+        self._iterators.append((iterator, kinds.position(iterator)))
+
+    def _numbers_of_python(self, numbers: Any, depth: int) -> None:
+        self.light = False
+        self._moving.append(functools.partial(numbers.__setitem__, slice(None), numbers[:]))
 
     def _array(self, array: np.ndarray, depth: int) -> None:
         if array.flags.writeable:
@@ -359,18 +414,8 @@ class State:
 
 _DICTS = (dict, collections.OrderedDict, set)
 _LEARNS = attrgetter("requires_grad")
-_CALLABLES: tuple[Any, ...] = (
-    types.MethodType,
-    types.BuiltinMethodType,
-    functools.partial,
-    property,
-    functools.cached_property,
-    staticmethod,
-    classmethod,
-)
+_GRADIENT = vars(torch._C.TensorBase)["grad"].__get__  # without the warning for those that have none
 _OF_A_FUNCTION = tuple(map(attrgetter, ("__code__", "__defaults__", "__kwdefaults__", "__dict__")))
-#: What these are made of.
-_WITHIN = ("__self__", "__func__", "func", "args", "keywords", "fget")
 _LOOKS: tuple[tuple[Any, Any], ...] = (
     ((nn.Parameter, types.ModuleType, random.SystemRandom), None),
     (nn.Module, State._module),
@@ -381,70 +426,25 @@ _LOOKS: tuple[tuple[Any, Any], ...] = (
     ((tuple, frozenset), lambda state, values, depth: state._look_at(values, depth)),
     (types.FunctionType, State._function),
     (contextvars.ContextVar, State._context_variable),
-    (_CALLABLES, State._within),
+    (kinds.CALLABLES, State._within),
     (weakref.ref, State._reference),
+    (weakref.ProxyTypes, State._proxy),
+    (kinds.NUMBERS, State._numbers_of_python),
     (type, State._class),
 )
 
 
-def _remembered(function: Answer) -> Answer:
-    """Answer once for each type, name or code; not for ever, for types may be made without end."""
-    return functools.lru_cache(maxsize=4096)(function)  # type: ignore[return-value]
-
-
-@_remembered
+@kinds.remembered
 def _how(kind: type) -> Callable[[State, Any, int], None] | None:
     """How to look at a thing of this type; None where it holds nothing that a forward pass could change."""
-    for kinds, look in _LOOKS:
-        if issubclass(kind, kinds):
+    for looked_at, look in _LOOKS:
+        if issubclass(kind, looked_at):
             return look
-    holds = (kind.__dictoffset__ or _slots(kind)) and (
-        not _of_a_framework(kind.__module__) or kind.__module__.startswith(_HOLDERS)
-    )
-    return State._object if holds else None
+    if kinds.is_iterator(kind):
+        return State._iterator
+    return State._object if kinds.holds_attributes(kind) else None
 
 
 def followed(kind: type) -> bool:
     """Whether what a thing of this type holds is looked at."""
     return _how(kind) is not None
-
-
-@_remembered
-def _of_a_framework(module: str) -> bool:
-    return module.split(".")[0] in _FRAMEWORKS
-
-
-@_remembered
-def _own_classes(kind: type) -> list[type]:
-    return [one for one in kind.__mro__ if not _of_a_framework(one.__module__)]
-
-
-@_remembered
-def _base(kind: type) -> Any:
-    return next(base for base in CONTAINERS if issubclass(kind, base))
-
-
-@_remembered
-def _slots(kind: type) -> list[str]:
-    slotted = [vars(one) for one in kind.__mro__ if "__slots__" in vars(one)]
-    return [key for members in slotted for key, v in members.items() if isinstance(v, types.MemberDescriptorType)]
-
-
-def _differ(tensor: Tensor, copy: Tensor) -> bool:
-    same = tensor.shape == copy.shape and tensor.dtype == copy.dtype and tensor.device == copy.device
-    return not same or tensor.is_inference()
-
-
-def _versions(tensors: list[Tensor]) -> list[int]:
-    try:
-        return list(map(attrgetter("_version"), tensors))
-    except RuntimeError:  # tensors of inference mode have none
-        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
-def _same(container: Any, content: Any) -> bool:
-    if len(container) != len(content):
-        return False
-    base = _base(type(container))
-    same = all(map(is_, base.__iter__(container), content))
-    return same and (not isinstance(container, dict) or all(map(is_, base.values(container), content.values())))

@@ -143,6 +143,8 @@ class Recorder(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
+    if tensor.layout is not torch.strided:
+        raise Refused(f"reads or makes a tensor of layout {tensor.layout}")
     return tensor.untyped_storage()._cdata
 
 
@@ -197,5 +199,6 @@ class Ran:
             if frame.f_back is not None:
                 self.callers.setdefault(frame.f_code, set()).add(frame.f_back.f_code)
         elif event == "c_call":
-            called = arg.__module__, arg.__name__, type(getattr(arg, "__self__", None))
+            owner = getattr(arg, "__self__", None)
+            called = arg.__module__, arg.__name__, owner if isinstance(owner, type) else type(owner)
             self.builtins.setdefault(frame.f_code, set()).add(called)

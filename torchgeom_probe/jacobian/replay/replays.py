@@ -222,7 +222,7 @@ def _key(inputs: Inputs, directions: Tensor, plan: tuple[Any, ...]) -> Any:
                 return None
             described.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
         elif leaf is None or isinstance(leaf, (bool, int, float, str)):
-            described.append((type(leaf), leaf))
+            described.append((type(leaf), repr(leaf)))  # not itself: -0.0 equals 0.0
         else:
             return None
     return plan, str(inputs.spec), tuple(described), inputs.per_sample, inputs.wrt, inputs.size == inputs.total

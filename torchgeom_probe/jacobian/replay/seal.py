@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from torchgeom_probe.jacobian.replay.recorder import Ran, Refused
-from torchgeom_probe.model.identities import Identities
+from torchgeom_probe.model.identities import MISSING, Identities, names_in
 from torchgeom_probe.model.state import State, followed
 from torchgeom_probe.shapes import Tensor
 
@@ -107,6 +107,8 @@ class Seal:
         _refuse_opaque(state, modules, names, by_name)
         self._tensors = list(readable(state).values())
         self._kinds = list(map(_KIND, self._tensors))
+        self._strided = [tensor for tensor in self._tensors if tensor.layout is torch.strided]
+        self._lie = _lying(self._strided)
         self._types = list(map(type, self._tensors))
         if any(kind not in (Tensor, nn.Parameter) for kind in self._types):
             raise Refused("holds tensors of a class of its own")
@@ -122,9 +124,15 @@ class Seal:
             and self.state.identities.hold()
             and self._code.hold()
             and list(map(_KIND, self._tensors)) == self._kinds
+            and _lying(self._strided) == self._lie
             and list(map(type, self._tensors)) == self._types
             and [tensor.data_ptr() for tensor in self._on_gpu] == self._pointers
         )
+
+
+def _lying(tensors: list[Tensor]) -> list[list[Any]]:
+    """What a program that has been written down takes as given of tensors in memory."""
+    return [list(map(ask, tensors)) for ask in (Tensor.stride, Tensor.storage_offset, Tensor.is_conj, Tensor.is_neg)]
 
 
 def readable(state: State) -> Mapping[int, Tensor]:
@@ -191,6 +199,9 @@ def _refuse_unknown(users: Mapping[types.CodeType, Any], ran: Ran, state: State)
             raise Refused(f"runs {code.co_name!r} of {_home(outside)}, which nothing leads to")
         if odd := _UNSEALED & set(code.co_names):
             raise Refused(f"{code.co_name!r} asks for {min(odd)!r} of a tensor")
+        anywhere = "import_module" in code.co_names or any(outside.get(name) is sys for name in code.co_names)
+        if anywhere or "sys" in names_in(code)[2]:
+            raise Refused(f"{code.co_name!r} may read any module")
         for module, name, owner in ran.builtins.get(code, ()):
             home = module or owner.__module__
             if name in _REFUSED or not _trusted(home):
@@ -232,6 +243,8 @@ def _refuse_opaque(state: State, modules: list[nn.Module], names: set[str], by_n
 def _sealable(value: Any) -> bool:
     if isinstance(value, (torch.jit.ScriptModule, torch.jit.ScriptFunction, np.ndarray)):
         return False
+    if value is MISSING:
+        return True
     if isinstance(value, (tuple, frozenset)):
         return all(map(_sealable, value))
     if isinstance(value, weakref.ref):

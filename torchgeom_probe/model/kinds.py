@@ -1,0 +1,164 @@
+"""What the type of a thing says about the state in it: whose it is, what holds it, how it is read and put back."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import functools
+import importlib.util
+import itertools
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter, is_
+from typing import Any, TypeVar
+
+import torch
+
+from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.model.identities import CONTAINERS
+from torchgeom_probe.shapes import Tensor
+
+#: Packages whose objects are none of a model's own state, and may be at work in another thread; but for some that hold
+#: what a model or a hook puts there.
+_FRAMEWORKS = {*sys.stdlib_module_names, "torch", "torchvision", "lightning", "pytorch_lightning", "tqdm", "numpy"}
+_FRAMEWORKS |= {"tensorboard", "torchgeom_probe"}
+_HOLDERS = ("types", "collections", "argparse", "weakref", "_weakrefset", "_thread", "torch.distributions")
+#: Numbers of Python's own that are written to in place.
+NUMBERS = (bytearray, array.array)
+CALLABLES: tuple[Any, ...] = (
+    types.MethodType,
+    types.BuiltinMethodType,
+    functools.partial,
+    property,
+    functools.cached_property,
+    staticmethod,
+    classmethod,
+)
+#: What these are made of.
+WITHIN = ("__self__", "__func__", "func", "args", "keywords", "fget", "fset", "fdel")
+Answer = TypeVar("Answer", bound=Callable[..., Any])
+
+
+def remembered(function: Answer) -> Answer:
+    """Answer once for each type, name or code; not for ever, for types may be made without end."""
+    return functools.lru_cache(maxsize=4096)(function)  # type: ignore[return-value]
+
+
+@remembered
+def of_a_framework(module: str) -> bool:
+    """Whether a module's things are not the user's."""
+    return module.split(".")[0] in _FRAMEWORKS
+
+
+@remembered
+def holds_attributes(kind: type) -> bool:
+    """Whether things of this type have attributes or slots of the user's."""
+    holds = kind.__dictoffset__ or slots(kind) or kind.__module__ == "_thread"
+    return bool(holds) and (not of_a_framework(kind.__module__) or kind.__module__.startswith(_HOLDERS))
+
+
+@remembered
+def own_classes(kind: type) -> list[type]:
+    """The user's classes that a class is made of."""
+    return [one for one in kind.__mro__ if not of_a_framework(one.__module__)]
+
+
+@remembered
+def base_of(kind: type) -> Any:
+    """Which of the container types a type is one of."""
+    return next(base for base in CONTAINERS if issubclass(kind, base))
+
+
+@remembered
+def slots(kind: type) -> list[str]:
+    """The names of its slots."""
+    slotted = [vars(one) for one in kind.__mro__ if "__slots__" in vars(one)]
+    return [key for members in slotted for key, v in members.items() if isinstance(v, types.MemberDescriptorType)]
+
+
+def attributes_of(value: Any) -> dict[str, Any] | None:
+    """A thing's own attributes, without a call of its class's code."""
+    try:
+        base = threading.local if isinstance(value, threading.local) else object
+        attributes = base.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+    return attributes if isinstance(attributes, dict) else None
+
+
+def resolved(imported: Iterable[str], package: str | None) -> list[str]:
+    """The full names of modules that code of a package imports."""
+    relative = package or "__main__"
+    return [importlib.util.resolve_name(name, relative) for name in imported if package or not name.startswith(".")]
+
+
+def memory(tensor: Tensor) -> Tensor:
+    """What lies in memory of a tensor: not conjugated, without the axes along which it only repeats (``expand``)."""
+    if tensor.is_conj():
+        tensor = tensor.conj()
+    if tensor.is_neg():
+        tensor = tensor._neg_view()
+    if tensor.layout is not torch.strided or 0 not in tensor.stride():
+        return tensor
+    return tensor[tuple(slice(None if step else 1) for step in tensor.stride())]
+
+
+def is_iterator(kind: type) -> bool:
+    """Whether it is a generator, or one of Python's own iterators but a count, whose place is in no attribute."""
+    return issubclass(kind, Iterator) and kind.__module__ in ("builtins", "itertools") and kind is not itertools.count
+
+
+def position(value: Any) -> Any:
+    """What tells where an iterator or generator stands."""
+    if isinstance(value, types.GeneratorType):
+        frame = value.gi_frame
+        return frame and (frame.f_lasti, *((name, id(local)) for name, local in frame.f_locals.items()))
+    if isinstance(value, Iterator) and hasattr(value, "__reduce__"):
+        with contextlib.suppress(TypeError):  # since Python 3.14 those of itertools do not say it
+            return position(value.__reduce__()[1:])
+    if isinstance(value, tuple):
+        return tuple(map(position, value)) if len(value) < 8 else len(value)
+    return value if isinstance(value, int) else len(value) if isinstance(value, (list, str, bytes)) else None
+
+
+def set_position(iterator: Any, before: Any) -> None:
+    """Put an iterator back to a place of :func:`position`.
+
+    Raises:
+        ProbeError: it has moved, and does not go back.
+    """
+    if position(iterator) == before:
+        return
+    if hasattr(iterator, "__setstate__") and isinstance(before[-1], int):
+        iterator.__setstate__(before[-1])
+    if position(iterator) != before:
+        raise ProbeError(
+            f"the forward pass takes from an iterator ({type(iterator).__name__}) that cannot be put back, so a "
+            "measurement would use up what is the training's.\n"
+            "Keep a list and the place in it instead:  self.at += 1; self.items[self.at]"
+        )
+
+
+def differ(tensor: Tensor, copy: Tensor) -> bool:
+    """Whether a tensor lies or is otherwise than its copy."""
+    same = tensor.shape == copy.shape and tensor.dtype == copy.dtype and tensor.device == copy.device
+    return not same or tensor.is_inference()
+
+
+def versions(tensors: list[Tensor]) -> list[int]:
+    """How often each was written to; -1 where nobody counts."""
+    try:
+        return list(map(attrgetter("_version"), tensors))
+    except RuntimeError:  # tensors of inference mode have none
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def same_content(container: Any, content: Any) -> bool:
+    """Whether a container holds what it held, in the same order."""
+    if len(container) != len(content):
+        return False
+    base = base_of(type(container))
+    same = all(map(is_, base.__iter__(container), content))
+    return same and (not isinstance(container, dict) or all(map(is_, base.values(container), content.values())))
