@@ -19,7 +19,7 @@ def rejected(p_values):
     return sum(p < 0.05 for p in p_values) / len(p_values)
 
 
-@pytest.mark.parametrize("contrast", ["mirror", "peak", "same_class"])
+@pytest.mark.parametrize("contrast", ["mirror", "peak"])  # same_class is not calibrated, and claims nothing
 @pytest.mark.parametrize("null", ["field 0.35", "field 0.5", "field 2", "two 1", "two 4", "untrained", "foreign"])
 def test_true_nulls_are_rejected_in_no_more_than_5_percent(draws, null, contrast):
     kind, _, length = null.partition(" ")
