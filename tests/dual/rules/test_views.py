@@ -125,6 +125,7 @@ def test_what_torch_gives_as_a_view_is_one() -> None:
     views = {
         "a list of tensors": lambda z: torch.atleast_2d([z, z])[0],
         "places in memory": lambda z: z.as_strided((2, 3), (6, 2), 1),
+        "places from where it starts": lambda z: z[1].as_strided((2, 3), (6, 2), z[1].storage_offset() + 1),
         "a 0-dim index": lambda z: z[torch.tensor(1)],
         "an axis of a row": lambda z: z[0].transpose(0, -1),
     }

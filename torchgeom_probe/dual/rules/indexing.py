@@ -46,7 +46,7 @@ def _index(index: Any) -> tuple[Any, int] | None:
         return None
     if isinstance(index, list) and any(isinstance(i, (list, tuple, slice, Tensor)) for i in index):
         return None
-    arrays = [isinstance(i, (Tensor, list, range)) or hasattr(i, "__array__") for i in items]
+    arrays = [isinstance(i, (Tensor, list, tuple, range)) or hasattr(i, "__array__") for i in items]
     advanced = [n for n, is_array in enumerate(arrays) if is_array]
     if not advanced or advanced[-1] - advanced[0] < len(advanced):
         return (slice(None), *items), 0
