@@ -134,6 +134,11 @@ def operands(a: Any, b: Any) -> tuple[Any, Any]:
     return left, right
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 where its type is narrower: as torch's own kernels hold their sums."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def ndim_of(a: Any) -> int:
     """Axes of the primal; 0 for a number."""
     return a.buffer.ndim - 1 if isinstance(a, DualTensor) else a.ndim if isinstance(a, Tensor) else 0
