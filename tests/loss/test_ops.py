@@ -167,3 +167,15 @@ def test_a_length_of_zero_leaves_the_gradients_finite(function):
     (plain,) = torch.autograd.grad(model(x).square().sum() + model(x).sum(), model.weight)
     torch.testing.assert_close(found, plain)
     assert torch.autograd.grad(step[""].trace.sum(), model.weight)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: h ** torch.tensor(2),
+        lambda h: h ** torch.tensor([3.0, 2.0, 1.0, 2.0]),
+        lambda h: (y := h * 1.0, y.__setitem__(True, h * 3), y.sin())[2],
+    ],
+)
+def test_a_constant_exponent_and_a_written_whole_have_a_gradient(function):
+    assert judged_gradient(function, (torch.linspace(-2, 2, 12, dtype=torch.float64).view(3, 4),), {}).kind == "equal"

@@ -139,6 +139,12 @@ def _pow(input: Any, exponent: Any) -> Any:
     # (p^c)' = c p^(c-1);  (b^p)' = b^p log b;  of two duals  (p^q)' = p^q (q' log p + q p'/p)  is left to the fallback
     if isinstance(input, DualTensor) and isinstance(exponent, (int, float)) and exponent != 0:
         return pushed(input, lambda p: (p.pow(exponent), p.pow(exponent - 1).mul_(exponent)))
+    constant = isinstance(exponent, Tensor) and not (isinstance(exponent, DualTensor) or exponent.requires_grad)
+    if isinstance(input, DualTensor) and constant and not exponent.is_complex():
+        # torch's own derivative of this has the gradient NaN below 0
+        return pushed(
+            input, lambda p: (p.pow(exponent), (p.pow(exponent - 1) * exponent).masked_fill(exponent == 0, 0))
+        )
     if isinstance(exponent, DualTensor) and isinstance(input, (int, float)) and input > 0:
         return pushed(exponent, lambda p: ((value := torch.pow(input, p)), value * math.log(input)))
     return NotImplemented

@@ -84,8 +84,8 @@ def _setitem(input: Any, index: Any, value: Any) -> Any:
     found = _index(index)
     if found is None:  # torch's own indexing, row by row
         values = value.buffer if isinstance(value, DualTensor) else [value, *[0] * (rows_of(input) - 1)]
-        for row, of_row in zip(input.buffer.unbind(), values, strict=True):
-            row[index] = of_row
+        for row, of_row in enumerate(values):
+            input.buffer[row][index] = of_row
         return input
     behind, place = found
     if isinstance(value, DualTensor):
