@@ -16,6 +16,7 @@ from torchgeom_probe.dual.registry import (
     aligned,
     any_dual,
     in_place_of,
+    joined,
     ndim_of,
     operands,
     primal_of,
@@ -121,10 +122,10 @@ def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
         return DualTensor(left / right)
     if not isinstance(input, DualTensor):
         value = left / right[0]
-        return DualTensor(torch.cat([value[None], right[1:] * (-value / right[0])]))
+        return joined(value, right[1:] * (-value / right[0]))
     value = left[0] / right[0]
     tangents = torch.addcmul(left[1:], right[1:], value, value=-1).div_(right[0])
-    return DualTensor(torch.cat([value[None], tangents]))
+    return joined(value, tangents)
 
 
 register(lambda input, other: _div(other, input), "Tensor.__rtruediv__ Tensor.__rdiv__")
@@ -169,7 +170,7 @@ def _extremum(choose: Callable[[Tensor, Tensor], Tensor]) -> Rule:
             tangents = left[1:] * from_left
         if isinstance(other, DualTensor):
             tangents = tangents + right[1:] * (1 - from_left)
-        return DualTensor(torch.cat([value[None], tangents]))
+        return joined(value, tangents)
 
     return push
 
@@ -194,10 +195,7 @@ def _where(condition: Any, input: Any = None, other: Any = None) -> Any:
     zero = value.new_zeros(())
     rows = [aligned(b, value.ndim)[1:] if isinstance(b, DualTensor) else zero for b in (input, other)]
     tangents: Any = torch.where(condition, *rows)
-    out = value.new_empty((tangents.shape[0] + 1, *value.shape))
-    out[0].copy_(value)
-    out[1:].copy_(tangents)
-    return DualTensor(out)
+    return joined(value, tangents.expand(-1, *value.shape))
 
 
 register(lambda input, condition, other: _where(condition, input, other), "Tensor.where")
@@ -249,7 +247,7 @@ def smooth_binary(op: Any, partials: Callable[..., tuple[Any, Any]]) -> Rule:
         for x, operand, slope in zip((input, other), operands(input, other), slopes, strict=True):
             if isinstance(x, DualTensor):
                 tangents = tangents + operand[1:] * slope
-        return DualTensor(torch.cat([value[None], tangents.expand(-1, *value.shape)]))
+        return joined(value, tangents.expand(-1, *value.shape))
 
     return push
 

@@ -11,7 +11,17 @@ import torch.nn.functional as F
 
 from torchgeom_probe.dual.graph import Attended
 from torchgeom_probe.dual.passes import current_pass, followed
-from torchgeom_probe.dual.registry import any_dual, from_end, reduced, register, row_by_row, rows_of, rule, with_rows
+from torchgeom_probe.dual.registry import (
+    any_dual,
+    from_end,
+    reduced,
+    register,
+    row_by_row,
+    rows_like,
+    rows_of,
+    rule,
+    with_rows,
+)
 from torchgeom_probe.dual.tensor import DualTensor
 from torchgeom_probe.shapes import Tensor
 
@@ -30,7 +40,7 @@ def softmax_rows(buffer: Tensor, dim: int, softmax: Callable[..., Tensor] = torc
     if followed():
         weighted = buffer[1:] * y
         return torch.cat([y[None], weighted - weighted.sum(dim, keepdim=True) * y])
-    out = torch.empty_like(buffer)
+    out = rows_like(y, len(buffer))
     out[0].copy_(y)
     if row_by_row(buffer) and buffer.is_contiguous():
         for row in range(1, buffer.shape[0]):
@@ -61,7 +71,7 @@ def _log_softmax(input: DualTensor, dim: int | None = None, _stacklevel: int = 3
     mean = (b[1:] * y.exp()).sum(dim, keepdim=True)
     if followed():
         return DualTensor(torch.cat([y[None], b[1:] - mean]))
-    out = torch.empty_like(b)
+    out = rows_like(y, len(b))
     torch.sub(b[1:], mean, out=out[1:])
     out[0].copy_(y)
     return DualTensor(out)

@@ -12,6 +12,7 @@ from torchgeom_probe.dual.registry import (
     any_dual,
     at,
     ndim_of,
+    primal_of,
     register,
     rows_of,
     rule,
@@ -140,5 +141,5 @@ def _masked_select(input: Any, mask: Tensor) -> Any:
 @rule("index_fill", in_place="Tensor.index_fill_")
 def _index_fill(input: Any, dim: int, index: Tensor, value: Any) -> Any:
     # by the rule of where: y' is 0 in the places filled with a number, the value's own tangent in those of a dual
-    chosen = torch.zeros(input.shape, dtype=torch.bool, device=input.device).index_fill_(dim, index, True)
+    chosen = torch.zeros_like(primal_of(input), dtype=torch.bool).index_fill_(dim, index, True)
     return torch.where(chosen, value, input)

@@ -71,7 +71,7 @@ def _standardised(buffer: Tensor, axes: int, eps: float, weight: Tensor | None =
     variance, mean = torch.var_mean(p, dims, correction=0, keepdim=True)
     inverse = torch.rsqrt(variance + eps)
     hat = ((p - mean) * inverse).to(buffer.dtype)
-    out = torch.empty_like(buffer)
+    out = buffer.new_empty(buffer.shape)
     out[0].copy_(hat)
     centred = torch.sub(buffer[1:], buffer[1:].mean(dims, keepdim=True), out=out[1:])
     centred.addcmul_((centred * hat).mean(dims, keepdim=True), hat, value=-1)

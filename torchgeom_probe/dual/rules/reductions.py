@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torchgeom_probe.dual.registry import at, ndim_of, on_rows, reduced, register, rule, rule_of_each, wide
+from torchgeom_probe.dual.registry import at, joined, ndim_of, on_rows, reduced, register, rule, rule_of_each, wide
 from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
 from torchgeom_probe.shapes import Tensor
 
@@ -193,8 +193,7 @@ def _chosen(op: Any, binary: Any = None, full: Any = None) -> Rule:
         where = indices.unsqueeze(dim) if values.ndim < ndim_of(input) else indices
         rows = input.buffer.shape[0]
         tangents = input.tangents.gather(at(dim), where.expand(rows - 1, *where.shape))
-        out = torch.cat([values[None], tangents.view(rows - 1, *values.shape)])
-        return type(found)((DualTensor(out), indices))
+        return type(found)((joined(values, tangents.view(rows - 1, *values.shape)), indices))
 
     return push
 
