@@ -257,12 +257,6 @@ def unfollowable(func: Any, args: Any, kwargs: Any, carries: Callable[[Any], boo
 
     ``carries`` says which arguments carry a derivative.
     """
-    if _takes_for_a_number(func, args, kwargs, carries):
-        return ProbeError(
-            f"the op {name_of(func)!r} takes a tensor that depends on the input for a plain number (alpha=, a slope, a "
-            "fill): torch drops its derivative, in any engine.\n"
-            "Write the op out with tensors:  x + alpha * y  for  torch.add(x, y, alpha=alpha)"
-        )
     if meaning_of(func) in ESCAPES or reads_bits(func, args, kwargs):
         return ProbeError(
             f".{name_of(func)}() takes numbers that depend on the input out of torch, or reads their bits: what the "
@@ -278,6 +272,12 @@ def unfollowable(func: Any, args: Any, kwargs: Any, carries: Callable[[Any], boo
                     "Let it return the result:  custom_op(..., mutates_args=()) with register_autograd; or call it in "
                     "a torch.autograd.Function with a backward"
                 )
+    if _takes_for_a_number(func, args, kwargs, carries):
+        return ProbeError(
+            f"the op {name_of(func)!r} takes a tensor that depends on the input for a plain number (alpha=, a slope, a "
+            "fill): torch drops its derivative, in any engine.\n"
+            "Write the op out with tensors:  x + alpha * y  for  torch.add(x, y, alpha=alpha)"
+        )
     return None
 
 
