@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from dual.tables import calls_of
 from dual.test_torch_ops import COMMON, EVERY, OPS
 from loss.gradients import judged_gradient
+from torch import nn
 
+import torchgeom_probe as tgp
 from torchgeom_probe.dual import DualTensor, dual_pass
 from torchgeom_probe.dual.graph import WRONG
 from torchgeom_probe.errors import EngineRefusal, ProbeError
@@ -141,3 +143,39 @@ def test_ops_that_torch_has_no_gradient_of_are_refused():
             torch.normal(x, 1.0)
         with pytest.raises(EngineRefusal, match="has no derivative that could be used"):
             torch.scatter_reduce(x, 0, torch.zeros(5, dtype=torch.int64), x, "prod")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: h.norm(dim=-1),
+        lambda h: torch.linalg.vector_norm(h, 3, dim=-1),
+        lambda h: h.std(-1),
+        lambda h: F.cosine_similarity(h, h.roll(1, 1), -1),
+        lambda h: torch.cdist(h[:, None], h[:, None].cos() - 1).flatten(1),
+    ],
+)
+def test_a_length_of_zero_leaves_the_gradients_finite(function):
+    class Model(nn.Linear):
+        def forward(self, x):
+            return function(super().forward(x))
+
+    model, x = Model(4, 4, bias=False).double(), torch.randn(3, 4, dtype=torch.float64)
+    x[1] = 0
+    step = tgp.pushforward(model, x, k=2)
+    (found,) = torch.autograd.grad(step.output.square().sum() + step.output.sum(), model.weight, retain_graph=True)
+    (plain,) = torch.autograd.grad(model(x).square().sum() + model(x).sum(), model.weight)
+    torch.testing.assert_close(found, plain)
+    assert torch.autograd.grad(step[""].trace.sum(), model.weight)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: h ** torch.tensor(2),
+        lambda h: h ** torch.tensor([3.0, 2.0, 1.0, 2.0]),
+        lambda h: (y := h * 1.0, y.__setitem__(True, h * 3), y.sin())[2],
+    ],
+)
+def test_a_constant_exponent_and_a_written_whole_have_a_gradient(function):
+    assert judged_gradient(function, (torch.linspace(-2, 2, 12, dtype=torch.float64).view(3, 4),), {}).kind == "equal"

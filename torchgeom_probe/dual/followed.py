@@ -14,16 +14,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchgeom_probe.dual.ops import (
-    CONSTANT,
     DETACHES,
     ESCAPES,
     METADATA,
     ONE_FOR_EACH,
     body_of,
+    is_constant,
     meaning_of,
     mutates,
     name_of,
-    only_a_shape,
     reads_bits,
     smooth,
     unfollowable,
@@ -74,7 +73,7 @@ class Followed(TorchFunctionMode):
             if len(constants) < len(tensors) or any(a in self._free for a in constants):
                 self._free.update((o, None) for o in tree_leaves(out) if smooth(o))
             return out
-        refusal = unfollowable(func, args, kwargs)
+        refusal = unfollowable(func, args, kwargs, self.carries)
         if refusal is not None:
             if inside_a_custom_function():
                 return func(*args, **kwargs)
@@ -101,7 +100,7 @@ class Followed(TorchFunctionMode):
         if writes:  # torch's forward derivative of v.mul_(v) takes the new v for the old one
             args = (args[0], *(a.clone() if a is args[0] else a for a in args[1:]))
         out = func(*args, **kwargs)
-        if known in CONSTANT or known in ONE_FOR_EACH or only_a_shape(known, args, self.carries):
+        if known in ONE_FOR_EACH or is_constant(known, args, kwargs, self.carries):
             return out
         found = [o for o in tree_leaves(args[0] if writes else out) if smooth(o) and o.numel()]
         self._remember(found)

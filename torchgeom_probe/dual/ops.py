@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.shapes import Tensor
@@ -70,16 +71,21 @@ CONSTANT = {
     *ops_named(
         "eq ne lt le gt ge equal greater greater_equal less less_equal not_equal isnan isinf isfinite isposinf"
         " isneginf isclose allclose isin logical_and logical_or logical_not logical_xor any all argmax argmin argsort"
-        " sign signbit floor ceil round trunc fix floor_divide heaviside nonzero count_nonzero searchsorted bucketize"
-        " bincount histc rand_like randn_like randint_like bernoulli multinomial one_hot is_nonzero poisson"
+        " sign signbit floor ceil round trunc fix floor_divide nonzero count_nonzero searchsorted bucketize"
+        " histc rand_like randn_like randint_like bernoulli multinomial one_hot is_nonzero poisson"
         " isreal argwhere nonzero_static linalg.matrix_rank"
         # piecewise constant as it runs; the gradient that torch gives it is a surrogate
-        " fake_quantize_per_tensor_affine fake_quantize_per_channel_affine fused_moving_avg_obs_fake_quant"
+        " fused_moving_avg_obs_fake_quant"
     ),
     *_of_tensor(
         "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __bool__ __contains__ __floordiv__ __rfloordiv__ __and__ __or__"
         " __invert__ long int short char byte bool"
     ),
+}
+
+#: Ops whose result is so in their first argument alone (in a weight or a scale it is linear).
+CONSTANT_IN_FIRST = {
+    *ops_named("bincount heaviside heaviside_ fake_quantize_per_tensor_affine fake_quantize_per_channel_affine")
 }
 
 #: Ops that stop a gradient.  What they put out is what they take in, so its derivative passes through them.
@@ -129,11 +135,15 @@ def in_torchs_spelling(func: Any, kwargs: dict[str, Any], known: frozenset[str])
     return {name if name in known else _NUMPY.get(name, name): value for name, value in kwargs.items()}
 
 
-def only_a_shape(known: Any, args: Any, carries: Callable[[Any], bool]) -> bool:
-    """Whether the op takes no more than shape, type or device of those of its arguments that carry a derivative."""
-    if known is torch.Tensor.new_tensor:
-        return not any(map(carries, args[1:]))
-    return known in MADE_LIKE or (known in TAKES_A_SHAPE and not carries(args[0]))
+def is_constant(known: Any, args: Any, kwargs: Any, carries: Callable[[Any], bool]) -> bool:
+    """Whether the result has the derivative zero: by steps, or because it takes no more than a shape, type or device.
+
+    ``carries`` says which arguments carry a derivative.
+    """
+    further = any(map(carries, [*args[1:], *(value for name, value in kwargs.items() if name != "input")]))
+    if known in MADE_LIKE or known in CONSTANT_IN_FIRST or known is torch.Tensor.new_tensor:
+        return not further
+    return known in CONSTANT or (known in TAKES_A_SHAPE and not carries(args[0]))
 
 
 def reads_bits(func: Any, args: Any, kwargs: Any) -> bool:
@@ -210,8 +220,43 @@ def _never(*_: Any) -> bool:
     return False
 
 
-def unfollowable(func: Any, args: Any, kwargs: Any) -> ProbeError | None:
-    """The error for an op that no derivative can follow; None for the others."""
+def _takes_for_a_number(func: Any, args: Any, kwargs: Any, carries: Callable[[Any], bool]) -> bool:
+    """Whether torch reads one of the tensors that carry a derivative as a plain number (alpha=, a slope, a bound).
+
+    It does so of 0-dim ones without a graph, and its parser refuses those with one: asked here without any numbers.
+    """
+    leaves, spec = tree_flatten((args, kwargs))
+    if not any(smooth(a) and a.ndim == 0 and carries(a) for a in leaves):
+        return False
+    shadows = [
+        a
+        if not isinstance(a, Tensor)
+        else _NUMBERS[a.dtype]
+        if smooth(a) and a.ndim == 0 and carries(a)
+        else torch.empty(a.shape, dtype=a.dtype, device="meta")
+        for a in leaves
+    ]
+    shadow_args, shadow_kwargs = tree_unflatten(shadows, spec)
+    try:
+        func(*shadow_args, **shadow_kwargs)
+    except TypeError:
+        return True
+    except Exception:  # there is more to the op than shapes
+        pass
+    return False
+
+
+_NUMBERS = {
+    dtype: torch.empty((), dtype=dtype, device="meta", requires_grad=True)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+}
+
+
+def unfollowable(func: Any, args: Any, kwargs: Any, carries: Callable[[Any], bool]) -> ProbeError | None:
+    """The error for an op that no derivative can follow; None for the others.
+
+    ``carries`` says which arguments carry a derivative.
+    """
     if meaning_of(func) in ESCAPES or reads_bits(func, args, kwargs):
         return ProbeError(
             f".{name_of(func)}() takes numbers that depend on the input out of torch, or reads their bits: what the "
@@ -227,6 +272,12 @@ def unfollowable(func: Any, args: Any, kwargs: Any) -> ProbeError | None:
                     "Let it return the result:  custom_op(..., mutates_args=()) with register_autograd; or call it in "
                     "a torch.autograd.Function with a backward"
                 )
+    if _takes_for_a_number(func, args, kwargs, carries):
+        return ProbeError(
+            f"the op {name_of(func)!r} takes a tensor that depends on the input for a plain number (alpha=, a slope, a "
+            "fill): torch drops its derivative, in any engine.\n"
+            "Write the op out with tensors:  x + alpha * y  for  torch.add(x, y, alpha=alpha)"
+        )
     return None
 
 

@@ -134,6 +134,11 @@ def operands(a: Any, b: Any) -> tuple[Any, Any]:
     return left, right
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 where its type is narrower: as torch's own kernels hold their sums."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def ndim_of(a: Any) -> int:
     """Axes of the primal; 0 for a number."""
     return a.buffer.ndim - 1 if isinstance(a, DualTensor) else a.ndim if isinstance(a, Tensor) else 0
@@ -158,23 +163,28 @@ def with_rows(a: Any, rows: int) -> Tensor:
     """The buffer of a dual operand, or one for a plain operand: its tangents ARE zero."""
     if isinstance(a, DualTensor):
         return a.buffer
-    buffer = a.new_zeros((rows, *a.shape))
+    buffer = rows_like(a, rows)
     buffer[0].copy_(a)
+    buffer[1:].zero_()
     return buffer
 
 
 def rows_like(value: Tensor, rows: int) -> Tensor:
     """An empty buffer [rows, *value.shape] whose rows lie as the value does."""
-    last = value.is_contiguous(memory_format=torch.channels_last) if value.ndim == 4 else False
-    if last and not value.is_contiguous():
-        flat = torch.empty(
-            (rows * len(value), *value.shape[1:]),
-            dtype=value.dtype,
-            device=value.device,
-            memory_format=torch.channels_last,
-        )
-        return flat.unflatten(0, (rows, -1))
-    return value.new_empty((rows, *value.shape))
+    if value.is_contiguous():
+        return value.new_empty((rows, *value.shape))
+    strides = torch.empty_like(value, device="meta").stride()  # its own, where it is dense
+    return value.new_empty_strided((rows, *value.shape), (value.numel(), *strides))
+
+
+def joined(value: Tensor, tangents: Tensor) -> DualTensor:
+    """The rows put together, each laid out as the value is: what is a view of the plain tensor is one of this."""
+    if value.is_contiguous():
+        return DualTensor(torch.cat([value[None], tangents]))
+    out = rows_like(value, len(tangents) + 1)
+    out[0].copy_(value)
+    out[1:].copy_(tangents)
+    return DualTensor(out)
 
 
 def at(dim: int) -> int:

@@ -28,7 +28,6 @@ from torchgeom_probe.dual.followed import inside_a_custom_function
 from torchgeom_probe.dual.graph import CUSTOM_FUNCTION, refuse_unfollowed, refuse_wrong
 from torchgeom_probe.dual.one_op import OneOp
 from torchgeom_probe.dual.ops import (
-    CONSTANT,
     DETACHES,
     ESCAPES,
     METADATA,
@@ -36,10 +35,10 @@ from torchgeom_probe.dual.ops import (
     TAKES_DEFERRED,
     body_of,
     in_torchs_spelling,
+    is_constant,
     meaning_of,
     mutates,
     name_of,
-    only_a_shape,
     reads_bits,
     smooth,
     unfollowable,
@@ -188,6 +187,10 @@ def _on_primals(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*primals[0], **primals[1])
 
 
+def _is_dual(value: Any) -> bool:
+    return isinstance(value, DualTensor)
+
+
 def _ruled(rule: Rule, func: Any, args: Any, kwargs: Any) -> Any:
     if kwargs.get("out") is not None:
         return NotImplemented
@@ -223,7 +226,8 @@ def _binds(rule: Rule, args: Any, kwargs: Any) -> bool:
 
 def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
     known = meaning_of(func)
-    if known in CONSTANT or known in METADATA or only_a_shape(known, args, lambda a: isinstance(a, DualTensor)):
+    _refuse_out(func, kwargs)
+    if known in METADATA or is_constant(known, args, kwargs, _is_dual):
         _note("fused", func)
         return _on_primals(func, args, kwargs)
     if known in DETACHES:
@@ -236,13 +240,13 @@ def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
         return DualTensor(buffer)
     if current_pass().harmless and (known in ESCAPES or reads_bits(func, args, kwargs)):
         return _on_primals(func, args, kwargs)
-    refusal = unfollowable(func, args, kwargs)
+    refusal = unfollowable(func, args, kwargs, _is_dual)
     if refusal is not None:  # an autograd.Function has a derivative of its own, which the other engines take
         raise EngineRefusal(str(refusal)) if inside_a_custom_function() else refusal
     writes = mutates(func, args, kwargs)
-    if writes and kwargs.get("out") is None and _became_dual(args[0], tree_leaves((args, kwargs))):
+    if writes and _became_dual(args[0], tree_leaves((args, kwargs))):
         return DualTensor.__torch_function__(func, (DualTensor,), args, kwargs)
-    _refuse_unfollowable_writes(func, args, kwargs, writes)
+    _refuse_unfollowable_writes(func, args, writes)
     body = None if writes else body_of(func)
     if body is not None:
         try:
@@ -316,12 +320,15 @@ def _exchanged_back(target: Tensor, dual: Any, keep: bool) -> None:
             target.detach().copy_(dual._buffer[0].detach())
 
 
-def _refuse_unfollowable_writes(func: Any, args: Any, kwargs: Any, writes: bool) -> None:
+def _refuse_out(func: Any, kwargs: Any) -> None:
     if kwargs.get("out") is not None:
         raise EngineRefusal(
             f"the op {name_of(func)!r} writes to out=, which cannot carry tangents.\n"
             "Use its return value in the model, or measure with engine='vjp'."
         )
+
+
+def _refuse_unfollowable_writes(func: Any, args: Any, writes: bool) -> None:
     if writes and not isinstance(args[0], DualTensor):
         raise EngineRefusal(
             f"{name_of(func)!r} writes a tensor that depends on the input into a plain one, which cannot carry "

@@ -64,3 +64,12 @@ def test_a_row_masked_out_entirely_is_zero() -> None:
     for out in (F.scaled_dot_product_attention(q, k, v, seen), F.scaled_dot_product_attention(q[0], k, v, seen)):
         assert not out.buffer[..., 1, :].any()
         assert out.buffer.isfinite().all()
+
+
+def test_under_autocast_attention_runs_in_the_narrow_type() -> None:
+    q, k, v = (dual(torch.randn(2, 3, 5, 7), torch.randn(2, 2, 3, 5, 7)) for _ in range(3))
+    exact = F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = F.scaled_dot_product_attention(q, k, v, torch.zeros(5, 5))
+    assert out.dtype == out.buffer.dtype == torch.bfloat16
+    torch.testing.assert_close(out.buffer.float(), exact.buffer, rtol=0.1, atol=0.1)

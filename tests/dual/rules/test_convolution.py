@@ -381,3 +381,15 @@ def test_a_pass_that_broke_off_leaves_nothing_known():
         run(weight * torch.nan)
     for _ in range(3):
         assert torch.allclose(run(weight)[0], F.conv2d(x._buffer[0], weight), atol=1e-5)
+
+
+def test_autocast_is_that_of_the_place_where_the_model_calls_it():
+    x, weight = torch.randn(1 + K, 2, 3, 6, 6), torch.randn(4, 3, 3, 3)
+    with dual_pass():
+        outside = F.conv2d(DualTensor(x), weight)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert outside.buffer.dtype == torch.float32
+            inside = F.conv2d(DualTensor(x), weight)
+            assert inside.dtype == torch.bfloat16
+        assert inside.buffer.dtype == torch.bfloat16
+        torch.testing.assert_close(outside.buffer[0], F.conv2d(x[0], weight))

@@ -32,7 +32,8 @@ CASES = {
 
 DIFFERENCES = {
     "logical_not_": [call(D(5, 7))],
-    "logical_and_ logical_or_ logical_xor_ heaviside_": [call(D(5, 7), D(7))],
+    "logical_and_ logical_or_ logical_xor_": [call(D(5, 7), D(7))],
+    "heaviside_": [call(D(5, 7), P(7))],
     "floor_divide_ __ifloordiv__": [call(D(5, 7), 0.7)],
     "torch.normal": [call(D(5, 7), D(7, low=0.5)), call(D(5, 7), 0.3), call(P(5, 7), D(5, 7, low=0.5)), call(D(5, 7))],
 }
@@ -78,3 +79,13 @@ def test_empty_tensors_can_be_written_to() -> None:
         made[:, :3], made[:, 3:] = x[:, :3], 0.0
         assert torch.equal(made.tangents[..., :3], x.tangents[..., :3])
         assert not made.tangents[..., 3:].any()
+
+
+def test_a_normal_draw_of_no_deviation_is_its_mean() -> None:
+    std = dual(torch.tensor([0.0, 2.0]), torch.tensor([[3.0, 5.0]]))
+    torch.manual_seed(1)
+    drawn = torch.normal(torch.tensor([1.0, 1.0]), std)
+    torch.manual_seed(1)
+    noise = torch.normal(torch.zeros(2), torch.ones(2))
+    assert torch.equal(drawn.primal, 1 + std.primal * noise)
+    assert torch.equal(drawn.tangents, std.tangents * noise)

@@ -23,6 +23,7 @@ CASES = {
         call(D(5, 7, 3), mask(5, 7)),
         call(D(5, 7, 3), index(5, 2, 3)),
         call(D(5, 7, 3), [0, 2]),
+        call(D(5, 7, 3), ((0, 2), slice(None), (1, 2))),
         call(D(5, 7, 3), (slice(None), index(7, 4), 1)),
         call(D(5, 7, 3), (index(5, 4), index(7, 4))),
         call(D(5, 7, 3), (slice(None), index(7, 4), index(3, 4))),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,3 +65,23 @@ def test_running_statistics_that_depend_on_the_input_keep_their_tangents() -> No
         value, pushed = torch.func.jvp(updated, (x[0], mean[0], var[0]), (x[row], mean[row], var[row]))
         assert torch.allclose(torch.stack([r.buffer[0] for r in running]), value)
         assert torch.allclose(torch.stack([r.buffer[row] for r in running]), pushed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("norm", "mean", "deviation"),
+    [
+        (lambda x: F.layer_norm(x, (64,)), 100, 2),
+        (lambda x: F.group_norm(x, 4), 100, 2),
+        (lambda x: torch.stack(torch.var_mean(x, 1)), 100, 2),
+        (lambda x: F.rms_norm(x, (64,)), 0, 1000),  # whose squares have no float16
+        (lambda x: F.rms_norm(x, (64,)), 0, 1e-3),  # to which ε is that of float32
+    ],
+)
+def test_statistics_of_a_narrow_type_are_held_as_torch_holds_them(
+    norm: Callable[[torch.Tensor], torch.Tensor], mean: float, deviation: float, dtype: torch.dtype
+) -> None:
+    x, t = (torch.randn(3, 64) * deviation + mean).to(dtype), torch.randn(3, 64).to(dtype)
+    out, tangent = norm(dual(x, t[None])), torch.func.jvp(norm, (x.float(),), (t.float(),))[1]
+    torch.testing.assert_close(out.primal, norm(x), rtol=2e-2, atol=1e-3)
+    assert (out.tangents[0] - tangent).norm() < 0.02 * tangent.norm()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from dual.rules.comparison import Call, dual
 
+import torchgeom_probe as tgp
 from torchgeom_probe.dual import DualTensor
 from torchgeom_probe.errors import EngineRefusal, ProbeError
 
@@ -37,6 +38,57 @@ def test_the_same_ops_are_followed_in_their_other_arguments() -> None:
     weight = torch.rand(3, dtype=torch.float64)
     push = torch.func.jvp(lambda z: F.cross_entropy(z, LABELS, weight), (X,), (x.tangents[1],))[1]
     torch.testing.assert_close(F.cross_entropy(x, LABELS, weight).tangents[1], push)
+
+
+ZERO = torch.tensor(0, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("engine", ["fused", "functorch"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda h: torch.bincount(torch.tensor([0, 1, 1]), weights=h),
+        lambda h: torch.heaviside(torch.tensor([0.0, 1.0, 0.0], dtype=h.dtype), h),
+        lambda h: torch.zeros(3, dtype=h.dtype).heaviside_(h),
+        lambda h: torch.fake_quantize_per_tensor_affine(torch.ones(3, dtype=h.dtype), h.square().sum(), ZERO, -9, 9),
+        lambda h: torch.full_like(h, h.sum()),
+        lambda h: h.new_full((3,), fill_value=h.sum()),
+        lambda h: (out := h * 1.0, torch.floor(h, out=out))[0],
+    ],
+)
+def test_what_is_constant_in_its_first_argument_alone_is_refused(
+    engine: str, op: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.stack([op(row) for row in x])
+
+    probe = tgp.GeometryProbe(Model(), layers=[""], engine=engine, estimator=tgp.Exact())
+    with pytest.raises(ProbeError):
+        probe.measure(torch.rand(1, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("engine", ["fused", "functorch"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda h: torch.add(h, h.cos(), alpha=h.mean()),
+        lambda h: (h * 1.0).sub_(h.cos(), alpha=h.mean()),
+        lambda h: F.leaky_relu(-h, h.mean()),
+        lambda h: F.softplus(h, beta=1 + h.mean()),
+        lambda h: torch.nan_to_num(h * torch.nan, nan=h.mean()),
+    ],
+)
+def test_a_tensor_that_torch_reads_as_a_number_is_refused(
+    engine: str, op: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([op(row) for row in x])
+
+    probe = tgp.GeometryProbe(Model(), layers=[""], engine=engine, estimator=tgp.Exact())
+    with pytest.raises(ProbeError, match="for a plain number"):
+        probe.measure(torch.rand(1, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

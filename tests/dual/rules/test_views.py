@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 from dual.rules.comparison import (
     LABELS,
     D,
@@ -125,6 +128,7 @@ def test_what_torch_gives_as_a_view_is_one() -> None:
     views = {
         "a list of tensors": lambda z: torch.atleast_2d([z, z])[0],
         "places in memory": lambda z: z.as_strided((2, 3), (6, 2), 1),
+        "places from where it starts": lambda z: z[1].as_strided((2, 3), (6, 2), z[1].storage_offset() + 1),
         "a 0-dim index": lambda z: z[torch.tensor(1)],
         "an axis of a row": lambda z: z[0].transpose(0, -1),
     }
@@ -141,3 +145,25 @@ def test_memory_that_is_laid_out_otherwise_is_refused() -> None:
     rows_inside = DualTensor(torch.randn(4, 3).t())
     with pytest.raises(EngineRefusal, match=r"as_strided\(\) reaches into memory"):
         rows_inside.as_strided((2,), (1,))
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: x.softmax(0),
+        lambda x: x.log_softmax(1),
+        lambda x: x / (2 + x.cos()),
+        lambda x: torch.where(x > 0, x, 0.0),
+        lambda x: torch.maximum(x, 1 - x),
+        lambda x: torch.hypot(x, 1 + x),
+        lambda x: x % 0.7,
+        lambda x: x.sort(0).values,
+        lambda x: torch.zeros_like(x).copy_(x),
+        lambda x: F.layer_norm(x, (3,)),
+        lambda x: x.index_fill(0, torch.tensor([1]), 0.3),
+    ],
+)
+def test_a_result_is_laid_out_as_the_plain_one(op: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    # reshape() gives a view of the one and a copy of the other, which a write in place tells apart
+    x = torch.randn(3, 3, 4, dtype=torch.float64)
+    assert op(DualTensor(x.clone()).t()).stride() == op(x[0].t()).stride()

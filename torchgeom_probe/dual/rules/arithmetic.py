@@ -16,6 +16,7 @@ from torchgeom_probe.dual.registry import (
     aligned,
     any_dual,
     in_place_of,
+    joined,
     ndim_of,
     operands,
     primal_of,
@@ -121,10 +122,10 @@ def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
         return DualTensor(left / right)
     if not isinstance(input, DualTensor):
         value = left / right[0]
-        return DualTensor(torch.cat([value[None], right[1:] * (-value / right[0])]))
+        return joined(value, right[1:] * (-value / right[0]))
     value = left[0] / right[0]
     tangents = torch.addcmul(left[1:], right[1:], value, value=-1).div_(right[0])
-    return DualTensor(torch.cat([value[None], tangents]))
+    return joined(value, tangents)
 
 
 register(lambda input, other: _div(other, input), "Tensor.__rtruediv__ Tensor.__rdiv__")
@@ -139,6 +140,12 @@ def _pow(input: Any, exponent: Any) -> Any:
     # (p^c)' = c p^(c-1);  (b^p)' = b^p log b;  of two duals  (p^q)' = p^q (q' log p + q p'/p)  is left to the fallback
     if isinstance(input, DualTensor) and isinstance(exponent, (int, float)) and exponent != 0:
         return pushed(input, lambda p: (p.pow(exponent), p.pow(exponent - 1).mul_(exponent)))
+    constant = isinstance(exponent, Tensor) and not (isinstance(exponent, DualTensor) or exponent.requires_grad)
+    if isinstance(input, DualTensor) and constant and not exponent.is_complex():
+        # torch's own derivative of this has the gradient NaN below 0
+        return pushed(
+            input, lambda p: (p.pow(exponent), (p.pow(exponent - 1) * exponent).masked_fill(exponent == 0, 0))
+        )
     if isinstance(exponent, DualTensor) and isinstance(input, (int, float)) and input > 0:
         return pushed(exponent, lambda p: ((value := torch.pow(input, p)), value * math.log(input)))
     return NotImplemented
@@ -163,7 +170,7 @@ def _extremum(choose: Callable[[Tensor, Tensor], Tensor]) -> Rule:
             tangents = left[1:] * from_left
         if isinstance(other, DualTensor):
             tangents = tangents + right[1:] * (1 - from_left)
-        return DualTensor(torch.cat([value[None], tangents]))
+        return joined(value, tangents)
 
     return push
 
@@ -188,10 +195,7 @@ def _where(condition: Any, input: Any = None, other: Any = None) -> Any:
     zero = value.new_zeros(())
     rows = [aligned(b, value.ndim)[1:] if isinstance(b, DualTensor) else zero for b in (input, other)]
     tangents: Any = torch.where(condition, *rows)
-    out = value.new_empty((tangents.shape[0] + 1, *value.shape))
-    out[0].copy_(value)
-    out[1:].copy_(tangents)
-    return DualTensor(out)
+    return joined(value, tangents.expand(-1, *value.shape))
 
 
 register(lambda input, condition, other: _where(condition, input, other), "Tensor.where")
@@ -243,7 +247,7 @@ def smooth_binary(op: Any, partials: Callable[..., tuple[Any, Any]]) -> Rule:
         for x, operand, slope in zip((input, other), operands(input, other), slopes, strict=True):
             if isinstance(x, DualTensor):
                 tangents = tangents + operand[1:] * slope
-        return DualTensor(torch.cat([value[None], tangents.expand(-1, *value.shape)]))
+        return joined(value, tangents.expand(-1, *value.shape))
 
     return push
 

@@ -11,7 +11,17 @@ import torch.nn.functional as F
 
 from torchgeom_probe.dual.graph import Attended
 from torchgeom_probe.dual.passes import current_pass, followed
-from torchgeom_probe.dual.registry import any_dual, from_end, reduced, register, row_by_row, rows_of, rule, with_rows
+from torchgeom_probe.dual.registry import (
+    any_dual,
+    from_end,
+    reduced,
+    register,
+    row_by_row,
+    rows_like,
+    rows_of,
+    rule,
+    with_rows,
+)
 from torchgeom_probe.dual.tensor import DualTensor
 from torchgeom_probe.shapes import Tensor
 
@@ -26,10 +36,11 @@ def softmax_rows(buffer: Tensor, dim: int, softmax: Callable[..., Tensor] = torc
     """The softmax of a buffer along a negative axis; torch's safe one is 0 where all is -∞."""
     # y = softmax(p);  y' = y (t - Σ y t), a symmetric Jacobian: torch's own backward kernel applies it in one sweep
     y = softmax(buffer[0], dim)
+    buffer = buffer.to(y.dtype)  # autocast may widen it
     if followed():
         weighted = buffer[1:] * y
         return torch.cat([y[None], weighted - weighted.sum(dim, keepdim=True) * y])
-    out = torch.empty_like(buffer)
+    out = rows_like(y, len(buffer))
     out[0].copy_(y)
     if row_by_row(buffer) and buffer.is_contiguous():
         for row in range(1, buffer.shape[0]):
@@ -56,10 +67,11 @@ def _log_softmax(input: DualTensor, dim: int | None = None, _stacklevel: int = 3
     dim = from_end(dim, input.buffer.ndim - 1)
     b = input.buffer if dtype is None else input.buffer.to(dtype)
     y = torch.log_softmax(b[0], dim)
+    b = b.to(y.dtype)
     mean = (b[1:] * y.exp()).sum(dim, keepdim=True)
     if followed():
         return DualTensor(torch.cat([y[None], b[1:] - mean]))
-    out = torch.empty_like(b)
+    out = rows_like(y, len(b))
     torch.sub(b[1:], mean, out=out[1:])
     out[0].copy_(y)
     return DualTensor(out)
@@ -113,6 +125,14 @@ def _attention(
     # o = y v, y = softmax(s), s = c q kᵀ + mask.  With a = y s':  y' = a - y Σ a,  so  o' = a v - (Σ a) o + y v'
     if is_causal and attn_mask is not None:
         return NotImplemented
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as torch's own attention does: in the narrow type, all of it
+        narrow = torch.get_autocast_dtype(device)
+        query, key, value, attn_mask = (
+            x.to(narrow) if getattr(x, "dtype", None) == torch.float32 else x for x in (query, key, value, attn_mask)
+        )
+        with torch.autocast(device, enabled=False):
+            return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     batched = min(query.ndim, key.ndim, value.ndim) > 2 and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
     if not batched or dropout_p or any_dual(attn_mask) or not any_dual(query, key, value):
         return _attention_by_parts(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -124,8 +144,6 @@ def _attention(
         bias = mask.flatten(0, 1) if mask is not None and mask.ndim == 4 else mask
         softmax = torch.softmax if attn_mask is None else torch._safe_softmax
         flat = [with_rows(x, rows).flatten(1, -3) for x in (query, key, value)]
-        if torch.is_autocast_enabled(query.device.type):  # as torch's own attention does
-            flat = [x.to(torch.get_autocast_dtype(query.device.type)) for x in flat]
         out = Attended.apply(*flat, bias, c, softmax)
         return DualTensor(out.view(rows, *query.shape[:-1], v.width))
     # Laid out as [..., L, H, E] under the hood: the model's next step puts the heads side by side.

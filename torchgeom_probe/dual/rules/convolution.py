@@ -95,7 +95,8 @@ class Convolution:
                 "the model writes in place to the input of a convolution, and uses the convolution's result after that"
                 " as well as before.\nMeasure with engine='functorch', or write that op out of place."
             )
-        with torch.set_grad_enabled(self.graph):
+        autocast = torch.autocast(self.weight.device.type, enabled=False)  # as it was where the model called it
+        with torch.set_grad_enabled(self.graph), autocast:
             return _convolved(self.input, weight, bias, self.convolve, self.arguments).buffer
 
 
@@ -133,8 +134,9 @@ def _convolution(convolve: Any, spatial: int, *, defers: bool) -> Rule:
         arguments = (stride, padding, *further)
         dilation = further[0] if further else kwargs.get("dilation", 1)
         bound = functools.partial(convolve, **kwargs)
-        # A tensor of inference mode does not tell whether it was written to.
-        may_wait = defers and current_pass().deferred is not None and not input.buffer.is_inference()
+        # Whether a tensor of inference mode was written to cannot be told, nor, under autocast, the type of the result.
+        at_once = input.buffer.is_inference() or torch.is_autocast_enabled(input.buffer.device.type)
+        may_wait = defers and current_pass().deferred is not None and not at_once
         shape = _result_shape(input, weight, spatial, stride, padding, dilation) if may_wait else None
         if shape is None:
             return _convolved(input, weight, bias, bound, arguments)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from torchgeom_probe.dual.ops import MADE_LIKE
+from torchgeom_probe.dual.ops import CONSTANT_IN_FIRST, MADE_LIKE
 from torchgeom_probe.dual.passes import followed
 from torchgeom_probe.dual.registry import aligned, any_dual, ndim_of, primal_of, register, rule, rule_of_each, with_rows
 from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
@@ -47,7 +47,7 @@ def _fill(input: Any, value: Any = 0) -> Any:
 def _constant_in_place(op: Any) -> Rule:
     def push(input: Any, *args: Any, **kwargs: Any) -> Any:
         # filled with numbers that do not depend on the input, or only in steps
-        if not isinstance(input, DualTensor):
+        if not isinstance(input, DualTensor) or (op in CONSTANT_IN_FIRST and any_dual(*args, *kwargs.values())):
             return NotImplemented
         value = input.buffer.detach()  # which shares its memory: the steps of a function have no gradient
         op(value[0], *map(primal_of, args), **{key: primal_of(value) for key, value in kwargs.items()})
@@ -66,8 +66,9 @@ def _normal(mean: Any, std: Any = 1.0, size: Any = None, *, generator: Any = Non
         raise EngineRefusal(
             "torch gives torch.normal(mean, std) no gradient.\nWrite  mean + std * torch.randn_like(std)"
         )
-    deviation = torch.normal(primal_of(mean), primal_of(std), generator=generator) - primal_of(mean)
-    return mean + deviation + (0 if not any_dual(std) else deviation / primal_of(std) * (std - primal_of(std)))
+    like = primal_of(mean if isinstance(mean, Tensor) else std)
+    shape = torch.broadcast_shapes(*(x.shape for x in (mean, std) if isinstance(x, Tensor)))
+    return mean + std * like.new_empty(shape).normal_(generator=generator)
 
 
 @rule("clone")

@@ -12,6 +12,7 @@ from torchgeom_probe.dual.registry import (
     any_dual,
     at,
     ndim_of,
+    primal_of,
     register,
     rows_of,
     rule,
@@ -46,7 +47,7 @@ def _index(index: Any) -> tuple[Any, int] | None:
         return None
     if isinstance(index, list) and any(isinstance(i, (list, tuple, slice, Tensor)) for i in index):
         return None
-    arrays = [isinstance(i, (Tensor, list, range)) or hasattr(i, "__array__") for i in items]
+    arrays = [isinstance(i, (Tensor, list, tuple, range)) or hasattr(i, "__array__") for i in items]
     advanced = [n for n, is_array in enumerate(arrays) if is_array]
     if not advanced or advanced[-1] - advanced[0] < len(advanced):
         return (slice(None), *items), 0
@@ -84,8 +85,8 @@ def _setitem(input: Any, index: Any, value: Any) -> Any:
     found = _index(index)
     if found is None:  # torch's own indexing, row by row
         values = value.buffer if isinstance(value, DualTensor) else [value, *[0] * (rows_of(input) - 1)]
-        for row, of_row in zip(input.buffer.unbind(), values, strict=True):
-            row[index] = of_row
+        for row, of_row in enumerate(values):
+            input.buffer[row][index] = of_row
         return input
     behind, place = found
     if isinstance(value, DualTensor):
@@ -140,5 +141,5 @@ def _masked_select(input: Any, mask: Tensor) -> Any:
 @rule("index_fill", in_place="Tensor.index_fill_")
 def _index_fill(input: Any, dim: int, index: Tensor, value: Any) -> Any:
     # by the rule of where: y' is 0 in the places filled with a number, the value's own tangent in those of a dual
-    chosen = torch.zeros(input.shape, dtype=torch.bool, device=input.device).index_fill_(dim, index, True)
+    chosen = torch.zeros_like(primal_of(input), dtype=torch.bool).index_fill_(dim, index, True)
     return torch.where(chosen, value, input)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from torchgeom_probe.dual.graph import BatchNormed, Standardised, shifted
 from torchgeom_probe.dual.passes import current_pass, followed
-from torchgeom_probe.dual.registry import any_dual, ndim_of, register, row_by_row, rule
+from torchgeom_probe.dual.registry import any_dual, ndim_of, register, row_by_row, rule, wide
 from torchgeom_probe.dual.tensor import DualTensor
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.shapes import Tensor
@@ -67,14 +67,15 @@ def _standardised(buffer: Tensor, axes: int, eps: float, weight: Tensor | None =
     if row_by_row(buffer):
         return _standardised_by_kernel(buffer, axes, eps, weight)
     dims = list(range(-axes, 0))
-    variance, mean = torch.var_mean(buffer[0], dims, correction=0, keepdim=True)
+    p = wide(buffer[0])
+    variance, mean = torch.var_mean(p, dims, correction=0, keepdim=True)
     inverse = torch.rsqrt(variance + eps)
-    hat = (buffer[0] - mean) * inverse
-    out = torch.empty_like(buffer)
+    hat = ((p - mean) * inverse).to(buffer.dtype)
+    out = buffer.new_empty(buffer.shape)
     out[0].copy_(hat)
     centred = torch.sub(buffer[1:], buffer[1:].mean(dims, keepdim=True), out=out[1:])
     centred.addcmul_((centred * hat).mean(dims, keepdim=True), hat, value=-1)
-    centred.mul_(inverse)
+    centred.mul_(inverse.to(buffer.dtype))
     return out if weight is None else out.mul_(weight)
 
 
@@ -164,8 +165,8 @@ def _rms_norm(input: DualTensor, normalized_shape: Any, weight: Any = None, eps:
     if any_dual(weight):
         return NotImplemented
     b, dims = input.buffer, list(range(-len(normalized_shape), 0))
-    eps = torch.finfo(b.dtype).eps if eps is None else eps
-    out = b * torch.rsqrt(b[0].square().mean(dims, keepdim=True) + eps)
+    squares = wide(b[0]).square().mean(dims, keepdim=True)
+    out = b * torch.rsqrt(squares + (torch.finfo(squares.dtype).eps if eps is None else eps)).to(b.dtype)
     if followed():
         out = _without_own_share(out, (out[1:] * out[0]).mean(dims, keepdim=True))
         return DualTensor(out if weight is None else out * weight)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torchgeom_probe.dual.registry import at, ndim_of, on_rows, reduced, register, rule, rule_of_each
+from torchgeom_probe.dual.registry import at, joined, ndim_of, on_rows, reduced, register, rule, rule_of_each, wide
 from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
 from torchgeom_probe.shapes import Tensor
 
@@ -48,10 +48,10 @@ def _var(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
     if ndim_of(input) == 0 or input.buffer.is_complex() or set(kwargs) - _MOMENT_ARGUMENTS:
         return NotImplemented
     dims, keepdim, correction = _moment_arguments(*args, **kwargs)
-    p = input.primal
-    variance = torch.var(p, *args, **kwargs)
+    p = wide(input.primal)
+    variance = torch.var(input.primal, *args, **kwargs)
     dims = reduced(dims, p.ndim)
-    centred = p - p.mean(dims, keepdim=True)
+    centred = (p - p.mean(dims, keepdim=True)).to(variance.dtype)
     count = math.prod(p.shape[d] for d in set(dims)) - correction
     tangents = (input.tangents * centred).sum(dims, keepdim=keepdim) * (2 / count if count else math.inf)
     return DualTensor(torch.cat([variance[None], tangents]))
@@ -75,8 +75,8 @@ def _std(input: DualTensor, *args: Any, **kwargs: Any) -> Any:
     variance = _var(input, *args, **kwargs)
     if variance is NotImplemented:
         return NotImplemented
-    value, pushes = variance.primal.sqrt(), variance.tangents
-    return DualTensor(torch.cat([value[None], (pushes / (2 * value)).masked_fill_(value == 0, 0)]))
+    value = torch.std(input.primal, *args, **kwargs)
+    return DualTensor(torch.cat([value[None], variance.tangents / (2 * value).masked_fill(value == 0, math.inf)]))
 
 
 def _with_mean(moment: Rule) -> Rule:
@@ -106,7 +106,7 @@ def _vector_norm(input: DualTensor, ord: Any = 2, dim: Any = None, keepdim: bool
         return NotImplemented
     dims = reduced(dim, ndim_of(input))
     y = torch.linalg.vector_norm(input.primal, ord, dim=dims, keepdim=True)
-    share = (input.primal / y).masked_fill(y == 0, 0)
+    share = input.primal / y.masked_fill(y == 0, math.inf)  # 0, and so is its gradient
     slope = share if ord == 2 else share.sign() * share.abs() ** (ord - 1)
     tangents = (input.tangents * slope).sum(dims, keepdim=True)
     out = torch.cat([y[None], tangents])
@@ -193,8 +193,7 @@ def _chosen(op: Any, binary: Any = None, full: Any = None) -> Rule:
         where = indices.unsqueeze(dim) if values.ndim < ndim_of(input) else indices
         rows = input.buffer.shape[0]
         tangents = input.tangents.gather(at(dim), where.expand(rows - 1, *where.shape))
-        out = torch.cat([values[None], tangents.view(rows - 1, *values.shape)])
-        return type(found)((DualTensor(out), indices))
+        return type(found)((joined(values, tangents.view(rows - 1, *values.shape)), indices))
 
     return push
 

@@ -147,6 +147,10 @@ def _at_least(op: Any) -> Rule:
     return push
 
 
+# of the plain tensor: the wrapper has no memory
+register(lambda input: input.buffer.storage_offset(), "Tensor.storage_offset")
+
+
 @rule("as_strided")
 def _as_strided(input: DualTensor, size: Any, stride: Any, storage_offset: int | None = None) -> Any:
     # Places in memory: each row must be laid out in a stretch of its own, as the plain tensor is in its memory.
