@@ -111,8 +111,6 @@ class GeometryProbe:
         self.mode: Mode = mode
         transforms = resolved_transforms(model, chosen, transform)
         self._hooked = HookedModel(model, chosen, **resolved_source(model, source), transforms=transforms)
-        #: By shape, from the first pass on that was compared with the plain model.
-        self._plans: dict[Any, Plan] = {}
         self._memory: dict[Any, Tensor] = {}
         self._kept = Kept(beside=list(transforms.values()))
         self._replays = Replays(self._kept) if replay else None
@@ -164,7 +162,6 @@ class GeometryProbe:
     def close(self) -> None:
         """Let go of the model; measuring afterwards raises."""
         self._closed = True
-        self._plans.clear()
         self._memory.clear()
         self._kept = Kept()
         self._replays = None
@@ -216,7 +213,7 @@ class GeometryProbe:
         if not replays.next_report():
             return None
         inputs = self._hooked.inputs(x, self.wrt)
-        if (plan := self._plans.get(inputs.key())) is None:
+        if (plan := self._kept.found.get(inputs.key())) is None:
             return None
         with replaying(self._kept, mode=self.mode):
             replays.alone = True
@@ -270,7 +267,7 @@ class GeometryProbe:
                     continue
                 self._engine_that_runs = "fused" if jacobians.engine == "replay" else jacobians.engine
                 plan = replace(plan, reference={})  # compared: the next passes need not wait for it
-                self._plans[inputs.key()] = plan
+                self._kept.found[inputs.key()] = plan
                 bar.update(stop - done)
                 done = stop
         report = GeometryReport.joined(parts)
@@ -293,7 +290,7 @@ class GeometryProbe:
 
     def _planned(self, x: Any) -> tuple[Inputs, Plan]:
         inputs = self._hooked.inputs(x, self.wrt)
-        plan = self._plans.get(inputs.key())
+        plan = self._kept.found.get(inputs.key())
         if plan is None:
             plan = make_plan(self._hooked, inputs, memory_budget=self.memory_budget)
         return inputs.cut_at(plan.per_sample), plan
@@ -312,7 +309,7 @@ class GeometryProbe:
         left = self._hooked.without(set(refusal.layers))
         self._hooked = left if left.layers else replace(left, layers={"": left.model})
         self.left_out.update(refusal.layers)
-        self._plans.clear()
+        self._kept.found.clear()
         listed = "; ".join(f"{name!r} ({why})" for name, why in refusal.layers.items())
         instead = "" if left.layers else "; the model's own output takes their place"
         warnings.warn(f"layers='auto' leaves out {listed}{instead}", stacklevel=4)

@@ -101,3 +101,25 @@ def test_bfloat16_tangents_have_their_rank_in_chunks_too():
         options = {"precision": "bf16", "memory_budget": budget, "engine": "fused"}
         found = tgp.measure(model, x, layers=["0"], estimator=tgp.Subspace(k=8), **options)["0"]
         assert found.log_volume.tolist() == [-torch.inf] * 2
+
+
+class _Switched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.centred = self.wide = False
+
+    def forward(self, x):
+        h = torch.tanh(x)
+        h = torch.cat([h, h.sin()], 1) if self.wide else h
+        return h - 0.5 * h.mean(0) if self.centred else h
+
+
+def test_a_model_that_becomes_another_one_between_two_measurements():
+    model, x = _Switched(), torch.randn(4, 3)
+    with tgp.GeometryProbe(model, layers="") as probe:
+        assert [probe.measure(x)[""].num_features for _ in range(3)] == [3] * 3
+        model.wide = True
+        assert probe.measure(x)[""].num_features == 6
+        model.centred = True
+        with pytest.raises(tgp.ProbeError, match="couples the samples"):
+            probe.measure(x)

@@ -40,12 +40,14 @@ _MEASURED: list[State] = []
 class Kept:
     """What one measurement of a model leaves for the next: where its state was found, and its modules.
 
-    ``beside``: functions that a pass calls besides the model's own.
+    ``beside``: functions that a pass calls besides the model's own.  ``found``: what was found out about the model (its
+    plans, by shape); emptied where it is another one since.
     """
 
     beside: list[Any] = field(default_factory=list)
     state: State | None = None
     modules: list[nn.Module] = field(default_factory=list)
+    found: dict[Any, Any] = field(default_factory=dict)
 
     def __reduce__(self) -> Any:
         """A copy finds its own."""
@@ -78,6 +80,8 @@ def measuring(model: nn.Module, *, mode: Mode = "eval", kept: Kept | None = None
             _in_eval_mode(kept.modules, flags)
         if kept.state is None or not kept.state.again(beside):
             flags.close()
+            if kept.state is not None:
+                kept.found.clear()
             kept.state, kept.modules = None, list(model.modules())
             _refuse_uninitialised(model, kept.modules)
             if mode == "eval":
