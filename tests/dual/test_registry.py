@@ -12,7 +12,7 @@ ELSEWHERE = set(
     "float half bfloat16 chalf cfloat cuda empty_like new_empty normal_ uniform_ bernoulli_"
     " random_ exponential_ cauchy_ log_normal_ geometric_ t_ transpose_ swapaxes_ swapdims_ squeeze_ unsqueeze_"
     " as_strided_ cross_entropy nll_loss linear_cross_entropy soft_margin_loss embedding cov new_tensor"
-    " cond __deepcopy__".split()
+    " cond __deepcopy__ storage_offset".split()
 )
 
 
