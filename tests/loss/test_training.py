@@ -68,8 +68,15 @@ def test_without_a_penalty_it_is_the_plain_step(make, track):
     for a, b in zip(ours[1], plain[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-7)
     parameters = dict(model.named_parameters())
+    # Statistics are of what a convolution puts out, whose last bit may depend on the processor's kernels: on how many
+    # rows it takes, and on whether it adds the bias itself.  Ask it alone.
+    alike = False
+    if make is noisy:
+        conv = model[0]
+        rows = nn.functional.conv2d(torch.cat([x] * 3), conv.weight)[: len(x)] + conv.bias[:, None, None]
+        alike = torch.equal(conv(x), rows)
     for name, value in plain[2].items():
-        exact = name in parameters or track == "primal" or not value.is_floating_point() or make is noisy
+        exact = name in parameters or track == "primal" or not value.is_floating_point() or alike
         torch.testing.assert_close(ours[2][name], value, **({"rtol": 0, "atol": 0} if exact else {}))
     assert torch.equal(ours[3], plain[3])
     assert all(type(value) in (torch.Tensor, nn.Parameter) for value in ours[2].values())
