@@ -78,10 +78,13 @@ def test_two_networks_side_by_side_and_names_with_markup(page, tmp_path):
     for i in range(6):
         noise = np.random.default_rng(i).integers(0, 255, (40, 40, 3), np.uint8)
         Image.fromarray(noise).save(folder / f"{i}_<b>*x*.png")
-    model = "timm:test_efficientnet"
-    arguments = "--model", model, "--against", "timm:test_resnet", "--images", folder, "--group", r"^(\d)"
-    text, record = page(*arguments, "--layers", "auto")
-    assert list(record) == [model, "timm:test_resnet"]
+    other = tmp_path / "other.pth"
+    torch.save(pytest.importorskip("timm").create_model("test_resnet").state_dict(), other)
+    model = "timm:test_resnet"
+    arguments = "--model", model, "--against", other, "--images", folder, "--group", r"^(\d)"
+    text, record = page(*arguments, "--layers", "layer3")
+    assert list(record) == [model, f"{model} (other.pth)"]
+    assert record[model]["Volumes"] != record[f"{model} (other.pth)"]["Volumes"]
     assert "left out" not in record[model]["Extremes"]
     assert "<b>" not in text
     assert "\\*x\\*" in text

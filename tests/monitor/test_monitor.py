@@ -670,7 +670,7 @@ def test_a_real_loop_keeps_to_its_budget_and_reports_its_share():
             inside += time.perf_counter() - entered
     whole = time.perf_counter() - begin
     share = inside / whole
-    assert monitor.probes > 5
+    assert monitor.probes >= 2
     assert share > 0.02
     assert (inside - longest) / whole < 0.3
     assert monitor.overhead == pytest.approx(share, abs=0.1)
