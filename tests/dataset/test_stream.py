@@ -325,7 +325,7 @@ def test_the_callers_model_and_probe_are_as_they_were(tmp_path):
     with tgp.GeometryProbe(model, layers=["1"]) as probe:
         tgp.measure_dataset(probe, Synthetic(20), path=tmp_path)
         assert probe.memory_budget is None
-        assert probe._plans == {}
+        assert probe._kept.found == {}
         tgp.measure_dataset(probe, Synthetic(20), path=tmp_path / "again")
         assert probe.left_out == {}
     assert model.training

@@ -117,7 +117,7 @@ def test_results_do_not_depend_on_the_chunking(case, estimator):
     model, x = factory().double(), torch.randn(3, *shape, dtype=torch.float64)
     probe = tgp.GeometryProbe(model, layers=layers, estimator=estimator)
     whole = probe.measure(x)
-    (plan,) = probe._plans.values()
+    (plan,) = probe._kept.found.values()
     largest_jacobian = 8 * (5 if isinstance(estimator, tgp.Subspace) else plan.num_inputs) * max(plan.features.values())
     # From one sample at a time down to two or three rows at a time, where the directions are split as well.
     for rows in (60, 12, 6, 2):
@@ -139,7 +139,7 @@ def test_directions_are_really_split():
     probe = tgp.GeometryProbe(model, layers=["layer4.1"], estimator=tgp.Subspace(k=6))
     probe.measure(x)
     once = len(passes.read())
-    (plan,) = probe._plans.values()
+    (plan,) = probe._kept.found.values()
     tgp.measure(model, x, layers=["layer4.1"], estimator=tgp.Subspace(k=6), memory_budget=2 * plan.row_bytes * 3)
     assert once == 4 + 1  # the plan's four and the dual pass
     assert len(passes.read()) - once == 4 + 3  # 6 directions, two at a time beside the primal
