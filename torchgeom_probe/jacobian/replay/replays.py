@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -154,7 +156,7 @@ class Replays:
         tensors = [t.detach() for t in (*inputs.leaves, directions) if isinstance(t, Tensor)]
         inputs = replace(inputs, leaves=tuple(_given(inputs.leaves, tensors)))
         ran, recorder = Ran(), Recorder(tensors, readable(measured_state()))
-        with ran.noted(), recorder:
+        with _uncollected(), ran.noted(), recorder:
             found = eager(inputs, tensors[-1])
         try:
             self._recordings[key] = self._recording(found, recorder, ran)
@@ -207,6 +209,18 @@ class Replays:
             stacklevel=2,
         )
         return eager, False
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Let no garbage be collected in the body: a callback of ``gc`` would be taken for code of the pass."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _named(like: Factor, matrix: Tensor) -> dict[str, Any]:
