@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_every_section_of_a_classifier_of_pictures(page, tmp_path):
     # A shift of white noise is white noise: the network feels it as it feels a random direction, to a tenth.
     assert abs(sections["Invariances"]["0"]["shift"]) < 0.5
     assert sections["Directions"]["direction_error"]["0"] < 1e-2
-    images = __import__("runpy").run_path(str(tmp_path / "nets.py"))
+    images = runpy.run_path(str(tmp_path / "nets.py"))
     jacobian = torch.func.jacrev(lambda z: images["pictures"]()[:1](z[None])[0])(images["images"][0])
     sigma = torch.linalg.svdvals(jacobian.reshape(800, -1)) / 800**0.5
     measured = sections["Spectra"]["0"]["singular_values"]  # a convolution has the same at every sample

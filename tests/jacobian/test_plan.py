@@ -1,5 +1,7 @@
 """What a plan finds out about samples, and what it must not be misled by."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -123,3 +125,17 @@ def test_a_model_that_becomes_another_one_between_two_measurements():
         model.centred = True
         with pytest.raises(tgp.ProbeError, match="couples the samples"):
             probe.measure(x)
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "on_cpu", "expected"), [(8, True, 2), (8, False, 64), (100, True, 1), (1, True, 16), (6, True, 2)]
+)
+def test_a_chunk_on_a_cpu_is_of_a_size_that_memory_is_at_ease_with(megabytes, on_cpu, expected):
+    """Of 8 rows a sample, each of twice its bytes: 256 MiB in all, and never less than a sample."""
+    with tgp.GeometryProbe(nn.Tanh(), layers="") as probe:
+        probe.measure(torch.randn(2, 3))
+        (plan,) = probe._kept.found.values()
+    assert plan.on_cpu
+    plan = replace(plan, row_bytes=megabytes << 20, budget=1 << 40, on_cpu=on_cpu)
+    assert plan.samples_at_once(7, 64) == expected
+    assert replace(plan, whole=True).samples_at_once(7, 64) == 64

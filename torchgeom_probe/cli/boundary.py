@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from torchgeom_probe.boundary.design import CONTRASTS
 from torchgeom_probe.boundary.population import boundary_study
-from torchgeom_probe.cli.models import LITE0, add_probe, estimator_of, input_of, is_trained, model_of, probe_options
+from torchgeom_probe.cli.models import (
+    add_probe,
+    estimator_of,
+    input_of,
+    is_trained,
+    model_of,
+    probe_options,
+    untrained_of,
+)
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.plotting.files import save
 from torchgeom_probe.plotting.plot import plot
@@ -71,16 +76,3 @@ def run(arguments: argparse.Namespace) -> None:
     figure = plot(study, title=f"Near the decision boundaries of {arguments.model}")
     written = [save(figure, arguments.out / f"profile{ending}") for ending in (".png", ".pdf")]
     print(f"Wrote {', '.join(map(str, [arguments.out / 'study.json', *written]))}.")
-
-
-def untrained_of(arguments: argparse.Namespace) -> nn.Module | None:
-    """The same architecture with the weights of ``--initial``, else with random ones; None where it has no others."""
-    if arguments.initial is None and not is_trained(arguments):
-        return None
-    before = copy.copy(arguments)
-    before.pretrained, before.checkpoint, before.tag_fetches = False, arguments.initial, False
-    if arguments.model == LITE0:
-        before.model = "timm:tf_efficientnet_lite0"
-    if arguments.initial is None:
-        print(f"The control has random weights (--seed {arguments.seed}); --initial FILE for those before training.")
-    return model_of(before)[0]

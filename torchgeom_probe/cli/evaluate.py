@@ -21,8 +21,7 @@ from torch import nn
 
 from torchgeom_probe.boundary.paired import Estimate, paired_effect
 from torchgeom_probe.boundary.population import boundary_study
-from torchgeom_probe.cli.boundary import untrained_of
-from torchgeom_probe.cli.models import add_probe, estimator_of, input_of, model_of
+from torchgeom_probe.cli.models import add_probe, estimator_of, input_of, model_of, probe_options, untrained_of
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.estimators import Along, Directions, Estimator, TopK
 from torchgeom_probe.files import write_atomically, write_json
@@ -121,9 +120,8 @@ class _Network:
             groups = [
                 groups[i] if match is None else match.group(match.re.groups and 1) for i, match in enumerate(found)
             ]
-        options = {"layers": arguments.layers, "engine": arguments.engine, "source": arguments.source}
         name = arguments.model + (f" ({arguments.checkpoint.name})" if arguments.checkpoint else "")
-        return _Network(name, arguments, model, x, files, groups, out, options)
+        return _Network(name, arguments, model, x, files, groups, out, probe_options(arguments))
 
     @property
     def report(self) -> GeometryReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import json
 import runpy
@@ -116,6 +117,19 @@ def model_of(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     device = device_of(arguments)
     model, loaded = _made(arguments)
     return model.to(device), loaded
+
+
+def untrained_of(arguments: argparse.Namespace) -> nn.Module | None:
+    """The same architecture with the weights of ``--initial``, else with random ones; None where it has no others."""
+    if arguments.initial is None and not is_trained(arguments):
+        return None
+    before = copy.copy(arguments)
+    before.pretrained, before.checkpoint, before.tag_fetches = False, arguments.initial, False
+    if arguments.model == LITE0:
+        before.model = "timm:tf_efficientnet_lite0"
+    if arguments.initial is None:
+        print(f"The control has random weights (--seed {arguments.seed}); --initial FILE for those before training.")
+    return model_of(before)[0]
 
 
 def _made(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
