@@ -38,13 +38,14 @@ study = tgp.BoundaryStudy.load(out / "study.json")
 assert list(study) == ["sigmoid", "sigmoid2"]
 assert all(effect.num_pairs >= 100 and math.isfinite(effect.estimate) for effect in study.values())
 
-for name in ("line.png", "plane.png", "profile.png"):
+for name in ("line.png", "plane.png", "digits_profile.png"):
     picture = matplotlib.image.imread(out / name)
     assert picture.shape[0] > 300, f"{name} has only {picture.shape[0]} rows"
     assert picture[..., :3].std() > 0.05, f"{name} is blank"
 
-for name in ("line_before", "line_after", "plane_before", "plane_after"):
-    scan = tgp.SliceScan.load(out / f"{name}.safetensors")
-    assert scan.log_volume["sigmoid"].isfinite().all(), name
+for view in ("line", "plane"):
+    scans = sorted((out / view).glob("epoch_*.safetensors"))
+    assert len(scans) >= 2, f"{view}: {len(scans)} scans, not one before and one after training"
+    assert all(tgp.SliceScan.load(path).log_volume["sigmoid"].isfinite().all() for path in scans), view
 
 print(f"demo: {len(curve)} probes in TensorBoard and CSV, figures drawn, scans read back")

@@ -179,6 +179,6 @@ def demo(
         scans = {"before training": trained.scan(view, 0), "after training": trained.scan(view, epochs)}
         results.describe(trained, view)
         results.picture(view.name, drawn(view, scans, title=title))
-    results.study([trained], images.test_images, layers=layers, share=True)
+    results.study([trained], images.test_images, layers=layers, share=True, pairs=200)  # also of a quick demo
     results.finish()
     say(f"Watch the training:  tensorboard --logdir {out / 'events'}")
