@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     class _Callback:
         """What the type checker sees of Lightning's base class."""
 else:
-    _Callback = type("_Callback", _callback_bases(), {"__doc__": "Lightning's own base class, or both of them."})
+    _about = {"__doc__": "Lightning's own base class, or both of them.", "__module__": "lightning"}
+    _Callback = type("_Callback", _callback_bases(), _about)
 
 
 class GeometryCallback(_Callback):

@@ -6,7 +6,7 @@ import random
 import beartype._check.code.codemain
 import pytest
 import torch
-from jaxtyping import install_import_hook
+from annotations import check_annotations
 
 # beartype picks the item of a list that it looks at by a random number: not one of the process's own, which a probe
 # must leave alone.
@@ -18,14 +18,11 @@ ROOMS = (
     "analytic boundary check cli curvature dataset distributed errors estimators files jacobian linalg loss model "
     "monitor plotting probe report reproduce shapes slices"
 )
-install_import_hook(
-    [f"torchgeom_probe.{room}" for room in ROOMS.split()],
-    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
-)
+check_annotations([f"torchgeom_probe.{room}" for room in ROOMS.split()])
 
-# The checks run in code that has no module, and that a replay would not trust.
+# The checks run in code of the tests or of no module, which a replay would not trust.
 seal = importlib.import_module("torchgeom_probe.jacobian.replay.seal")
-seal._TRUSTED.add("")
+seal._TRUSTED |= {"", "annotations"}
 
 # The models are small: threads that wait for each other on a busy machine cost more than they give.
 torch.set_num_threads(1)

@@ -85,6 +85,8 @@ class LayerGeometry(HasDirections):
     sketch: Float[Tensor, "batch b s"] | None = None
     input_shape: tuple[int, ...] = ()
 
+    directions = HasDirections.directions  # said again: the reference lists what is a class's own
+
     def __getattr__(self, name: str) -> Tensor:
         extras = self.__dict__.get("extras", {})
         if name in extras:

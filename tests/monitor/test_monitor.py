@@ -493,7 +493,9 @@ def test_an_unknown_option_is_refused_with_the_closest_of_all_that_there_are():
 
 @shapes_unchecked()
 def test_a_failing_writer_is_shown_once_and_starves_no_other(monkeypatch):
-    monkeypatch.setattr(failures, "_BETWEEN", [*failures._BETWEEN, "jaxtyping"])  # which checks annotations in tests
+    monkeypatch.setattr(
+        failures, "_BETWEEN", [*failures._BETWEEN, "jaxtyping", "annotations"]
+    )  # which checks annotations in tests
     full, healthy = Recorder(fails_at=(2, 3)), Recorder()
     monitor = Monitor(mlp(), torch.randn(5, 4), layers=["1"], every=1, writer=[full, healthy])
     with warnings.catch_warnings(record=True) as caught:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.shapes import Float, Tensor
 
 
-class Omega(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class Omega:
     """The conformal factor Ω and its first two derivatives by s = |x|², each [B]."""
 
     value: Float[Tensor, " batch"]
@@ -116,7 +118,8 @@ def scalar_curvature(
     >>> assert abs(scalar_curvature(x, "erf").item() + 2 * torch.pi / 3**0.5) < 1e-12
     """
     s, v, h = _moments(x, activation, sigma, zeta)
-    _, first, second = _omega(h, sigma)
+    omega = _omega(h, sigma)
+    first, second = omega.first, omega.second
     tangential, radial = _eigenvalues(s, v, h, sigma)
     d = x.shape[1]
     D = radial / tangential

@@ -13,9 +13,8 @@ from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.hooked import Transform
 from torchgeom_probe.model.stages import stage_layers
 
-LayerSpec = Union[  # noqa: UP007
-    str, nn.Module, type[nn.Module], Callable[[str, nn.Module], bool], Sequence["LayerSpec"]
-]
+OneSpec = Union[str, nn.Module, type[nn.Module], Callable[[str, nn.Module], bool]]  # noqa: UP007
+LayerSpec = Union[OneSpec, Sequence[OneSpec]]  # noqa: UP007
 
 
 def resolve(model: nn.Module, layers: LayerSpec) -> dict[str, nn.Module]:
@@ -79,13 +78,13 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _flat(layers: LayerSpec) -> list[LayerSpec]:
+def _flat(layers: LayerSpec) -> list[OneSpec]:
     if isinstance(layers, Sequence) and not isinstance(layers, (str, nn.Module)):
         return [spec for item in layers for spec in _flat(item)]
     return [layers]
 
 
-def _matches(model: nn.Module, names: dict[str, nn.Module], spec: LayerSpec) -> list[str]:
+def _matches(model: nn.Module, names: dict[str, nn.Module], spec: OneSpec) -> list[str]:
     if isinstance(spec, str):
         return _by_name(model, names, spec)
     if isinstance(spec, nn.Module):

@@ -107,7 +107,7 @@ class Results:
 
     def study(self, networks: Sequence[Trained], x: Tensor, *, gallery: bool = False, **options: Any) -> None:
         """Test the hypothesis at held-out samples: each network against itself before training, then all of them."""
-        quick = {"pairs": 20, "offsets": (-0.2, 0.2), "share": True} if self.settings.quick else {}
+        quick: dict[str, Any] = {"pairs": 20, "offsets": (-0.2, 0.2), "share": True} if self.settings.quick else {}
         options = quick | options
         studies = []
         try:
