@@ -1,12 +1,17 @@
 """Settings that every test runs under."""
 
 import importlib
+import os
 import random
 
 import beartype._check.code.codemain
 import pytest
 import torch
 from annotations import check_annotations
+
+# Two processes run tests on two cores, and what they start has one thread too: threads that spin for a core that
+# another holds made a notebook of 47 s take 230.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # beartype picks the item of a list that it looks at by a random number: not one of the process's own, which a probe
 # must leave alone.

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import pytest
 import torch
 from torch import nn
 
@@ -63,6 +64,7 @@ def mlp(sizes):
 
 
 KINDS = ("geometric", "harmonic", "gaussian", "resnet", "mlp")
+FAST = [*KINDS[:3], pytest.param("resnet", marks=pytest.mark.slow), "mlp"]
 
 
 def problem(kind, *, seed=0, n=128, d=192, dtype=torch.float32, batch=1):

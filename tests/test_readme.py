@@ -2,11 +2,10 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from blocks import run_block
 
 from torchgeom_probe.cli.main import _parser
 
@@ -23,9 +22,9 @@ BLOCKS = {
 
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 def test_python_block(block, tmp_path):
-    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+    code, printed, errors = run_block(block, tmp_path)
+    assert code == 0, errors
+    assert printed
 
 
 def test_there_are_blocks():

@@ -13,6 +13,7 @@ import torchgeom_probe as tgp
 from torchgeom_probe.cli.main import main
 
 
+@pytest.mark.slow  # .ci/run does it, and looks closer
 def test_demo_from_end_to_end(tmp_path, capsys):
     assert main(["demo", "--quick", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -35,7 +36,9 @@ def test_demo_from_end_to_end(tmp_path, capsys):
     assert scan.report["sigmoid"].num_directions == 64
 
 
-@pytest.mark.parametrize("options", [["--quick"], ["--epochs", "2", "--width", "70"]], ids=["quick", "other settings"])
+@pytest.mark.parametrize(
+    "options", [pytest.param(["--quick"], marks=pytest.mark.slow), ["--epochs", "2", "--width", "70"]]
+)
 def test_a_full_demo_is_not_replaced_by_another(tmp_path, capsys, options):
     full = ["demo", "--epochs", "1", "--width", "80", "--grid", "12", "--out", str(tmp_path)]
     assert main(full) == 0
@@ -45,6 +48,7 @@ def test_a_full_demo_is_not_replaced_by_another(tmp_path, capsys, options):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
+@pytest.mark.slow
 def test_a_quick_demo_has_a_folder_of_its_own_and_makes_room_for_the_next(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for seed in ("0", "1"):

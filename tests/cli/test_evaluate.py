@@ -73,6 +73,7 @@ def test_a_text_model_has_a_page_without_pictures_of_it(page, tmp_path):
     assert text.count("Left out: ") >= 3
 
 
+@pytest.mark.slow
 def test_two_networks_side_by_side_and_names_with_markup(page, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()

@@ -91,7 +91,7 @@ def test_in_words():
 
 
 @pytest.mark.parametrize("k", [1, 3, 10])
-@pytest.mark.parametrize("kind", problems.KINDS)
+@pytest.mark.parametrize("kind", problems.FAST)
 def test_an_iteration_stays_within_its_bound_and_near_what_is_expected(kind, k):
     model, layer, x = problems.problem(kind, n=300, d=320)
     least = 4 if k == 1 else 4 * (2 * -(-k // 4) - 1)

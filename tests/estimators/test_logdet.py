@@ -23,7 +23,7 @@ def _true(sigma, eps, d):
     return (sigma.square() + eps).log().sum(-1) + (d - sigma.shape[-1]) * math.log(eps)
 
 
-@pytest.mark.parametrize("kind", problems.KINDS)
+@pytest.mark.parametrize("kind", problems.FAST)
 def test_within_three_standard_errors(kind):
     """20 seeded problems of each of the five kinds: 100 in all, of which `test_ninety_five_of_a_hundred` counts."""
     hits = _hits(kind, range(20))

@@ -203,6 +203,7 @@ def test_mlflow_to_a_folder(tmp_path, capsys):
     assert found["1/median"] == report["1"].statistics()["median"]
 
 
+@pytest.mark.slow
 def test_lora_and_accelerate(capsys):
     pytest.importorskip("peft")
     pytest.importorskip("accelerate")
@@ -210,6 +211,7 @@ def test_lora_and_accelerate(capsys):
     assert list(report) == ["base_model.model.1", "base_model.model.3"]
 
 
+@pytest.mark.slow
 def test_transformers_trainer(capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")

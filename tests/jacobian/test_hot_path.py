@@ -14,6 +14,7 @@ from torchgeom_probe.linalg.gram import Factor
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.isolation import measuring
 
+DTYPES = [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)]
 SYNCHRONISING = {
     "_local_scalar_dense",
     "item",
@@ -89,7 +90,7 @@ def test_the_check_for_synchronisation_can_fail():
 
 
 @pytest.mark.parametrize("case", models.CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_mixed_devices_on_cuda(case, dtype):
     """FakeTensorMode runs no kernel, but it does check that every op has its tensors on one device."""
     factory, shape, layers = models.CASES[case]
@@ -124,7 +125,7 @@ def test_fake_tensors_do_find_a_mixed_device():
         _pass(HookedModel(model, {"": model}), torch.empty(2, 3, device="cuda"), torch.empty(1, 2, 3, device="cuda"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", models.CASES)
 def test_traced_by_make_fx_equals_eager(case, dtype):
     hooked, x, v = _task(case)

@@ -40,7 +40,7 @@ def _expected(case, model, layers, x, v):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("case", models.CASES)
+@pytest.mark.parametrize("case", ["mlp", "cifar_resnet", "vit", pytest.param("timm_resnet18", marks=pytest.mark.slow)])
 def test_every_layer_at_once_on_given_directions(case, engine, dtype):
     factory, shape, layers = models.CASES[case]
     model, x, v = factory(), torch.randn(2, *shape), torch.randn(4, 2, *shape)
@@ -108,8 +108,18 @@ def test_golden_shallow_networks():
     assert seen >= 12
 
 
-@pytest.mark.parametrize("case", ["mlp", "cifar_resnet", "vit"])
-@pytest.mark.parametrize("estimator", [tgp.Subspace(k=5, seed=3), tgp.Exact()], ids=["subspace", "exact"])
+@pytest.mark.parametrize(
+    ("estimator", "case"),
+    [
+        (tgp.Exact(), "mlp"),
+        (tgp.Subspace(k=5, seed=3), "mlp"),
+        (tgp.Subspace(k=5, seed=3), "vit"),
+        pytest.param(tgp.Subspace(k=5, seed=3), "cifar_resnet", marks=pytest.mark.slow),
+        pytest.param(tgp.Exact(), "cifar_resnet", marks=pytest.mark.slow),
+        pytest.param(tgp.Exact(), "vit", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_results_do_not_depend_on_the_chunking(case, estimator):
     factory, shape, layers = models.CASES[case]
     if case == "vit" and isinstance(estimator, tgp.Exact):

@@ -76,7 +76,9 @@ def _before(found):
     return Before(found.values, found.bound, found.vectors, found.products.double(), found.sketch)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "edge", "flat top", "mlp"])
+@pytest.mark.parametrize(
+    "kind", ["flat top", *(pytest.param(k, marks=pytest.mark.slow) for k in ("gaussian", "edge", "mlp"))]
+)
 def test_one_new_direction_is_found_after_a_warm_start(kind):
     """A change that the old vectors do not feel at all: only random directions, pushed before and after, know of it."""
     matrices = torch.stack([_matrix(kind, seed) for seed in range(200, 205)])
