@@ -25,9 +25,10 @@ ROOMS = (
 )
 check_annotations([f"torchgeom_probe.{room}" for room in ROOMS.split()])
 
-# The checks run in code of the tests or of no module, which a replay would not trust.
-seal = importlib.import_module("torchgeom_probe.jacobian.replay.seal")
-seal._TRUSTED |= {"", "annotations"}
+# The checks run in code of the tests or of no module: what a replay would not trust, and what a measurement would
+# follow, jaxtyping's own stack of calls included.
+importlib.import_module("torchgeom_probe.jacobian.replay.seal")._TRUSTED |= {"", "annotations"}
+importlib.import_module("torchgeom_probe.model.kinds")._FRAMEWORKS |= {"", "annotations"}
 
 # The models are small: threads that wait for each other on a busy machine cost more than they give.
 torch.set_num_threads(1)

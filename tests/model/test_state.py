@@ -10,10 +10,13 @@ import sys
 import types
 import weakref
 
+import beartype
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 from annotations import shapes_unchecked
+from jaxtyping._storage import _shape_storage
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -405,3 +408,21 @@ def test_counts_context_variables_and_what_learns_are_as_they_were():
     tgp.measure(model, torch.randn(4, 3), layers="", estimator=tgp.Exact())
     assert (next(counted), next(model[1].counter), at.get()) == (1, 8, 1)
     assert not model[0].bias.requires_grad
+
+
+def test_of_what_jaxtyping_decorates_the_function_inside_is_followed_and_not_its_own_stack():
+    noted = [1]
+
+    @jaxtyping.jaxtyped(typechecker=beartype.beartype)
+    def note(h: jaxtyping.Float[torch.Tensor, "batch n"]) -> None:
+        noted.append(h)
+
+    model = network()
+    model.note = note
+    note(torch.zeros(1, 2))  # from now on the stack is there
+    state = State(model)
+    note(torch.zeros(1, 2))
+    state.put_back()
+    assert len(noted) == 2
+    assert [function.__name__ for function in state.functions] == ["note"]
+    assert all(found is not _shape_storage.memo_stack for found in state.identities.empty)

@@ -23,7 +23,7 @@ from torchgeom_probe.shapes import Tensor
 #: Packages whose objects are none of a model's own state, and may be at work in another thread; but for some that hold
 #: what a model or a hook puts there.
 _FRAMEWORKS = {*sys.stdlib_module_names, "torch", "torchvision", "lightning", "pytorch_lightning", "tqdm", "numpy"}
-_FRAMEWORKS |= {"tensorboard", "torchgeom_probe"}
+_FRAMEWORKS |= {"tensorboard", "torchgeom_probe", "jaxtyping", "beartype"}
 _HOLDERS = ("types", "collections", "argparse", "weakref", "_weakrefset", "_thread", "torch.distributions")
 #: Numbers of Python's own that are written to in place.
 NUMBERS = (bytearray, array.array)
