@@ -426,3 +426,16 @@ def test_of_what_jaxtyping_decorates_the_function_inside_is_followed_and_not_its
     assert len(noted) == 2
     assert [function.__name__ for function in state.functions] == ["note"]
     assert all(found is not _shape_storage.memo_stack for found in state.identities.empty)
+
+
+def test_a_slot_that_a_subclass_hides_behind_a_property_is_left_alone():
+    class Number:
+        __slots__ = ("digits",)
+
+    class Constant(Number):
+        digits = property(lambda self: "3.14")
+
+    model = network()
+    model.pi = Constant()
+    report = tgp.measure(model, torch.randn(4, 3), layers=["1"])
+    assert report["1"].log_volume.isfinite().all()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,8 +22,7 @@ from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.shapes import Float, Tensor
 
 
-@dataclass(frozen=True, repr=False)
-class Omega:
+class _Omega(NamedTuple):
     """The conformal factor Ω and its first two derivatives by s = |x|², each [B]."""
 
     value: Float[Tensor, " batch"]
@@ -118,8 +116,7 @@ def scalar_curvature(
     >>> assert abs(scalar_curvature(x, "erf").item() + 2 * torch.pi / 3**0.5) < 1e-12
     """
     s, v, h = _moments(x, activation, sigma, zeta)
-    omega = _omega(h, sigma)
-    first, second = omega.first, omega.second
+    _, first, second = _omega(h, sigma)
     tangential, radial = _eigenvalues(s, v, h, sigma)
     d = x.shape[1]
     D = radial / tangential
@@ -132,13 +129,13 @@ def omega(
     activation: str | Elementwise = "erf",
     sigma: float | Tensor = 1.0,
     zeta: float | Tensor = 0.0,
-) -> Omega:
+) -> _Omega:
     """Return the conformal factor Ω(s) of the metric e^Ω (I + 2 Ω' x xᵀ), with Ω' and Ω'' by s = |x|².
 
     Arguments and errors are those of :func:`metric`.
 
     Returns:
-        ``Omega(value, first, second)``, each [B]; value in nats.
+        ``(value, first, second)``, a named tuple, each [B]; value in nats.
 
     Source: arXiv:2301.11375.  Cost: O(B d), quadrature O(B √v) more.
 
@@ -156,9 +153,9 @@ class _Moments(NamedTuple):
     radial: Tensor  # E φ'² u² = h + 2 v h'
 
 
-def _omega(h: _Moments, sigma: float | Tensor) -> Omega:
+def _omega(h: _Moments, sigma: float | Tensor) -> _Omega:
     slope = h.first / h.value
-    return Omega((sigma**2 * h.value).log(), sigma**2 * slope, sigma**4 * (h.second / h.value - slope**2))
+    return _Omega((sigma**2 * h.value).log(), sigma**2 * slope, sigma**4 * (h.second / h.value - slope**2))
 
 
 def _eigenvalues(s: Tensor, v: Tensor, h: _Moments, sigma: float | Tensor) -> tuple[Tensor, Tensor]:

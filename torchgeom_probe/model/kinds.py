@@ -6,6 +6,7 @@ import array
 import contextlib
 import functools
 import importlib.util
+import inspect
 import itertools
 import sys
 import threading
@@ -23,7 +24,7 @@ from torchgeom_probe.shapes import Tensor
 #: Packages whose objects are none of a model's own state, and may be at work in another thread; but for some that hold
 #: what a model or a hook puts there.
 _FRAMEWORKS = {*sys.stdlib_module_names, "torch", "torchvision", "lightning", "pytorch_lightning", "tqdm", "numpy"}
-_FRAMEWORKS |= {"tensorboard", "torchgeom_probe", "jaxtyping", "beartype"}
+_FRAMEWORKS |= {"tensorboard", "torchgeom_probe", "jaxtyping", "beartype", "pytest", "_pytest"}
 _HOLDERS = ("types", "collections", "argparse", "weakref", "_weakrefset", "_thread", "torch.distributions")
 #: Numbers of Python's own that are written to in place.
 NUMBERS = (bytearray, array.array)
@@ -73,9 +74,10 @@ def base_of(kind: type) -> Any:
 
 @remembered
 def slots(kind: type) -> list[str]:
-    """The names of its slots."""
+    """The names of its slots, but for those in whose place a subclass has put something else."""
     slotted = [vars(one) for one in kind.__mro__ if "__slots__" in vars(one)]
-    return [key for members in slotted for key, v in members.items() if isinstance(v, types.MemberDescriptorType)]
+    found = [(key, v) for members in slotted for key, v in members.items() if isinstance(v, types.MemberDescriptorType)]
+    return [key for key, v in found if inspect.getattr_static(kind, key) is v]
 
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
