@@ -91,7 +91,7 @@ def compared(name, estimators, tmp_path, size=2):
     assert found == ["[]"] * size, "\n".join(found)
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_values_and_training_are_bit_identical(name, tmp_path):
     compared(name, ("subspace:2", "topk:2"), tmp_path)
 

