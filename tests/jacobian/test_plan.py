@@ -116,8 +116,10 @@ class _Switched(nn.Module):
         return h - 0.5 * h.mean(0) if self.centred else h
 
 
-def test_a_model_that_becomes_another_one_between_two_measurements():
+@pytest.mark.parametrize("buffer", [1, 2**19], ids=["small", "too large to keep a copy of"])
+def test_a_model_that_becomes_another_one_between_two_measurements(buffer):
     model, x = _Switched(), torch.randn(4, 3)
+    model.register_buffer("table", torch.zeros(buffer))
     with tgp.GeometryProbe(model, layers="") as probe:
         assert [probe.measure(x)[""].num_features for _ in range(3)] == [3] * 3
         model.wide = True

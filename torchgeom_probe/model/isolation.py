@@ -41,7 +41,7 @@ class Kept:
     """What one measurement of a model leaves for the next: where its state was found, and its modules.
 
     ``beside``: functions that a pass calls besides the model's own.  ``found``: what was found out about the model (its
-    plans, by shape); emptied where it is another one since.
+    plans, by shape); emptied where it is another one since, or where nothing can tell.
     """
 
     beside: list[Any] = field(default_factory=list)
@@ -80,8 +80,7 @@ def measuring(model: nn.Module, *, mode: Mode = "eval", kept: Kept | None = None
             _in_eval_mode(kept.modules, flags)
         if kept.state is None or not kept.state.again(beside):
             flags.close()
-            if kept.state is not None:
-                kept.found.clear()
+            kept.found.clear()
             kept.state, kept.modules = None, list(model.modules())
             _refuse_uninitialised(model, kept.modules)
             if mode == "eval":
