@@ -8,7 +8,9 @@ exit status.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -25,7 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0
+        with contextlib.ExitStack() as stack:
+            if arguments.quiet:
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))  # progress bars and warnings
+            return arguments.run(arguments) or 0
     except ProbeError as error:
         print(f"torchgeom-probe: {error}", file=sys.stderr)
         return 1
@@ -56,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         module = importlib.import_module(f"{cli.__name__}.{found.name}")
         if hasattr(module, "add"):
             module.add(verbs)
+    for verb in verbs.choices.values():
+        verb.add_argument("--quiet", action="store_true", help="print errors alone; the files and the exit status tell")
     return parser
 
 
