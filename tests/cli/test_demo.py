@@ -36,9 +36,8 @@ def test_demo_from_end_to_end(tmp_path, capsys):
     assert scan.report["sigmoid"].num_directions == 64
 
 
-@pytest.mark.parametrize(
-    "options", [pytest.param(["--quick"], marks=pytest.mark.slow), ["--epochs", "2", "--width", "70"]]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--quick"], ["--epochs", "2", "--width", "70"]])
 def test_a_full_demo_is_not_replaced_by_another(tmp_path, capsys, options):
     full = ["demo", "--epochs", "1", "--width", "80", "--grid", "12", "--out", str(tmp_path)]
     assert main(full) == 0

@@ -128,7 +128,7 @@ def _elementary(values, k):
     return polynomial[k]
 
 
-@pytest.mark.parametrize(("n", "d", "k"), [(20, 9, 3), (6, 9, 4), (5, 5, 5)])
+@pytest.mark.parametrize(("n", "d", "k"), [(20, 9, 3), (6, 9, 4), pytest.param(5, 5, 5, marks=pytest.mark.slow)])
 def test_frames_estimate_the_mean_of_determinants(n, d, k):
     """½ log(e_k(λ)/C(d, k)), also where n < d; with k = d every frame gives √det g."""
     covered = 0

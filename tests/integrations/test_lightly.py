@@ -392,6 +392,7 @@ def barlow_twins(logger, callbacks, tmp_path):
     return module
 
 
+@pytest.mark.slow
 def test_five_real_barlow_twins_steps_with_the_callback(tmp_path):
     pytest.importorskip("pytorch_lightning")
     from pytorch_lightning.loggers import TensorBoardLogger

@@ -234,6 +234,7 @@ def test_random_frames_are_shared_by_batches_layers_and_calls():
     assert not torch.allclose(whole["3"].value, other["3"].value)
 
 
+@pytest.mark.slow
 def test_random_frame_is_haar_in_its_moments():
     """E det VᵀgV = e_k(λ)/C(d, k) for λ = 1..5 (golden: 3.0, 8.5, 22.5, 54.8, 120): 4 standard errors of 100 frames."""
     golden = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text())["random_subspace"]

@@ -281,7 +281,11 @@ LOADED = "import sys; print([m for m in {names!r} if m in sys.modules])"
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"), [("import torchgeom_probe", []), ("import torchgeom_probe, matplotlib", ["matplotlib"])]
+    ("line", "expected"),
+    [
+        ("import torchgeom_probe", []),
+        pytest.param("import torchgeom_probe, matplotlib", ["matplotlib"], marks=pytest.mark.slow),
+    ],
 )
 def test_import_loads_none_of_the_optional_packages(line, expected):
     """The second case shows that the check can fail."""
