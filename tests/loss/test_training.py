@@ -354,6 +354,11 @@ def test_wrong_calls_are_refused():
         tgp.pushforward(model, x, directions=(x, x))
     with pytest.raises(tgp.ProbeError, match="no layer '1' was pushed forward; there are ''"):
         tgp.penalty(tgp.pushforward(model, x), {"1": 0.1})
+    step = tgp.pushforward(model, x)
+    assert "1" not in step
+    assert step.get("1") is None
+    with pytest.raises(KeyError, match="'1' was not pushed forward"):
+        step["1"]
     with pytest.raises(tgp.ProbeError, match="weights= names no layer"):
         tgp.penalty(tgp.pushforward(model, x), {})
     with pytest.raises(tgp.ProbeError, match="DataParallel runs its replicas in threads"):

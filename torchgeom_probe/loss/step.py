@@ -135,9 +135,10 @@ class Step(Mapping[str, PushedLayer]):
     layers: Mapping[str, PushedLayer]
 
     def __getitem__(self, layer: str) -> PushedLayer:
-        if layer not in self.layers:
-            raise ProbeError(f"no layer {layer!r} was pushed forward; there are {', '.join(map(repr, self.layers))}.")
-        return self.layers[layer]
+        try:
+            return self.layers[layer]
+        except KeyError:
+            raise KeyError(f"{layer!r} was not pushed forward; the step has {list(self.layers)}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)
@@ -169,5 +170,11 @@ def penalty(step: Step, weights: Mapping[str, float], quantity: Quantity = "trac
         raise ProbeError(f"quantity={quantity!r} is unknown.\nWrite one of {', '.join(map(repr, known))}.")
     if not weights:
         raise ProbeError("weights= names no layer.\nWrite, for instance, {'layer4': 0.01}")
+    unknown = [layer for layer in weights if layer not in step]
+    if unknown:
+        raise ProbeError(
+            f"no layer {unknown[0]!r} was pushed forward; there are {', '.join(map(repr, step))}.\n"
+            f"Push it too:  pushforward(model, x, layers={[*step, unknown[0]]})"
+        )
     terms = [weight * getattr(step[layer], quantity).mean() for layer, weight in weights.items()]
     return torch.stack([term.double() if quantity == "log_volume" else term for term in terms]).sum()

@@ -86,12 +86,12 @@ def regimes(results: Results) -> None:
     """Train over α, and compare the distance of the metric with the change of the tangent kernel."""
     settings = results.settings
     width, steps = settings.choose(embedded=(256, 1500), paper=(256, 1500), quick=(64, 60))
-    data = load_digits(settings.seed)
-    x, labels = data.train_images[:500].flatten(1) / 16, data.train_labels[:500]
-    y, probe = F.one_hot(labels, 10).float() - 0.1, data.test_images[:48].flatten(1) / 16
+    data, device = load_digits(settings.seed), settings.device
+    x, labels = data.train_images[:500].flatten(1).to(device) / 16, data.train_labels[:500].to(device)
+    y, probe = F.one_hot(labels, 10).float() - 0.1, data.test_images[:48].flatten(1).to(device) / 16
     moved: list[dict[str, float]] = []
     for alpha in ALPHAS:
-        model = _network(width, settings.seed)
+        model = _network(width, settings.seed).to(device)
         drift, kernel = Drift(model, probe, layers=["hidden1", LAYER], k=8), tangent_kernel(model, probe)
         learn(model, x, y, alpha, steps)
         found = drift.measure()
@@ -101,7 +101,7 @@ def regimes(results: Results) -> None:
         moved.append(row)
         results.say(f"α = {alpha:g}: distance of {LAYER} {row[LAYER]:.4f} nats, of the tangent kernel {change:.4f}")
     # From the last run's g₀.
-    ruler = float(drift.measure(_network(width, settings.seed + 1))[LAYER].distance.median())
+    ruler = float(drift.measure(_network(width, settings.seed + 1).to(device))[LAYER].distance.median())
     results.say(f"two independent initialisations: {ruler:.3f} nats")
     lazy = [row for row in moved if row["alpha"] >= 3]
     alphas, distances = (np.log([row[name] for row in lazy]) for name in ("alpha", LAYER))
