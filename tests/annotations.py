@@ -30,18 +30,20 @@ def checked(function):
 class Cheaply(_import_hook.JaxtypingTransformer):
     """Checks every annotation of a shape, and the types of what is public, where it costs little.
 
-    Not functions inside functions, which are made and decorated anew at every call of the outer one (2 ms each).  Where
-    no shape is annotated, without jaxtyping's own frame around every call; the types of what is private mypy knows.
+    A function inside a function is decorated at every call of the outer one (2 ms each): only where it has a shape.
+    Where none is annotated, without jaxtyping's own frame around every call; the types of what is private mypy knows.
     """
 
     def visit_FunctionDef(self, node):
-        if any(isinstance(parent, ast.FunctionDef) for parent in self._parents):
-            return node
         if "Tensor, " in ast.unparse([node.args, node.returns or ast.Constant(None)]):
             return super().visit_FunctionDef(node)
-        if not node.name.startswith("_") or node.name.startswith("__"):
+        inside = any(isinstance(parent, ast.FunctionDef) for parent in self._parents)
+        if not inside and (not node.name.startswith("_") or node.name.startswith("__")):
             (typechecker,) = self._typechecker.get_ast().keywords
             node.decorator_list.append(ast.copy_location(typechecker.value, node))
+        self._parents.append(node)
+        self.generic_visit(node)
+        self._parents.pop()
         return node
 
 

@@ -25,6 +25,7 @@ def run_block(block, folder, timeout=300):
     process = _FRESH.Process(target=_run, args=(str(file), str(folder)))
     process.start()
     process.join(timeout)
-    if process.exitcode is None:
+    code = process.exitcode
+    if code is None:
         process.kill()
-    return process.exitcode, *((folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+    return code, *((folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))

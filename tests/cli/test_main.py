@@ -58,16 +58,24 @@ def test_version_and_module_entry():
     assert out.stdout.split() == ["torchgeom-probe", tgp.__version__]
 
 
-def test_a_missing_package_is_told_with_its_pip_line(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['timm'] = None\n")
+@pytest.mark.parametrize(
+    ("verb", "package"),
+    [
+        (["layers", "--model", "timm:resnet18"], "timm"),
+        pytest.param(["demo", "--quick", "--out", "o"], "tensorboard", marks=pytest.mark.slow),
+    ],
+)
+def test_a_missing_package_is_told_with_its_pip_line(verb, package, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{package!r}] = None\n")
     out = subprocess.run(
-        [sys.executable, "-m", "torchgeom_probe.cli.main", "layers", "--model", "timm:resnet18"],
+        [sys.executable, "-m", "torchgeom_probe.cli.main", *verb],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         env={"PYTHONPATH": str(tmp_path), "PATH": str(Path(sys.executable).parent)},
     )
     assert out.returncode == 1
-    assert "pip install 'torchgeom_probe[timm]'" in out.stderr
+    assert f"pip install 'torchgeom_probe[{package}]'" in out.stderr
 
 
 def test_a_new_verb_is_one_file(tmp_path, monkeypatch, capsys):

@@ -472,7 +472,7 @@ def test_singular_and_diverged_samples_are_nan_alone():
 
 # -------------------------------------------------------------------------------- invariances
 
-property_test = settings(max_examples=8, deadline=None, derandomize=True, database=None)
+property_test = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 
 
 @property_test

@@ -11,7 +11,7 @@ from torch import nn
 
 import torchgeom_probe as tgp
 
-FEW = settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 seeds = st.integers(0, 10_000)
 sizes = st.integers(9, 40)
 #: What each estimator needs so that it is exact to its tolerance, or its own noise cancels.

@@ -433,9 +433,19 @@ def test_a_slot_that_a_subclass_hides_behind_a_property_is_left_alone():
         __slots__ = ("digits",)
 
     class Constant(Number):
-        digits = property(lambda self: "3.14")
+        digits = property(lambda self: [3, 1, 4])  # another list whenever it is asked
 
     model = network()
     model.pi = Constant()
     report = tgp.measure(model, torch.randn(4, 3), layers=["1"])
     assert report["1"].log_volume.isfinite().all()
+
+
+def test_an_assert_that_pytest_rewrote_leads_to_no_state_of_pytest():
+    class Asserts(nn.Module):
+        def forward(self, x):
+            assert x.ndim == 2
+            return x.tanh()
+
+    assert any(name.startswith("@pytest") for name in Asserts.forward.__code__.co_names)  # it is rewritten
+    assert [function.__name__ for function in State(Asserts()).functions] == ["forward"]
