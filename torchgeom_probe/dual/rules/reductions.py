@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from torchgeom_probe.dual.registry import at, joined, ndim_of, on_rows, reduced, register, rule, rule_of_each, wide
 from torchgeom_probe.dual.tensor import RULES, DualTensor, Rule
@@ -38,6 +39,21 @@ def _diff(input: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: An
     parts = [part for part in (prepend, input, append) if part is not None]
     whole: Any = torch.cat(parts, dim) if len(parts) > 1 else input
     return DualTensor(torch.diff(whole.buffer, n, at(dim))) if ndim_of(whole) else NotImplemented
+
+
+@rule("F.binary_cross_entropy")
+def _cross_entropy_of_a_target(
+    input: Any, target: Any, weight: Any = None, *old: Any, reduction: str = "mean", **names: Any
+) -> Any:
+    # affine in the target: torch's derivative by a target alone cannot be differentiated in turn
+    legacy = any(given is not None for given in (*old, *names.values()))  # size_average=, reduce=
+    if legacy or isinstance(input, DualTensor) or isinstance(weight, DualTensor):
+        return NotImplemented
+    b = target.buffer
+    each = F.binary_cross_entropy(input.expand_as(b), b, weight, reduction="none")
+    at_zero = F.binary_cross_entropy(input, torch.zeros_like(b[0]), weight, reduction="none")
+    each = torch.cat([each[:1], each[1:] - at_zero])
+    return DualTensor(each if reduction == "none" else getattr(each.flatten(1), reduction)(1))
 
 
 # ------------------------------------------------------------------------------------------------- moments and norms
