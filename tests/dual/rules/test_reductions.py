@@ -21,6 +21,11 @@ CASES = {
         call(D(5, 7), prepend=P(5, 1)),
         call(P(5, 7), dim=0, prepend=D(2, 7), append=P(1, 7)),
     ],
+    "F.binary_cross_entropy": [
+        call(P(5, 7, low=0.1, high=0.9), D(5, 7, low=0, high=1)),
+        call(P(5, 7, low=0.1, high=0.9), D(5, 7, low=0, high=1), reduction="sum"),
+        call(P(5, 7, low=0.1, high=0.9), D(5, 7, low=0, high=1), P(7, low=0), reduction="none"),
+    ],
     "trace": [call(D(5, 5))],
     "trapezoid": [call(D(5, 7)), call(D(5, 7), dim=0)],
     "trapz": [call(D(5, 7))],
