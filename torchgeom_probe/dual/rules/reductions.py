@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -49,10 +50,9 @@ def _cross_entropy_of_a_target(
     legacy = any(given is not None for given in (*old, *names.values()))  # size_average=, reduce=
     if legacy or isinstance(input, DualTensor) or isinstance(weight, DualTensor):
         return NotImplemented
-    b = target.buffer
-    each = F.binary_cross_entropy(input.expand_as(b), b, weight, reduction="none")
-    at_zero = F.binary_cross_entropy(input, torch.zeros_like(b[0]), weight, reduction="none")
-    each = torch.cat([each[:1], each[1:] - at_zero])
+    p = target.primal
+    of = functools.partial(F.binary_cross_entropy, input, weight=weight, reduction="none")
+    each = torch.cat([of(p)[None], target.tangents * (of(torch.ones_like(p)) - of(torch.zeros_like(p)))])
     return DualTensor(each if reduction == "none" else getattr(each.flatten(1), reduction)(1))
 
 
