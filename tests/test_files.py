@@ -2,13 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import safetensors.torch
 import torch
+from blocks import run_block
 
 from torchgeom_probe import ProbeError
 from torchgeom_probe.files import decoded, digest, encoded, finite_or_null, read, write_atomically, write_json
@@ -69,20 +68,20 @@ def test_what_is_no_such_file_is_refused(tmp_path):
         read(tmp_path / "nothing", kind="Example")
 
 
-def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
-    script = """
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path, tmp_path_factory):
+    path = write_atomically(tmp_path / "results", b"old")
+    script = f"""
         import resource, sys
         from torchgeom_probe.files import write_atomically
         # The system refuses the write half-way, as a full disk does.
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         try:
-            write_atomically(sys.argv[1], b"new" * 1000)
+            write_atomically({str(path)!r}, b"new" * 1000)
         except OSError:
             sys.exit(7)
     """
-    path = write_atomically(tmp_path / "results", b"old")
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(path)], timeout=300)
-    assert done.returncode == 7
+    returned, _, errors = run_block(textwrap.dedent(script), tmp_path_factory.mktemp("block"))
+    assert returned == 7, errors
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["results"]
 

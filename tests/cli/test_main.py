@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blocks import run_block
 
 import torchgeom_probe as tgp
 from torchgeom_probe import cli
@@ -51,11 +52,11 @@ def test_every_verb_obeys_engine_and_source(model_file, tmp_path, capsys):
     assert "source='body': a line between samples lies in the model's input" in capsys.readouterr().err
 
 
-def test_version_and_module_entry():
-    out = subprocess.run(
-        [sys.executable, "-m", "torchgeom_probe.cli.main", "--version"], capture_output=True, text=True, check=True
-    )
-    assert out.stdout.split() == ["torchgeom-probe", tgp.__version__]
+def test_version_and_module_entry(tmp_path):
+    entry = "runpy.run_module('torchgeom_probe.cli.main', run_name='__main__')"
+    returned, printed, errors = run_block(f"import runpy, sys\nsys.argv[1:] = ['--version']\n{entry}", tmp_path)
+    assert returned == 0, errors
+    assert printed.split() == ["torchgeom-probe", tgp.__version__]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """A new estimator is one file: found by its name in every verb, on the command line, in tables, files and charts."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from blocks import run_block
 
 import torchgeom_probe as tgp
 from torchgeom_probe.estimators import named
@@ -87,15 +85,16 @@ assert not code
 """
 
 
-def test_one_file_and_it_is_everywhere(tmp_path):
+def test_one_file_and_it_is_everywhere(tmp_path, tmp_path_factory):
     room = tmp_path / "room"
     room.mkdir()
     (room / "nuclear.py").write_text(NUCLEAR)
-    ended = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(room), str(tmp_path)], capture_output=True, text=True
+    block = (
+        f"import sys, warnings; warnings.simplefilter('ignore'); sys.argv[1:] = {[str(room), str(tmp_path)]}\n{SCRIPT}"
     )
-    assert ended.returncode == 0, ended.stderr
-    assert "nuclear norm of J" in ended.stdout
+    returned, printed, errors = run_block(block, tmp_path_factory.mktemp("block"))
+    assert returned == 0, errors
+    assert "nuclear norm of J" in printed
 
 
 @pytest.mark.parametrize(

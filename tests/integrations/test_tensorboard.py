@@ -15,6 +15,7 @@ from unittest.mock import MagicMock, call
 import numpy as np
 import pytest
 import torch
+from blocks import run_block
 from tensorboards import serving
 from torchgeom_probe.integrations.tensorboard import EXTRA_TAGS, MONITOR_TAGS, TAGS, TensorBoardWriter
 
@@ -358,7 +359,7 @@ def test_importing_the_module_loads_no_tensorboard():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a file-size limit stands in for a full disk")
-def test_a_full_disk_is_said_to_be_one_and_the_writer_recovers(tmp_path):
+def test_a_full_disk_is_said_to_be_one_and_the_writer_recovers(tmp_path, tmp_path_factory):
     # The operating system itself refuses the bytes: RLIMIT_FSIZE, with its signal ignored, is an OSError on
     # write.
     code = textwrap.dedent(
@@ -388,8 +389,8 @@ def test_a_full_disk_is_said_to_be_one_and_the_writer_recovers(tmp_path):
         writer.close()
         """
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    returned, _, errors = run_block(code, tmp_path_factory.mktemp("block"))
+    assert returned == 0, errors
     points = {e.step: e.value for e in read(tmp_path).Scalars("logvol/00_layer1")}
     assert (points[0], points[9]) == (0.0, 1.0)
 
