@@ -143,9 +143,9 @@ function edges(predictions, ticks) {
 
 export async function drawProfile(card, state) {
   if (!Object.keys(state.about.profile).length) return card.says(empty(
-    "No study of decision boundaries in this run. Write one with the monitor's writer:",
-    "study = tgp.boundary_study(model, x_held_out, initial=untrained)\n"
-    + "monitor.writers[0].write_study(study, monitor.steps)"));
+    "No study of decision boundaries in this run. For one at each probe, or one against the untrained network:",
+    "monitor = tgp.Monitor(model, x_probe, writer=\"runs/geometry\", boundary=x_held_out)\n"
+    + "monitor.writers[0].write_study(tgp.boundary_study(model, x_held_out, initial=untrained), monitor.steps)"));
   const { run } = state;
   await overSteps(card, state, "profile", null, async (tag, step) => {
     const { layers } = await ask("profile", { run, tag, step });

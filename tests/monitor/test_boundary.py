@@ -18,7 +18,10 @@ def net(classes=6):
 
 class Scalars(tgp.Writer):
     def __init__(self):
-        self.found = []
+        self.found, self.studies = [], []
+
+    def write_study(self, study, step):
+        self.studies.append((step, study))
 
     def write_scalar(self, tag, value, step):
         self.found.append((tag, value, step))
@@ -43,14 +46,21 @@ def test_curves_of_a_training():
     assert [step for _, step in charts] == [step for step, _ in monitor.boundary.history]
     assert charts[-1][1] == 60
     assert all(math.isfinite(value) for value, _ in charts)
-    assert float(monitor.boundary.history[-1][1]["1"].estimate) == charts[-1][0]
+    assert writer.studies == monitor.boundary.history
+    last = writer.studies[-1][1]["1"]
+    assert float(last.estimate) == charts[-1][0]
+    assert list(last.profile) == [-0.2, -0.1, 0.0, 0.1, 0.2]
+    assert last.supported is None  # a raw contrast: of one network it is no verdict
 
 
 def test_the_number_is_the_contrast_of_the_path_at_its_crossing():
     torch.manual_seed(1)
-    model, x = net().double().requires_grad_(False), 2 * torch.randn(120, 2, dtype=torch.float64)
+    # of fewer than five predicted classes the study removes their trend, and is no plain mean
+    model, x = net(24).double().requires_grad_(False), 2 * torch.randn(120, 2, dtype=torch.float64)
+    assert len(model(x).argmax(1).unique()) >= 5
     watch, probe = BoundaryWatch(x), tgp.GeometryProbe(model, layers=["1"])
-    effect = watch.measured(probe, 0)["1"]
+    study = watch.measured(probe, 0)
+    effect = study["1"]
     layer, values = model[:2], []
     for i, j in watch._ends.tolist():
         found = tgp.boundary_points(model, x[i : i + 1], x[j : j + 1], near="middle")
@@ -72,7 +82,7 @@ def test_the_number_is_the_contrast_of_the_path_at_its_crossing():
     watch.measured(probe, 1)
     assert torch.equal(watch._ends, before)
     model[2].bias[0] += 1e6  # one class
-    assert watch.measured(probe, 2) == {}
+    assert watch.measured(probe, 2) is None
     assert [step for step, _ in watch.history] == [0, 1]
 
 

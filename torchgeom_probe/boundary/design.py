@@ -126,13 +126,27 @@ def designed(
     draw = {"count": settings["pairs"], "share": settings["share"], "reach": contrast.reach, "apart": contrast.apart}
     found = crossing_pairs(model, x, classes, groups, readout=readout, seed=seed, **draw)
     refuse_few(len(found.t), len(found.units.unique()), found.dropped)
+    return laid_out(model, x, found, decided, readout, settings)
+
+
+def laid_out(
+    model: nn.Module,
+    x: Float[Tensor, " batch *input"],
+    found: Pairs,
+    decided: Mapping[str, Tensor],
+    readout: Readout | None,
+    settings: Mapping[str, Any],
+) -> Design:
+    """The points of known pairs; ``settings`` as above, of which ``contrast``, ``offsets`` and ``seed`` count."""
+    contrast = CONTRASTS[settings["contrast"]]
     places, weights = contrast.places(found.t)
     offsets = found.t[:, None] + torch.tensor(settings["offsets"], dtype=torch.float64)
     t_NP = torch.cat([places, torch.tensor([0.0, 1.0]).to(places).expand(len(places), 2), offsets], 1)
     points = found.points(x, t_NP.clamp(0, 1))
     within = (t_NP >= 0) & (t_NP <= 1)
     if settings["contrast"] == "same_class":
-        points[:, 1], within[:, 1] = same_class_points(model, x, classes, found, readout=readout, seed=seed)
+        classes = decided["predictions"]
+        points[:, 1], within[:, 1] = same_class_points(model, x, classes, found, readout=readout, seed=settings["seed"])
     along = found.lines(x)[1]
     along = along / along.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.dim() - 1))
     return Design(found, points, along, weights, within, decided["margin"][found.ends])

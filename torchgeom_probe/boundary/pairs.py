@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import scipy.cluster.vq
@@ -100,11 +101,23 @@ def crossing_pairs(
         ends.append(some[good])
         t.append(found[good])
         missing -= len(good)
-    kept = torch.cat(ends)
+    return pairs_of(torch.cat(ends), torch.cat(t), x, classes, groups, dropped, generator)
+
+
+def pairs_of(
+    ends: Tensor,
+    t: Tensor,
+    x: Tensor,
+    classes: Tensor,
+    groups: Tensor,
+    dropped: Mapping[str, int],
+    generator: torch.Generator,
+) -> Pairs:
+    """The pairs of these samples, and where in input space they lie."""
     regions, are = classes, CLASSES
-    if len(classes[kept].unique()) < _FEW_CLASSES:
+    if len(classes[ends].unique()) < _FEW_CLASSES:
         regions, are = _clustered(x, _REGIONS, generator), "regions of the input"
-    return Pairs(kept, classes[kept], groups[kept], torch.cat(t), regions[kept], are, dict(dropped))
+    return Pairs(ends, classes[ends], groups[ends], t, regions[ends], are, dict(dropped))
 
 
 def _clustered(x: Tensor, count: int, generator: torch.Generator) -> Tensor:

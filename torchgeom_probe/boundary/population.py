@@ -20,7 +20,7 @@ from torch import nn
 
 from torchgeom_probe.boundary.design import CONTRASTS, LEAST_PAIRS, Design, designed
 from torchgeom_probe.boundary.inference import LayerFields, effect_of
-from torchgeom_probe.boundary.speed import Speed, with_random
+from torchgeom_probe.boundary.speed import along_lines, with_random
 from torchgeom_probe.boundary.study import BoundaryStudy
 from torchgeom_probe.errors import ProbeError, first_line, refuse_unknown
 from torchgeom_probe.estimators import Estimator, Exact, Subspace
@@ -237,17 +237,16 @@ def _fields(
 ) -> Iterator[tuple[str, str, Tensor, str | None, int | None]]:
     """Layer, quantity, [N, P], and the volume's words and dimensions; volume and switches at the C points alone."""
     points, count = design.points[some], len(design.weights)
-    shape, kinds = points.shape[:2], dict[str, tuple[str, int]]()
+    kinds = dict[str, tuple[str, int]]()
     if volume is not None:
         probe.estimator = volume
         for layer, found in probe.measure(points[:, :count].flatten(0, 1), progress=False).items():
             kinds[layer] = found.estimand, min(found.num_directions, found.num_features)
             yield layer, "volume", found.value.reshape(-1, count), *kinds[layer]
-    probe.estimator = Speed(directions[:, :, None].expand(-1, -1, shape[1], *points.shape[2:]).flatten(1, 2))
-    for layer, found in probe.measure(points.flatten(0, 1), progress=False).items():
+    for layer, fields in along_lines(probe, points, directions).items():
         kind = kinds.get(layer, (None, None))
-        yield layer, "speed", found.value.reshape(shape), *kind
-        yield layer, "trace", found.extras["log_trace"].reshape(shape), *kind
+        for quantity, field in fields.items():
+            yield layer, quantity, field, *kind
     for layer, switches in _switches(probe, points, count).items():
         yield layer, "switches", switches, *kinds.get(layer, (None, None))
 

@@ -10,6 +10,7 @@ import torch
 from torchgeom_probe.estimators.base import Estimator, ProductCount, conventions
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
+from torchgeom_probe.probe import GeometryProbe
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
 
@@ -55,3 +56,16 @@ def with_random(line: Float[Tensor, " N *space"], count: int, *, seed: int) -> F
     """Each line's own direction, then so many random ones: other ones for every line, the same along it."""
     drawn = torch.randn(count, *line.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.cat([line[None], drawn.to(line)])
+
+
+def along_lines(
+    probe: GeometryProbe, points: Float[Tensor, " N P *space"], directions: Float[Tensor, "k N *space"]
+) -> dict[str, dict[str, Tensor]]:
+    """Layer → ``"speed"`` and ``"trace"``, [N, P], by a probe whose estimator this replaces."""
+    many = directions[:, :, None].expand(-1, -1, points.shape[1], *points.shape[2:])
+    probe.estimator = Speed(many.flatten(1, 2))
+    found, shape = probe.measure(points.flatten(0, 1), progress=False), points.shape[:2]
+    return {
+        layer: {"speed": each.value.reshape(shape), "trace": each.extras["log_trace"].reshape(shape)}
+        for layer, each in found.items()
+    }

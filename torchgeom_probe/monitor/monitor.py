@@ -77,9 +77,8 @@ class Monitor:
             tgp.scan(model, plane, readout=...)``, or a matplotlib figure (it is closed afterwards).  The writers that
             draw (TensorBoard) show it under the tag.
         maps_every: draw the maps at each M-th probe.
-        boundary: [B, *input], held-out samples of a classifier: at each probe log |Jv| where lines between them cross
-            its decision boundaries, minus that at their mirrored points, charts ``boundary/…`` and
-            ``monitor.boundary.history``.  The pairs stay the same (:class:`~torchgeom_probe.monitor.boundary`).
+        boundary: [B, *input], held-out samples of a classifier: at each probe a study of the same pairs of them, where
+            their boundaries are now: charts ``boundary/…``, profiles in the Geometry tab, ``boundary.history``.
         distributed: None: where the model is a DistributedDataParallel, its ranks share the samples of each probe;
             True: all ranks of the default process group do (they hold the same weights); False: each process probes for
             itself.
@@ -430,6 +429,8 @@ class Monitor:
             with self._failures.counted(f"{type(writer).__name__}.write_scalar", self._step, raised=first):
                 for tag, value in numbers.items():
                     writer.write_scalar(tag, value, self._step)
+                if self.boundary is not None:
+                    self.boundary.write(writer, self._step)
 
     def _drifted(self) -> Drift:
         if self.drift is None:
@@ -441,8 +442,7 @@ class Monitor:
 
 
 def _on_cpu(report: GeometryReport) -> GeometryReport:
-    tensors = report.tensors(large=True)
-    return GeometryReport.of({name: tensor.cpu() for name, tensor in tensors.items()}, report.metadata())
+    return GeometryReport.of({n: t.cpu() for n, t in report.tensors(large=True).items()}, report.metadata())
 
 
 def _without_vectors(report: GeometryReport) -> GeometryReport:
