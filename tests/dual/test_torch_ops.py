@@ -17,22 +17,19 @@ LEFT_OUT = (
 )
 
 COMMON = (
-    "abs add addmm addcmul baddbmm bmm broadcast_to cat chunk clamp clone cos cumsum diagonal diff div_no_rounding_mode"
-    " einsum exp expand expand_as fft_fft2 fft_irfft2 fft_rfft2 flatten flip gather __getitem__ index_add index_put"
-    " index_select linalg_inv linalg_norm linalg_vector_norm log log1p log_softmax logsumexp masked_fill matmul"
-    " max_reduction_with_dim max_binary mean meshgrid_list_of_tensors min_reduction_no_dim mm movedim mul narrow neg"
-    " nn_functional_adaptive_avg_pool2d nn_functional_avg_pool2d nn_functional_batch_norm nn_functional_bilinear"
-    " nn_functional_conv1d nn_functional_conv2d nn_functional_conv_transpose2d nn_functional_cosine_similarity"
+    "abs add addmm addcmul baddbmm bmm cat clamp cos cumsum diagonal diff div_no_rounding_mode einsum exp expand"
+    " fft_fft2 fft_rfft2 flatten gather __getitem__ index_add index_put index_select linalg_inv linalg_norm"
+    " linalg_vector_norm log log1p log_softmax logsumexp masked_fill matmul max_reduction_with_dim max_binary mean"
+    " mm mul nn_functional_avg_pool2d nn_functional_batch_norm nn_functional_bilinear nn_functional_conv1d"
+    " nn_functional_conv2d nn_functional_conv_transpose2d nn_functional_cosine_similarity"
     " nn_functional_cross_entropy nn_functional_dropout nn_functional_elu nn_functional_embedding nn_functional_gelu"
-    " nn_functional_glu nn_functional_grid_sample nn_functional_group_norm nn_functional_hardswish"
-    " nn_functional_instance_norm nn_functional_interpolate_bilinear nn_functional_interpolate_nearest"
-    " nn_functional_layer_norm nn_functional_leaky_relu nn_functional_linear nn_functional_max_pool2d"
-    " nn_functional_mse_loss nn_functional_normalize nn_functional_pad_constant nn_functional_pad_reflect"
-    " nn_functional_pixel_shuffle nn_functional_prelu nn_functional_relu nn_functional_rms_norm"
-    " nn_functional_scaled_dot_product_attention nn_functional_silu nn_functional_softplus nn_functional_unfold"
-    " norm permute polar pow prod repeat repeat_interleave reshape roll rsqrt scatter scatter_add select sigmoid sin"
-    " softmax sort split sqrt square squeeze stack std sub sum tanh tile to topk transpose tril unbind unfold unsqueeze"
-    " var view where"
+    " nn_functional_glu nn_functional_grid_sample nn_functional_group_norm nn_functional_instance_norm"
+    " nn_functional_interpolate_bilinear nn_functional_interpolate_nearest nn_functional_layer_norm"
+    " nn_functional_leaky_relu nn_functional_linear nn_functional_max_pool2d nn_functional_normalize"
+    " nn_functional_pad_constant nn_functional_pixel_shuffle nn_functional_prelu nn_functional_relu"
+    " nn_functional_rms_norm nn_functional_scaled_dot_product_attention nn_functional_silu nn_functional_softplus"
+    " nn_functional_unfold norm permute polar pow prod repeat_interleave reshape rsqrt scatter scatter_add select"
+    " sigmoid softmax sort split sqrt squeeze stack std sub sum tanh to topk transpose tril unfold var view where"
 ).split()
 
 OPS = {op.formatted_name: op for op in op_db}

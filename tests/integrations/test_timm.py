@@ -82,7 +82,9 @@ def calls_of(model, names, shape=(3, 224, 224)):
     return calls, order
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(
+    "name", [*list(STAGES)[:15], *(pytest.param(n, marks=pytest.mark.slow) for n in list(STAGES)[15:])]
+)
 def test_the_stages_of_a_timm_model_exist_and_fire_once_in_this_order(name):
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")

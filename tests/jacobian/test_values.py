@@ -58,7 +58,7 @@ EXACT_CASES = [("mlp", e) for e in (*ENGINES, "auto")] + [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(("case", "engine"), EXACT_CASES)
 def test_exact(case, engine, dtype):
     factory, shape, layers = models.CASES[case]
