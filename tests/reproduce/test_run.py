@@ -67,6 +67,7 @@ def test_the_four_figures_in_quick_form(tmp_path):
     # fig3 and fig4 are of the same trainings, and so are fig5 and fig6.
     assert sum(line.startswith("photos_gelu: 1 epochs") for line in said) == 1
     assert sum(line.startswith("photos_barlow: 1 epochs") for line in said) == 1
+    assert len(said) == len(set(said)) > 20  # nor is a study of both said twice
     pictures = {p.name for p in tmp_path.glob("fig*/*.p*")}
     assert {"plane_gelu.png", "blocks.pdf", "line_motorcycle_cat.png", "plane.png"} <= pictures
     sizes = [p.stat().st_size for p in (tmp_path / "gallery").glob("*.png")]

@@ -47,10 +47,17 @@ def reproduce(names: Sequence[str], settings: Settings, *, say: Say = print) -> 
             f"Write one or more of {' '.join(FIGURES)}, or all:  torchgeom-probe reproduce fig1"
         )
     chosen = list(dict.fromkeys(f for name in names for f in (FIGURES if name == "all" else [name])))
+    said: set[str] = set()
+
+    def once(line: str) -> None:
+        if line not in said:  # figures that share a training have sentences in common
+            said.add(line)
+            say(line)
+
     for name in chosen:
         start, (run, title) = time.perf_counter(), FIGURES[name]
         say(f"{'' if name == chosen[0] else chr(10)}{name}: {title}")
-        results = Results(name, title, settings, say=say)
+        results = Results(name, title, settings, say=once)
         run(results)
         results.finish()
         seconds = time.perf_counter() - start
