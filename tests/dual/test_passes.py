@@ -78,6 +78,9 @@ def test_a_model_with_threads_of_its_own_is_refused_with_a_way_out() -> None:
     model, x = Branches(), torch.randn(3, 5)
     with pytest.raises(ProbeError, match=r"threads of its own looks the same:  measure it with engine='vjp'"):
         tgp.measure(model, x, layers="", estimator=tgp.Exact())
+    with pytest.raises(ProbeError, match=r"the tangents of the engine 'functorch' are lost"):
+        tgp.measure(model, x, layers="", estimator=tgp.Exact(), engine="functorch")
+    assert not any(module._forward_pre_hooks for module in model.modules())
     found = tgp.measure(model, x, layers="", estimator=tgp.Exact(), engine="vjp")[""]
     jacobian = torch.func.vmap(torch.func.jacrev(lambda z: torch.tanh(model.left(z) * model.right(z))))(x)
     sigma = torch.linalg.svdvals(jacobian / 7**0.5)

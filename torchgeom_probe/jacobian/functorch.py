@@ -5,11 +5,16 @@ Slower than the dual pass and it holds the tangents of all layers until the pass
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from torchgeom_probe.dual.followed import Followed, has_tangent
+from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.jacobian.fused import START, Seer, Sink
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
@@ -32,7 +37,7 @@ def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink, *,
 
         # Copies made inside the transform, or a forward pass that writes to a buffer could not be transformed.
         copies = {name: buffer.clone() for name, buffer in hooked.model.named_buffers()}
-        with hooked.attached(on_output, lambda output: z), Followed(reverse=False):
+        with hooked.attached(on_output, lambda output: z), Followed(reverse=False), _one_thread(hooked.model):
             args, kwargs = inputs.arguments(z if inputs.wrt else None)
             torch.func.functional_call(hooked.model, copies, args, kwargs)
         return outputs
@@ -45,6 +50,27 @@ def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink, *,
     for entry, blocks in tangents.items():
         see(entry, [value[0] for value in values[entry]])
         sink(entry, blocks)
+
+
+@contextlib.contextmanager
+def _one_thread(model: nn.Module) -> Iterator[None]:
+    """Refuse a model whose modules run in another thread: torch's transforms are a thread's own, tangents end there."""
+    own, elsewhere = threading.get_ident(), set[int]()
+
+    def note(*_: Any) -> None:
+        elsewhere.update({threading.get_ident()} - {own})
+
+    handles = [m.register_forward_pre_hook(note) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if elsewhere:
+        raise ProbeError(
+            "the model computes in threads of its own, in which the tangents of the engine 'functorch' are lost.\n"
+            "Measure it with engine='vjp'"
+        )
 
 
 def starting_point(hooked: HookedModel, inputs: Inputs) -> Tensor:
