@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from benchmarks import gpu, zoo
+from benchmarks.page import PAGE, figure, finished, written
 from benchmarks.timing import Settings, circumstances
 
 #: The tables, in the order of the page.  Each is a module with TITLE, NOTE and ``table(settings)``, which yields
@@ -40,24 +41,6 @@ TABLES = (
     "dataset",
     "duplicates",
 )
-PAGE = Path(__file__).parent / "README.md"
-
-
-def written(page: Path, name: str, section: str) -> None:
-    """Put a section between its markers on the page, at the end if the page has none yet."""
-    begin, end = f"<!-- {name}: written by python -m benchmarks -->", f"<!-- end of {name} -->"
-    text = page.read_text(encoding="utf-8")
-    before, found, rest = text.partition(begin)
-    after = rest.partition(end)[2] if found else "\n"
-    gap = "" if found else "\n"
-    page.write_text(f"{before}{gap}{begin}\n\n{section}\n\n{end}{after}", encoding="utf-8")
-
-
-def finished(page: Path, name: str, under: str) -> tuple[str, ...]:
-    """Return the lines of the table that stands on the page, if it was measured under these circumstances."""
-    section = page.read_text(encoding="utf-8").partition(f"<!-- {name}: written by python -m benchmarks -->")[2]
-    section = section.partition(f"<!-- end of {name} -->")[0]
-    return tuple(line for line in section.splitlines() if line.startswith("|")) if under in section else ()
 
 
 def measured(name: str, settings: Settings, *, page: Path | None, resume: bool) -> None:
@@ -76,6 +59,8 @@ def measured(name: str, settings: Settings, *, page: Path | None, resume: bool) 
         left = [row for row in settings.finished[2:] if same and not row.startswith(_keys(lines))]
         if page is not None:
             written(page, name, "\n".join([*head, *lines, *left]))
+    if page is not None and name == "replay":
+        figure(lines).savefig(page.parent / "gallery" / "replay.png", dpi=110)
 
 
 def _keys(lines: list[str]) -> tuple[str, ...]:

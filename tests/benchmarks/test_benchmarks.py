@@ -130,5 +130,33 @@ def test_a_section_goes_between_its_markers(tmp_path: Path) -> None:
     command.written(page, "limit", "new")
     text = page.read_text(encoding="utf-8")
     assert text.startswith("above\n")
+    assert "contents" not in text
     assert "old" not in text
     assert text.index("new") < text.index("<!-- end of limit -->") < text.index("other")
+
+
+def test_the_contents_link_every_section_below_them(tmp_path: Path) -> None:
+    command = load()
+    page = tmp_path / "README.md"
+    page.write_text("## First\n<!-- contents -->\n<!-- end of contents -->\n", encoding="utf-8")
+    for title in ("The paper's network: σ", "Scaling"):
+        command.written(page, title[:3].lower(), f"## {title}")
+    contents = page.read_text(encoding="utf-8").partition("<!-- end of contents -->")[0]
+    assert "- [The paper's network: σ](#the-papers-network-σ)\n- [Scaling](#scaling)\n" in contents
+    assert "[First]" not in contents
+
+
+def test_the_figure_has_a_bar_for_every_model_and_way() -> None:
+    page = importlib.import_module("benchmarks.page")
+    rows = [
+        "| a | 8 | 2, 4 | 0.1 | 2.00 | 1.00 | – |",
+        "| a | 8 | 8, 2 | 0.1 | 0.50 | 1.00 | – |",
+        "| b | 8 | 2, 4 | 0.1 | 1.5 | 1.2 | 0.7 |",
+    ]
+    drawn = page.figure(
+        ["| model | input | B, k | limit [s] | eager | replay | bf16 |", "|---|", *rows, "| **geometric mean** |"]
+    )
+    widths = [[bar.get_width() for bar in container] for container in drawn.axes[0].containers]
+    assert [tick.get_text() for tick in drawn.axes[0].get_yticklabels()] == ["b", "a"]
+    assert widths[:2] == [pytest.approx([1.5, 1.0]), pytest.approx([1.2, 1.0])]
+    assert widths[2][0] == pytest.approx(0.7)
