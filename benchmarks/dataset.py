@@ -22,16 +22,14 @@ from benchmarks.timing import Settings
 
 TITLE = "A whole data set"
 NOTE = """\
-JPEG files of crops of photographs, through a network's own preprocessing; its five stages, `Subspace(k)`; loading in
-the same process (no workers).  CPU seconds: of the loader alone, of a plain forward pass over loaded batches, and of
-`measure_dataset` with everything; "rows" is what it takes beside loading, over that of as many plain rows: (1 + k)
-for the measurement and one for the prediction.  "two" is what one process takes in CPU seconds over what the slower one
-of two that share the run takes (both measure the first batch of 4): how much faster two free processors are.
-"foreseen" is the CPU time over that which `probe.cost(loader)` said.
+JPEG files of crops of photographs, five stages, `Subspace(k)`, loading in the same process. CPU seconds of the loader
+alone, of a plain pass over loaded batches, of `measure_dataset` with everything; "rows": what it takes beside loading,
+over as many plain rows ((1 + k) and one for the prediction). "two": one process's CPU seconds over those of the slower
+of two that share the run. "foreseen": the CPU time over what `probe.cost(loader)` said.
 
-Below it, a computation and no measurement: ImageNet-1k (1.28 million images of 224², k = 8) where a plain row takes its
-floating-point operations (ResNet-50 8.2e9, ViT-B/16 35e9) at 2.7e13 a second, which is an assumption (40 % of an
-H100's float32 peak without TF32), "rows" is the one measured here, loading keeps up, and n GPUs are n times as fast."""
+Below it a computation, no measurement: ImageNet-1k (1.28 million images of 224², k = 8), a plain row taking its
+floating-point operations (ResNet-50 8.2e9, ViT-B/16 35e9) at an assumed 2.7e13 a second (40 % of an H100's float32
+peak), "rows" as measured here, loading that keeps up, n GPUs n times as fast."""
 METHOD = "CPU time of the process, smallest of the turns"
 
 _FLOPS = {"ResNet-50": 8.2e9, "ViT-B/16": 35e9}

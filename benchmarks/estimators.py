@@ -20,13 +20,10 @@ from torchgeom_probe.linalg.gram import inner_products
 
 TITLE = "What each estimator costs, and how far off it is"
 NOTE = """\
-One small convolutional GELU network at initialisation, its features pooled to n numbers.  "products": Jv and Jᵀu per
-sample, of which a whole Jacobian takes min(n, d); for the curvatures, first and second directional derivatives.
-"seconds": per sample.  "error": against the exact value of that row's own estimand (in nats; relative for a trace and
-a curvature), the largest over the samples.  Exact means float64 singular values of the whole Jacobian (of the float32
-Jacobian at 224 x 224 pixels).  "claimed": what the estimator itself says of its error, a bound (≤) or one standard
-error (±), in the same unit.  "budget": the memory given, over the size of the Jacobian; where it is below 1, rows are
-streamed."""
+One small convolutional GELU network at initialisation, its features pooled to n numbers. "products": Jv and Jᵀu per
+sample (a whole Jacobian: min(n, d)); for the curvatures, directional derivatives. "error": the largest against the
+exact value of that row's estimand, by float64 singular values (nats; relative for a trace and a curvature). "claimed":
+the estimator's own bound (≤) or standard error (±). "budget": memory given, over the Jacobian's size."""
 
 
 @dataclass(frozen=True)

@@ -19,27 +19,16 @@ from torchgeom_probe.model.isolation import measuring
 
 TITLE = "Against other libraries"
 NOTE = """\
-`curvlinops` has matrix-free Jacobians of a model with respect to its PARAMETERS, and estimators over linear operators.
-The input is made a parameter here (a module that returns model(self.x) whatever it is called with), so that its
-Jacobian is the one in question; its check for determinism, which runs the model twice more, is off, and it runs under
-a measurement's settings (no fused attention kernel). One sample; the pooled features of the last stage (192 to 1280 of
-them) alone, since one such operator is one layer. The last column is our time over curvlinops', planning included,
-since `GeometryProbe` is made anew: below 1 is faster.
+`curvlinops` has matrix-free Jacobians by a model's PARAMETERS. The input is made a parameter here (a module that
+returns model(self.x)). One sample, the pooled features of the last stage. The last column is our time, planning included, over
+curvlinops': below 1 is faster. First and last results must agree.
 
-- "k directions": log √det VᵀgV on the same 8 directions: `JacobianLinearOperator @ V` and a QR, against `Subspace`.
-- "trace": tr g by Hutchinson's estimator with 16 Rademacher probes: `hutchinson_squared_fro(Jᵀ, 16)`, pullbacks of
-  probes of the features, against `Trace("hutchinson", probes=16)`, pushes of probes of the input.
-- "top singular values": the 4 largest of J, to a relative 1e-3: `scipy.sparse.linalg.svds` (ARPACK) on curvlinops'
-  operator, against `TopK(k=4, tol=1e-3)`.
+- "k directions": log √det VᵀgV, `JacobianLinearOperator @ V` and a QR, against `Subspace(8)`.
+- "trace": `hutchinson_squared_fro(Jᵀ, 16)` against `Trace("hutchinson", probes=16)`.
+- "top singular values": 4, to a relative 1e-3: `scipy.sparse.linalg.svds` on its operator, against `TopK(k=4)`.
 
-Both results are compared before they are timed: the first and the last must agree; of the random trace both are
-printed to the standard error. The log determinant is left out: curvlinops' Lanczos spectra need a square operator of
-parameters of a loss (Hessian, GGN), not of g.
-
-Others: `nngeometry` 0.4 was tried on a module whose parameter is its input, as above: its list of layers is made of
-the kinds that it knows, and leaves the input out without a word, so that it has no Jacobian with respect to it.
-`backpack-for-pytorch` and `laplace-torch` were not run: by their documentation the one adds quantities of the
-parameters of known layers to a backward pass, the other approximates posteriors over parameters."""
+`nngeometry` 0.4 leaves an input that is a parameter out of its layers, without a word; `backpack-for-pytorch` and
+`laplace-torch` are about parameters and were not run."""
 
 MODELS = ("resnet18", "vit_tiny_patch16_224", "efficientnet_b0")
 QUICK = ("test_resnet",)

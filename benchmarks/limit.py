@@ -23,28 +23,17 @@ from torchgeom_probe.model.stages import stage_layers
 
 TITLE = "The dual pass against the limit"
 NOTE = """\
-The limit is a plain forward pass without gradients over (1 + k)·B samples: the dual pass over B samples and k
-directions moves the same number of rows through the same layers. Every other column is a time over the limit's: 1.00
-is as fast as that plain pass.
+The limit is a plain forward pass without gradients over (1 + k)·B samples: as many rows as the dual pass moves over B
+samples and k directions. Every other column is a time over the limit's.
 
-- "dual pass": one pass, hooked at the output alone, as far as its tangents.
-- "measure": what a user runs, `GeometryProbe(model, layers=[up to five stages], estimator=Subspace(k)).measure(x)`:
-  the same pass, and on top of it the hooks, the reduction of each stage's tangents to singular values, and setting and
-  restoring the process. Planning and drawing the directions happen once, before the clock.
-- "vmap(jvp)": `torch.func.vmap` of `torch.func.jvp` over the k directions; "loop of jvp": one `torch.func.jvp` for
-  each.
-- "jacfwd": per sample, under `vmap`, `torch.func.jacfwd` of u ↦ model(x + Vᵀu) at u = 0, so that it pushes the k
-  directions and not all d; then `slogdet` of the smaller Gram matrix. It gives the output's log-volume alone.
-- "jacrev": per sample, under `vmap`, `torch.func.jacrev` of the 10 outputs, times the directions, then the same
-  `slogdet`. Its cost does not depend on k, and it asks for 10 rows, which is all that the output layer has: at k = 64
-  that is less work than 64 directions. No other layer is so narrow (a stage has 10³ to 10⁵ features, a row each), so
-  this column is about the output and nothing else.
+- "dual pass": one pass, hooked at the output. "measure": `GeometryProbe(model, layers=[up to five stages],
+  estimator=Subspace(k)).measure(x)`, planned before the clock.
+- "vmap(jvp)", "loop of jvp": `torch.func.jvp` over the k directions, with and without `vmap`.
+- "jacfwd": per sample, of u ↦ model(x + Vᵀu) at u = 0, then `slogdet` of the smaller Gram matrix: the output alone.
+- "jacrev": per sample, of the 10 outputs, then the same: the output alone, which is the one layer so narrow.
 
-With 10 outputs the Gram matrix of k > 10 directions is singular; both then take det of JV(JV)ᵀ, 10 × 10. Before a
-model is timed the results are compared in float64: the dual pass with vmap(jvp), and its log-volume with the last two;
-a relative difference of more than 1e-9 stops the run. All but the limit run under the settings of a measurement (no
-fused attention kernel: those have no forward derivative), which are made outside of the clock except in "measure". A
-dash: torch cannot run it on this model."""
+The results agree to 1e-9 in float64, or the run stops. All but the limit run without fused attention kernels, which
+have no forward derivative. A dash: torch cannot run it on this model."""
 
 #: family → (size of the input image, arguments of timm.create_model)
 FAMILIES: dict[str, tuple[int, dict[str, int]]] = {

@@ -26,18 +26,13 @@ from torchgeom_probe.model.isolation import measuring
 TITLE = "Peak memory"
 METHOD = "peak of one run after a run to warm up, each in a process of its own"
 NOTE = """\
-How far memory rises above what model, inputs and directions take, in one run, over the same rise in the limit: a plain
-forward pass without gradients over (1 + k)·B rows, which it makes itself from inputs and directions, as the dual pass
-does. "1 layer" and "50 layers" (or all that there are) are `GeometryProbe(model, layers=...,
-estimator=Subspace(k)).measure(x)`; they are convolutions, linear layers and normalisations, evenly spread, the last
-one among them. "vmap(jvp)" and "loop of jvp" keep the tangents of the output alone.
+How far memory rises in one run above model, inputs and directions, over the same rise in a plain forward pass without
+gradients over (1 + k)·B rows. "1 layer", "50 layers" (or all that there are): hooked, `estimator=Subspace(k)`.
+"vmap(jvp)" and "loop of jvp" keep the output's tangents alone.
 
-On the CPU there are two figures. The first is of resident memory: the kernel's own high-water mark of the process
-(`VmHWM`, set back by `/proc/self/clear_refs` just before the run) over its resident memory then; malloc hands every
-block of 64 KiB and more back at once (`MALLOC_MMAP_THRESHOLD_`), so that it is not blurred by what the heap has kept.
-It counts what the kernels of oneDNN and BLAS take for themselves. The second, in brackets, is of the bytes of the
-tensors alive, counted op by op by a `TorchDispatchMode`: it leaves out what a kernel takes for itself and gives back.
-On CUDA the one figure is `torch.cuda.max_memory_allocated`."""
+On the CPU: resident memory (`VmHWM`, reset before the run; malloc gives large blocks back at once), with what the
+kernels of oneDNN and BLAS take; in brackets the tensors alive, counted op by op. On CUDA
+`torch.cuda.max_memory_allocated`."""
 
 #: (model, B, k)
 CASES = [

@@ -17,14 +17,12 @@ from benchmarks.timing import Settings, smallest
 
 TITLE = "What a monitor costs a training"
 NOTE = """\
-First table: training steps (forward, backward, SGD with momentum) without a monitor, and with one that follows the
-optimizer, has an open probe on every stage, and is not due; turn by turn in one run, and their ratio. Then what the
-monitor itself does after a step, timed alone, and its share of a step. Hooks sit on the model only while a probe runs,
-so the ratio is 1 up to the noise of the clock, a few per cent on a busy machine; the last column has little noise.
+First table: training steps (forward, backward, SGD) without a monitor, and with one whose probe is not due, and their
+ratio: 1, up to the clock's noise, since hooks sit on the model only while a probe runs. Then the monitor's own work
+after a step, timed alone, and its share.
 
-Second table: training with `max_overhead=0.02` and charts written to TensorBoard. "share, by the wall" is the time
-spent inside of `monitor.step()` over the whole run's, taken from outside with a clock of its own; "share, reported" is
-`monitor.overhead`. What torch imports at its first forward derivative (seconds, once a process) comes before."""
+Second table: training with `max_overhead=0.02` and charts. "share, by the wall": time inside of `monitor.step()` over
+the run's, by a clock of its own; "reported": `monitor.overhead`."""
 
 METHOD = "first table: process time, smallest of ten turns for each of the others' one; second: wall time of one run"
 

@@ -17,14 +17,12 @@ from torchgeom_probe import GeometryProbe, ProbeError, Subspace
 
 TITLE = "A report, over a plain forward pass"
 NOTE = """\
-Everything that `probe.measure(x)` takes, with up to five stages hooked and `estimator=Subspace(k)`, over the time of
-the same model's plain forward pass without gradients over (1 + k)·B rows: **below 1.00 a report of B samples and k
-directions costs less than that pass.** "replay" is what a live probe does from its third report of a shape on (of a
-training, a scan, a data set); "eager" is `replay=False`, and what `tgp.measure(model, x)` does; "bf16" is replay with
-`precision="bf16"` (a dash: refused, because a layer's value would be off by more than 0.02 nats). Reports that are
-audited take the time of both, and are not in the table: the 1st, 2nd, 4th, 8th … replay. The last row is the geometric
-mean of the rows above it. Where MKL is the faster library, oneDNN's calls lose the race that decides between them, and
-replay is eager's own calls without their Python."""
+Everything that `probe.measure(x)` takes, up to five stages hooked, `estimator=Subspace(k)`, over the time of a plain
+forward pass without gradients over (1 + k)·B rows: **below 1.00 a report of B samples and k directions costs less than
+that pass.** "replay": what a live probe does from its third report of a shape on (a training, a scan, a data set).
+"eager": `replay=False`, and `tgp.measure(model, x)`. "bf16": replay with `precision="bf16"`; a dash: refused, a layer
+would be off by more than 0.02 nats. The 1st, 2nd, 4th, 8th … replay is audited, takes the time of both, and is left
+out. Where MKL beats oneDNN, replay is eager's own calls without their Python."""
 RESUMES = True
 
 SHAPES = [(8, 2), (2, 4), (2, 16), (1, 64)]

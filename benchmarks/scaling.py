@@ -15,10 +15,8 @@ from torchgeom_probe.model.isolation import measuring
 TITLE = "Scaling"
 NOTE = """\
 Time of the dual pass, and of the limit (a plain forward pass of (1 + k)·B rows), as one size grows and the others stay
-at B = 2, k = 8, 4 residual blocks, 32 × 32 pixels; a ResNet of basic blocks at constant width. "slope" is the power p
-in time ∝ sizeᵖ, fitted by least squares of the logarithms. Both should grow with power 1 in the rows 1 + k, in the
-batch, and in the depth (a little less where the stem and fixed costs count), and with power 2 in the side of the
-image; what matters is that the two slopes are the same: no cost of the dual pass grows faster than the model's own."""
+at B = 2, k = 8, 4 residual blocks, 32 × 32 pixels. "slope": the power p in time ∝ sizeᵖ, by least squares of the
+logarithms. The two slopes should be the same: no cost of the dual pass grows faster than the model's own."""
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,11 @@ from torchgeom_probe.estimators.topk import paper_pool
 
 TITLE = "Maps over a plane: four blocks in one scan, against a full Jacobian a block"
 NOTE = """\
-Seconds per point of figure 4's plane for all four blocks of a CIFAR ResNet-34 with GELU, a quarter as wide as the
-paper's (16, 32, 64, 128 channels after the stem of 64). The authors' method, written from its description: for each
-block by itself, pool its output to 512 features, take the full Jacobian by `torch.autograd.functional.jacobian` with
-`create_graph=True`, then its singular values; k is only how many of them are summed. The others are one `scan()` each,
-prediction and entropy included. "Slice tangents" is another quantity, the exact area magnification on the plane
-itself, of the whole output; "TopK(10)" and "all 512" are the authors' own quantities. Before anything is timed, "all
-512" is compared with the authors' at one point: a difference of more than 1e-3 nats a singular value stops the run.
-"authors / this" is the ratio of the two times per point."""
+Seconds per point of figure 4's plane, four blocks of a CIFAR ResNet-34 with GELU a quarter as wide as the paper's. The
+authors' method: for each block, pool its output to 512 features, full Jacobian by
+`torch.autograd.functional.jacobian(create_graph=True)`, singular values. The others are one `scan()` each, prediction
+and entropy included; "slice tangents" is another quantity, the area magnification on the plane. "all 512" agrees with
+the authors' to 1e-3 nats a singular value, or the run stops. "authors / this": ratio of times per point."""
 
 BLOCKS = ("layer1", "layer2", "layer3", "layer4")
 

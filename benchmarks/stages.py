@@ -19,22 +19,13 @@ from torchgeom_probe.model.isolation import measuring
 TITLE = "Four stages of a ResNet-34: one probe against a Jacobian for each"
 METHOD = "process time (wall time on a GPU) of one run"
 NOTE = """\
-The paper's network (CIFAR ResNet-34, GELU), one 32 × 32 sample, d = 3072; each stage average-pooled to 512 features,
-as the authors do. Seconds, for the Jacobian of each stage and for all four.
+The paper's network (CIFAR ResNet-34, GELU), one 32 × 32 sample, d = 3072; each stage average-pooled to 512 features, as
+the authors do. Seconds, for the Jacobian of each stage and for all four; singular values agree, or the run stops.
 
-- "sequential Jacobian": what the authors' code does, written here from its description: for each stage a forward pass,
-  then `torch.autograd.functional.jacobian(..., create_graph=True)`, row after row, then `torch.linalg.svdvals`.
-- "vmap(vjp)": for each stage a forward pass, then `torch.func.vmap` of the pullback over 64 rows at a time, then the
-  same SVD.
-- "Exact": `GeometryProbe(model, layers=[the four stages], transform=pooling, estimator=Exact()).measure(x)`: one saved
-  pass and batched pullbacks for all four, or the stage alone in the columns of one stage.
-- "Exact, forward": the same with `engine="fused"`: all 3072 directions, one dual pass (in chunks) whatever the number
-  of layers.
-- "512 forward rows": one dual pass over 512 directions, as many rows as the last stage has features, without hooks or
-  reduction. What a forward row costs beside a reverse row, which decides between the two; it is no Jacobian (that
-  takes d rows).
-
-The singular values of the first four are compared before the table is printed: they agree, or the run stops."""
+- "sequential Jacobian": the authors' way, `torch.autograd.functional.jacobian(..., create_graph=True)` a stage, then
+  `svdvals`. "vmap(vjp)": for each stage `torch.func.vmap` of the pullback over 64 rows at a time.
+- "Exact": `Exact()`, all four stages at once or one alone. "Exact, forward": with `engine="fused"`, 3072 directions.
+- "512 forward rows": one dual pass over 512 directions, for the price of a forward row beside a reverse one."""
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 #: Average pooling of each stage: [64, 32, 32], [128, 16, 16], [256, 8, 8], [512, 4, 4] → 512 features.

@@ -19,15 +19,12 @@ from torchgeom_probe.report import GeometryReport, LayerGeometry
 
 TITLE = "TensorBoard's Geometry tab"
 NOTE = """\
-A log of 12 layers × 64 samples × 16 singular values, of a training of 1000 probes. "write" is one
-`TensorBoardWriter.write`, with charts and histograms: CPU time of the process, the thread that writes the file
-included, a mean; a Monitor's budget counts it. "index" is the one walk through the event files of a server that has
-just started, CPU time; "again" the walk after one more probe. The rest is seen from a headless Chromium over a real
-TensorBoard server, by the wall: "first paint" from the moment in which the tab's own page is asked for until all that
-it shows is drawn, in a server that has just started and in one that has its index; "click" from the click on another
-layer and step until the samples are drawn. On a machine that does other work too these say little but by their
-smallest: of three servers, of six pages, of 27 clicks (their median stands in brackets). "server" is the process's
-peak memory above that of the same TensorBoard with an empty folder. Without a browser its columns are empty."""
+A log of 12 layers × 64 samples × 16 singular values, 1000 probes. "write": CPU time of one `TensorBoardWriter.write`, a
+mean. "index": the walk through the files of a server that has just started, CPU time; "again": after one more probe.
+The rest by the wall, in a headless Chromium over a real server: "first paint" from asking for the tab until all is
+drawn, server fresh or indexed; "click" on another layer and step until the samples are drawn. The smallest of three
+servers, six pages, 27 clicks (their median in brackets): on a busy machine no other says much. "server": peak memory
+above the same TensorBoard with an empty folder."""
 
 METHOD = "CPU time of the process where it is ours, by the wall where somebody waits, the smallest"
 

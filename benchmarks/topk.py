@@ -14,18 +14,14 @@ from benchmarks.timing import Settings, seconds, smallest
 
 TITLE = "The ten largest singular values of the paper's network"
 NOTE = """\
-`TopK(k=10)` on the CIFAR ResNet-34 with GELU (512 pooled features, 3 x 32 x 32 inputs, float32), at initialisation and
-after a brief training on enlarged digits.  "TopK s": seconds a sample, in a batch of two.  "warm" starts from the
-report made before every weight moved by 1e-3 of its tensor's mean size.  "max error": of log10 σ, against float64
-singular values of the full Jacobian; "bound" is TopK's own, on the sum of the ten logarithms in nats, beside the true
-error of that sum.
+`TopK(k=10)` on the CIFAR ResNet-34 with GELU (512 pooled features, 3 × 32 × 32, float32), at initialisation and after a
+brief training on enlarged digits. "TopK s": a sample, in a batch of two. "warm": from a report made before every weight
+moved by 1e-3 of its tensor's mean size. "max error": of log10 σ, against float64; "bound": TopK's own, on the sum of
+the logarithms in nats, beside that sum's true error.
 
-"full" is the full Jacobian and its `svdvals`, a sample at a time, in three ways.  `jacrev`:
-`torch.func.jacrev(chunk_size=32)`, what one would write today.  "authors":
-`torch.autograd.functional.jacobian(create_graph=True)`, as in the code published with the paper (timed on 32 of the
-512 features, times 16).  `Exact()`: this package's own.  A full Jacobian takes 512 products, and a product of TopK's
-does the same convolutions as one of them, so 512 over the number of products is about what can be won over a baseline
-without waste."""
+"full": the Jacobian and its `svdvals`, a sample at a time: `jacrev` (`torch.func.jacrev(chunk_size=32)`), "authors"
+(`create_graph=True`, timed on 32 of the 512 features, times 16), `Exact()`. A full Jacobian takes 512 products: over
+TopK's that is about what can be won."""
 
 
 def digits(count: int) -> tuple[Tensor, Tensor]:

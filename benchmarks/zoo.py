@@ -33,18 +33,16 @@ from torchgeom_probe.errors import first_line
 
 TITLE = "The zoo"
 NOTE = """\
-Models of other libraries, built from small configurations with random weights; constant parameters (layer scales,
-gammas) get noise first, so that every branch counts, and running statistics come from passes over noise. Two samples,
-two directions, `layers="auto"` and the output; token models from their embedding (`source=`).
+Models of other libraries from small configurations with random weights; constant parameters get noise, running
+statistics come from noise. Two samples, two directions, `layers="auto"` and the output; token models from their
+embedding (`source=`).
 
-- "error": singular values of `measure(x)` against those of central differences of plain float64 passes, relative to the
-  largest, the worst sample of the worst layer; of the steps that were tried the best one counts. The differences are
-  this script's own: nothing of the package takes part in them. More than 1e-5 is called wrong, unless it is less than
-  1e-2 and `torch.func.jvp` agrees to 1e-9: then no step was short enough (kinks, or a large curvature).
+- "error": singular values of `measure(x)` against this script's own central differences in float64, relative to the
+  largest; the worst sample of the worst layer, the best of several steps. Above 1e-5 it is wrong, unless below 1e-2
+  and `torch.func.jvp` agrees to 1e-9: then no step was short enough.
 - "check": whether `check(x)` says OK, in float32.
-- "time": `measure(x)` over a plain float32 forward pass without gradients of the same (1 + k)·B rows. Most of these
-  models are miniatures, a few milliseconds in all, so that this is the cost of calling each op from Python; what it is
-  at a real size the first table says."""
+- "time": `measure(x)` over a plain forward pass of as many rows: of miniatures, so mostly Python; the first table has
+  real sizes."""
 SAMPLES = DIRECTIONS = TURNS = 2
 #: Of the size of the input: too long a step crosses kinks, too short a one rounds.
 STEPS = (1e-5, 1e-7, 1e-8)
