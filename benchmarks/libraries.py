@@ -20,8 +20,8 @@ from torchgeom_probe.model.isolation import measuring
 TITLE = "Against other libraries"
 NOTE = """\
 `curvlinops` has matrix-free Jacobians by a model's PARAMETERS. The input is made a parameter here (a module that
-returns model(self.x)). One sample, the pooled features of the last stage. The last column is our time, planning included, over
-curvlinops': below 1 is faster. First and last results must agree.
+returns model(self.x)). One sample, the pooled features of the last stage. The last column is our time, with planning,
+over curvlinops': below 1 is faster. First and last results must agree.
 
 - "k directions": log √det VᵀgV, `JacobianLinearOperator @ V` and a QR, against `Subspace(8)`.
 - "trace": `hutchinson_squared_fro(Jᵀ, 16)` against `Trace("hutchinson", probes=16)`.
