@@ -39,7 +39,7 @@ export async function drawDepth(card, state, choose) {
   );
 
   const row = Math.max(9, Math.min(24, 260 / Math.max(...runs.map((own) => own.layers.length)))), gap = 44;
-  const heights = runs.map((own) => Math.max(36, own.layers.length * row));
+  const heights = runs.map((own) => Math.max(36, 190 / runs.length, own.layers.length * row)); // the scale has words
   const total = heights.reduce((sum, own) => sum + own + gap, 0);
   const bar = { thickness: 12, len: Math.min(1, 260 / total), y: 1, yanchor: "top", outlinewidth: 0 };
   const scale = state.change ? { colorscale: isDark() ? RED_BLUE_DARK : RED_BLUE, cmid: 0 } : { colorscale: "Viridis" };

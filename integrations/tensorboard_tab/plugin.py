@@ -32,7 +32,7 @@ _FILES = {
     "/style.css": "text/css",
 }
 _CONVENTIONS = "geometry/conventions/text_summary"
-_POINTS = 250  # of a sample's trajectory: a chart has no more columns
+_POINTS = 150  # of a trajectory: what is drawn at a click, and more than the eye tells apart
 _PATIENCE = 0.4  # seconds that a request waits for a walk through the files to end
 
 Request = Mapping[str, str]
