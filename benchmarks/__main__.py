@@ -31,6 +31,7 @@ TABLES = (
     "topk",
     "watch",
     "logdet",
+    "directions",
     "overhead",
     "tab",
     "loss",

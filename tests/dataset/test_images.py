@@ -110,6 +110,10 @@ def test_the_verb(folder, tmp_path, capsys):
     assert "3 samples, 0 of them not measured" in capsys.readouterr().out
     assert (tmp_path / "run" / "table.parquet").exists()
     assert (tmp_path / "run" / "dataset.png").exists()
+    within = ["--images", str(folder / "dogs"), "--out", str(folder / "dogs" / "run")]
+    for _ in range(2):  # the second finds a picture of the first
+        assert main([*command, *within]) == 0
+        assert "3 samples, 0 of them not measured" in capsys.readouterr().out
     (tmp_path / "net.py").write_text("import torch\ndef make():\n    return torch.nn.Conv2d(3, 5, 3)\n")
     assert main(["dataset", "--model", f"{tmp_path / 'net.py'}:make", *out]) == 1
     assert "dataset takes a model that knows its own preprocessing" in capsys.readouterr().err
@@ -134,7 +138,10 @@ def test_every_process_of_torchrun_has_a_card_of_its_own(folder, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_the_verb_under_torchrun(folder, tmp_path):
+def test_the_verb_under_torchrun(folder, tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp(
+        "out"
+    )  # not among the images, where the second run would find the first's picture
     command = [*"dataset --model timm:resnet18 --layers layer4 -k 2 --batch-size 4".split(), "--images", str(folder)]
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     run += ["--rdzv-endpoint", "localhost:0", "-m", "torchgeom_probe.cli.main"]

@@ -39,10 +39,12 @@ def run(arguments: argparse.Namespace) -> None:
     model, loaded = model_of(arguments)
     if loaded is None:
         raise ProbeError("dataset takes a model that knows its own preprocessing.\nWrite --model timm:NAME")
-    images = optional("torchgeom_probe.integrations.timm", extra="timm").ImageFiles
+    images = optional("torchgeom_probe.integrations.timm", extra="timm").ImageFiles(arguments.images, loaded.transform)
+    own = Path(os.path.abspath(arguments.out))
+    images.files = [file for file in images.files if own not in Path(os.path.abspath(file)).parents]  # what it draws
     table = measure_dataset(
         model,
-        images(arguments.images, loaded.transform),
+        images,
         path=arguments.out,
         label=1,
         batch_size=arguments.batch_size,
