@@ -86,7 +86,33 @@ def test_the_number_is_the_contrast_of_the_path_at_its_crossing():
     assert [step for step, _ in watch.history] == [0, 1]
 
 
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.into, self.middle, self.act, self.head = nn.Linear(2, 16), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)
+        self.constant = nn.Identity()
+
+    def forward(self, x):
+        self.constant(torch.zeros_like(x))
+        return self.head(self.act(self.middle(self.act(self.into(x)))))
+
+
+def test_a_layer_that_fires_twice_has_two_charts_and_one_that_is_constant_none():
+    torch.manual_seed(2)
+    model, x, writer = Twice().requires_grad_(False), 2 * torch.randn(90, 2), Scalars()
+    monitor = tgp.Monitor(model, x[:4], layers=["act"], writer=writer, boundary=x, on_error="raise")
+    monitor.probe_now()
+    monitor.probe_now()  # nothing has changed: of two or three classes the same clusters, too
+    (_, first), (_, second) = monitor.boundary.history
+    assert {tag for tag, *_ in writer.found if tag.startswith("boundary/")} == {"boundary/00_act", "boundary/01_act_1"}
+    assert [effect.record() for effect in first.values()] == [effect.record() for effect in second.values()]
+    still = BoundaryWatch(x)
+    flat = tgp.GeometryProbe(nn.Sequential(nn.Linear(2, 3), nn.Hardtanh(-1e-3, 1e-3), nn.Linear(3, 3)), layers=["1"])
+    assert still.charts(still.measured(flat, 0)) == {}
+    assert not still.history
+
+
 def test_what_is_no_set_of_samples_is_refused():
-    for wrong in (torch.zeros(30, 2, dtype=torch.long), torch.zeros(5, 2), [1.0]):
+    for wrong in (torch.zeros(30, 2, dtype=torch.long), torch.zeros(5, 2), [1.0], torch.full((30, 2), torch.nan)):
         with shapes_unchecked(), pytest.raises(tgp.ProbeError, match=r"boundary= takes 20 held-out.*\n.*x_held_out"):
             tgp.Monitor(net(), torch.randn(3, 2), boundary=wrong)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import scipy.cluster.vq
@@ -101,29 +101,23 @@ def crossing_pairs(
         ends.append(some[good])
         t.append(found[good])
         missing -= len(good)
-    return pairs_of(torch.cat(ends), torch.cat(t), x, classes, groups, dropped, generator)
+    return pairs_of(torch.cat(ends), torch.cat(t), classes, groups, dropped, lambda: clustered(x, generator))
 
 
 def pairs_of(
-    ends: Tensor,
-    t: Tensor,
-    x: Tensor,
-    classes: Tensor,
-    groups: Tensor,
-    dropped: Mapping[str, int],
-    generator: torch.Generator,
+    ends: Tensor, t: Tensor, classes: Tensor, groups: Tensor, dropped: Mapping[str, int], clusters: Callable[[], Tensor]
 ) -> Pairs:
-    """The pairs of these samples, and where in input space they lie."""
+    """The pairs of these samples, and where in input space they lie: of few classes, in which of the clusters [B]."""
     regions, are = classes, CLASSES
     if len(classes[ends].unique()) < _FEW_CLASSES:
-        regions, are = _clustered(x, _REGIONS, generator), "regions of the input"
+        regions, are = clusters(), "regions of the input"
     return Pairs(ends, classes[ends], groups[ends], t, regions[ends], are, dict(dropped))
 
 
-def _clustered(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """[B], the samples in so many clusters, by k-means."""
+def clustered(x: Tensor, generator: torch.Generator) -> Tensor:
+    """[B], the samples in a few clusters, by k-means."""
     flat = x.flatten(1).double().cpu()
-    centres = flat[torch.randperm(len(flat), generator=generator)[:count]]
+    centres = flat[torch.randperm(len(flat), generator=generator)[:_REGIONS]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a cluster that is left empty
         _, nearest = scipy.cluster.vq.kmeans2(flat.numpy(), centres.numpy(), iter=20, minit="matrix")

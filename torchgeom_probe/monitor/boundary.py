@@ -11,14 +11,14 @@ from torch import nn
 
 from torchgeom_probe.boundary.design import CONTRASTS, LEAST_PAIRS, laid_out
 from torchgeom_probe.boundary.inference import LayerFields, effect_of
-from torchgeom_probe.boundary.pairs import Pairs, crossing_pairs, pairs_of, predicted
+from torchgeom_probe.boundary.pairs import Pairs, clustered, crossing_pairs, pairs_of, predicted
 from torchgeom_probe.boundary.points import boundary_points
 from torchgeom_probe.boundary.speed import along_lines, with_random
 from torchgeom_probe.boundary.study import BoundaryStudy
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.wrappers import unwrapped
 from torchgeom_probe.monitor.samples import fingerprint
-from torchgeom_probe.monitor.writers import Writer, label
+from torchgeom_probe.monitor.writers import label
 from torchgeom_probe.probe import GeometryProbe
 from torchgeom_probe.shapes import Float, Int, Tensor
 
@@ -45,15 +45,19 @@ class BoundaryWatch:
     """
 
     def __init__(self, x: Float[Tensor, " batch *input"]) -> None:
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or len(x) < 2 * LEAST_PAIRS:
+        usable = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 and len(x) >= 2 * LEAST_PAIRS
+        if not (usable and bool(x.isfinite().all())):
             seen = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            seen += ", not all of it finite" if usable else ""
             raise ProbeError(
-                f"boundary= takes {2 * LEAST_PAIRS} held-out samples or more, a floating tensor [B, *input]; "
+                f"boundary= takes {2 * LEAST_PAIRS} held-out samples or more, a floating tensor [B, *input], finite; "
                 f"got {seen}.\nWrite:  Monitor(model, x_probe, boundary=x_held_out)"
             )
         self._x = x.detach().clone()
         self._ends: Int[Tensor, "pairs 2"] | None = None
+        self._clusters: Int[Tensor, " batch"] | None = None
         self._probe: GeometryProbe | None = None
+        self._tags: dict[str, str] = {}
         self.history: list[tuple[int, BoundaryStudy]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,46 +69,55 @@ class BoundaryWatch:
         if state["samples"] == fingerprint(self._x) and state["pairs"] is not None:
             self._ends = torch.tensor(state["pairs"])
 
-    def charts(self, probe: GeometryProbe, step: int) -> dict[str, float]:
-        """Study; each layer's effect, in nats, by the tag of its chart."""
-        study = self.measured(probe, step)
-        tags = {name: f"boundary/{label(i, name)}" for i, name in enumerate(probe.layers)}
-        return {} if study is None else {tags[name]: float(effect.estimate) for name, effect in study.items()}
-
-    def write(self, writer: Writer, step: int) -> None:
-        """Give the writer the step's study, if there is one."""
-        if self.history and self.history[-1][0] == step:
-            writer.write_study(self.history[-1][1], step)
+    def charts(self, study: BoundaryStudy | None) -> dict[str, float]:
+        """Each layer's effect, in nats, by the tag of its chart."""
+        return {} if study is None else {self._tags[name]: float(effect.estimate) for name, effect in study.items()}
 
     def measured(self, probe: GeometryProbe, step: int) -> BoundaryStudy | None:
-        """Study the crossings of now; None where fewer than ten of the pairs have one."""
+        """Study the crossings of now; None where fewer than ten of the pairs have one, or no layer can be tested."""
         model = unwrapped(probe.model)
         x = self._x.to(next((t.device for t in (*model.parameters(), *model.buffers())), self._x.device))
         decided = predicted(model, x, None)
         pairs = self._pairs(model, x, decided["predictions"])
-        if len(pairs.ends) < LEAST_PAIRS:
+        if pairs is None:
             return None
         design = laid_out(model, x, pairs, decided, None, _SETTINGS)
         # One of its own, which keeps its plans: a record of a pass at other points would be of no use.
         self._probe = self._probe or probe.like(layers=probe.layers, replay=False)
-        effects, directions = {}, with_random(design.along, 1, seed=0)
-        for layer, fields in along_lines(self._probe, design.points, directions).items():
-            trained = LayerFields({name: field.detach().double().cpu() for name, field in fields.items()})
+        measured, effects = along_lines(self._probe, design.points, with_random(design.along, 1, seed=0)), {}
+        self._tags = {name: f"boundary/{label(i, name)}" for i, name in enumerate(measured)}
+        for name, fields in measured.items():
+            trained = LayerFields({quantity: field.detach().double().cpu() for quantity, field in fields.items()})
             with contextlib.suppress(ProbeError):  # too few pairs at which it is finite
-                effects[layer] = effect_of(layer, trained, design, _SETTINGS["contrast"], _SETTINGS["offsets"])
+                effects[name] = effect_of(name, trained, design, _SETTINGS["contrast"], _SETTINGS["offsets"])
+        if not effects:
+            return None
         study = BoundaryStudy(effects, settings=_SETTINGS)
         self.history.append((step, study))
         return study
 
-    def _pairs(self, model: nn.Module, x: Tensor, classes: Tensor) -> Pairs:
+    def _pairs(self, model: nn.Module, x: Tensor, classes: Tensor) -> Pairs | None:
         alone, apart = torch.arange(len(x)), CONTRASTS["mirror"].apart
+        if len(classes[classes >= 0].unique()) < 2:
+            return None
         if self._ends is None:
             found = crossing_pairs(model, x, classes, alone, count=_SETTINGS["pairs"], apart=apart)
-            if len(found.ends) >= LEAST_PAIRS:
-                self._ends = found.ends
-            return found
-        ends = self._ends[(classes[self._ends[:, 0]] != classes[self._ends[:, 1]]) & (classes[self._ends] >= 0).all(1)]
+            if len(found.ends) < LEAST_PAIRS:
+                return None
+            self._ends = found.ends
+        first, second = classes[self._ends].T
+        ends = self._ends[(first != second) & (first >= 0) & (second >= 0)]
+        if len(ends) < LEAST_PAIRS:
+            return None
         a, b = x[ends.T.to(x.device)]
-        t = boundary_points(model, a, b, near="middle").t.double().cpu() if len(ends) else torch.empty(0)
+        t = boundary_points(model, a, b, near="middle").t.double().cpu()
         clear = (t - 0.5).abs() >= apart
-        return pairs_of(ends[clear], t[clear], x, classes, alone, {}, torch.Generator().manual_seed(0))
+        lost = {"of one class now": len(self._ends) - len(ends), "crossing at the middle now": int((~clear).sum())}
+        return (
+            pairs_of(ends[clear], t[clear], classes, alone, lost, self._regions) if clear.sum() >= LEAST_PAIRS else None
+        )
+
+    def _regions(self) -> Int[Tensor, " batch"]:
+        if self._clusters is None:
+            self._clusters = clustered(self._x, torch.Generator().manual_seed(0))
+        return self._clusters

@@ -415,13 +415,13 @@ class Monitor:
         return self.failures == before
 
     def _write_numbers(self, writers: Sequence[Writer], first: bool) -> None:
-        numbers: dict[str, float] = {}
+        numbers, study = dict[str, float](), None
         if self._charts_drift:
             with self._failures.counted("the drift", self._step, raised=first):
                 numbers |= self._drifted().charts()
         if self.boundary is not None:
             with self._failures.counted("the boundaries", self._step):
-                numbers |= self.boundary.charts(self._probe, self._step)
+                numbers |= self.boundary.charts(study := self.boundary.measured(self._probe, self._step))
         numbers["geometry/failures"] = float(self.failures)
         if self.probes > 1 and self._step:  # until then there is no training to take a share of
             numbers["geometry/overhead"] = self.overhead
@@ -429,8 +429,8 @@ class Monitor:
             with self._failures.counted(f"{type(writer).__name__}.write_scalar", self._step, raised=first):
                 for tag, value in numbers.items():
                     writer.write_scalar(tag, value, self._step)
-                if self.boundary is not None:
-                    self.boundary.write(writer, self._step)
+                if study is not None:
+                    writer.write_study(study, self._step)
 
     def _drifted(self) -> Drift:
         if self.drift is None:
