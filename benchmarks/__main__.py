@@ -15,6 +15,7 @@ import torch
 from benchmarks import gpu, zoo
 from benchmarks.page import PAGE, figure, finished, written
 from benchmarks.timing import Settings, circumstances
+from torchgeom_probe.plotting.files import save
 
 #: The tables, in the order of the page.  Each is a module with TITLE, NOTE and ``table(settings)``, which yields
 #: lines; METHOD, where it has one, says how it measures in place of the smallest time; RESUMES, if true, that it takes
@@ -57,11 +58,11 @@ def measured(name: str, settings: Settings, *, page: Path | None, resume: bool) 
         print(line, flush=True)
         lines.append(line)
         same = settings.finished[:1] == tuple(lines[:1])  # the same columns
-        left = [row for row in settings.finished[2:] if same and not row.startswith(_keys(lines))]
+        left = [row for row in settings.finished[2:] if same and not row.startswith((*_keys(lines), "| **"))]
         if page is not None:
             written(page, name, "\n".join([*head, *lines, *left]))
-    if page is not None and name == "replay":
-        figure(lines).savefig(page.parent / "gallery" / "replay.png", dpi=110)
+    if page is not None and name == "replay":  # the page's figure
+        save(figure([*lines, *left]), page.parent / "gallery" / "replay.png")
 
 
 def _keys(lines: list[str]) -> tuple[str, ...]:
@@ -103,8 +104,10 @@ def main() -> None:
     )
     parser.add_argument("--models", default="*", metavar="GLOB", help="of the zoo: 'timm *', '* Bert*' (default: all)")
     arguments = parser.parse_args()
-    if importlib.util.find_spec("timm") is None:
-        parser.exit(1, "the benchmarks need timm's models:  python -m pip install 'torchgeom_probe[timm]'\n")
+    if not all(map(importlib.util.find_spec, ("timm", "matplotlib"))):
+        parser.exit(
+            1, "the benchmarks need timm and matplotlib:  python -m pip install 'torchgeom_probe[timm,figures]'\n"
+        )
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
     if arguments.gpu_check is not None:
         section = gpu.check(arguments.gpu_check, quick=arguments.quick)

@@ -48,16 +48,16 @@ def _with_contents(text: str) -> str:
 
 
 def figure(lines: list[str]) -> Any:
-    """Draw the table ``replay``: of each model the geometric mean over its rows, in units of the plain pass."""
+    """Draw the table ``replay``: of each model the geometric mean over its rows, in units of the plain pass.
+
+    A way that was refused for one of a model's rows has no bar there: it would be the mean of other rows.
+    """
     head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "geometric" not in line]
     models = list(dict.fromkeys(row[0] for row in rows))[::-1]
     drawn = optional("matplotlib.figure", extra="figures").Figure((7.2, 0.42 * len(models) + 1.1), layout="constrained")
     axes, height = drawn.subplots(), 0.8 / len(_BARS)
     for place, (name, colour) in enumerate(_BARS.items()):
-        own = [
-            [float(row[head.index(name)]) for row in rows if row[0] == m and row[head.index(name)] != "–"]
-            for m in models
-        ]
+        own = [[float(row[head.index(name)].replace("–", "nan")) for row in rows if row[0] == m] for m in models]
         means = [math.exp(sum(map(math.log, each)) / len(each)) if each else math.nan for each in own]
         at = [k + (1 - place) * height for k in range(len(models))]
         axes.barh(at, means, height, color=colour, label=name)

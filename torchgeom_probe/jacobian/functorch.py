@@ -54,7 +54,10 @@ def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink, *,
 
 @contextlib.contextmanager
 def _one_thread(model: nn.Module) -> Iterator[None]:
-    """Refuse a model whose modules run in another thread: torch's transforms are a thread's own, tangents end there."""
+    """Refuse a model whose modules run in another thread: torch's transforms are a thread's own, tangents end there.
+
+    Of a function that runs there, or a scripted module, nothing tells.
+    """
     own, elsewhere = threading.get_ident(), set[int]()
 
     def note(*_: Any) -> None:
@@ -66,11 +69,11 @@ def _one_thread(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-    if elsewhere:
-        raise ProbeError(
-            "the model computes in threads of its own, in which the tangents of the engine 'functorch' are lost.\n"
-            "Measure it with engine='vjp'"
-        )
+        if elsewhere:  # in place of what else is raised: "the tangent was lost" is what comes of it
+            raise ProbeError(
+                "the model computes in threads of its own, in which the tangents of the engine 'functorch' are lost.\n"
+                "Measure it with engine='vjp'"
+            )
 
 
 def starting_point(hooked: HookedModel, inputs: Inputs) -> Tensor:
