@@ -91,7 +91,3 @@ def test_topk_on_the_paper_network(steps):
     assert (warm.num_products <= 48).all()
     assert ((warm.log_volume - again.log_volume).abs() <= warm.error_bound + again.error_bound).all()
     assert math.isfinite(single[0].sum().item())
-    # A product costs what a row of the dense Jacobian costs, so the ratio of products, 512 to some 90, is what there
-    # is to win.
-    assert dense_seconds > 4 * seconds
-    assert authors_seconds > 5 * seconds
