@@ -223,6 +223,8 @@ def test_zero_jacobian_and_diverged_sample(method):
     model.weight.data.zero_()
     g = _measured(model, torch.randn(2, 60), eps=0.1, method=method)
     torch.testing.assert_close(g.log_det, torch.full((2,), 60 * math.log(0.1), dtype=torch.float64))
+    relative = _measured(model, torch.randn(2, 60), eps=0.1, relative=True, method=method)
+    assert relative.value.eq(-torch.inf).all()  # ε, a share of λ_1, is 0 too
     model, layer, x = problems.problem("mlp", n=40, d=60, batch=2)
     x[0] = torch.nan
     g = _measured(model, x, layer, eps=0.1, method=method)

@@ -148,11 +148,14 @@ class LogDet(Estimator):
         smaller = min(jacobian.num_features, jacobian.num_inputs)
         found = self._exact(jacobian) if self._exact_at_once(smaller) else self._stochastic(jacobian, smaller)
         floor = f"{self.eps:g} λ_1" if self.relative else f"{self.eps:g}"
+        value = torch.where(found.log_det.isfinite(), found.log_det / 2, torch.nan)
+        if self.relative:  # of J = 0 ε is 0, too
+            value = value.masked_fill(found.largest[:, 0] == 0, -torch.inf)
         return LayerGeometry(
             **conventions(jacobians, jacobian.entry, jacobian.engine),
             quantity="half_log_det",
             estimand=f"½ log det(g + εI), ε = {floor} ({found.how})",
-            value=torch.where(found.log_det.isfinite(), found.log_det / 2, torch.nan),
+            value=value,
             singular_values=found.largest,
             num_directions=jacobian.num_inputs,
             std_error=found.error / 2,
