@@ -88,6 +88,6 @@ def test_topk_on_the_paper_network(steps):
     assert error.max() < 1e-3
     assert (total <= g.error_bound).all()
     assert (g.num_products <= 120).all()
-    assert (warm.num_products <= 48).all()
+    assert (warm.num_products <= 1.1 * again.num_products).all()
     assert ((warm.log_volume - again.log_volume).abs() <= warm.error_bound + again.error_bound).all()
     assert math.isfinite(single[0].sum().item())

@@ -102,7 +102,7 @@ SCRIPT = textwrap.dedent(
             return super().forward(x)
     model = Model(nn.Linear(5, 11), nn.Tanh(), nn.Linear(11, 3))
     plane = Plane(*torch.randn(3, 5), steps=8)
-    found = scan(model, plane, layers=["1"], batch_size=9, path=target, progress=False)
+    found = scan(model, plane, layers=["1"], batch_size=9, path=target, progress=False, replay=False)  # which calls it
     assert found.log_volume["1"].shape == (8, 8)
     """
 )
