@@ -91,3 +91,5 @@ def test_topk_on_the_paper_network(steps):
     assert (warm.num_products <= 1.1 * again.num_products).all()
     assert ((warm.log_volume - again.log_volume).abs() <= warm.error_bound + again.error_bound).all()
     assert math.isfinite(single[0].sum().item())
+    # Asked for, and missed since a start is judged by directions pushed before and after it: benchmarks/README.md.
+    assert (warm.num_products <= 48).all()

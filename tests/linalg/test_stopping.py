@@ -154,5 +154,6 @@ def test_nor_after_a_warm_start(kind):
         for size in (0, 1e-4, 1e-3, 1e-2, 0.1):
             for budget in (4 * N, 48, 96) if tolerance == 1e-3 else (4 * N, 48):
                 warm = _found(matrices + size * change, 10, tolerance, budget, before)
-                if size < 1e-3:  # where 48 products are enough for a cold start, too, they may be as many
-                    assert warm.products.double().mean() <= cold.products.double().mean()
+            if size < 1e-3:
+                fewer = warm.products.double().mean() < cold.products.double().mean()
+                assert fewer or cold.products.max() <= 48  # of so few there are none to save
