@@ -253,6 +253,28 @@ def test_a_forward_that_writes_its_parameters_is_refused():
         tgp.measure(Clipped(5, 3), torch.randn(4, 5), layers="", estimator=tgp.Subspace(k=2))
 
 
+@pytest.mark.parametrize("engine", ["fused", "vjp"])
+def test_what_a_forward_writes_to_a_parameter_through_data_is_put_back(engine):
+    # No version counter tells of it: a clamp, a count of the passes.
+    class Counting(nn.Linear):
+        def forward(self, x):
+            self.weight.data.clamp_(-0.2, 0.2)
+            self.bias.data += 1
+            return super().forward(x) * self.bias
+
+    model, x = Counting(5, 3), torch.randn(4, 5)
+    plain = copy.deepcopy(model)
+    before = copy.deepcopy(model.state_dict())
+    probe = tgp.GeometryProbe(model, layers="", estimator=tgp.Exact(), engine=engine)
+    first = probe.measure(x)[""]
+    for _ in range(2):  # with a plan, and with where all was found
+        assert torch.equal(probe.measure(x)[""].value, first.value)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    W, b = plain.weight.detach().clamp(-0.2, 0.2), plain.bias.detach() + 1
+    exact = torch.linalg.svdvals(b[:, None] * W).expand(4, 3)  # J is the same at all samples
+    assert torch.allclose(first.singular_values.float(), exact / 3**0.5, atol=1e-6)
+
+
 def test_measuring_restores_flags_set_by_hand():
     torch.backends.mha.set_fastpath_enabled(False)
     try:

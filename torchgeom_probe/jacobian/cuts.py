@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from torchgeom_probe.dual.followed import COPIES, inside_a_custom_function, storage_of
 from torchgeom_probe.dual.ops import CONSTANT, DETACHES, ESCAPES, METADATA, body_of, meaning_of, reads_bits, smooth
-from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
-from torchgeom_probe.model.isolation import frozen
+from torchgeom_probe.model.isolation import frozen, keep_numbers
+from torchgeom_probe.model.writes import other_memory
 from torchgeom_probe.shapes import Tensor
 
 
@@ -41,6 +41,8 @@ class Cuts(TorchFunctionMode):
         kwargs, known = kwargs or {}, meaning_of(func)
         if func == _SET_DATA:
             self._refuse_other_memory(*args)
+        if func == _GET_DATA and type(args[0]) is nn.Parameter:
+            keep_numbers(args[0])
         body = body_of(func)
         if body is not None and func not in self._open:  # it may cut, too
             self._open.append(func)
@@ -69,15 +71,10 @@ class Cuts(TorchFunctionMode):
     def _refuse_other_memory(self, tensor: Tensor, value: Tensor) -> None:
         # No version counter tells of it, and of a DualTensor assigned in C++ only a dead pointer would be left.
         if tensor.untyped_storage()._cdata != value.untyped_storage()._cdata:
-            name = next((f"its own tensor {name!r}" for name, own in self._own if own is tensor), "a tensor")
-            raise ProbeError(
-                f"the model's forward pass assigns to .data of {name}, also in eval mode: an initialisation by the "
-                "first batch, as of ActNorm?\n"
-                "Run the model once before you probe it:  model(x); or write  tensor.copy_(other)"
-            )
+            raise other_memory(next((name for name, own in self._own if own is tensor), None))
 
 
-_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_SET_DATA, _GET_DATA = torch.Tensor.data.__set__, torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 def harmless(hooked: HookedModel, inputs: Inputs) -> bool:

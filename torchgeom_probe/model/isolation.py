@@ -125,6 +125,12 @@ def plain_run(made: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
         yield
 
 
+def keep_numbers(parameter: nn.Parameter) -> None:
+    """Keep the numbers of a parameter that is read through ``.data``: no version counter tells of a write there."""
+    if _MEASURED and _MEASURED[-1].keep_numbers(parameter):
+        FOUND.setdefault(_MEASURED[-1].model, []).append(parameter)
+
+
 def drew_random_numbers() -> bool:
     """Whether the model that is being measured has drawn random numbers, from whatever generator, since its start."""
     return bool(_MEASURED) and _MEASURED[-1].drew_random_numbers()

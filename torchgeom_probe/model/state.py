@@ -25,7 +25,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model import kinds
 from torchgeom_probe.model.generators import GENERATORS, same_numbers, state_of
 from torchgeom_probe.model.identities import (
@@ -40,6 +39,7 @@ from torchgeom_probe.model.identities import (
     put_item,
     put_members,
 )
+from torchgeom_probe.model.writes import written_in_place
 from torchgeom_probe.shapes import Tensor
 
 #: How far state is followed from a module.  A container of more than _MANY is kept, and what it holds not looked at.
@@ -56,7 +56,8 @@ class State:
 
     Args:
         model: the model; its parameters are watched for writes, and have no copy.
-        beside: containers that the model writes to and that cannot be found from it.
+        beside: containers that the model writes to and that cannot be found from it, and parameters that it may write
+            to where no version counter tells.
 
     >>> model = nn.Linear(2, 3)
     >>> model.seen = [1]
@@ -97,6 +98,9 @@ class State:
         self._look_at([of_all_modules["_global_forward_hooks"], of_all_modules["_global_forward_pre_hooks"]], _DEPTH)
         self._beside = list(beside)
         self._look_at(self._beside, _DEPTH)
+        for parameter in self._beside:
+            if isinstance(parameter, nn.Parameter):
+                self._copy(parameter)
         self._note()
 
     def _note(self) -> None:
@@ -138,6 +142,17 @@ class State:
         """Keep what another container holds now as well."""
         self._container(container, _DEPTH)
 
+    def keep_numbers(self, parameter: Tensor) -> bool:
+        """Keep a parameter's numbers as well, as a buffer's are; whether that was new."""
+        place = next((i for i, watched in enumerate(self._watched) if watched is parameter), None)
+        if place is None or id(parameter) in self._seen:
+            return False
+        end = len(self._tensors)
+        self._learn.insert(end, self._learn[end + place])
+        self._versions += kinds.versions([parameter])
+        self._copy(parameter)
+        return True
+
     def drew_random_numbers(self) -> bool:
         """Whether the first pass moved any generator; if it did not, the next ones need not put them back."""
         if self._draws is None:
@@ -177,25 +192,10 @@ class State:
         self._put_numbers_back()
         for iterator, position in self._iterators:
             kinds.set_position(iterator, position)
-        if self._versions_of_watched() != self._watched_versions:
-            self._refuse_writes()
-
-    def _refuse_writes(self) -> None:
         now = self._versions_of_watched()
-        moved = zip(self._watched, self._watched_versions, now, strict=False)
-        written = [tensor for tensor, before, after in moved if before != after]
-        named = [name for name, p in self.model.named_parameters() if any(p is t for t in written)]
-        if named or not written:
-            what = f"its own parameters in place ({', '.join(named[:3])})" if named else "its gradients in place"
-            raise ProbeError(
-                f"the model's forward pass writes to {what}, also in eval mode, so it cannot be measured without being "
-                "changed.\n"
-                "Do that in the training step instead, or behind  if self.training:"
-            )
-        raise ProbeError(
-            f"the forward pass writes in place to a tensor of {list(written[0].shape)} that is no buffer.\n"
-            "Make it one:  self.register_buffer(name, tensor, persistent=False)"
-        )
+        if now != self._watched_versions:
+            moved = zip(self._watched, self._watched_versions, now, strict=False)
+            raise written_in_place(self.model, [tensor for tensor, before, after in moved if before != after])
 
     def _lying(self, tensors: list[Tensor]) -> list[Tensor]:
         return tensors if self._plain else list(map(kinds.memory, tensors))
