@@ -54,6 +54,20 @@ def test_every_cotangent_is_pulled_through_its_own_sample(model, copies):
         assert torch.allclose(pulled[:, b], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("estimator", [tgp.Exact(), tgp.TopK(2), tgp.Subspace(2)], ids=["exact", "topk", "subspace"])
+def test_weights_that_accelerate_offloads_are_there_in_their_own_forward_alone(estimator):
+    accelerate = pytest.importorskip("accelerate")
+    model, x = _convolutional().eval(), torch.randn(2, 3, 6, 6)
+    expected = tgp.measure(model, x, layers=["0", ""], estimator=estimator)
+    offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    before = dict(offloaded.named_parameters())
+    with tgp.GeometryProbe(offloaded, layers=["0", ""], estimator=estimator) as probe:
+        for _ in range(3):
+            report = probe.measure(x)
+            assert all(torch.equal(report[name].value, expected[name].value) for name in expected)
+    assert all(p.is_meta and before[name] is p for name, p in offloaded.named_parameters())
+
+
 def test_a_model_that_counts_on_its_layout_is_run_in_it():
     model, x = _CountsOnItsLayout().eval(), torch.randn(2, 3, 6, 6)
     _pulled(model, x, 2, 2)

@@ -58,6 +58,6 @@ def weights_with_channels_last(model: nn.Module) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and tuple(module.kernel_size) != (1, 1):
             weight = module._parameters.get("weight")
-            if type(weight) is nn.Parameter:
+            if type(weight) is nn.Parameter and not weight.is_meta:  # offloaded: it is there in its own forward alone
                 owners.setdefault(id(weight), (f"{name}.weight" if name else "weight", weight))
     return {name: w.detach().contiguous(memory_format=torch.channels_last) for name, w in owners.values()}
