@@ -1,5 +1,6 @@
 """FSDP2 models on two ranks: the values, and the training after a measurement, are bit for bit those without."""
 
+import math
 import multiprocessing
 import traceback
 import warnings
@@ -55,12 +56,13 @@ def trained(model, x):
     return [p.full_tensor().detach().clone() for p in model.parameters()]
 
 
-def _rank(rank, size, store, name, estimators, answers):
+def _rank(rank, mesh, store, name, estimators, answers):
     torch.set_num_threads(1)
+    size = math.prod(mesh)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # torch's own, of GPT-2's output, in training alone too
     try:
         dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
-        mesh = init_device_mesh("cpu", (size,))
+        mesh = init_device_mesh("cpu", mesh, mesh_dim_names=("replicated", "sharded")[-len(mesh) :])
         torch.manual_seed(1)
         x, options = CASES[name][1](), CASES[name][2]
         model, wrong = sharded(name, mesh), []
@@ -80,10 +82,10 @@ def _rank(rank, size, store, name, estimators, answers):
         answers.put(traceback.format_exc())
 
 
-def compared(name, estimators, tmp_path, size=2):
-    context = multiprocessing.get_context("fork")
+def compared(name, estimators, tmp_path, mesh=(2,)):
+    size, context = math.prod(mesh), multiprocessing.get_context("fork")
     answers = context.Queue()
-    arguments = (size, str(tmp_path / "store"), name, estimators, answers)
+    arguments = (mesh, str(tmp_path / "store"), name, estimators, answers)
     ranks = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(size)]
     for rank in ranks:
         rank.start()
@@ -107,8 +109,9 @@ def test_every_estimator(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_ranks(tmp_path):
-    compared("resnet", ("subspace:2", "topk:2"), tmp_path, size=4)
+@pytest.mark.parametrize("mesh", [(4,), (2, 2)], ids=["sharded", "sharded and replicated"])
+def test_four_ranks(mesh, tmp_path):
+    compared("resnet", ("subspace:2", "topk:2"), tmp_path, mesh)
 
 
 def test_a_data_set_is_not_shared_over_ranks_that_need_each_other(tmp_path):
