@@ -392,6 +392,55 @@ def test_the_precision_of_float32_is_full_inside_and_as_it_was_outside(setting, 
                 write(*key, value)
 
 
+class Talkative(nn.Conv1d):
+    """Writes to what only methods lead to that are called by name, by a computed one, or by torch alone."""
+
+    by_name, by_attribute, by_string, by_beginning, by_torch = [], [], [], [], []
+
+    def __init__(self):
+        super().__init__(2, 3, 1)
+        self.mode = "spoken_of_nowhere_else"
+
+    def forward(self, x):
+        self.said(len(x))
+        getattr(self, "in_a_string")(len(x))  # noqa: B009
+        getattr(self, self.mode)(len(x))
+        getattr(self, f"of_{len(x)}")()
+        return super().forward(x)
+
+    def said(self, n):
+        Talkative.by_name.append(n)
+
+    def in_a_string(self, n):
+        Talkative.by_string.append(n)
+
+    def spoken_of_nowhere_else(self, n):
+        Talkative.by_attribute.append(n)
+
+    def of_2(self):
+        Talkative.by_beginning.append(2)
+
+    def _conv_forward(self, x, weight, bias):
+        Talkative.by_torch.append(1)
+        return super()._conv_forward(x, weight, bias)
+
+    def saved(self):
+        return _save_somewhere()
+
+
+def _save_somewhere():
+    return network
+
+
+def test_a_method_is_followed_once_its_name_is_said():
+    model = Talkative()
+    tgp.measure(model, torch.randn(2, 2, 4), layers="", estimator=tgp.Subspace(2))
+    assert not any(getattr(Talkative, name) for name in vars(Talkative) if name.startswith("by_"))
+    followed = {function.__name__ for function in State(model).functions}
+    assert {"forward", "said", "in_a_string", "spoken_of_nowhere_else", "of_2", "_conv_forward"} <= followed
+    assert not followed & {"saved", "_save_somewhere", "network"}
+
+
 def test_counts_context_variables_and_what_learns_are_as_they_were():
     counted, at = itertools.count(), contextvars.ContextVar("at", default=0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh())

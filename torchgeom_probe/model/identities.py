@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import collections
-import dis
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -154,22 +153,3 @@ def put_members(kind: type, members: Mapping[str, Any]) -> None:
     for name in now.keys() - members.keys():
         if not name.startswith("__"):
             type.__delattr__(kind, name)
-
-
-@functools.lru_cache(maxsize=4096)
-def names_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-    """Every name that a function's code reads from outside, the globals that it binds, and the modules that it imports.
-
-    Inner functions' too; a module as ``import`` has it, with a dot before it for each package to go up.
-    """
-    instructions = list(dis.get_instructions(code))
-    written = {i.argval for i in instructions if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
-    # What was put on the stack before: how far to go up, and what to take from the module.
-    imports = zip(instructions, instructions[2:], strict=False)
-    imported = {"." * up.argval + i.argval for up, i in imports if i.opname == "IMPORT_NAME"}
-    read = set(code.co_names)
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            more = names_in(inner)
-            read, written, imported = read | more[0], written | more[1], imported | more[2]
-    return frozenset(read), frozenset(written), frozenset(imported)

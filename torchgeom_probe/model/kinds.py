@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import contextvars
 import functools
 import importlib.util
 import inspect
@@ -18,13 +19,16 @@ from typing import Any, TypeVar
 import torch
 
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.model.identities import CONTAINERS
+from torchgeom_probe.model.identities import CONTAINERS, MISSING
 from torchgeom_probe.shapes import Tensor
 
 #: Packages whose objects are none of a model's own state, and may be at work in another thread; but for some that hold
 #: what a model or a hook puts there.
 _FRAMEWORKS = {*sys.stdlib_module_names, "torch", "torchvision", "lightning", "pytorch_lightning", "tqdm", "numpy"}
 _FRAMEWORKS |= {"tensorboard", "torchgeom_probe", "jaxtyping", "beartype", "pytest", "_pytest"}
+# Of files, networks and versions: a library's code leads there, and no pass computes with them.
+_FRAMEWORKS |= {"huggingface_hub", "requests", "urllib3", "filelock", "packaging", "yaml", "psutil"}
+_FRAMEWORKS |= {f"{name}{version}" for name in ("httpx", "httpcore") for version in ("", "2")}
 _HOLDERS = ("types", "collections", "argparse", "weakref", "_weakrefset", "_thread", "torch.distributions")
 #: Numbers of Python's own that are written to in place.
 NUMBERS = (bytearray, array.array)
@@ -155,6 +159,20 @@ def versions(tensors: list[Tensor]) -> list[int]:
         return list(map(attrgetter("_version"), tensors))
     except RuntimeError:  # tensors of inference mode have none
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def value_of(variable: contextvars.ContextVar[Any]) -> Any:
+    """What a context variable holds here, or MISSING."""
+    try:
+        return variable.get()
+    except LookupError:  # nothing yet, and no default
+        return MISSING
+
+
+def put_value(variable: contextvars.ContextVar[Any], value: Any) -> None:
+    """Make a context variable what it was; one that held nothing cannot be emptied."""
+    if value is not MISSING and value_of(variable) is not value:
+        variable.set(value)
 
 
 def same_content(container: Any, content: Any) -> bool:

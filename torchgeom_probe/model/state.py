@@ -34,11 +34,11 @@ from torchgeom_probe.model.identities import (
     get_attribute,
     get_item,
     getter,
-    names_in,
     put_attribute,
     put_item,
     put_members,
 )
+from torchgeom_probe.model.said import CONSTRUCTORS, Said, called_unsaid, names_in
 from torchgeom_probe.model.writes import written_in_place
 from torchgeom_probe.shapes import Tensor
 
@@ -56,8 +56,7 @@ class State:
 
     Args:
         model: the model; its parameters are watched for writes, and have no copy.
-        beside: containers that the model writes to and that cannot be found from it, and parameters that it may write
-            to where no version counter tells.
+        beside: containers that it writes to and does not lead to, and parameters that it writes to through ``.data``.
 
     >>> model = nn.Linear(2, 3)
     >>> model.seen = [1]
@@ -87,20 +86,20 @@ class State:
         self._plain = True  # whether all tensors are what lies in memory
         self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self._others: list[Callable[[], None]] = []
-        self._moving: list[Callable[[], Any]] = []  # of what moves and stays where it is: counts, context variables
+        self._moving: list[Callable[[], Any]] = []  # of what moves and stays where it is: counts
         self._iterators: list[tuple[Iterator[Any], Any]] = []
         self._generators: list[tuple[Callable[[], Any], Callable[[Any], Any], Any]] = []
         self._draws: bool | None = None
         self._seen: set[int] = set()
         self._classes: set[type] = set()
+        self._said = Said()
         self._look(model, _DEPTH)
         of_all_modules = vars(nn.modules.module)
         self._look_at([of_all_modules["_global_forward_hooks"], of_all_modules["_global_forward_pre_hooks"]], _DEPTH)
         self._beside = list(beside)
         self._look_at(self._beside, _DEPTH)
-        for parameter in self._beside:
-            if isinstance(parameter, nn.Parameter):
-                self._copy(parameter)
+        for parameter in [thing for thing in self._beside if isinstance(thing, nn.Parameter)]:
+            self._copy(parameter)
         self._note()
 
     def _note(self) -> None:
@@ -147,8 +146,7 @@ class State:
         place = next((i for i, watched in enumerate(self._watched) if watched is parameter), None)
         if place is None or id(parameter) in self._seen:
             return False
-        end = len(self._tensors)
-        self._learn.insert(end, self._learn[end + place])
+        self._learn.insert(len(self._tensors), self._learn[len(self._tensors) + place])
         self._versions += kinds.versions([parameter])
         self._copy(parameter)
         return True
@@ -213,11 +211,9 @@ class State:
                 torch._foreach_copy_(into, [numbers for _, numbers in plain])
             for tensor, version in moved:
                 torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
-            if len(plain) < len(kept):
+            for tensor, numbers in [(tensor, numbers) for tensor, numbers, version in kept if version < 0]:
                 with torch.inference_mode():
-                    for tensor, numbers, version in kept:
-                        if version < 0:
-                            kinds.memory(tensor).copy_(numbers)
+                    kinds.memory(tensor).copy_(numbers)
 
     # The walk: a method for each kind of thing that holds state, found by _how.
 
@@ -240,7 +236,7 @@ class State:
         self._keep(attributes)
         inner = module._modules, module._parameters, module._buffers
         for value in attributes.values():
-            if type(value) in _DICTS:  # most of a module's own are empty
+            if type(value) in (dict, collections.OrderedDict, set):  # most of a module's own are empty
                 if not value:
                     self.identities.empty.append(value)
                 elif any(value is own for own in inner):
@@ -258,16 +254,17 @@ class State:
                 self._copy(buffer)
                 self._attributes(buffer)
         self._look_at(inner[0].values(), _DEPTH)
-        self._class(type(module), _DEPTH)
+        self._class(type(module), _DEPTH, made=False)
 
     def _keep(self, container: Any) -> None:
-        base = kinds.base_of(
-            type(container)
-        )  # not its own methods: they may copy as they like, or import what they map to
+        # Not its own methods: they may copy as they like, or import what they map to.
+        base = kinds.base_of(type(container))
         inside = dict(base.items(container)) if isinstance(container, dict) else list(base.__iter__(container))
         if inside or type(container) not in CONTAINERS:
             self._containers.append((container, inside))
         self.identities.container(base, container)
+        if len(inside) <= _MANY:
+            self._say(text for text in (inside.values() if isinstance(inside, dict) else inside) if type(text) is str)
         if isinstance(inside, dict) and itertools.count in map(type, inside.values()):
             for key, value in inside.items():
                 self._count(put_item, container, key, value)
@@ -289,29 +286,37 @@ class State:
             self._look_at(list(attributes.values()), depth)
         for slot in kinds.slots(type(value)):
             self._look(self._name(get_attribute, put_attribute, value, slot), depth)
-        self._class(type(value), depth)
+        self._class(type(value), depth, made=False)
 
-    def _class(self, kind: type, depth: int) -> None:
-        for one in kinds.own_classes(kind):
-            if one in self._classes:
-                continue
-            self._classes.add(one)
-            self.identities.container(types.MappingProxyType, vars(one))
-            members = {key: v for key, v in vars(one).items() if not key.startswith("__") or callable(v)}
-            self._others.append(functools.partial(put_members, one, members))
-            self._look_at(members.values(), depth)
+    def _class(self, kind: type, depth: int, made: bool = True) -> None:
+        own = kinds.own_classes(kind)
+        for one in own:
+            if one not in self._classes:
+                self._classes.add(one)
+                self.identities.container(types.MappingProxyType, vars(one))
+                members = {key: v for key, v in vars(one).items() if not key.startswith("__") or callable(v)}
+                self._others.append(functools.partial(put_members, one, members))
+                self._look_at((v for key, v in members.items() if not self._said.waits(key, v, depth)), depth)
+        unsaid = called_unsaid(kind) + [(one, key) for one in own if made for key in CONSTRUCTORS]
+        self._look_at([vars(one)[key] for one, key in unsaid if key in vars(one)], depth)
+
+    def _say(self, names: Iterable[str]) -> None:
+        for value, depth in self._said.say(names):
+            self._look(value, depth)
 
     def _function(self, function: types.FunctionType, depth: int) -> None:
         if kinds.of_a_framework(function.__globals__.get("__name__", "")):
             self._look(vars(function).get("__wrapped__"), depth)  # the user's own, decorated by torch.no_grad()
             return
         self.functions.append(function)
-        for cell in function.__closure__ or ():
-            self._look(self._name(get_attribute, put_attribute, cell, "cell_contents"), depth)
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            held = self._name(get_attribute, put_attribute, cell, "cell_contents")
+            self._look(held, depth) if name != "__class__" else self._class(held, depth, made=False)  # of super()
         for get in _OF_A_FUNCTION:
             self._look(self.identities.other(get, function), depth)
-        read, written, imported = names_in(function.__code__)
+        read, written, imported, strings = names_in(function.__code__)
         outside = function.__globals__
+        self._say(read | strings)
         for name in kinds.resolved(imported, outside.get("__package__")):
             self._imported(name, read, depth)
         for name in written:
@@ -351,22 +356,16 @@ class State:
             self._moving.append(functools.partial(put, holder, name, fresh(value)))
 
     def _context_variable(self, variable: contextvars.ContextVar[Any], depth: int) -> None:
-        self.light = False
-        with contextlib.suppress(LookupError):  # nothing yet, and no default
-            self._moving.append(functools.partial(variable.set, variable.get()))
-            self._look(variable.get(), depth)
-
-    def _within(self, value: Any, depth: int) -> None:
-        self._look_at([getattr(value, name, None) for name in kinds.WITHIN], depth)
+        value = self.identities.other(kinds.value_of, variable)
+        self._others.append(functools.partial(kinds.put_value, variable, value))
+        self._look(value, depth)
 
     def _tensor(self, tensor: Tensor, depth: int) -> None:
         self.light &= tensor.grad_fn is None
         if type(tensor) is not Tensor or tensor.is_meta or tensor.layout is not torch.strided or tensor.is_nested:
             return
-        if tensor.untyped_storage().nbytes() > _LARGE_BYTES:
-            self._watched.append(tensor)
-        else:
-            self._copy(tensor)
+        large = tensor.untyped_storage().nbytes() > _LARGE_BYTES
+        self._watched.append(tensor) if large else self._copy(tensor)
         self._attributes(tensor)
 
     def _copy(self, tensor: Tensor) -> None:
@@ -412,7 +411,6 @@ class State:
         self._generators.append((get, put, get()))
 
 
-_DICTS = (dict, collections.OrderedDict, set)
 _LEARNS = attrgetter("requires_grad")
 _GRADIENT = vars(torch._C.TensorBase)["grad"].__get__  # without the warning for those that have none
 _OF_A_FUNCTION = tuple(map(attrgetter, ("__code__", "__defaults__", "__kwdefaults__", "__dict__")))
@@ -426,7 +424,7 @@ _LOOKS: tuple[tuple[Any, Any], ...] = (
     ((tuple, frozenset), lambda state, values, depth: state._look_at(values, depth)),
     (types.FunctionType, State._function),
     (contextvars.ContextVar, State._context_variable),
-    (kinds.CALLABLES, State._within),
+    (kinds.CALLABLES, lambda state, one, depth: state._look_at([getattr(one, n, None) for n in kinds.WITHIN], depth)),
     (weakref.ref, State._reference),
     (weakref.ProxyTypes, State._proxy),
     (kinds.NUMBERS, State._numbers_of_python),
@@ -440,9 +438,7 @@ def _how(kind: type) -> Callable[[State, Any, int], None] | None:
     for looked_at, look in _LOOKS:
         if issubclass(kind, looked_at):
             return look
-    if kinds.is_iterator(kind):
-        return State._iterator
-    return State._object if kinds.holds_attributes(kind) else None
+    return State._iterator if kinds.is_iterator(kind) else State._object if kinds.holds_attributes(kind) else None
 
 
 def followed(kind: type) -> bool:

@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from torchgeom_probe.jacobian.replay.recorder import Ran, Refused
-from torchgeom_probe.model.identities import MISSING, Identities, names_in
+from torchgeom_probe.model.identities import MISSING, Identities
+from torchgeom_probe.model.said import names_in
 from torchgeom_probe.model.state import State, followed
 from torchgeom_probe.shapes import Tensor
 
@@ -200,7 +201,7 @@ def _refuse_unknown(users: Mapping[types.CodeType, Any], ran: Ran, state: State)
         if odd := _UNSEALED & set(code.co_names):
             raise Refused(f"{code.co_name!r} asks for {min(odd)!r} of a tensor")
         anywhere = "import_module" in code.co_names or any(outside.get(name) is sys for name in code.co_names)
-        if anywhere or "sys" in names_in(code)[2]:
+        if anywhere or "sys" in names_in(code).imported:
             raise Refused(f"{code.co_name!r} may read any module")
         for module, name, owner in ran.builtins.get(code, ()):
             home = module or owner.__module__
