@@ -108,3 +108,8 @@ def test_directions_keep_to_their_bound():
     model, x = problems.linear(torch.linspace(1, 0.999, 270), 270, 290, dtype=torch.float64), torch.zeros(1, 290)
     probe = tgp.GeometryProbe(model, layers="", estimator=tgp.Directions(k=4, tol=1e-12))
     assert 270 < probe.measure(x.double())[""].num_products.max() <= probe.cost(x.double()).products[""].most
+    for limit in (1, 60):  # values that lie so close together that it takes all of J
+        probe = tgp.GeometryProbe(model, layers="", estimator=tgp.Directions(k=4, max_products=limit))
+        found = probe.measure(x.double())[""]
+        assert found.num_products.max() <= probe.cost(x.double()).products[""].most <= max(limit, 16) + 14
+        assert bool((found.direction_error == 1).all())

@@ -85,7 +85,7 @@ def test_values_that_coincide_are_one_space():
     values = torch.cat([torch.tensor([5.0, 3.0, 3.0, 2.0]), torch.linspace(1, 0.1, 276)]).double()
     matrix = basis * values @ torch.linalg.qr(torch.randn(2, 280, 280, dtype=torch.float64)).Q.mT
     truth = torch.linalg.svd(matrix).Vh
-    found, vectors, error = _of_products(MatrixOperator(matrix), 4, tol=1e-8, seed=0)
+    found, vectors, error = _of_products(MatrixOperator(matrix), 4, tol=1e-8, most=560, seed=0)
     torch.testing.assert_close(found, values[:4].expand(2, 4), rtol=1e-6, atol=1e-6)
     assert bool((sines(vectors, truth, values.expand(2, -1)) <= error).all())
     assert bool((error < 1e-3).all())
@@ -113,6 +113,8 @@ def test_what_has_no_directions_says_so():
         tgp.measure(model, x, layers=["4"], estimator=tgp.Directions(k=4))
     with pytest.raises(tgp.ProbeError, match="at least one direction is needed"):
         tgp.Directions(k=0)
+    with pytest.raises(tgp.ProbeError, match="at least one product is needed"):
+        tgp.Directions(max_products=0)
     x[1] = torch.nan
     g = tgp.measure(model, x, layers=["1"], estimator=tgp.Directions(k=2))["1"]
     assert g.directions().flatten(2).isnan().all(2).tolist() == [[False, True, False]] * 2

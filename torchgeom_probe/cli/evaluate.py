@@ -280,6 +280,8 @@ def _directions(network: _Network) -> _Written:
         f"Of sample {place}, which the last stage magnifies most: the unit directions that each stage stretches most. "
         "Noise would look like noise; a structure is what the stage is sensitive to."
     )
+    if open_ := [_text(name or "(model)") for name, sine in error.items() if not sine < 1]:
+        text += f" Of {', '.join(open_)} none stands out so far that {Directions.max_products} products tell which."
     return [drawn, "", text], {"sample": place, "direction_error": error}
 
 

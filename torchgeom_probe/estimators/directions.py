@@ -60,6 +60,8 @@ class Directions(Estimator):
         k: how many.
         smallest: those that are felt least, smallest first; only where n ≥ d: else J has a kernel.
         tol: of the iteration, in nats on Σ log σ; the angles are about its root.
+        max_products: per sample and layer, at which the iteration stops.  Where it has not converged by then, since the
+            values lie so close together, ``direction_error`` is 1.
         seed: of the first block.
 
     Raises:
@@ -76,12 +78,18 @@ class Directions(Estimator):
     k: int = 4
     smallest: bool = False
     tol: float = 1e-5
+    max_products: int = 500
     seed: int = 0
     argument: ClassVar[str] = "k"
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ProbeError(f"Directions(k={self.k}): at least one direction is needed.\nWrite Directions(k=4)")
+        if self.max_products < 1:
+            raise ProbeError(
+                f"Directions(max_products={self.max_products}): at least one product is needed.\n"
+                "Leave it out, or write max_products=500"
+            )
 
     def cost(self, plan: Plan, *, engine: str = "auto") -> dict[str, ProductCount]:
         """All of J where it is small or the smallest are asked for; else Jv and Jᵀu in turn."""
@@ -98,7 +106,7 @@ class Directions(Estimator):
                 plan.refuse_too_long(entry, max(n, d), min(n, d))
                 found[entry] = dense_count(n, d, at_once=d, why="the vectors are those of all of J")
             else:
-                half, most = 4 * self.k + 16, 2 * min(n, d) + 2 * (self.k + 1 + SPARE)
+                half, most = 4 * self.k + 16, self._most_products(n, d) + 2 * (self.k + 1 + SPARE)
                 found[entry] = ProductCount(half, half, most, False, 8 * _BLOCK + 4 * self.k, "block Krylov")
         return found
 
@@ -112,12 +120,16 @@ class Directions(Estimator):
     def _dense(self, n: int, d: int) -> bool:
         return self.smallest or min(n, d) <= max(_DENSE, 2 * self.k)
 
+    def _most_products(self, n: int, d: int) -> int:
+        return max(min(2 * min(n, d), self.max_products), 2 * self.k + 2 * _BLOCK)
+
     def _layer(self, jacobians: Jacobians, jacobian: LayerJacobian) -> LayerGeometry:
         n, d = jacobian.num_features, jacobian.num_inputs
         if self._dense(n, d):
             values, vectors, error = _of_all(jacobian, self.k, smallest=self.smallest)
         else:
-            values, vectors, error = _of_products(jacobian, self.k, tol=self.tol, seed=self.seed)
+            most = self._most_products(n, d)
+            values, vectors, error = _of_products(jacobian, self.k, tol=self.tol, most=most, seed=self.seed)
         return from_singular_values(
             jacobians,
             jacobian.entry,
@@ -147,11 +159,10 @@ def _of_all(jacobian: Operator, k: int, *, smallest: bool) -> tuple[Tensor, Tens
     return kept[0], torch.where(finite[:, :, None], vectors[:, :k], torch.nan), kept[1]
 
 
-def _of_products(jacobian: Operator, k: int, *, tol: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _of_products(jacobian: Operator, k: int, *, tol: float, most: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same from Jv and Jᵀu: one value more than asked, whose place the last gap needs."""
     generator = torch.Generator().manual_seed(seed)
-    most = min(jacobian.num_features, jacobian.num_inputs)
-    options = {"block": _BLOCK, "tolerance": tol, "max_products": 2 * most, "generator": generator}
+    options = {"block": _BLOCK, "tolerance": tol, "max_products": most, "generator": generator}
     found = leading(jacobian, random_block(jacobian, _BLOCK, generator), k=k + 1, **options)  # type: ignore[arg-type]
     # Within what was found, the best there are: the singular vectors of J V.
     image = jacobian.push(found.vectors)

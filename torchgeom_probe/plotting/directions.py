@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.plotting import style
 from torchgeom_probe.plotting.style import NORMAL, SMALL, Figure
@@ -56,10 +58,14 @@ def plot_directions(
     style.show_picture(panels[0, 0], style.picture(x[sample]), "input", size=NORMAL)
     for row, (name, vectors) in zip(panels, found.items(), strict=True):
         row[0].annotate(name or "model", (0.5, -0.08), xycoords="axes fraction", ha="center", va="top", fontsize=NORMAL)
-        for axes, vector, value in zip(row[1:], vectors, report[name].singular_values[sample], strict=False):
+        layer = report[name]
+        error = layer.extras.get("direction_error", torch.zeros_like(layer.singular_values))
+        for axes, vector, value, off in zip(
+            row[1:], vectors, layer.singular_values[sample], error[sample], strict=False
+        ):
             largest = vector.abs().max().clamp_min(1e-300)
             centred = 0.5 + vector.double().cpu() / (2 * largest.double().cpu())
             pixels = style.picture(centred, spread=False)
-            style.show_picture(axes, pixels, f"σ = {float(value):.3g}", size=SMALL)
-    style.finish(figure, title, "directions of unit length; grey: 0; σ: the singular value, how much it is stretched")
+            style.show_picture(axes, pixels, f"σ {'=' if off < 1 else '≥'} {float(value):.3g}", size=SMALL)
+    style.finish(figure, title, "directions of unit length; grey: 0; σ: how much it is stretched; ≥: not converged")
     return figure
