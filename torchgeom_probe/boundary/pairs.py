@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import scipy.cluster.vq
+import scipy  # its submodules are loaded when they are first used: importing this costs little
 import torch
 from torch import nn
 

@@ -22,7 +22,15 @@ _HALF_VIEWS = {torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alia
 _GATHERING = {"c10d", "fsdp", "_c10d_functional"}
 
 
-class LiveBytes(TorchDispatchMode):
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode for which torch does not import its compiler, which takes seconds, only to leave it alone."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class LiveBytes(DispatchMode):
     """Follows the bytes of the storages that ops make, until the tensors die: now, at the peak, and in all."""
 
     supports_higher_order_operators = True  # flex_attention and the like have no schema, and write to nothing

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import spearmanr
+import scipy
 
 from torchgeom_probe.dataset.table import DatasetTable
 from torchgeom_probe.errors import ProbeError, optional
@@ -96,7 +96,11 @@ def _draw_against_margin(axes: Any, margin: np.ndarray, values: np.ndarray, labe
     size = 6 if len(drawn) < 500 else 3
     axes.plot(margin[drawn], values[drawn], ".", color=BLUE, markersize=size, alpha=0.5, markeredgewidth=0)
     varied = len(both) > 2 and np.ptp(margin[both]) > 0 < np.ptp(values[both])
-    rho = f"Spearman ρ = {spearmanr(margin[both], values[both]).statistic:.2f}" if varied else "nothing varies"
+    rho = (
+        f"Spearman ρ = {scipy.stats.spearmanr(margin[both], values[both]).statistic:.2f}"
+        if varied
+        else "nothing varies"
+    )
     axes.set_title(f"against the margin: {rho}", fontsize=NORMAL)
     axes.set_xlabel("margin of the logits", fontsize=SMALL)
     axes.set_ylabel(label, fontsize=SMALL)

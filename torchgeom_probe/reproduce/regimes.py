@@ -10,9 +10,9 @@ import copy
 import math
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
@@ -107,7 +107,7 @@ def regimes(results: Results) -> None:
     alphas, distances = (np.log([row[name] for row in lazy]) for name in ("alpha", LAYER))
     slope = float(np.polyfit(alphas, distances, 1)[0])
     columns = {name: [row[name] for row in moved] for name in (LAYER, "volume", "kernel")}
-    rank = {name: float(spearmanr(columns[name], columns["kernel"])[0]) for name in (LAYER, "volume")}
+    rank = {name: float(scipy.stats.spearmanr(columns[name], columns["kernel"])[0]) for name in (LAYER, "volume")}
     results.say(
         f"slope in the lazy end {slope:.2f}; Spearman's ρ with the change of the kernel {rank[LAYER]:.2f}, "
         f"of the volume's drift {rank['volume']:.2f}"

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchgeom_probe.dual import DualTensor
+from torchgeom_probe.jacobian.memory import DispatchMode
 from torchgeom_probe.shapes import Tensor
 
 #: What these ops do is known, here and in the passes over the program.
@@ -44,7 +44,7 @@ class Made(NamedTuple):
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device).fill_(0.5)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(DispatchMode):
     """Writes every ATen call of its body into one flat program, in the order in which they ran.
 
     Args:
