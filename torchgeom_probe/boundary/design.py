@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchgeom_probe.boundary.pairs import Pairs, crossing_pairs, predicted, same_class_points
+from torchgeom_probe.boundary.pairs import Pairs, crossing_pairs, same_class_points
 from torchgeom_probe.errors import ProbeError
-from torchgeom_probe.model.predictions import Readout
+from torchgeom_probe.model.predictions import Readout, predicted
 from torchgeom_probe.shapes import Bool, Float, Int, Tensor
 
 LEAST_PAIRS, LEAST_UNITS = 10, 5

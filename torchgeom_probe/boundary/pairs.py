@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from torchgeom_probe.boundary.points import boundary_points
-from torchgeom_probe.model.predictions import Readout, decided
+from torchgeom_probe.model.predictions import Readout, predicted
 from torchgeom_probe.shapes import Float, Int, Tensor
 
 #: Samples that go through the model at once, without tangents.
@@ -56,12 +56,6 @@ class Pairs:
         """[N, P, *input], the points of each line at these places."""
         a, along = self.lines(x)
         return a[:, None] + along[:, None] * t_NP.to(x).reshape(*t_NP.shape, *[1] * (x.dim() - 1))
-
-
-def predicted(model: nn.Module, x: Tensor, readout: Readout | None) -> dict[str, Tensor]:
-    """What the model predicts of samples [B, *input], and how surely (``model.predictions.decisions``)."""
-    parts = [decided(model, some, readout=readout, batch=len(some)) for some in x.split(_AT_ONCE)]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def crossing_pairs(

@@ -15,7 +15,7 @@ from torch import nn
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.isolation import measuring
-from torchgeom_probe.model.predictions import Readout, logits_of
+from torchgeom_probe.model.predictions import Readout, logits_of, pieces
 from torchgeom_probe.model.wrappers import unwrapped
 from torchgeom_probe.shapes import Float, Int, Tensor
 
@@ -88,7 +88,8 @@ def boundary_points(
     bare = unwrapped(model)
 
     def classes(x: Tensor) -> Tensor:
-        return logits_of(bare(x), readout=readout, batch=len(x)).argmax(-1)
+        found = [logits_of(bare(some), readout=readout, batch=len(some)).argmax(-1) for some in pieces(x)]
+        return torch.cat(found)
 
     with measuring(bare), measuring(readout) if isinstance(readout, nn.Module) else contextlib.nullcontext():
         grid = _GRID if near == "middle" else (0.0, 1.0)

@@ -25,7 +25,7 @@ from torchgeom_probe.cli.models import add_probe, estimator_of, input_of, model_
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.estimators import Along, Directions, Estimator, TopK
 from torchgeom_probe.files import write_atomically, write_json
-from torchgeom_probe.model.predictions import decided
+from torchgeom_probe.model.predictions import predicted
 from torchgeom_probe.plotting.directions import plot_directions
 from torchgeom_probe.plotting.files import save
 from torchgeom_probe.plotting.plot import plot
@@ -185,7 +185,7 @@ def _spectra(network: _Network) -> _Written:
 
 
 def _margins(network: _Network) -> _Written:
-    margin = decided(network.model, network.x, readout=None, batch=len(network.x))["margin"]
+    margin = predicted(network.model, network.x, None)["margin"]
     rows, record = [], {}
     for name, layer in network.report.items():
         value = layer.value.double().cpu()

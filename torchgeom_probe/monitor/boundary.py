@@ -11,11 +11,12 @@ from torch import nn
 
 from torchgeom_probe.boundary.design import CONTRASTS, LEAST_PAIRS, laid_out
 from torchgeom_probe.boundary.inference import LayerFields, effect_of
-from torchgeom_probe.boundary.pairs import Pairs, clustered, crossing_pairs, pairs_of, predicted
+from torchgeom_probe.boundary.pairs import Pairs, clustered, crossing_pairs, pairs_of
 from torchgeom_probe.boundary.points import boundary_points
 from torchgeom_probe.boundary.speed import along_lines, with_random
 from torchgeom_probe.boundary.study import BoundaryStudy
 from torchgeom_probe.errors import ProbeError
+from torchgeom_probe.model.predictions import predicted
 from torchgeom_probe.model.wrappers import unwrapped
 from torchgeom_probe.monitor.samples import fingerprint
 from torchgeom_probe.monitor.writers import label

@@ -15,9 +15,10 @@ from torch import nn
 from torchgeom_probe.analytic import shallow
 from torchgeom_probe.boundary.design import Design
 from torchgeom_probe.boundary.inference import LayerFields, effect_of
-from torchgeom_probe.boundary.pairs import crossing_pairs, predicted
+from torchgeom_probe.boundary.pairs import crossing_pairs
 from torchgeom_probe.boundary.study import BoundaryStudy
 from torchgeom_probe.estimators import Exact
+from torchgeom_probe.model.predictions import predicted
 from torchgeom_probe.plotting.planes import Row, plot_grid
 from torchgeom_probe.probe import measure
 from torchgeom_probe.reproduce.results import Results
