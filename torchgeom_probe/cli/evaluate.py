@@ -36,6 +36,8 @@ from torchgeom_probe.shapes import Tensor
 
 #: Pixels on a side of the pictures of the page; how many of a kind.
 _PIXELS, _EXTREMES = 160, 5
+#: To which the logarithms of a spectrum are known, in sum: a flat one takes a thousand products to 0.02.
+_NATS = 0.3
 
 
 def add(verbs: Any) -> None:
@@ -170,7 +172,7 @@ def _volumes(network: _Network) -> _Written:
 
 def _spectra(network: _Network) -> _Written:
     x = network.x[: network.arguments.few]
-    report = network.measured(x, TopK(k=min(10, x[0].numel())))
+    report = network.measured(x, TopK(k=min(10, x[0].numel()), tol=_NATS))
     rows, record = [], {}
     for name, layer in report.items():
         sigma = layer.singular_values.double().median(0).values
@@ -178,7 +180,8 @@ def _spectra(network: _Network) -> _Written:
         record[name] = {"singular_values": sigma, **found}
         rows.append([name or "(model)", *found.values()])
     text = (
-        f"Medians over {len(x)} samples of the largest singular values of J: how much the directions that a stage "
+        f"Medians over {len(x)} samples of the largest singular values of J, their logarithms to {_NATS} in "
+        "sum: how much the directions that a stage "
         "feels most are stretched, and how unequal they are. A ratio near 1 is a flat top: no direction stands out."
     )
     return [*_table(["stage", "σ_1", f"σ_{len(sigma)}", "ratio"], rows), "", text], record
