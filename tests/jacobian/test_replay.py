@@ -507,6 +507,21 @@ def test_what_the_collector_of_garbage_calls_is_no_code_of_the_pass():
         gc.callbacks.pop()
 
 
+def test_a_pass_that_cannot_be_recorded_is_made_again():
+    class Cached(nn.Module):  # into a plain tensor, which becomes another while nothing else holds it
+        def forward(self, x):
+            cache = torch.zeros(len(x), 5)
+            cache.copy_(x.sin())
+            return cache * x
+
+    model, x = Cached(), torch.randn(2, 5)
+    probe = tgp.GeometryProbe(model, layers="", estimator=tgp.Exact())
+    found = [probe.measure(x)[""].singular_values for _ in range(4)]
+    exact = (x.cos() * x + x.sin()).abs().sort(1, descending=True).values / 5**0.5
+    assert all(torch.allclose(values.float(), exact, atol=1e-6) for values in found)
+    assert "cannot be recorded" in probe._replays.why_not
+
+
 def test_few_recordings_are_kept_and_another_estimator_or_shape_has_its_own():
     probe = _probe(Block().eval())
     for size in range(1, 8):

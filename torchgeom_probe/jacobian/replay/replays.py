@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from torchgeom_probe.errors import first_line
 from torchgeom_probe.jacobian.replay.program import Program, captured, programs_of
 from torchgeom_probe.jacobian.replay.recorder import Ran, Recorder, Refused
 from torchgeom_probe.jacobian.replay.seal import Seal, readable
@@ -154,14 +155,17 @@ class Replays:
         if key is None or watched or self._ended or passes.refused or passes.count < 2**self._broken:
             return eager(inputs, directions)
         tensors = [t.detach() for t in (*inputs.leaves, directions) if isinstance(t, Tensor)]
-        inputs = replace(inputs, leaves=tuple(_given(inputs.leaves, tensors)))
+        recorded = replace(inputs, leaves=tuple(_given(inputs.leaves, tensors)))
         ran, recorder = Ran(), Recorder(tensors, readable(measured_state()))
-        with _uncollected(), ran.noted(), recorder:
-            found = eager(inputs, tensors[-1])
         try:
+            with _uncollected(), ran.noted(), recorder:
+                found = eager(recorded, tensors[-1])
             self._recordings[key] = self._recording(found, recorder, ran)
         except Refused as reason:
             self.why_not, passes.refused = str(reason), True
+        except Exception as error:  # where recording is to blame: it holds tensors that the pass makes
+            found = eager(inputs, directions)
+            self.why_not, passes.refused = f"cannot be recorded: {first_line(error)}", True
         while len(self._recordings) > _KEPT:
             del self._recordings[next(iter(self._recordings))]
         return found
