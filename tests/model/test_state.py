@@ -441,6 +441,20 @@ def test_a_method_is_followed_once_its_name_is_said():
     assert not followed & {"saved", "_save_somewhere", "network"}
 
 
+def test_modules_that_name_each_other_are_looked_at_once():
+    names = [f"part_{i}" for i in range(8)]  # by every way from one to another it would take 8 ** 32 looks
+    parts = [types.ModuleType(name) for name in names]
+    for part in parts:
+        vars(part).update(zip(names, parts, strict=True))
+    vars(parts[7])["seen"] = []
+    code = "def forward(x):\n    " + ".".join(names) + ".seen.append(1)\n    return x.sin()"
+    exec(code, vars(parts[0]))
+    model = nn.Identity()
+    model.forward = parts[0].forward
+    tgp.measure(model, torch.randn(2, 3), layers="", estimator=tgp.Exact())
+    assert parts[7].seen == []
+
+
 def test_counts_context_variables_and_what_learns_are_as_they_were():
     counted, at = itertools.count(), contextvars.ContextVar("at", default=0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh())

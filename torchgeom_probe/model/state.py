@@ -93,6 +93,7 @@ class State:
         self._seen: set[int] = set()
         self._classes: set[type] = set()
         self._said = Said()
+        self._read: set[tuple[int, frozenset[str]]] = set()
         self._look(model, _DEPTH)
         of_all_modules = vars(nn.modules.module)
         self._look_at([of_all_modules["_global_forward_hooks"], of_all_modules["_global_forward_pre_hooks"]], _DEPTH)
@@ -333,7 +334,8 @@ class State:
             self._look(value, depth)
 
     def _inside(self, module: types.ModuleType, read: frozenset[str], depth: int) -> None:
-        if not kinds.of_a_framework(module.__name__) and depth >= 0:
+        if not kinds.of_a_framework(module.__name__) and depth >= 0 and (id(module), read) not in self._read:
+            self._read.add((id(module), read))  # modules name each other: without this once for every way there
             for name in read & vars(module).keys():
                 self._name(get_item, put_item, vars(module), name)
                 self._global(vars(module), name, read, depth)
