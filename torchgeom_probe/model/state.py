@@ -93,6 +93,7 @@ class State:
         self._seen: set[int] = set()
         self._classes: set[type] = set()
         self._said = Said()
+        self._due: list[tuple[Any, int]] = []  # not looked at at once: one method leads to the next without end
         self._read: set[tuple[int, frozenset[str]]] = set()
         self._look(model, _DEPTH)
         of_all_modules = vars(nn.modules.module)
@@ -101,6 +102,8 @@ class State:
         self._look_at(self._beside, _DEPTH)
         for parameter in [thing for thing in self._beside if isinstance(thing, nn.Parameter)]:
             self._copy(parameter)
+        while self._due:
+            self._look(*self._due.pop())
         self._note()
 
     def _note(self) -> None:
@@ -141,6 +144,8 @@ class State:
     def keep(self, container: Any) -> None:
         """Keep what another container holds now as well."""
         self._container(container, _DEPTH)
+        while self._due:
+            self._look(*self._due.pop())
 
     def keep_numbers(self, parameter: Tensor) -> bool:
         """Keep a parameter's numbers as well, as a buffer's are; whether that was new."""
@@ -265,7 +270,8 @@ class State:
             self._containers.append((container, inside))
         self.identities.container(base, container)
         if len(inside) <= _MANY:
-            self._say(text for text in (inside.values() if isinstance(inside, dict) else inside) if type(text) is str)
+            held = inside.values() if isinstance(inside, dict) else inside
+            self._due += self._said.say(text for text in held if type(text) is str)
         if isinstance(inside, dict) and itertools.count in map(type, inside.values()):
             for key, value in inside.items():
                 self._count(put_item, container, key, value)
@@ -301,10 +307,6 @@ class State:
         unsaid = called_unsaid(kind) + [(one, key) for one in own if made for key in CONSTRUCTORS]
         self._look_at([vars(one)[key] for one, key in unsaid if key in vars(one)], depth)
 
-    def _say(self, names: Iterable[str]) -> None:
-        for value, depth in self._said.say(names):
-            self._look(value, depth)
-
     def _function(self, function: types.FunctionType, depth: int) -> None:
         if kinds.of_a_framework(function.__globals__.get("__name__", "")):
             self._look(vars(function).get("__wrapped__"), depth)  # the user's own, decorated by torch.no_grad()
@@ -317,7 +319,7 @@ class State:
             self._look(self.identities.other(get, function), depth)
         read, written, imported, strings = names_in(function.__code__)
         outside = function.__globals__
-        self._say(read | strings)
+        self._due += self._said.say(read | strings)
         for name in kinds.resolved(imported, outside.get("__package__")):
             self._imported(name, read, depth)
         for name in written:
