@@ -26,9 +26,10 @@ from torchgeom_probe.shapes import Tensor
 #: what a model or a hook puts there.
 _FRAMEWORKS = {*sys.stdlib_module_names, "torch", "torchvision", "lightning", "pytorch_lightning", "tqdm", "numpy"}
 _FRAMEWORKS |= {"tensorboard", "torchgeom_probe", "jaxtyping", "beartype", "pytest", "_pytest"}
-# Of files, networks and versions: a library's code leads there, and no pass computes with them.
+# Of files, networks, tables, formulas and pictures: a library's code leads there, and no pass computes with them.
 _FRAMEWORKS |= {"huggingface_hub", "requests", "urllib3", "filelock", "packaging", "yaml", "psutil"}
 _FRAMEWORKS |= {f"{name}{version}" for name in ("httpx", "httpcore") for version in ("", "2")}
+_FRAMEWORKS |= {"matplotlib", "pandas", "sympy"}
 _HOLDERS = ("types", "collections", "argparse", "weakref", "_weakrefset", "_thread", "torch.distributions")
 #: Numbers of Python's own that are written to in place.
 NUMBERS = (bytearray, array.array)
