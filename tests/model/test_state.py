@@ -441,6 +441,17 @@ def test_a_method_is_followed_once_its_name_is_said():
     assert not followed & {"saved", "_save_somewhere", "network"}
 
 
+def test_a_long_chain_of_methods_is_followed_to_its_end():
+    space = {"__module__": "somebodys", "__name__": "somebodys"}
+    lines = [f"def step_of_{i}(self, x): return self.step_of_{i + 1}(x)" for i in range(600)]
+    exec("seen = []\n" + "\n".join(lines) + "\ndef step_of_600(self, x): self.seen.append(1); return x.sin()", space)
+    space["forward"] = lambda self, x: self.step_of_600(x) if len(x) < 99 else self.step_of_0(x)
+    model = type("Chain", (nn.Module,), space)()
+    tgp.measure(model, torch.randn(2, 3), layers="", estimator=tgp.Exact())
+    assert model.seen == []
+    assert sum(function.__name__.startswith("step_of_") for function in State(model).functions) == 601
+
+
 def test_modules_that_name_each_other_are_looked_at_once():
     names = [f"part_{i}" for i in range(8)]  # by every way from one to another it would take 8 ** 32 looks
     parts = [types.ModuleType(name) for name in names]
