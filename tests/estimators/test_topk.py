@@ -103,6 +103,16 @@ def test_dense_where_it_is_cheaper_and_equal_to_exact():
     assert g.num_products.tolist() == [7] * 5
 
 
+@pytest.mark.parametrize("last", [1e-3, 1e-5])
+def test_small_values_are_no_rounding(last):
+    """A tolerance on the rank that is wide enough for what rounding feigns would take these for zero."""
+    sigma = [*torch.logspace(0, math.log10(last), 8).tolist(), *[last / 10] * 40]
+    g = _measured(problems.linear(sigma, 300, 300), torch.zeros(2, 300), k=8, method="krylov")
+    assert g.rank.tolist() == [8, 8]
+    true = torch.tensor(sigma[:8], dtype=torch.float64).log().sum()
+    assert bool(((g.value - true).abs() <= g.error_bound).all())
+
+
 @pytest.mark.parametrize(
     ("sigma", "k", "rank"),
     [

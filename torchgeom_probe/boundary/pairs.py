@@ -18,7 +18,7 @@ from torchgeom_probe.boundary.points import boundary_points
 from torchgeom_probe.model.predictions import Readout, predicted
 from torchgeom_probe.shapes import Float, Int, Tensor
 
-#: Samples that go through the model at once, without tangents.
+#: Pairs that are looked at together, until there are enough.
 _AT_ONCE = 64
 #: Of fewer predicted classes the samples are clustered instead: of two, each line would share both with every other.
 _FEW_CLASSES, _REGIONS = 5, 6

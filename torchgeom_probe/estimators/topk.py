@@ -209,9 +209,6 @@ class TopK(Estimator):
                 before=before,
             )
             sigma, bound, products = found.values, found.bound, found.products
-            # The first left vectors come of images shorter than σ_1: their rounding, and what it feigns, is larger so.
-            shorter = (sigma[:, 0] / found.sketch.norm(dim=2).amax(1)).nan_to_num(nan=1.0, posinf=1.0).amax()
-            tolerance *= min(max(1.0, float(shorter)), 2 * math.sqrt(jacobian.num_inputs / block))
             others = {"right_singular_vectors": found.vectors, "sketch": found.sketch}
             cold = products
             if before is not None:  # a cheap warm start must not make the next one look dear

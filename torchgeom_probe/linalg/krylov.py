@@ -234,15 +234,17 @@ class _Rows:
         """All of them, in the order in which they came."""
         return self._all[:, : self.count]
 
-    def outside(self, block_SbX: Tensor) -> Tensor:
-        """What of a block lies outside of the rows.
+    def split(self, block_SbX: Tensor) -> tuple[Tensor, Tensor]:
+        """What of a block lies along the rows, [S, b, m], and what lies outside of them.
 
         A product of the newest rows has its largest part along the newest rows on the other side; without it one round
         over all rows leaves no more than rounding.
         """
-        rest = block_SbX - (block_SbX @ self.newest.mT) @ self.newest
-        rest = rest.to(self._all.dtype)
-        return (rest - (rest @ self.rows.mT) @ self.rows).double()
+        newest = block_SbX @ self.newest.mT
+        rest = (block_SbX - newest @ self.newest).to(self._all.dtype)
+        along = rest @ self.rows.mT
+        outside = (rest - along @ self.rows).double()
+        return functional.pad(newest, (self.count - newest.shape[2], 0)) + along, outside
 
     def append(self, block_SbX: Tensor) -> None:
         """Take orthonormal rows in."""
@@ -320,7 +322,8 @@ class _Space:
         image = torch.nan_to_num(image)
         eps = self.jacobian.eps
         self._largest = torch.maximum(self._largest, image.norm(dim=2).amax(1))
-        fresh = orthonormal(target.outside(image), None, eps=eps, noise=8 * eps * self._largest[:, None, None])
+        along, outside = target.split(image)
+        fresh = orthonormal(outside, None, eps=eps, noise=8 * eps * self._largest[:, None, None])
         P, S, Qh = self._pairs
         block = source.newest.shape[1]
         ends = (Qh.mT if self._pushes else P)[:, -block:]  # of the pairs before, along the source's newest block
@@ -333,6 +336,9 @@ class _Space:
             self.matrix = torch.cat([self.matrix, grown], 1)
         else:
             self._random = silent.all(1)
+            # As the pull has it.  The first rows of U come of images shorter than σ_1, and are as much less exact: of a
+            # J of rank one the push finds another u beside the first, and takes J of all V before for zero along it.
+            self.matrix = torch.cat([self.matrix[:, :-block], along], 1)
             grown = functional.pad(corner.mT, (0, 0, self.matrix.shape[1] - block, 0))
             self.matrix = torch.cat([self.matrix, grown], 2)
             if bool(silent.any()):
@@ -345,7 +351,7 @@ class _Space:
         """Random rows in place of the empty ones: of a space that J maps into itself they know what lies beyond."""
         random = torch.randn(*fresh_SbD.shape[1:], generator=self._generator, dtype=torch.float64)
         random = random.to(fresh_SbD.device).expand_as(fresh_SbD)
-        random = self.right.outside(self.right.outside(random))
+        random = self.right.split(self.right.split(random)[1])[1]
         random = random - (random @ fresh_SbD.mT) @ fresh_SbD
         rows = orthonormal(torch.where(empty_Sb[:, :, None], random, 0.0), fresh_SbD, eps=1e-9)
         return fresh_SbD + rows.flip(1)  # rows that are zero come last, so that these fill them

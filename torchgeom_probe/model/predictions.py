@@ -94,7 +94,7 @@ def pieces(x: Tensor) -> tuple[Tensor, ...]:
 
     """
     on_cpu = x.device.type == "cpu"
-    return x.split(max(1, _NUMBERS_AT_ONCE // max(1, x[0].numel())) if on_cpu else _SAMPLES_AT_ONCE)
+    return x.split(max(1, _NUMBERS_AT_ONCE // max(1, x.shape[1:].numel())) if on_cpu else _SAMPLES_AT_ONCE)
 
 
 def predicted(model: nn.Module, x: Tensor, readout: Readout | None) -> dict[str, Tensor]:

@@ -160,12 +160,13 @@ class Replays:
         try:
             with _uncollected(), ran.noted(), recorder:
                 found = eager(recorded, tensors[-1])
+        except Exception as error:  # recording may be to blame: it holds tensors that the pass makes
+            self.why_not, passes.refused = f"cannot be recorded: {first_line(error)}", True
+            return eager(inputs, directions)
+        try:
             self._recordings[key] = self._recording(found, recorder, ran)
         except Refused as reason:
             self.why_not, passes.refused = str(reason), True
-        except Exception as error:  # where recording is to blame: it holds tensors that the pass makes
-            found = eager(inputs, directions)
-            self.why_not, passes.refused = f"cannot be recorded: {first_line(error)}", True
         while len(self._recordings) > _KEPT:
             del self._recordings[next(iter(self._recordings))]
         return found
