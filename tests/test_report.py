@@ -110,6 +110,20 @@ def test_what_is_saved_is_read_back_whole(estimator, tmp_path):
             assert torch.equal(again.density(name).trace()[0], report.density(name).trace()[0])
 
 
+def test_the_table_tells_singular_from_diverged():
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 6)).eval()
+    x = torch.randn(3, 5)
+    singular = tgp.measure(model, x, layers=["1"], estimator="exact")
+    assert "-inf  -inf … -inf" in str(singular)
+    assert "median -inf" in repr(singular["1"])
+    x[0] = torch.nan
+    assert "-inf  -inf … -inf" in str(tgp.measure(model, x, layers=["1"], estimator="exact"))
+    x[:] = torch.nan
+    diverged = tgp.measure(model, x, layers=["1"], estimator="exact")
+    assert "nan  nan … nan" in str(diverged)
+    assert "inf" not in str(diverged)
+
+
 def test_a_notebook_shows_the_table_and_no_markup_of_a_name():
     model = nn.ModuleDict({"a<b": nn.Linear(2, 3)})
     model.forward = lambda x: model["a<b"](x)

@@ -20,6 +20,7 @@ import torch
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.files import encoded, read, write_atomically, write_json
 from torchgeom_probe.linalg.directions import HasDirections
+from torchgeom_probe.linalg.quantiles import finite, known, quantiles
 from torchgeom_probe.linalg.spectrum import SpectralDensity
 from torchgeom_probe.shapes import Float, Int, Tensor
 
@@ -98,8 +99,8 @@ class LayerGeometry(HasDirections):
         raise AttributeError(f"{name!r} was not measured: the estimand is {estimand!r}{known}")
 
     def __repr__(self) -> str:
-        numbers = self.statistics()
-        spread = f"{numbers['median']:.4g} ({numbers['p10']:.4g} … {numbers['p90']:.4g}) {self.unit}".rstrip()
+        low, median, high = quantiles(known(self.value))
+        spread = f"{median:.4g} ({low:.4g} … {high:.4g}) {self.unit}".rstrip()
         return f"LayerGeometry({self.name!r}: {self.estimand}; {len(self.value)} samples, median {spread})"
 
     @property
@@ -161,9 +162,8 @@ class LayerGeometry(HasDirections):
         (``log_pseudo_volume``, ``std_error``, ``error_bound``, the extras), the median of the finite ones.  ``nan``
         stands where there is none.  Copies to the host: not for the hot path.
         """
-        value, sigma = _finite(self.value), _finite(self.singular_values)
-        parts = (0.1, 0.5, 0.9)
-        p10, median, p90 = (value.quantile(part).item() if len(value) else math.nan for part in parts)
+        value, sigma = finite(self.value), finite(self.singular_values)
+        p10, median, p90 = quantiles(value)
         others = {name: getattr(self, name) for name in ("log_pseudo_volume", "std_error", "error_bound")}
         others.update(self.extras)
         return {
@@ -174,7 +174,11 @@ class LayerGeometry(HasDirections):
             "sigma_max": sigma.max().item() if len(sigma) else math.nan,
             "rank": math.nan if self.rank is None else self.rank.detach().double().median().item(),
             "nonfinite": float(len(self.value) - len(value)),
-            **{name: _median(other) for name, other in others.items() if other is not None and other.ndim == 1},
+            **{
+                name: quantiles(finite(other))[1]
+                for name, other in others.items()
+                if other is not None and other.ndim == 1
+            },
         }
 
     def samples(self, start: int, stop: int) -> LayerGeometry:
@@ -218,15 +222,6 @@ class LayerGeometry(HasDirections):
     def _constants(self) -> dict[str, Any]:
         own = ((f.name, getattr(self, f.name)) for f in fields(self))
         return {n: v for n, v in own if v is None or isinstance(v, (str, bool, int, float, tuple))}
-
-
-def _finite(values: Tensor) -> Tensor:
-    """The finite numbers, as float64 on the host; they may be none."""
-    return (host := values.detach().double().cpu())[host.isfinite()]
-
-
-def _median(values: Tensor) -> float:
-    return finite.quantile(0.5).item() if len(finite := _finite(values)) else math.nan
 
 
 def _as_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -319,15 +314,15 @@ class GeometryReport(Mapping[str, LayerGeometry]):
         value = f"{heading} [{unit}]" if unit else heading
         rows = [["layer", "n", "d", "k", value, "p10 … p90", *log10, "rank", "σ_max", *names, "not finite"]]
         for name, layer in self.items():
-            s = layer.statistics()
+            s, (low, median, high) = layer.statistics(), quantiles(known(layer.value))
             sizes = map(str, (layer.num_features, layer.num_inputs, layer.num_directions))
             rows.append(
                 [
                     name or "(model)",
                     *sizes,
-                    f"{s['median']:.3f}",
-                    f"{s['p10']:.2f} … {s['p90']:.2f}",
-                    *[f"{s['median'] / math.log(10):.3f}" for _ in log10],
+                    f"{median:.3f}",
+                    f"{low:.2f} … {high:.2f}",
+                    *[f"{median / math.log(10):.3f}" for _ in log10],
                     "–" if layer.rank is None else f"{s['rank']:g}",
                     *[_short(s.get(key, math.nan)) for key in ("sigma_max", *names)],
                     f"{s['nonfinite']:g} of {layer.value.numel()}",
