@@ -500,6 +500,29 @@ def test_a_surrogate_gradient_is_no_adjoint():
     assert torch.allclose(found.singular_values, true.singular_values, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options", "match"),
+    [
+        ((X.long()[:, 0],), {}, "If these are labels, none are needed"),
+        ((X[0],), {}, r"x\[:1\] in place of x\[0\]"),
+        ((X,), {"labels": X[:, 0]}, "'labels' is no option.*\nLeave it out"),
+        ((X,), {"estimator": "Exact()"}, "Write, for instance, estimator='exact'"),
+        ((X,), {"estimator": "tgp.TopK(k=2)"}, "Write, for instance, estimator='topk:k=2'"),
+        (
+            (X,),
+            {"estimator": "topk:4"},
+            r"layer '2' is 2 x 5 and has 2 singular values, the fewest.*\nWrite TopK\(k=2\)",
+        ),
+    ],
+)
+def test_what_a_newcomer_wrote(arguments, options, match):
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(3, 2))
+    if arguments[0].ndim == 1 and arguments[0].is_floating_point():
+        model = nn.Sequential(nn.Conv1d(1, 6, 3), nn.Flatten(), nn.Linear(18, 2))
+    with pytest.raises(tgp.ProbeError, match=match):
+        tgp.measure(model, *arguments, **{"layers": "*"} | options)
+
+
 def test_check_cries_no_wolf():
     class Narrow(nn.Module):
         """float64, with a softmax in float32, as transformers have it."""

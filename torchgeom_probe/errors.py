@@ -84,5 +84,7 @@ def refuse_unknown(options: Iterable[str], verb: Callable[..., Any], *more: str)
     odd = next((name for name in options if name not in known), None)
     if odd is not None:
         near = difflib.get_close_matches(odd, known, n=1, cutoff=0.5)
+        if odd in ("y", "label", "labels", "target", "targets"):
+            near = []  # which layers= is near to
         advice = f"Did you mean {near[0]}=?" if near else "Leave it out."
         raise ProbeError(f"{odd!r} is no option of {verb.__name__}; they are {', '.join(known)}.\n{advice}")

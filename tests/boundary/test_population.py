@@ -192,21 +192,23 @@ def test_it_goes_on_after_a_kill_and_loads_what_is_done(x, tmp_path, monkeypatch
     model, path = net(), tmp_path / "study.json"
     options = {"pairs": 40, "path": path, "initial": net(), "estimator": "subspace:2"}
     expected = study(model, x, **options | {"path": None})
-    put, chunks = Parts.put, []
+    put, chunks, alive = Parts.put, [], [2]
 
     def killed(self, index, data):
-        if len(chunks) == 1:
+        if len(chunks) == alive[0]:
             raise KeyboardInterrupt
-        chunks.append(index)
+        chunks.append((self.prefix, index))
         put(self, index, data)
 
     monkeypatch.setattr(Parts, "put", killed)
-    with pytest.raises(KeyboardInterrupt):
-        study(model, x, **options)
-    assert chunks == [0]
-    monkeypatch.setattr(Parts, "put", lambda self, index, data: (chunks.append(index), put(self, index, data)))
+    for until in ([("crossings-", 0)], [("crossings-", 0), ("", 0)]):
+        alive[0] = len(until)
+        with pytest.raises(KeyboardInterrupt):
+            study(model, x, **options)
+        assert chunks == until
+    alive[0] = -1
     found = study(model, x, **options)
-    assert 0 not in chunks[1:]
+    assert len(set(chunks)) == len(chunks) > 2  # none twice
     assert dict(found) == dict(expected)
     assert [p.name for p in tmp_path.iterdir()] == ["study.json"]
     monkeypatch.setattr(population, "_chunks", None)  # not measured again
@@ -235,7 +237,10 @@ def test_a_study_is_saved_whole_and_says_it_in_a_table(x, tmp_path):
     assert again["1"].profile[0.2].interval == found["1"].profile[0.2].interval
     assert again.settings == found.settings
     assert str(found).splitlines()[0].startswith("layer  effect [nat]")
-    assert str(found["3"]) in str(found)
+    assert str(found["3"].estimate) in str(found)
+    assert "switches" not in str(found)  # of ReLU alone
+    assert f"effect: {found['3'].compared}." in str(found)
+    assert "trained alone" in str(found).splitlines()[0]
     assert len(repr(found)) < 120
     assert "<table>" in found._repr_html_()
     with pytest.raises(KeyError, match="'5' was not studied"):
@@ -289,6 +294,7 @@ REFUSED = [
     ({"pairs": 3}, r"pairs=3: the test needs at least 10"),
     ({"offsets": (2.0,)}, r"offsets=\[2.0\] are in units of the line"),
     ({"initial": nn.Sequential(nn.Linear(5, 3), nn.Tanh())}, r"initial= has other layers.*'3'.*\n.*copy.deepcopy"),
+    ({"initial": "random"}, r"initial='random' is no network.*\n.*copy.deepcopy\(model\).*reset_parameters"),
     ({"source": "0"}, r"source='0': a line between samples lies in the model's input.*\n.*boundary_study\(head"),
     ({"pair": 5}, r"'pair' is no option of boundary_study.*\nDid you mean pairs="),
     ({"readout": lambda z: z[:, :1]}, r"one number a sample.*\n.*readout=lambda z"),

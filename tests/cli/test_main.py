@@ -19,6 +19,8 @@ from torchgeom_probe.cli.main import main
     ("arguments", "match"),
     [
         (["measure", "--model", "resnet18"], "--model 'resnet18' is not understood"),
+        (["measure", "--model", "resnet18"], "Did you mean timm:resnet18"),
+        (["measure", "--model", "efficientnet_lite0"], "Did you mean efficientnet-lite0"),
         (["measure", "--model", "timm:resnet19"], "Did you mean"),
         (["measure", "--model", "torchvision:resnet19"], "Did you mean resnet18"),
         (["measure", "--model", "nowhere.py:make"], "no Python file nowhere.py"),

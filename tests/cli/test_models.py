@@ -6,7 +6,7 @@ import pytest
 
 import torchgeom_probe as tgp
 from torchgeom_probe.cli.main import main
-from torchgeom_probe.cli.models import estimator_of, is_trained
+from torchgeom_probe.cli.models import estimator_of, is_trained, study_options
 
 
 def test_a_tag_names_weights_that_are_fetched_or_given(tmp_path, monkeypatch, capsys):
@@ -89,3 +89,23 @@ def test_an_estimator_that_is_none_is_refused(text, said, model_file, capsys):
 def test_trained_weights_are_known_from_the_command(model, options, expected):
     given = {"model": model, "pretrained": False, "checkpoint": None, **options}
     assert is_trained(argparse.Namespace(**given)) is expected
+
+
+def test_crops_of_one_photograph_are_one_group(tmp_path):
+    pytest.importorskip("timm")
+    from PIL import Image
+
+    for name in ("12_a.png", "12_b.png", "7_a.png", "odd.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    arguments = argparse.Namespace(images=[str(tmp_path)], group=r"^(\d+)_", pairs=10, share=True, seed=1)
+    options = study_options(arguments)
+    assert options == {"groups": ["12", "12", "7", "image 3"], "pairs": 10, "share": True, "seed": 1}
+    for pattern, match in (
+        (r"^photo", "is in no image's name: 12_a.png, 12_b.png, 7_a.png"),
+        ("(", "regular expression"),
+    ):
+        arguments.group = pattern
+        with pytest.raises(tgp.ProbeError, match=match):
+            study_options(arguments)
+    arguments.group = None
+    assert study_options(arguments)["groups"] is None

@@ -177,6 +177,12 @@ def test_an_address_is_refused_with_its_scheme_and_the_way_out(target):
         writers_of([target])
 
 
+def test_a_file_that_no_writer_makes_is_no_folder(tmp_path):
+    with pytest.raises(tgp.ProbeError, match=r"out.txt' names a file.*\n.*out.csv'(.|\n)*/out'"):
+        writers_of(tmp_path / "out.txt")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("target", [5, object(), tgp.CSVWriter, {"a": "b"}, [["runs/a"]]])
 def test_anything_else_is_refused(target):
     with pytest.raises(tgp.ProbeError, match=r"a list of such; got (.|\n)*derives from tgp.Writer"):

@@ -28,6 +28,7 @@ from torchgeom_probe.boundary.pairs import Pairs, crossing_pairs, same_class_poi
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.predictions import Readout, predicted
 from torchgeom_probe.shapes import Bool, Float, Int, Tensor
+from torchgeom_probe.slices.resume import Parts
 
 LEAST_PAIRS, LEAST_UNITS = 10, 5
 _NEIGHBOUR = 0.2
@@ -107,10 +108,13 @@ def designed(
     groups: Int[Tensor, " batch"],
     readout: Readout | None,
     settings: Mapping[str, Any],
+    *,
+    parts: Parts | None = None,
+    progress: bool | None = False,
 ) -> Design:
     """Draw the pairs and lay out their points.
 
-    ``settings``: ``contrast``, ``pairs``, ``share``, ``seed`` and ``offsets`` of the study.
+    ``settings``: ``contrast``, ``pairs``, ``share``, ``seed`` and ``offsets`` of the study; ``parts``: what is known.
 
     Raises:
         ProbeError: one predicted class, too few usable pairs, an output that is no logits.
@@ -124,7 +128,8 @@ def designed(
             "Give held-out samples of several classes, and a trained model:  boundary_study(model, x)"
         )
     draw = {"count": settings["pairs"], "share": settings["share"], "reach": contrast.reach, "apart": contrast.apart}
-    found = crossing_pairs(model, x, classes, groups, readout=readout, seed=seed, **draw)
+    kept: dict[str, Any] = {"parts": parts, "progress": progress}
+    found = crossing_pairs(model, x, classes, groups, readout=readout, seed=seed, **draw, **kept)
     refuse_few(len(found.t), len(found.units.unique()), found.dropped)
     return laid_out(model, x, found, decided, readout, settings)
 

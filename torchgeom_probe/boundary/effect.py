@@ -98,14 +98,29 @@ class BoundaryEffect:
         more = math.ceil(self.num_units * ((high - low) / 2 / _WORTH_FINDING) ** 2)
         return f"too few to tell: ± {_WORTH_FINDING} nats takes about {more} {self.units}"
 
-    def __str__(self) -> str:
+    @property
+    def compared(self) -> str:
+        """What the estimate is of, in words: the quantity, where, between which networks, over what."""
         difference = "" if self.initial is None else ", trained minus untrained"
         scope = f"over this network's {self.num_pairs} pairs"
         if self.units == "networks":
             scope = f"over {self.num_units} networks ({self.num_pairs} pairs)"
+        return f"{self.estimand}{difference}, {scope}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What stands behind the numbers: that one network's contrast is no test, and what was left out."""
+        found = []
+        if self.initial is None:
+            found.append("a contrast of one network is not calibrated: untrained ones often have one")
+        if self.dropped:
+            found.append("left out: " + ", ".join(f"{count} pairs ({why})" for why, count in self.dropped.items()))
+        return found
+
+    def __str__(self) -> str:
         parts = [
             f"{self.name or 'the model'}: {self.verdict}: {self.estimate} nats ({in_words(self.p_value)}) of "
-            f"{self.estimand}{difference}, {scope}"
+            f"{self.compared}"
         ]
         if self.volume is not None and self.dimensions:
             each = float(self.volume.estimate) / self.dimensions
@@ -118,12 +133,8 @@ class BoundaryEffect:
         if self.switches is not None:
             parts.append(f"share of ReLU units that switch, per line {self.switches.estimate}")
         if self.initial is not None:
-            parts.append(f"the untrained network by itself {self.initial.estimate}")
-        else:
-            parts.append("a contrast of one network is not calibrated: untrained ones often have one")
-        if self.dropped:
-            parts.append("left out: " + ", ".join(f"{count} pairs ({why})" for why, count in self.dropped.items()))
-        return "; ".join(parts)
+            parts.append(f"the trained network by itself {self.own.estimate}, the untrained {self.initial.estimate}")
+        return "; ".join([*parts, *self.notes])
 
     def record(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""

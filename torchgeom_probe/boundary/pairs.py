@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import scipy  # its submodules are loaded when they are first used: importing this costs little
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from torchgeom_probe.boundary.points import boundary_points
 from torchgeom_probe.model.predictions import Readout, predicted
 from torchgeom_probe.shapes import Float, Int, Tensor
+from torchgeom_probe.slices.resume import Parts, by_chunks
 
 #: Pairs that are looked at together, until there are enough.
 _AT_ONCE = 64
@@ -70,21 +72,29 @@ def crossing_pairs(
     apart: float = 0.0,
     readout: Readout | None = None,
     seed: int = 0,
+    parts: Parts | None = None,
+    progress: bool | None = False,
 ) -> Pairs:
     """Draw pairs of samples [B, *input] until ``count`` of them can be used, or there are no more.
 
     Of two predicted ``classes`` [B] and two ``groups`` [B]; with ``share`` a sample may be in several.  A crossing must
-    be ``apart`` from the middle of its line and leave ``reach`` to either end, in units of the line.
+    be ``apart`` from the middle of its line and leave ``reach`` to either end, in units of the line.  ``parts`` keeps
+    the crossings that were found before an interruption.
     """
     generator = torch.Generator().manual_seed(seed)
     draw = _sharing(classes, groups, count, generator) if share else _disjoint(classes, groups, generator)
     ends, t = [torch.empty(0, 2, dtype=torch.long)], [torch.empty(0, dtype=torch.float64)]
     dropped, missing = Counter[str](), count
-    for some in draw.split(_AT_ONCE):
-        if missing <= 0:
-            break
+
+    def bisect(some: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         a, b = x[some.T.to(x.device)]
-        found = boundary_points(model, a, b, near="middle", readout=readout).t.double().cpu()
+        return {"t": boundary_points(model, a, b, near="middle", readout=readout).t.double()}, {}
+
+    drawn = draw.split(_AT_ONCE)
+    kept = None if parts is None else parts.named("crossings")
+    shown: dict[str, Any] = {"desc": "boundary crossings, at most", "unit": "pair", "progress": progress}
+    for index, (tensors, _) in by_chunks(enumerate(drawn), bisect, kept, kind="crossings", **shown):
+        some, found = drawn[index], tensors["t"]
         reasons = {
             "crossing at the middle, where it is its own mirror image": (found - 0.5).abs() < apart,
             "crossing too near to a sample": torch.minimum(found, 1 - found) < reach,
@@ -95,6 +105,8 @@ def crossing_pairs(
         ends.append(some[good])
         t.append(found[good])
         missing -= len(good)
+        if missing <= 0:
+            break
     return pairs_of(torch.cat(ends), torch.cat(t), classes, groups, dropped, lambda: clustered(x, generator))
 
 

@@ -133,11 +133,11 @@ def boundary_study(
     probe = probe_of(model_or_probe, options, replay=path is None)
     probe = copy.copy(probe)  # its estimator changes from point to point
     named = options.get("estimator") is not None or not isinstance(probe.estimator, Auto)
-    groups_B = _refuse_unusable(probe, x, groups, contrast, pairs, offsets)
+    untrained = initial.model if isinstance(initial, GeometryProbe) else initial
+    groups_B = _refuse_unusable(probe, x, untrained, groups, contrast, pairs, offsets)
     volume = probe.estimator if named else Exact() if x[0].numel() <= _SMALL else None
     if contrast == "same_class" and volume is None:
         volume = Subspace()
-    untrained = initial.model if isinstance(initial, GeometryProbe) else initial
     settings = {
         **probe_settings(probe),
         **{"estimator": None if volume is None else repr(volume), "readout": in_words(readout)},
@@ -152,15 +152,16 @@ def boundary_study(
         Parts.remove(target)
         return finished
     device = next((t.device for t in (*probe.model.parameters(), *probe.model.buffers())), x.device)
-    design = designed(probe.model, x.detach().to(device), groups_B, readout, settings)
     parts = None if target is None else Parts(target, settings, what="boundary_study")
-    if distributed and not (dist.is_available() and dist.is_initialized()):
-        raise ProbeError(
-            "distributed=True shares the pairs over the ranks, and there is no process group.\n"
-            "Write  torch.distributed.init_process_group('gloo')  first, or leave distributed= out."
-        )
-    rank, size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    rank, size = _place_among_ranks(distributed)
     bar = False if rank else progress
+    where = x.detach().to(device)
+    try:
+        design = designed(probe.model, where, groups_B, readout, settings, parts=parts, progress=bar)
+    except ProbeError:  # the mended call is another study, and may have the same path
+        if target is not None:
+            Parts.remove(target)
+        raise
     stored = dict(_chunks(probe, untrained, design, volume, parts, rank=rank, size=size, progress=bar, seed=seed))
     fields = _joined(_gathered(stored, settings, size))
     effects = {name: effect_of(name, found, design, contrast, offsets) for name, found in fields.items()}
@@ -169,6 +170,15 @@ def boundary_study(
         study.save(target)
         Parts.remove(target)
     return study
+
+
+def _place_among_ranks(distributed: bool) -> tuple[int, int]:
+    if distributed and not (dist.is_available() and dist.is_initialized()):
+        raise ProbeError(
+            "distributed=True shares the pairs over the ranks, and there is no process group.\n"
+            "Write  torch.distributed.init_process_group('gloo')  first, or leave distributed= out."
+        )
+    return (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
 
 
 def _gathered(stored: dict[int, Contents], settings: dict[str, Any], size: int) -> dict[int, Contents]:
@@ -281,7 +291,7 @@ def _like(probe: GeometryProbe, initial: nn.Module, *, replay: bool) -> Geometry
 
 
 def _refuse_unusable(
-    probe: GeometryProbe, x: Tensor, groups: Any, contrast: str, pairs: int, offsets: Sequence[float]
+    probe: GeometryProbe, x: Tensor, initial: Any, groups: Any, contrast: str, pairs: int, offsets: Sequence[float]
 ) -> Tensor:
     """Refuse what cannot be studied; return the groups as numbers [B], those of single samples where none are given."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
@@ -292,6 +302,12 @@ def _refuse_unusable(
         raise ProbeError(
             f"{len(odd)} of {len(x)} samples are not finite (the first is number {odd[0]}).\n"
             "Keep the others:  x = x[x.flatten(1).isfinite().all(1)]"
+        )
+    if initial is not None and not isinstance(initial, nn.Module):
+        raise ProbeError(
+            f"initial={initial!r} is no network.\n"
+            "Give a copy from before training:  initial = copy.deepcopy(model); of a trained one with new weights:  "
+            "for m in initial.modules(): getattr(m, 'reset_parameters', lambda: None)()"
         )
     if contrast not in CONTRASTS:
         raise ProbeError(f"contrast={contrast!r} is unknown.\nWrite one of {', '.join(map(repr, CONTRASTS))}.")

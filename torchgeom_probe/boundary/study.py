@@ -20,10 +20,18 @@ from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import write_json
 
 LEAST_NETWORKS = 3
+#: Columns that some studies have, and what of an effect they show.
+_COLUMNS = {
+    "½ log tr g": "trace",
+    "volume": "volume",
+    "switches": "switches",
+    "trained alone": "own",
+    "untrained alone": "initial",
+}
 
 
 class BoundaryStudy(Mapping[str, BoundaryEffect]):
-    """Layer → :class:`BoundaryEffect`, in the order in which the layers fired; ``str()`` is a table and the sentences.
+    """Layer → :class:`BoundaryEffect`, in the order in which the layers fired; ``str()`` is a table, and what is in it.
 
     Attributes:
         settings: what was studied and how, as JSON holds it.
@@ -54,23 +62,43 @@ class BoundaryStudy(Mapping[str, BoundaryEffect]):
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join([*lines, *(f"{effect}." for effect in self.values())])
+        return "\n".join([*lines, *self._legend()])
 
     def _repr_html_(self) -> str:
         head, *rows = [[html.escape(cell) for cell in row] for row in self._cells()]
         body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-        notes = "<br>".join(html.escape(str(effect)) for effect in self.values())
+        notes = "<br>".join(map(html.escape, self._legend()))
         return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{body}</table><small>{notes}</small>"
 
     def _cells(self) -> list[list[str]]:
-        others = ["½ log tr g", "volume", "switches", "untrained alone"]
-        rows = [["layer", "effect [nat]", "p", *others, "pairs", "units", "verdict"]]
+        head = ["layer", "effect [nat]", "p", *_COLUMNS, "pairs", "units", "verdict"]
+        rows = []
         for name, e in self.items():
-            columns = e.trace, e.volume, e.switches, e.initial
-            others = ["–" if tested is None else str(tested.estimate) for tested in columns]
+            tested = [getattr(e, column) if column != "own" or e.initial else None for column in _COLUMNS.values()]
+            others = ["–" if found is None else str(found.estimate) for found in tested]
             counts = (str(e.num_pairs), f"{e.num_units} {e.units}")
             rows.append([name or "(model)", str(e.estimate), in_words(e.p_value), *others, *counts, e.verdict])
-        return rows
+        kept = [i for i, column in enumerate(head) if column not in _COLUMNS or any(row[i] != "–" for row in rows)]
+        return [[row[i] for i in kept] for row in (head, *rows)]
+
+    def _legend(self) -> list[str]:
+        """What the columns are of: once, or where layers differ by layer."""
+        said = dict[str, list[str]]()
+        for name, e in self.items():
+            lines = [f"effect: {e.compared}"]
+            if e.volume is not None:
+                lines.append(
+                    f"volume: {e.volume_estimand}" + (f"; of {e.dimensions} dimensions" if e.dimensions else "")
+                )
+            if e.switches is not None:
+                lines.append("switches: share of ReLU units that switch, per line")
+            for line in [*lines, *e.notes]:
+                said.setdefault(line, []).append(name or "(model)")
+        whole = [len(names) == len(self) or line.startswith("switches") for line, names in said.items()]
+        return [
+            f"{line}." if everywhere else f"{', '.join(names)}: {line}."
+            for (line, names), everywhere in zip(said.items(), whole, strict=True)
+        ]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write everything as JSON, for people, programs and :meth:`load`; returns the path."""

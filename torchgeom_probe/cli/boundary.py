@@ -10,11 +10,13 @@ from torchgeom_probe.boundary.design import CONTRASTS
 from torchgeom_probe.boundary.population import boundary_study
 from torchgeom_probe.cli.models import (
     add_probe,
+    add_study,
     estimator_of,
     input_of,
     is_trained,
     model_of,
     probe_options,
+    study_options,
     untrained_of,
 )
 from torchgeom_probe.errors import ProbeError, optional
@@ -31,15 +33,8 @@ def add(verbs: Any) -> None:
         "not trained on.  Stopped or killed, the same command goes on where it was.",
     )
     add_probe(parser)
-    parser.add_argument(
-        "--initial",
-        type=Path,
-        metavar="FILE",
-        help="weights before training, the control (default: random ones, where the model has trained ones)",
-    )
-    parser.add_argument("--pairs", type=int, default=200, help="pairs of images (default 200)")
+    add_study(parser, pairs=200)
     parser.add_argument("--contrast", choices=list(CONTRASTS), default="mirror")
-    parser.add_argument("--share", action="store_true", help="let an image be in several pairs")
     parser.add_argument("--estimator", metavar="NAME", help="also the contrast of this volume: topk:10, subspace:8, …")
     parser.add_argument("-k", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("torchgeom_runs/boundary"), metavar="DIR")
@@ -65,11 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
         model,
         x,
         initial=initial,
-        pairs=arguments.pairs,
         contrast=arguments.contrast,
-        share=arguments.share,
-        seed=arguments.seed,
         path=arguments.out / "study.json",
+        **study_options(arguments),
         **options,
     )
     print(study)

@@ -21,7 +21,18 @@ from torch import nn
 
 from torchgeom_probe.boundary.paired import Estimate, paired_effect
 from torchgeom_probe.boundary.population import boundary_study
-from torchgeom_probe.cli.models import add_probe, estimator_of, input_of, model_of, probe_options, untrained_of
+from torchgeom_probe.cli.models import (
+    add_probe,
+    add_study,
+    estimator_of,
+    groups_of,
+    image_files_of,
+    input_of,
+    model_of,
+    probe_options,
+    study_options,
+    untrained_of,
+)
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.estimators import Along, Directions, Estimator, TopK
 from torchgeom_probe.files import write_atomically, write_json
@@ -52,12 +63,8 @@ def add(verbs: Any) -> None:
     parser.add_argument("--estimator", metavar="NAME", help="of the volumes (default: auto)")
     parser.add_argument("-k", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--against", metavar="SPEC|FILE", help="another model, or a checkpoint, side by side")
-    parser.add_argument("--initial", type=Path, metavar="FILE", help="weights before training, as for boundary")
-    parser.add_argument("--pairs", type=int, default=100, help="pairs of the boundary study (default 100)")
+    add_study(parser, pairs=100)
     parser.add_argument("--few", type=int, default=8, help="images for what is dear: spectra (default 8)")
-    parser.add_argument(
-        "--group", metavar="REGEX", help=r"images whose names match it alike are one: crops of a photograph: '(\d+)_'"
-    )
     parser.add_argument("--out", type=Path, default=Path("torchgeom_runs/evaluate"), metavar="DIR")
     parser.set_defaults(run=run)
 
@@ -72,8 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
     record: dict[str, dict[str, Any]] = {}
     lines = ["# " + " against ".join(_text(network.name) for network in networks), ""]
     lines += [f"{len(networks[0].x)} samples, no labels. Logarithms are natural; J is divided by √n.", ""]
-    for title, section in _SECTIONS.items():
-        print(f"{title} …", flush=True)
+    for place, (title, section) in enumerate(_SECTIONS.items(), start=1):
+        print(f"{place} of {len(_SECTIONS)}: {title} …", flush=True)
         lines += [f"## {title}", ""]
         for network in networks:
             lines += [f"### {_text(network.name)}", ""] if len(networks) > 1 else []
@@ -83,8 +90,9 @@ def run(arguments: argparse.Namespace) -> None:
                 written, found = [f"Left out: {_text(str(error).splitlines()[0])}"], {"left out": str(error)}
             lines += [line.replace("](", f"]({network.out.relative_to(arguments.out)}/") for line in written] + [""]
             record.setdefault(network.name, {})[title] = found
-    page = write_atomically(arguments.out / "page.md", "\n".join(lines).encode())
-    print(f"Wrote {page} and {write_json(arguments.out / 'page.json', record)}.")
+        page = write_atomically(arguments.out / "page.md", "\n".join(lines).encode())  # what is known, if it is stopped
+        data = write_json(arguments.out / "page.json", record)
+    print(f"Wrote {page} and {data}.")
 
 
 def _other(arguments: argparse.Namespace) -> argparse.Namespace:
@@ -105,7 +113,7 @@ class _Network:
     model: nn.Module
     x: Tensor
     files: Sequence[Path]
-    groups: Sequence[Any]
+    groups: Sequence[str]
     out: Path
     options: dict[str, Any]
     _report: list[GeometryReport] = field(default_factory=list)
@@ -113,15 +121,8 @@ class _Network:
     @staticmethod
     def of(arguments: argparse.Namespace, out: Path) -> _Network:
         model, loaded = model_of(arguments)
-        x, files = input_of(arguments, model, loaded), []
-        if arguments.images is not None:
-            files = optional("torchgeom_probe.integrations.timm", extra="timm").image_files(arguments.images)
-        groups: list[Any] = list(range(len(x)))
-        if arguments.group is not None:
-            found = [re.search(arguments.group, file.name) for file in files]
-            groups = [
-                groups[i] if match is None else match.group(match.re.groups and 1) for i, match in enumerate(found)
-            ]
+        x, files = input_of(arguments, model, loaded), image_files_of(arguments)
+        groups = groups_of(arguments) or list(map(str, range(len(x))))
         name = arguments.model + (f" ({arguments.checkpoint.name})" if arguments.checkpoint else "")
         return _Network(name, arguments, model, x, files, groups, out, probe_options(arguments))
 
@@ -142,7 +143,7 @@ class _Network:
         own = [group for group, kept in zip(self.groups, keep.tolist(), strict=True) if kept]
         if len(set(own)) < 2:
             return None
-        return paired_effect(values.cpu()[keep], [[group, group] for group in map(str, own)]).estimate
+        return paired_effect(values.cpu()[keep], [[group, group] for group in own]).estimate
 
     def picture(self, figure: Any, name: str) -> str:
         """Save a figure; returns the line that shows it."""
@@ -210,16 +211,12 @@ def _margins(network: _Network) -> _Written:
 
 
 def _boundaries(network: _Network) -> _Written:
-    arguments = network.arguments
-    groups = None if arguments.group is None else list(map(str, network.groups))
     study = boundary_study(
         network.model,
         network.x,
-        initial=untrained_of(arguments),
-        pairs=arguments.pairs,
-        groups=groups,
-        seed=arguments.seed,
+        initial=untrained_of(network.arguments),
         path=network.out / "study.json",
+        **study_options(network.arguments),
         **network.options,
     )
     drawn = network.picture(plot(study, title="Near the decision boundaries"), "boundaries")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import difflib
 import json
+import re
 import runpy
 import sys
 from dataclasses import replace
@@ -87,6 +89,54 @@ def add_estimator(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-k", type=int, help="directions of subspace, singular values of topk")
 
 
+def add_study(parser: argparse.ArgumentParser, *, pairs: int) -> None:
+    """Add ``--initial``, ``--pairs``, ``--share`` and ``--group`` of a boundary study."""
+    parser.add_argument(
+        "--initial",
+        type=Path,
+        metavar="FILE",
+        help="weights before training, the control (default: random ones, where the model has trained ones)",
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=pairs, help=f"pairs of images, if there are so many (default {pairs})"
+    )
+    parser.add_argument("--share", action="store_true", help="let an image be in several pairs")
+    parser.add_argument(
+        "--group", metavar="REGEX", help=r"images whose names match it alike are one: crops of a photograph: '(\d+)_'"
+    )
+
+
+def study_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the options of :func:`add_study` ask of a study, and ``--seed``."""
+    return {name: getattr(arguments, name) for name in ("pairs", "share", "seed")} | {"groups": groups_of(arguments)}
+
+
+def groups_of(arguments: argparse.Namespace) -> list[str] | None:
+    """What ``--group`` finds in the name of each image; those without it are groups of their own."""
+    if arguments.group is None:
+        return None
+    try:
+        found = [re.search(arguments.group, file.name) for file in image_files_of(arguments)]
+    except re.error as error:
+        raise ProbeError(
+            f"--group {arguments.group!r} is no regular expression: {error}\nOf crops 012_a.png: '(\\d+)_'"
+        ) from None
+    if not any(found):
+        names = ", ".join(file.name for file in image_files_of(arguments)[:3]) or "no image file"
+        raise ProbeError(
+            f"--group {arguments.group!r} is in no image's name: {names} …\n"
+            "Write what crops of one photograph share; of 012_a.png and 012_b.png:  --group '^(\\d+)_'"
+        )
+    return [f"image {i}" if match is None else match.group(match.re.groups and 1) for i, match in enumerate(found)]
+
+
+def image_files_of(arguments: argparse.Namespace) -> list[Path]:
+    """The files that ``--images`` names, in the order of the samples."""
+    if arguments.images is None:
+        return []
+    return list(optional("torchgeom_probe.integrations.timm", extra="timm").image_files(arguments.images))
+
+
 def probe_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the options of :func:`add_layers` ask of a probe."""
     return {name: getattr(arguments, name) for name in ("layers", "engine", "source")}
@@ -146,7 +196,7 @@ def _made(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
             raise ProbeError(f"{arguments.model} returned a {type(model).__name__}, not an nn.Module.")
     else:
         raise ProbeError(
-            f"--model {arguments.model!r} is not understood.\n"
+            f"--model {arguments.model!r} is not understood.{_meant(arguments.model)}\n"
             "Write timm:NAME (timm:resnet18), torchvision:NAME (torchvision:resnet18), path.py:factory, a function "
             f"without arguments that returns an nn.Module, or {LITE0}."
         )
@@ -158,6 +208,18 @@ def _made(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
                 f"--checkpoint {arguments.checkpoint} cannot be loaded into {arguments.model}: {error}"
             ) from error
     return model, None
+
+
+def _meant(name: str) -> str:
+    """A network of this name that one of the libraries has, as a question."""
+    if name.replace("_", "-").lower() == LITE0:
+        return f"\nDid you mean {LITE0}?"
+    with contextlib.suppress(ProbeError):
+        if name in optional("timm", extra="timm").list_models():
+            return f"\nDid you mean timm:{name}?"
+        if name in optional("torchvision.models", extra="figures").list_models():
+            return f"\nDid you mean torchvision:{name}?"
+    return ""
 
 
 def _from_timm(name: str, arguments: argparse.Namespace) -> Any:

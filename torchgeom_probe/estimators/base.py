@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -120,8 +121,11 @@ def named(text: str) -> Estimator:
     name, _, rest = text.partition(":")
     known = estimators()
     if name.strip().lower() not in known:
+        called = re.fullmatch(r"\s*(?:tgp\.)?(\w+)\((.*)\)\s*", text)  # as Python writes it
+        written = ":".join(filter(None, called.groups())).lower() if called else ""
+        meant = written if written.partition(":")[0] in known else "topk:10"
         raise ProbeError(
-            f"estimator={text!r} is unknown; there are {', '.join(known)}.\nWrite, for instance, estimator='topk:10'"
+            f"estimator={text!r} is unknown; there are {', '.join(known)}.\nWrite, for instance, estimator={meant!r}"
         )
     kind = known[name.strip().lower()]
     values: dict[str, Any] = {}
@@ -205,11 +209,14 @@ def resolution(dtype: torch.dtype, factor: Factor) -> float:
     return own if factor.gram is None else max(own, GRAM_RESOLUTION)  # float64 tangents that did not fit into memory
 
 
-def refuse_more_than_there_are(estimator: str, k: int, entry: str, n: int, d: int) -> None:
-    """Refuse k singular values of an n x d Jacobian that has fewer."""
+def refuse_more_than_there_are(estimator: str, k: int, features: Mapping[str, int], d: int) -> None:
+    """Refuse k singular values of layers of which one has an n x d Jacobian with fewer."""
+    entry, n = min(features.items(), key=lambda item: item[1], default=("", d))
     if k > min(n, d):
+        fewest = ", the fewest of these layers" if len(features) > 1 else ""
         raise ProbeError(
-            f"{estimator}(k={k}): the Jacobian of layer {entry!r} is {n} x {d} and has {min(n, d)} singular values.\n"
+            f"{estimator}(k={k}): the Jacobian of layer {entry!r} is {n} x {d} and has {min(n, d)} singular values"
+            f"{fewest}.\n"
             f"Write {estimator}(k={min(n, d)}) or fewer, or take them all:  estimator=Exact()"
         )
 

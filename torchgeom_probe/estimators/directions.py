@@ -101,7 +101,8 @@ class Directions(Estimator):
                     f"not feel {d - n} directions at all, and none of them is the least.\n"
                     f"Measure a layer with n ≥ d; or the largest:  estimator=Directions(k={self.k})"
                 )
-            refuse_more_than_there_are("Directions", self.k, entry, n, d)
+        refuse_more_than_there_are("Directions", self.k, plan.features, d)
+        for entry, n in plan.features.items():
             if self._dense(n, d):
                 plan.refuse_too_long(entry, max(n, d), min(n, d))
                 found[entry] = dense_count(n, d, at_once=d, why="the vectors are those of all of J")

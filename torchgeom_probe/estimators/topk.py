@@ -135,9 +135,9 @@ class TopK(Estimator):
         krylov_bytes = 3 * 8 * expected * (plan.num_inputs + max(plan.features.values()))
         rows = self._block("cpu") + 48 + int(krylov_bytes / max(plan.row_bytes, 1) / 2)
         found = {}
+        refuse_more_than_there_are("TopK", self.k, plan.features, plan.num_inputs)
         for entry, n in plan.features.items():
             smaller = min(n, plan.num_inputs)
-            refuse_more_than_there_are("TopK", self.k, entry, n, plan.num_inputs)
             if self._dense_at_once(smaller):
                 why = "the whole J is about as cheap as an iteration"
                 found[entry] = dense_count(n, plan.num_inputs, at_once=rows, why=why)

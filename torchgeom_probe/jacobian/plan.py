@@ -213,7 +213,7 @@ def _models_own(model: nn.Module, inputs: Inputs, error: Exception) -> ProbeErro
         advice = ""
     return ProbeError(
         f"{advice}the model's own forward pass fails on x of shape {inputs.shapes()}: {type(error).__name__}: {error}\n"
-        "Run it by hand:  model.eval(); model(x)"
+        "Run it by hand:  model.eval(); model(x).  A sample alone needs its axis, too:  x[:1] in place of x[0]"
     )
 
 

@@ -289,6 +289,8 @@ def _places(
             "model(torch.view_as_complex(x))"
         )
     tokens = f"For token ids, pull back to the embeddings:  {by_source}\n" if by_source else ""
+    if all(leaves[i].ndim == 1 for i in tensors) and not by_source:
+        tokens = "If these are labels, none are needed: pass the samples  [B, ...]\n"
     raise ProbeError(
         f"x is of integer type ({types}): no derivative with respect to it exists.\n"
         f"{tokens}For pixels, convert them:  x.float() / 255"

@@ -64,8 +64,8 @@ def writers_of(target: Any) -> tuple[Writer, ...]:
     directory of TensorBoard events.  A ``SummaryWriter`` is written to and left open.
 
     Raises:
-        ProbeError: an address with a scheme (``s3://…``); what is neither a path, a SummaryWriter nor a Writer;
-            tensorboard is not installed.
+        ProbeError: an address with a scheme (``s3://…``); a file ``.txt``, ``.json``, …; what is neither a path, a
+            SummaryWriter nor a Writer; tensorboard is not installed.
 
     >>> [type(writer).__name__ for writer in writers_of(["geometry.csv", "geometry.jsonl", Writer()])]
     ['CSVWriter', 'JSONWriter', 'Writer']
@@ -81,6 +81,12 @@ def _writer_of(target: Any) -> Writer:
     path = Path(target) if isinstance(target, str | os.PathLike) else None
     if path is not None and path.suffix in (".csv", ".jsonl"):
         return CSVWriter(path) if path.suffix == ".csv" else JSONWriter(path)
+    if path is not None and path.suffix in (".txt", ".log", ".json", ".tsv", ".parquet", ".db"):
+        raise ProbeError(
+            f"writer={str(target)!r} names a file of a kind that no writer here makes.\n"
+            f"Write:  writer={str(path.with_suffix('.csv'))!r}, a file .jsonl, or a directory for TensorBoard:  "
+            f"writer={str(path.with_suffix(''))!r}"
+        )
     if path is None and not is_summary_writer(target):
         raise ProbeError(
             f"writer= takes a path, a SummaryWriter, a tgp.Writer, or a list of such; got {target!r}.\n"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from torchgeom_probe.boundary.design import CONTRASTS
 from torchgeom_probe.boundary.effect import in_words
 from torchgeom_probe.boundary.paired import Estimate
 from torchgeom_probe.boundary.study import BoundaryStudy
@@ -56,7 +57,8 @@ def plot_study(
         axes.tick_params(labelbottom=True)
     panels.flat[0].legend(fontsize=SMALL, loc="lower center", framealpha=0.9, edgecolor="none")
     note = f"signed distance from the boundary {effect.distance}"
-    style.finish(figure, title, f"{note}\nband: 95 % interval; above each panel: what was tested, at the crossing")
+    tested = CONTRASTS[effect.contrast].words if effect.contrast in CONTRASTS else "what was tested, at the crossing"
+    style.finish(figure, title, f"{note}\nband: 95 % interval; above each panel: {tested}")
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ class Parts:
     """
 
     def __init__(self, target: Path, settings: Mapping[str, Any], *, what: str = "scan") -> None:
-        self.folder = _folder(target)
+        self.folder, self.prefix = _folder(target), ""
         stored = self.stored_settings(target)
         if stored is None:
             write_json(self.folder / "settings.json", settings)
@@ -45,6 +46,12 @@ class Parts:
         """Delete the folder, if there is one: the whole result is in its place."""
         shutil.rmtree(_folder(target), ignore_errors=True)
 
+    def named(self, prefix: str) -> Parts:
+        """Others of the same measurement, which are done before its own."""
+        others = copy.copy(self)
+        others.prefix = f"{prefix}-"
+        return others
+
     def get(self, index: int) -> bytes | None:
         """Return what was put as this chunk, or None."""
         file = self._file(index)
@@ -55,7 +62,7 @@ class Parts:
         write_atomically(self._file(index), data)
 
     def _file(self, index: int) -> Path:
-        return self.folder / f"{index:06d}.safetensors"
+        return self.folder / f"{self.prefix}{index:06d}.safetensors"
 
 
 def _folder(target: Path) -> Path:
