@@ -116,6 +116,7 @@ def test_the_table_tells_singular_from_diverged():
     singular = tgp.measure(model, x, layers=["1"], estimator="exact")
     assert "-inf  -inf … -inf" in str(singular)
     assert "median -inf" in repr(singular["1"])
+    assert f"{singular['1'].log_pseudo_volume.median():.3g}" in str(singular).split("log_pseudo_volume")[1]
     x[0] = torch.nan
     assert "-inf  -inf … -inf" in str(tgp.measure(model, x, layers=["1"], estimator="exact"))
     x[:] = torch.nan

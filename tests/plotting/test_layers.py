@@ -68,9 +68,21 @@ def test_what_is_not_finite_is_counted_and_left_out(report):
     report["3"].log_volume[:5] = -torch.inf
     figure = plot(report)
     assert [len(points) for points, _, _ in rows(figure)] == [37, 32]
-    assert [text.get_text().strip() for text in figure.axes[0].texts] == ["5 of 37 not finite"]
+    lowest = report["3"].rank[:5].min()
+    assert [text.get_text().strip() for text in figure.axes[0].texts] == [f"5 of 37 are −inf, rank {lowest}"]
+    report["3"].log_volume[:2] = torch.nan
+    assert plot(report).axes[0].texts[0].get_text().endswith("; 2 of 37 not finite")
     report["3"].log_volume[:] = -torch.inf
     assert len(rows(plot(report))) == 1
+    (axes,) = plot(report, layers=["3"]).axes
+    assert "no sample has a finite value" in [text.get_text() for text in axes.texts]
+    assert not len(axes.get_xticks())
+
+
+def test_values_that_are_all_equal_lie_inside_of_the_axis(report):
+    report["3"].log_volume[:] = report["1"].log_volume.max() + 1
+    (axes,) = plot(report).axes
+    assert axes.get_xlim()[1] > report["3"].log_volume[0]
 
 
 def test_nothing_reaches_beyond_the_figure_and_row_names_do_not_overlap():

@@ -9,10 +9,18 @@ import numpy as np
 
 from torchgeom_probe.plotting import style
 from torchgeom_probe.plotting.style import BLUE, NORMAL, SMALL, Figure
-from torchgeom_probe.report import GeometryReport
+from torchgeom_probe.report import GeometryReport, LayerGeometry
 
 #: More points a layer hide each other.
 _POINTS = 500
+
+
+def _left_out(layer: LayerGeometry, values: np.ndarray) -> str:
+    """How many samples have no dot, and why: singular, with the smallest rank, or not finite at all."""
+    singular, other = int(np.isneginf(values).sum()), int((np.isnan(values) | np.isposinf(values)).sum())
+    rank = "" if layer.rank is None else f", rank {int(layer.rank[layer.value.isneginf()].min())}" if singular else ""
+    said = [f"{singular} of {len(values)} are −inf{rank}"] if singular else []
+    return "; ".join([*said, f"{other} of {len(values)} not finite"] if other else said)
 
 
 def plot_report(
@@ -31,6 +39,7 @@ def plot_report(
     chosen = [report[name] for name in names]
     figure = style.new_figure(style.PAGE, 0.34 * len(chosen) + 1.6)
     axes = figure.add_subplot()
+    axes.use_sticky_edges = False  # of a bar without width, which would end the axis at its dots
     random = np.random.default_rng(0)
     for row, layer in enumerate(chosen):
         values = style.in_unit(layer, unit)
@@ -43,8 +52,11 @@ def plot_report(
             axes.barh(row, high - low, 0.56, left=low, color=BLUE, alpha=0.25, linewidth=0, zorder=1)
             axes.plot([middle] * 2, [row - 0.34, row + 0.34], color="black", linewidth=1.8, zorder=3)
         if len(finite) < len(values):
-            text = f" {len(values) - len(finite)} of {len(values)} not finite"
+            text = f" {_left_out(layer, values)}"
             axes.annotate(text, (1, row), xycoords=("axes fraction", "data"), va="center", fontsize=SMALL, color="#a33")
+    if not axes.lines:
+        axes.set_xticks([])
+        axes.text(0.5, 0.5, "no sample has a finite value", transform=axes.transAxes, ha="center", fontsize=SMALL)
     axes.set_yticks(range(len(chosen)), [layer.name or "model" for layer in chosen], fontsize=NORMAL)
     axes.set_ylim(len(chosen) - 0.5, -0.5)
     units = dict.fromkeys(f"{la.heading} [{unit if la.unit == 'nat' else la.unit}]" for la in chosen)
