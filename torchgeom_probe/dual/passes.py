@@ -24,12 +24,16 @@ class Key:
     def outside(self) -> ProbeError:
         """The error for a tensor that is read outside of its pass."""
         self.read_elsewhere |= threading.get_ident() != self.thread
+        if self.read_elsewhere:
+            return ProbeError(
+                "the model computes in threads of its own, where a dual pass does not follow it.\n"
+                "Measure it with engine='vjp'"
+            )
         return ProbeError(
             "the model kept a tensor of an earlier measurement (in a list, a cache or an object of its own) and "
             "computes with it now.\n"
             "Keep such state in a buffer or an attribute of the module, which a measurement puts back, or clear it "
-            "after measuring.\n"
-            "A model that computes in threads of its own looks the same:  measure it with engine='vjp'"
+            "after measuring."
         )
 
 

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from torchgeom_probe.dual.followed import Followed, has_tangent
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.jacobian.fused import START, Seer, Sink
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
+from torchgeom_probe.model.isolation import same_random_numbers
 from torchgeom_probe.shapes import Tensor
 
 
@@ -37,7 +36,7 @@ def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink, *,
 
         # Copies made inside the transform, or a forward pass that writes to a buffer could not be transformed.
         copies = {name: buffer.clone() for name, buffer in hooked.model.named_buffers()}
-        with hooked.attached(on_output, lambda output: z), Followed(reverse=False), _one_thread(hooked.model):
+        with hooked.attached(on_output, lambda output: z), Followed(reverse=False):
             args, kwargs = inputs.arguments(z if inputs.wrt else None)
             torch.func.functional_call(hooked.model, copies, args, kwargs)
         return outputs
@@ -52,28 +51,32 @@ def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink, *,
         sink(entry, blocks)
 
 
-@contextlib.contextmanager
-def _one_thread(model: nn.Module) -> Iterator[None]:
-    """Refuse a model whose modules run in another thread: torch's transforms are a thread's own, tangents end there.
+def refuse_threads(hooked: HookedModel, inputs: Inputs) -> None:
+    """Run the model plainly, and refuse one that computes in other threads: torch's transforms are a thread's own.
 
-    Of a function that runs there, or a scripted module, nothing tells.
+    Tangents would end there without a word.
     """
-    own, elsewhere = threading.get_ident(), set[int]()
+    threads = set[int]()
 
-    def note(*_: Any) -> None:
-        elsewhere.update({threading.get_ident()} - {own})
+    class Noting(Tensor):
+        """Tells in which threads ops take it, or what is made of it."""
 
-    handles = [m.register_forward_pre_hook(note) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        if elsewhere:  # in place of what else is raised: "the tangent was lost" is what comes of it
-            raise ProbeError(
-                "the model computes in threads of its own, in which the tangents of the engine 'functorch' are lost.\n"
-                "Measure it with engine='vjp'"
-            )
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            threads.add(threading.get_ident())
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    # An op that takes no such tensor is one that the transforms, or the pass itself, will speak of.
+    with contextlib.suppress(Exception), torch.no_grad(), same_random_numbers(inputs.device):
+        z = starting_point(hooked, inputs).as_subclass(Noting)
+        with hooked.attached(lambda *_: None, lambda output: z):
+            args, kwargs = inputs.arguments(z if inputs.wrt else None)
+            hooked.model(*args, **kwargs)
+    if threads - {threading.get_ident()}:
+        raise ProbeError(
+            "the model computes in threads of its own, in which the tangents of the engine 'functorch' are lost.\n"
+            "Measure it with engine='vjp'"
+        )
 
 
 def starting_point(hooked: HookedModel, inputs: Inputs) -> Tensor:
