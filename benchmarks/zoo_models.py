@@ -170,13 +170,11 @@ def timm() -> Iterator[Animal]:
 def torchvision() -> Iterator[Animal]:
     from torchvision import models
 
-    sizes = {"alexnet": 64, "squeezenet1_0": 64, "googlenet": 64, "inception_v3": 96, "swin_t": 64, "swin_v2_t": 64}
+    sizes = {"alexnet": 64, "squeezenet1_0": 64, "googlenet": 64, "inception_v3": 96, "maxvit_t": 224}
     options: dict[str, dict[str, Any]] = {
         "vit_b_32": {"image_size": 64},
-        "maxvit_t": {"input_size": (64, 64), "partition_size": 2},
         "googlenet": {"aux_logits": False, "init_weights": False},
         "inception_v3": {"aux_logits": False, "init_weights": False},
-        "mvit_v2_s": {"spatial_size": (32, 32), "temporal_size": 8},
         "deeplabv3_mobilenet_v3_large": {"weights_backbone": None},
         "fcn_resnet50": {"weights_backbone": None},
         "lraspp_mobilenet_v3_large": {"weights_backbone": None},
@@ -192,7 +190,7 @@ def torchvision() -> Iterator[Animal]:
     for name in images.split():
         yield Animal(name, functools.partial(make, name, **options.get(name, {})), _image(sizes.get(name, 64)))
     for name in ("mc3_18", "r2plus1d_18", "r3d_18", "s3d", "swin3d_t", "mvit_v2_s"):
-        frames, size = {"s3d": (16, 64), "mvit_v2_s": (8, 32)}.get(name, (8, 32))
+        frames, size = {"s3d": (16, 224), "mvit_v2_s": (16, 224)}.get(name, (8, 32))
         yield Animal(
             name,
             functools.partial(make, name, **options.get(name, {})),

@@ -18,7 +18,7 @@ from torchgeom_probe.model.isolation import same_random_numbers
 from torchgeom_probe.shapes import Tensor
 
 #: Steps, as shares of the input's size, of which the best counts: too long a one crosses kinks, too short a one rounds.
-_STEPS = {torch.float64: (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)}
+_STEPS = {torch.float64: (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)}
 _COARSE = (1e-1, 1e-2, 1e-3, 1e-4)
 #: Disagreement that kinks and the rounding of the differences explain.
 _TOLERANCE = {torch.float64: 3e-3, torch.float32: 5e-2}
