@@ -164,6 +164,18 @@ def test_pairs_are_disjoint_unless_they_share_and_keep_out_of_groups(x):
         assert torch.equal(pairs.units, groups[pairs.ends])
 
 
+def test_a_tie_that_the_batch_decides_is_left_out_and_counted():
+    x, model = torch.randn(40, 2), nn.Linear(2, 2)
+    classes = model(x).argmax(1)
+    one = classes.clone()
+    one[3] = 1 - one[3]  # as it was predicted in another batch
+    options = {"count": 100, "share": True, "reach": 0.05, "apart": 0.0, "readout": None, "seed": 0}
+    pairs = design.crossing_pairs(model, x, one, torch.arange(40), **options)
+    assert 3 not in pairs.ends
+    assert pairs.dropped["a tie of two logits, which the size of the batch decides"] > 0
+    assert len(pairs.ends) == 100
+
+
 def test_the_units_are_those_that_give_the_wider_interval(x):
     model = net()
     by_groups = study(model, x, groups=[f"photo {i // 50}" for i in range(300)])["1"]

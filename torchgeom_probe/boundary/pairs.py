@@ -15,7 +15,7 @@ import scipy  # its submodules are loaded when they are first used: importing th
 import torch
 from torch import nn
 
-from torchgeom_probe.boundary.points import boundary_points
+from torchgeom_probe.boundary.points import bisected
 from torchgeom_probe.model.predictions import Readout, predicted
 from torchgeom_probe.shapes import Float, Int, Tensor
 from torchgeom_probe.slices.resume import Parts, by_chunks
@@ -88,16 +88,18 @@ def crossing_pairs(
 
     def bisect(some: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         a, b = x[some.T.to(x.device)]
-        return {"t": boundary_points(model, a, b, near="middle", readout=readout).t.double()}, {}
+        points, differ = bisected(model, a, b, near="middle", readout=readout)
+        return {"t": points.t.double(), "differ": differ}, {}
 
     drawn = draw.split(_AT_ONCE)
     kept = None if parts is None else parts.named("crossings")
     shown: dict[str, Any] = {"desc": "boundary crossings, at most", "unit": "pair", "progress": progress}
     for index, (tensors, _) in by_chunks(enumerate(drawn), bisect, kept, kind="crossings", **shown):
-        some, found = drawn[index], tensors["t"]
+        some, found, differ = drawn[index], tensors["t"], tensors["differ"]
         reasons = {
-            "crossing at the middle, where it is its own mirror image": (found - 0.5).abs() < apart,
-            "crossing too near to a sample": torch.minimum(found, 1 - found) < reach,
+            "a tie of two logits, which the size of the batch decides": ~differ,
+            "crossing at the middle, where it is its own mirror image": differ & ((found - 0.5).abs() < apart),
+            "crossing too near to a sample": differ & (torch.minimum(found, 1 - found) < reach),
         }
         good = (~torch.stack(list(reasons.values())).any(0)).nonzero().flatten()[:missing]
         looked_at = len(some) if len(good) < missing else int(good[-1]) + 1

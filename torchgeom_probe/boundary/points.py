@@ -17,7 +17,7 @@ from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.isolation import measuring
 from torchgeom_probe.model.predictions import Readout, logits_of, pieces
 from torchgeom_probe.model.wrappers import unwrapped
-from torchgeom_probe.shapes import Float, Int, Tensor
+from torchgeom_probe.shapes import Bool, Float, Int, Tensor
 
 #: Where ``near="middle"`` looks for class changes before it bisects.
 _GRID = tuple(i / 10 for i in range(11))
@@ -85,6 +85,21 @@ def boundary_points(
         raise ProbeError(f"tol={tol} must lie between 0 and 1: it is in units of the segment. Write tol=1e-3.")
     if near not in ("any", "middle"):
         raise ProbeError(f"near={near!r} is unknown.\nWrite near='any' (the default) or near='middle'.")
+    points, differ = bisected(model, a, b, tol=tol, near=near, readout=readout)
+    _refuse_pairs_of_one_class(points.class_before, differ)
+    return points
+
+
+def bisected(
+    model: nn.Module,
+    a: Tensor,
+    b: Tensor,
+    *,
+    tol: float = 1e-3,
+    near: Literal["any", "middle"] = "any",
+    readout: Readout | None = None,
+) -> tuple[BoundaryPoints, Bool[Tensor, " batch"]]:
+    """The same of segments that may have ends of one class, which of them have not: only those cross a boundary."""
     bare = unwrapped(model)
 
     def classes(x: Tensor) -> Tensor:
@@ -94,7 +109,6 @@ def boundary_points(
     with measuring(bare), measuring(readout) if isinstance(readout, nn.Module) else contextlib.nullcontext():
         grid = _GRID if near == "middle" else (0.0, 1.0)
         found_GB = torch.stack([classes(_between(a, b, a.new_full((len(a),), t))) for t in grid])
-        _refuse_pairs_of_one_class(found_GB[0], found_GB[-1])
         left = _nearest_to_the_middle(found_GB[1:] != found_GB[:-1])
         first, after = (found_GB.gather(0, index[None])[0] for index in (left, left + 1))
         edges = torch.tensor(grid, dtype=a.dtype, device=a.device)
@@ -106,7 +120,8 @@ def boundary_points(
             low, high = torch.where(crossed, low, middle), torch.where(crossed, middle, high)
             after = torch.where(crossed, found, after)
         t = (low + high) / 2
-        return BoundaryPoints(_between(a, b, t), t, first, after, float((high - low).max()) / 2)
+        points = BoundaryPoints(_between(a, b, t), t, first, after, float((high - low).max()) / 2)
+        return points, found_GB[0] != found_GB[-1]
 
 
 def _nearest_to_the_middle(changes_GB: Tensor) -> Tensor:
@@ -116,8 +131,8 @@ def _nearest_to_the_middle(changes_GB: Tensor) -> Tensor:
     return torch.where(changes_GB, away[:, None], math.inf).argmin(0)
 
 
-def _refuse_pairs_of_one_class(first: Tensor, last: Tensor) -> None:
-    same = (first == last).nonzero().flatten().tolist()
+def _refuse_pairs_of_one_class(first: Tensor, differ: Tensor) -> None:
+    same = (~differ).nonzero().flatten().tolist()
     if same:
         raise ProbeError(
             f"the ends of segment {same[0]} are both predicted as class {int(first[same[0]])} ({len(same)} of "
