@@ -100,3 +100,18 @@ def test_a_new_verb_is_one_file(tmp_path, monkeypatch, capsys):
     finally:
         sys.modules.pop("torchgeom_probe.cli.greet", None)
         vars(cli).pop("greet", None)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
+def test_a_process_of_its_own_keeps_the_memory_that_tensors_free():
+    program = (
+        "import resource, sys, torch; from torchgeom_probe.cli import main as cli\n"
+        "cli._keep_freed_memory() if sys.argv[1] == 'kept' else None\n"
+        "for _ in range(20): torch.ones(2**24)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+    )
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "given back")
+    )
+    assert kept < given_back - 10 * 2**24 * 4 // 2**21  # of 20 tensors, if a page is as large as they come
