@@ -3,6 +3,7 @@
 import warnings
 
 import models
+import numpy as np
 import pytest
 import torch
 from annotations import shapes_unchecked
@@ -428,6 +429,35 @@ def test_check_finds_a_derivative_that_is_a_little_wrong(dtype, off):
     assert 0.5 * off < report.difference_errors["1"] < 1.5 * off
 
 
+def test_check_finds_a_wrong_derivative_of_what_has_no_float64():
+    class Narrow(torch.autograd.Function):
+        """float32 alone, with a derivative that is 1.5 times too large in both modes, which agree with each other."""
+
+        @staticmethod
+        def forward(x):
+            assert x.dtype == torch.float32
+            return torch.from_numpy(np.sin(x.numpy()))
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 1.5 * grad * ctx.saved_tensors[0].cos()
+
+    class Body(nn.Module):
+        def forward(self, x):
+            return Narrow.apply(x)
+
+    torch.manual_seed(0)
+    layers = [m for _ in range(8) for m in (nn.Linear(16, 16), nn.GELU())]
+    report = tgp.GeometryProbe(nn.Sequential(*layers, Body()), layers="", engine="vjp").check(torch.randn(3, 16))
+    assert max(report.adjoint_errors.values()) < report.tolerance
+    assert not report.ok
+
+
 def test_empty_tensors_in_every_engine():
     class Empty(nn.Module):
         """Puts an empty part of its input beside an empty constant, as caches begin."""
@@ -508,6 +538,7 @@ def test_a_surrogate_gradient_is_no_adjoint():
         ((X,), {"labels": X[:, 0]}, "'labels' is no option.*\nLeave it out"),
         ((X,), {"estimator": "Exact()"}, "Write, for instance, estimator='exact'"),
         ((X,), {"estimator": "tgp.TopK(k=2)"}, "Write, for instance, estimator='topk:k=2'"),
+        ((X,), {"estimator": "TopK(10, 1e-3)"}, "Write, for instance, estimator='topk:10'"),
         (
             (X,),
             {"estimator": "topk:4"},

@@ -310,7 +310,9 @@ class GeometryReport(Mapping[str, LayerGeometry]):
     def _cells(self) -> list[list[str]]:
         unit, heading = next(((layer.unit, layer.heading) for layer in self.values()), ("nat", "log-volume"))
         names = list(dict.fromkeys(n for g in self.values() for n, extra in g.extras.items() if extra.ndim == 1))
-        if any(layer.value.isneginf().any() for layer in self.values()):  # what is left of a volume that is zero
+        if any(
+            layer.rank is not None and layer.value.isneginf().any() for layer in self.values()
+        ):  # what is left of a volume that is zero
             names.insert(0, "log_pseudo_volume")
         log10 = ["log10"] if unit == "nat" else []
         value = f"{heading} [{unit}]" if unit else heading

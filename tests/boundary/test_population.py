@@ -209,15 +209,14 @@ def test_it_goes_on_after_a_kill_and_loads_what_is_done(x, tmp_path, monkeypatch
     def killed(self, index, data):
         if len(chunks) == alive[0]:
             raise KeyboardInterrupt
-        chunks.append((self.prefix, index))
+        chunks.append((self.prefix.partition("-")[0], index))
         put(self, index, data)
 
     monkeypatch.setattr(Parts, "put", killed)
-    for until in ([("crossings-", 0)], [("crossings-", 0), ("", 0)]):
-        alive[0] = len(until)
+    for alive[0] in (1, 2):
         with pytest.raises(KeyboardInterrupt):
             study(model, x, **options)
-        assert chunks == until
+        assert [prefix == "crossings" for prefix, _ in chunks] == [True, False][: alive[0]]
     alive[0] = -1
     found = study(model, x, **options)
     assert len(set(chunks)) == len(chunks) > 2  # none twice
@@ -232,6 +231,59 @@ def test_it_goes_on_after_a_kill_and_loads_what_is_done(x, tmp_path, monkeypatch
     for other in ({"mode": "as_is"}, {"precision": "bf16"}):
         with pytest.raises(tgp.ProbeError, match=f"another boundary_study: its {next(iter(other))} differ"):
             study(model, x, **options | other)
+
+
+def test_what_is_kept_is_of_the_same_pairs(x, tmp_path, monkeypatch):
+    """A class that another device sees otherwise draws other pairs, to which no crossing that was kept belongs."""
+    model, path = net(), tmp_path / "study.json"
+    put = Parts.put
+
+    def killed(self, index, data):
+        put(self, index, data)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parts, "put", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study(model, x, path=path)
+    monkeypatch.setattr(Parts, "put", put)
+    decide = design.predicted
+
+    def otherwise(*arguments):
+        found = decide(*arguments)
+        near = found["margin"].argmin()  # the other one of its two classes
+        found["predictions"][near] = model(x)[near].topk(2).indices[1]
+        return found
+
+    monkeypatch.setattr(design, "predicted", otherwise)
+    resumed, fresh = study(model, x, path=path), study(model, x)
+    assert dict(resumed) == dict(fresh)
+
+
+def test_a_refusal_deletes_what_it_made_alone(x, tmp_path, monkeypatch):
+    path, put = tmp_path / "study.json", Parts.put
+
+    def with_readout(readout):  # all of them are the same to the settings
+        return study(net(), x, path=path, readout=lambda z: readout(z))
+
+    with pytest.raises(IndexError):
+        with_readout(lambda z: z[:, 99])
+    with pytest.raises(tgp.ProbeError, match="one number a sample"):
+        with_readout(lambda z: z[:, :1])
+    assert not list(tmp_path.iterdir())
+
+    def killed(self, index, data):
+        put(self, index, data)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parts, "put", killed)
+    torch.manual_seed(1)
+    with pytest.raises(KeyboardInterrupt):
+        with_readout(lambda z: z)
+    kept = sorted(p.name for p in path.with_name("study.json.parts").iterdir())
+    torch.manual_seed(1)
+    with pytest.raises(tgp.ProbeError, match="one number a sample"):
+        with_readout(lambda z: z[:, :1])
+    assert sorted(p.name for p in path.with_name("study.json.parts").iterdir()) == kept
 
 
 def test_the_untrained_network_is_measured_as_the_trained_one_is(x):

@@ -100,6 +100,8 @@ def test_crops_of_one_photograph_are_one_group(tmp_path):
     arguments = argparse.Namespace(images=[str(tmp_path)], group=r"^(\d+)_", pairs=10, share=True, seed=1)
     options = study_options(arguments)
     assert options == {"groups": ["12", "12", "7", "image 3"], "pairs": 10, "share": True, "seed": 1}
+    arguments.group = r"^(\d+)_|^(od+)"
+    assert study_options(arguments)["groups"] == ["12", "12", "7", "odd"]
     for pattern, match in (
         (r"^photo", "is in no image's name: 12_a.png, 12_b.png, 7_a.png"),
         ("(", "regular expression"),

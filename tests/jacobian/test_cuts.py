@@ -159,6 +159,11 @@ def test_ways_round_the_refusal():
             with pytest.raises(tgp.ProbeError, match=r"threads of its own(.|\n)*Measure it with engine='vjp'"):
                 measured(Between(how), engine="functorch")
             assert right(Between(how), "vjp")
+        logged = []
+        for log in (lambda h: h.shape, lambda h: h.detach().mean().item(), lambda h: h.data.sum()):
+            noted = Between(lambda h, log=log: (pool.submit(lambda: logged.append(log(h))).result(), h.sin())[1])
+            assert right(noted, "functorch")
+        assert logged
     copied = Between(lambda h: h + torch.nested.nested_tensor(list(h)).to_padded_tensor(0.0))
     with pytest.raises(tgp.ProbeError, match="takes a constant made of a tensor that depends"):
         measured(copied, engine="vjp")

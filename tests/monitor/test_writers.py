@@ -181,6 +181,10 @@ def test_a_file_that_no_writer_makes_is_no_folder(tmp_path):
     with pytest.raises(tgp.ProbeError, match=r"out.txt' names a file.*\n.*out.csv'(.|\n)*/out'"):
         writers_of(tmp_path / "out.txt")
     assert not list(tmp_path.iterdir())
+    pytest.importorskip("tensorboard")
+    (tmp_path / "resnet.log").mkdir()
+    for folder in (tmp_path / "resnet.log", f"{tmp_path}/new.log/"):
+        assert [type(writer).__name__ for writer in writers_of(folder)] == ["TensorBoardWriter"]
 
 
 @pytest.mark.parametrize("target", [5, object(), tgp.CSVWriter, {"a": "b"}, [["runs/a"]]])

@@ -112,7 +112,7 @@ class BoundaryEffect:
         """What stands behind the numbers: that one network's contrast is no test, and what was left out."""
         found = []
         if self.initial is None:
-            found.append("a contrast of one network is not calibrated: untrained ones often have one")
+            found.append("a contrast without initial= is not calibrated: untrained networks often have one")
         if self.dropped:
             found.append("left out: " + ", ".join(f"{count} pairs ({why})" for why, count in self.dropped.items()))
         return found

@@ -31,7 +31,7 @@ class LayerFields:
 
     Attributes:
         trained, initial: quantity → [N, P], of the network and of the untrained one, which may have none: ``"speed"``,
-            log |Jv|; ``"trace"``, ½ log tr g; ``"volume"``, [N, C]; ``"switches"``, [N, C], of ReLU networks.
+            log |Jv|; ``"trace"``, ½ log tr g, and ``"volume"``, [N, C]; ``"switches"``, [N, C], of ReLU networks.
         volume: in words.
         dimensions: of the volume.
     """

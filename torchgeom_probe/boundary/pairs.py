@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from torchgeom_probe.boundary.points import bisected
+from torchgeom_probe.files import digest
 from torchgeom_probe.model.predictions import Readout, predicted
 from torchgeom_probe.shapes import Float, Int, Tensor
 from torchgeom_probe.slices.resume import Parts, by_chunks
@@ -92,7 +93,7 @@ def crossing_pairs(
         return {"t": points.t.double(), "differ": differ}, {}
 
     drawn = draw.split(_AT_ONCE)
-    kept = None if parts is None else parts.named("crossings")
+    kept = None if parts is None else parts.named(f"crossings-{digest(draw)}")  # of other pairs they are no use
     shown: dict[str, Any] = {"desc": "boundary crossings, at most", "unit": "pair", "progress": progress}
     for index, (tensors, _) in by_chunks(enumerate(drawn), bisect, kept, kind="crossings", **shown):
         some, found, differ = drawn[index], tensors["t"], tensors["differ"]

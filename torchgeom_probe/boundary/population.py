@@ -121,8 +121,8 @@ def boundary_study(
     Source: Zavatone-Veth et al., arXiv:2301.11375, for the hypothesis; the test is this package's own.  How often it
     rejects a true null, and what it finds: benchmarks/README.md.
 
-    Cost: 6 rows a point (itself, the line, four random directions) and about 12 points a pair and network, for all
-    layers together; ~20 plain rows a pair for the crossing.
+    Cost: 2 rows a point (itself, the line), 6 at those of the contrast (four random directions), and about 12 points a
+    pair and network: 32 rows for all layers together; ~20 plain rows a pair for the crossing.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3, bias=False))
@@ -152,6 +152,7 @@ def boundary_study(
         Parts.remove(target)
         return finished
     device = next((t.device for t in (*probe.model.parameters(), *probe.model.buffers())), x.device)
+    begun = target is not None and Parts.stored_settings(target) is not None
     parts = None if target is None else Parts(target, settings, what="boundary_study")
     rank, size = _place_among_ranks(distributed)
     bar = False if rank else progress
@@ -159,9 +160,10 @@ def boundary_study(
     try:
         design = designed(probe.model, where, groups_B, readout, settings, parts=parts, progress=bar)
     except ProbeError:  # the mended call is another study, and may have the same path
-        if target is not None:
+        if target is not None and not begun:
             Parts.remove(target)
         raise
+    parts = parts and parts.named(digest(design.pairs.ends, design.pairs.t))
     stored = dict(_chunks(probe, untrained, design, volume, parts, rank=rank, size=size, progress=bar, seed=seed))
     fields = _joined(_gathered(stored, settings, size))
     effects = {name: effect_of(name, found, design, contrast, offsets) for name, found in fields.items()}
@@ -253,7 +255,7 @@ def _fields(
         for layer, found in probe.measure(points[:, :count].flatten(0, 1), progress=False).items():
             kinds[layer] = found.estimand, min(found.num_directions, found.num_features)
             yield layer, "volume", found.value.reshape(-1, count), *kinds[layer]
-    for layer, fields in along_lines(probe, points, directions).items():
+    for layer, fields in along_lines(probe, points, directions, count).items():
         kind = kinds.get(layer, (None, None))
         for quantity, field in fields.items():
             yield layer, quantity, field, *kind

@@ -11,7 +11,7 @@ from torchgeom_probe.estimators.base import Estimator, ProductCount, conventions
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
 from torchgeom_probe.probe import GeometryProbe
-from torchgeom_probe.report import LayerGeometry
+from torchgeom_probe.report import GeometryReport, LayerGeometry
 from torchgeom_probe.shapes import Float, Tensor
 
 
@@ -47,7 +47,7 @@ class Speed(Estimator):
                 value=speed,
                 singular_values=energies_KB[:1].T.sqrt(),
                 num_directions=1,
-                extras={"log_trace": energies_KB[1:].mean(0).log() / 2},
+                extras={"log_trace": energies_KB[1:].mean(0).log() / 2} if len(some) > 1 else {},
             )
         return found
 
@@ -59,13 +59,24 @@ def with_random(line: Float[Tensor, " N *space"], count: int, *, seed: int) -> F
 
 
 def along_lines(
-    probe: GeometryProbe, points: Float[Tensor, " N P *space"], directions: Float[Tensor, "k N *space"]
+    probe: GeometryProbe, points: Float[Tensor, " N P *space"], directions: Float[Tensor, "k N *space"], contrasted: int
 ) -> dict[str, dict[str, Tensor]]:
-    """Layer → ``"speed"`` and ``"trace"``, [N, P], by a probe whose estimator this replaces."""
-    many = directions[:, :, None].expand(-1, -1, points.shape[1], *points.shape[2:])
-    probe.estimator = Speed(many.flatten(1, 2))
-    found, shape = probe.measure(points.flatten(0, 1), progress=False), points.shape[:2]
+    """Layer → ``"speed"`` [N, P], and ``"trace"`` [N, C] at the first C points, which alone take random directions.
+
+    By a probe whose estimator this replaces.
+    """
+
+    def measured(some: Tensor, along: Tensor) -> GeometryReport:
+        many = along[:, :, None].expand(-1, -1, some.shape[1], *some.shape[2:])
+        probe.estimator = Speed(many.flatten(1, 2))
+        return probe.measure(some.flatten(0, 1), progress=False)
+
+    count, near = len(points), measured(points[:, :contrasted], directions)
+    far = measured(points[:, contrasted:], directions[:1])
     return {
-        layer: {"speed": each.value.reshape(shape), "trace": each.extras["log_trace"].reshape(shape)}
-        for layer, each in found.items()
+        layer: {
+            "speed": torch.cat([each.value.reshape(count, -1), far[layer].value.reshape(count, -1)], 1),
+            "trace": each.extras["log_trace"].reshape(count, -1),
+        }
+        for layer, each in near.items()
     }

@@ -76,6 +76,8 @@ class BoundaryStudy(Mapping[str, BoundaryEffect]):
         for name, e in self.items():
             tested = [getattr(e, column) if column != "own" or e.initial else None for column in _COLUMNS.values()]
             others = ["–" if found is None else str(found.estimate) for found in tested]
+            if e.volume is not None:
+                others[list(_COLUMNS).index("volume")] += f" ({in_words(e.volume.p_value)})"
             counts = (str(e.num_pairs), f"{e.num_units} {e.units}")
             rows.append([name or "(model)", str(e.estimate), in_words(e.p_value), *others, *counts, e.verdict])
         kept = [i for i, column in enumerate(head) if column not in _COLUMNS or any(row[i] != "–" for row in rows)]

@@ -42,7 +42,7 @@ def add(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the table and a sentence a layer; write ``study.json`` and ``profile.png`` and ``.pdf``."""
+    """Print the table and what it is of; write ``study.json`` and ``profile.png`` and ``.pdf``."""
     optional("matplotlib", extra="figures")
     own_file = arguments.model.partition(":")[0].endswith(".py")  # whose factory may return a trained model
     if not is_trained(arguments) and not own_file:

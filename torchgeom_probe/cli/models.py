@@ -127,7 +127,8 @@ def groups_of(arguments: argparse.Namespace) -> list[str] | None:
             f"--group {arguments.group!r} is in no image's name: {names} …\n"
             "Write what crops of one photograph share; of 012_a.png and 012_b.png:  --group '^(\\d+)_'"
         )
-    return [f"image {i}" if match is None else match.group(match.re.groups and 1) for i, match in enumerate(found)]
+    parts = [match and [match.group(), *filter(None, match.groups())][:2] for match in found]
+    return [part[-1] if part else f"image {i}" for i, part in enumerate(parts)]
 
 
 def image_files_of(arguments: argparse.Namespace) -> list[Path]:
@@ -214,11 +215,10 @@ def _meant(name: str) -> str:
     """A network of this name that one of the libraries has, as a question."""
     if name.replace("_", "-").lower() == LITE0:
         return f"\nDid you mean {LITE0}?"
-    with contextlib.suppress(ProbeError):
-        if name in optional("timm", extra="timm").list_models():
-            return f"\nDid you mean timm:{name}?"
-        if name in optional("torchvision.models", extra="figures").list_models():
-            return f"\nDid you mean torchvision:{name}?"
+    for library, module in (("timm", "timm"), ("torchvision", "torchvision.models")):
+        with contextlib.suppress(Exception):  # not installed, or broken: this is a hint
+            if name in optional(module, extra=library).list_models():
+                return f"\nDid you mean {library}:{name}?"
     return ""
 
 

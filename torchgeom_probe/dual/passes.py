@@ -15,16 +15,16 @@ from torchgeom_probe.errors import ProbeError
 
 
 class Key:
-    """Which pass a DualTensor belongs to, in which thread, and whether another thread tried to read one."""
+    """Which pass a DualTensor belongs to, in which thread, and whether another one tried to read it while it ran."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
-        self.read_elsewhere = False
+        self.running, self.read_elsewhere = True, False
 
     def outside(self) -> ProbeError:
         """The error for a tensor that is read outside of its pass."""
-        self.read_elsewhere |= threading.get_ident() != self.thread
-        if self.read_elsewhere:
+        self.read_elsewhere |= self.running and threading.get_ident() != self.thread
+        if self.running and self.read_elsewhere:
             return ProbeError(
                 "the model computes in threads of its own, where a dual pass does not follow it.\n"
                 "Measure it with engine='vjp'"
@@ -98,8 +98,10 @@ def dual_pass(**changes: Any) -> Iterator[Pass]:
         try:
             yield running
         finally:
-            if running.key.read_elsewhere:  # raised there, where nobody may have heard of it
-                raise running.key.outside()
+            heard = running.key.outside() if running.key.read_elsewhere else None
+            running.key.running = False
+            if heard is not None:  # raised there, where nobody may have heard of it
+                raise heard
 
 
 @contextlib.contextmanager

@@ -121,9 +121,12 @@ def named(text: str) -> Estimator:
     name, _, rest = text.partition(":")
     known = estimators()
     if name.strip().lower() not in known:
-        called = re.fullmatch(r"\s*(?:tgp\.)?(\w+)\((.*)\)\s*", text)  # as Python writes it
-        written = ":".join(filter(None, called.groups())).lower() if called else ""
-        meant = written if written.partition(":")[0] in known else "topk:10"
+        called = re.fullmatch(r"\s*(?:\w+\.)*(\w+)\(([^,]*|(?:\w+=[^,]*,?)*)\)\s*", text)  # as Python writes it
+        meant = ":".join(filter(None, called.groups())).lower() if called else "topk:10"
+        try:
+            named(meant)
+        except (ProbeError, TypeError):
+            meant = "topk:10"
         raise ProbeError(
             f"estimator={text!r} is unknown; there are {', '.join(known)}.\nWrite, for instance, estimator={meant!r}"
         )

@@ -44,7 +44,7 @@ def difference_errors(jacobians: Jacobians, v: Tensor, pushed: Mapping[str, Tens
     v = v.to(point.dtype)
     size = point.norm() / v.norm() if point.any() else 1 / v.norm()
     errors, settled = dict.fromkeys(pushed, torch.inf), dict.fromkeys(pushed, torch.inf)
-    spread, longer = dict.fromkeys(pushed, torch.inf), dict[str, Tensor]()
+    spread, before = dict.fromkeys(pushed, torch.inf), dict[str, tuple[Tensor, Tensor]]()
     tolerance = max(_TOLERANCE.get(point.dtype, 0.3), 30 * torch.finfo(point.dtype).eps)
     for step in _STEPS.get(point.dtype, _COARSE):
         h = step * size
@@ -53,11 +53,13 @@ def difference_errors(jacobians: Jacobians, v: Tensor, pushed: Mapping[str, Tens
             slope, jv = (ahead[entry] - behind[entry]).double() / (2 * h), jv.double()
             noise = 10 * torch.finfo(ahead[entry].dtype).eps * base[entry].double().norm() / h
             larger = torch.maximum(slope.norm(), jv.norm())
-            unsure = (slope - longer.get(entry, slope.new_full((), torch.inf))).norm() + noise
-            longer[entry] = slope
-            if unsure < spread[entry]:
+            longer, its_noise = before.get(entry, (slope.new_full((), torch.inf), noise))
+            before[entry] = slope, noise
+            unsure = (slope - longer).norm() + its_noise
+            if unsure < spread[entry] and point.dtype == torch.float64:  # in which there are steps enough
                 spread[entry] = unsure.item()
-                settled[entry] = (((slope - jv).norm() - unsure).clamp_min(0) / larger.clamp_min(1e-300)).item()
+                apart = torch.minimum((slope - jv).norm(), (longer - jv).norm()) - unsure
+                settled[entry] = (apart.clamp_min(0) / larger.clamp_min(1e-300)).item()
             if noise > tolerance * larger and errors[entry] < torch.inf:
                 continue  # a step so short that rounding could hide what the longer ones have shown
             apart = ((slope - jv).norm() - noise).clamp_min(0) / larger

@@ -10,6 +10,7 @@ import threading
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from torchgeom_probe.dual.followed import Followed, has_tangent
 from torchgeom_probe.errors import ProbeError
@@ -56,15 +57,21 @@ def refuse_threads(hooked: HookedModel, inputs: Inputs) -> None:
 
     Tangents would end there without a word.
     """
-    threads = set[int]()
+    own, threads = threading.get_ident(), set[int]()
 
     class Noting(Tensor):
-        """Tells in which threads ops take it, or what is made of it."""
+        """Tells in which threads anything is made of it."""
 
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            threads.add(threading.get_ident())
-            return super().__torch_function__(func, types, args, kwargs or {})
+            out = super().__torch_function__(func, types, args, kwargs or {})
+            if threading.get_ident() == own:
+                return out
+            if func in (Tensor.detach, Tensor.data.__get__):  # type: ignore[attr-defined]  # to be logged
+                return out.as_subclass(Tensor)
+            if any(isinstance(leaf, Noting) for leaf in tree_leaves(out)):
+                threads.add(threading.get_ident())
+            return out
 
     # An op that takes no such tensor is one that the transforms, or the pass itself, will speak of.
     with contextlib.suppress(Exception), torch.no_grad(), same_random_numbers(inputs.device):
@@ -72,7 +79,7 @@ def refuse_threads(hooked: HookedModel, inputs: Inputs) -> None:
         with hooked.attached(lambda *_: None, lambda output: z):
             args, kwargs = inputs.arguments(z if inputs.wrt else None)
             hooked.model(*args, **kwargs)
-    if threads - {threading.get_ident()}:
+    if threads:
         raise ProbeError(
             "the model computes in threads of its own, in which the tangents of the engine 'functorch' are lost.\n"
             "Measure it with engine='vjp'"

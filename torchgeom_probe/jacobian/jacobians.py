@@ -274,7 +274,7 @@ class Jacobians:
         options: dict[str, Any] = {}
         if engine == "fused":
             options = {"any_order": any_order, "layout": plan.layout, "low": self.low}
-        if engine == "functorch" and (plan.reference or plan.random):  # in the first measurement of a shape
+        if engine == "functorch" and (plan.reference or (plan.random and not self.inputs.start)):
             functorch.refuse_threads(self.hooked, self.inputs)
         try:
             # The same random numbers in every pass: directions that are pushed apart must be pushed through the same

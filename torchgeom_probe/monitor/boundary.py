@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from torchgeom_probe.boundary.design import CONTRASTS, LEAST_PAIRS, laid_out
+from torchgeom_probe.boundary.effect import BoundaryEffect
 from torchgeom_probe.boundary.inference import LayerFields, effect_of
 from torchgeom_probe.boundary.pairs import Pairs, clustered, crossing_pairs, pairs_of
-from torchgeom_probe.boundary.points import boundary_points
+from torchgeom_probe.boundary.points import bisected
 from torchgeom_probe.boundary.speed import along_lines, with_random
 from torchgeom_probe.boundary.study import BoundaryStudy
 from torchgeom_probe.errors import ProbeError
@@ -85,7 +86,9 @@ class BoundaryWatch:
         design = laid_out(model, x, pairs, decided, None, _SETTINGS)
         # One of its own, which keeps its plans: a record of a pass at other points would be of no use.
         self._probe = self._probe or probe.like(layers=probe.layers, replay=False)
-        measured, effects = along_lines(self._probe, design.points, with_random(design.along, 1, seed=0)), {}
+        directions = with_random(design.along, 1, seed=0)
+        measured = along_lines(self._probe, design.points, directions, len(design.weights))
+        effects: dict[str, BoundaryEffect] = {}
         self._tags = {name: f"boundary/{label(i, name)}" for i, name in enumerate(measured)}
         for name, fields in measured.items():
             trained = LayerFields({quantity: field.detach().double().cpu() for quantity, field in fields.items()})
@@ -111,8 +114,9 @@ class BoundaryWatch:
         if len(ends) < LEAST_PAIRS:
             return None
         a, b = x[ends.T.to(x.device)]
-        t = boundary_points(model, a, b, near="middle").t.double().cpu()
-        clear = (t - 0.5).abs() >= apart
+        points, differ = bisected(model, a, b, near="middle")
+        t = points.t.double().cpu()
+        clear = ((t - 0.5).abs() >= apart) & differ.cpu()
         lost = {"of one class now": len(self._ends) - len(ends), "crossing at the middle now": int((~clear).sum())}
         return (
             pairs_of(ends[clear], t[clear], classes, alone, lost, self._regions) if clear.sum() >= LEAST_PAIRS else None

@@ -81,7 +81,8 @@ def _writer_of(target: Any) -> Writer:
     path = Path(target) if isinstance(target, str | os.PathLike) else None
     if path is not None and path.suffix in (".csv", ".jsonl"):
         return CSVWriter(path) if path.suffix == ".csv" else JSONWriter(path)
-    if path is not None and path.suffix in (".txt", ".log", ".json", ".tsv", ".parquet", ".db"):
+    folder = path is not None and (path.is_dir() or str(target).endswith(("/", os.sep)))
+    if path is not None and not folder and path.suffix in (".txt", ".log", ".json", ".tsv", ".parquet", ".db"):
         raise ProbeError(
             f"writer={str(target)!r} names a file of a kind that no writer here makes.\n"
             f"Write:  writer={str(path.with_suffix('.csv'))!r}, a file .jsonl, or a directory for TensorBoard:  "

@@ -29,10 +29,8 @@ class Parts:
 
     def __init__(self, target: Path, settings: Mapping[str, Any], *, what: str = "scan") -> None:
         self.folder, self.prefix = _folder(target), ""
-        stored = self.stored_settings(target)
-        if stored is None:
-            write_json(self.folder / "settings.json", settings)
-        else:
+        self._settings, stored = settings, self.stored_settings(target)
+        if stored is not None:
             refuse_other(stored, settings, where=self.folder, what=what)
 
     @staticmethod
@@ -47,7 +45,7 @@ class Parts:
         shutil.rmtree(_folder(target), ignore_errors=True)
 
     def named(self, prefix: str) -> Parts:
-        """Others of the same measurement, which are done before its own."""
+        """Those of the same measurement that belong to what the prefix says; others are as if they were not there."""
         others = copy.copy(self)
         others.prefix = f"{prefix}-"
         return others
@@ -58,7 +56,9 @@ class Parts:
         return file.read_bytes() if file.exists() else None
 
     def put(self, index: int, data: bytes) -> None:
-        """Store a chunk; it is on the disk when this returns."""
+        """Store a chunk, the settings before the first; it is on the disk when this returns."""
+        if not (self.folder / "settings.json").exists():
+            write_json(self.folder / "settings.json", self._settings)
         write_atomically(self._file(index), data)
 
     def _file(self, index: int) -> Path:
