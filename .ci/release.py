@@ -42,7 +42,7 @@ EXTRAS = {
     "pretrained": "from torchgeom_probe.integrations.timm import load_pretrained_efficientnet_lite0 as load; load()",
     "lightning": "from torchgeom_probe.integrations.lightning import GeometryCallback",
     "pandas": "import torch, torchgeom_probe as tgp; tgp.measure(torch.nn.Linear(3, 5), torch.randn(4, 3)).to_pandas()",
-    "completion": "import subprocess; subprocess.run(['torchgeom-probe', '--print-completion', 'bash'], check=True)",
+    "completion": "from torchgeom_probe.cli.main import main; main(['--print-completion', 'bash'])",
     "dataset": "import tempfile, torch, torchgeom_probe as tgp; m = torch.nn.Linear(3, 5)\n"
     "d = torch.utils.data.TensorDataset(torch.randn(9, 3))\n"
     "assert len(tgp.measure_dataset(m, d, path=tempfile.mkdtemp(), progress=False).to_pandas()) == 9",
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--torch", nargs="+", default=["torch==2.6.0", "torch"])
     parser.add_argument("--extras", nargs="*", default=list(EXTRAS))
     arguments = parser.parse_args()
+    arguments.folder = arguments.folder.resolve()
     wheel = built(arguments.folder / "dist")
     print("| Python | torch | core |", " | ".join(arguments.extras), "|")
     print("|---" * (3 + len(arguments.extras)) + "|", flush=True)
@@ -94,8 +95,8 @@ def row(python: str, torch: str, wheel: Path, arguments: argparse.Namespace) -> 
     try:
         environment(base, python, torch, str(wheel))
         version = run([base / "bin/python", "-c", "import torch; print(torch.__version__)"], "torch").strip()
-        run([base / "bin/python", "-c", CORE], "core")
-        run([base / "bin/torchgeom-probe", "doctor"], "doctor")
+        run([base / "bin/python", "-c", CORE], "core", cwd=base)
+        run([base / "bin/torchgeom-probe", "doctor"], "doctor", cwd=base)
         cells.append("ran")
     except RuntimeError as error:
         print(f"| {label} | {torch} | {error} |", flush=True)
@@ -104,7 +105,7 @@ def row(python: str, torch: str, wheel: Path, arguments: argparse.Namespace) -> 
         own = arguments.folder / "extra"
         try:
             environment(own, python, f"{wheel}[{extra}]", f"torch=={version.partition('+')[0]}", below=base)
-            run([own / "bin/python", "-W", "ignore", "-c", EXTRAS[extra]], extra, cwd=own, path=own / "bin")
+            run([own / "bin/python", "-W", "ignore", "-c", EXTRAS[extra]], extra, cwd=own)
             cells.append("ran")
         except RuntimeError as error:
             cells.append(str(error))
@@ -125,12 +126,10 @@ def environment(folder: Path, python: str, *packages: str, below: Path | None = 
     return folder
 
 
-def run(command: list[object], what: str, cwd: Path | None = None, path: Path | None = None) -> str:
+def run(command: list[object], what: str, cwd: Path | None = None) -> str:
     """Run a command to its end; returns what it printed, or raises with its last line."""
-    search = os.environ["PATH"] if path is None else f"{path}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=cwd, env={**os.environ, "PATH": search}
-    )
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd, env=own)
     if done.returncode:
         last = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-1:]
         raise RuntimeError(f"{what}: {' '.join(last)[:200]}".replace("|", "/"))
