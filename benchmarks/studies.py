@@ -171,7 +171,11 @@ def cost(pairs: int, channels: Sequence[int]) -> Iterator[str]:
     taken, effect = time.process_time() - began, study["layer4"]
     looked_at = effect.num_pairs + sum(effect.dropped.values())
     # Points of a line: crossing and mirrored point move themselves and five tangents, ends and profile one tangent.
-    rows = {"dual": effect.num_pairs * (2 * 6 + 10 * 2), "switches": effect.num_pairs * 4, "crossings": 18 * looked_at + len(x)}
+    rows = {
+        "dual": effect.num_pairs * (2 * 6 + 10 * 2),
+        "switches": effect.num_pairs * 4,
+        "crossings": 18 * looked_at + len(x),
+    }
     with torch.no_grad():
         plain = []
         for _ in range(5):
