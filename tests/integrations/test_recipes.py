@@ -192,7 +192,8 @@ def test_wandb_offline(tmp_path, capsys, monkeypatch):
         assert offline.summary["1/median"] == report["1"].statistics()["median"]
 
 
-def test_mlflow_to_a_folder(tmp_path, capsys):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what mlflow itself calls
+def test_mlflow_to_a_file(tmp_path, capsys):
     mlflow = pytest.importorskip("mlflow")
     from torchgeom_probe.integrations.recipes.trackers import MlflowWriter
 
