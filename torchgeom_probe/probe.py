@@ -9,6 +9,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextvars import copy_context
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -202,7 +203,7 @@ class GeometryProbe:
     def _leaving_out(self, run: Callable[[], _T]) -> _T:
         while True:
             try:
-                return run()
+                return copy_context().run(run)  # what the model sets of context variables ends with it
             except LayerRefusal as refusal:
                 self._leave_out(refusal)
 
@@ -339,7 +340,7 @@ class GeometryProbe:
         self._refuse_closed()
         with measuring(self._hooked.model, mode=self.mode, kept=self._kept):
             inputs, plan = self._leaving_out(lambda: self._planned(x))
-            seconds = seconds_per_row(self._hooked.model, inputs, plan)
+            seconds = copy_context().run(seconds_per_row, self._hooked.model, inputs, plan)
             estimator, engine = self._settled(inputs), self._engine_that_runs
             return Cost.of(estimator, plan, inputs.size, seconds_per_row=seconds, engine=engine)
 
@@ -356,16 +357,19 @@ class GeometryProbe:
         """
         self._refuse_closed()
         with measuring(self._hooked.model, mode=self.mode, kept=self._kept):
-            while True:
-                try:
-                    inputs, plan = self._planned(x)
-                    few = inputs if plan.whole else inputs.chunk(0, 4)
-                    jacobians = Jacobians(self._hooked, few, plan, self._engine_that_runs, memory=self._memory)
-                    return CheckReport.of(jacobians, seed=seed)
-                except LayerRefusal as refusal:
-                    if not self._may_go_without(refusal):
-                        return CheckReport(self.engine, refusal=str(refusal))
-                    self._leave_out(refusal)
+            return copy_context().run(self._checked, x, seed)
+
+    def _checked(self, x: Any, seed: int) -> CheckReport:
+        while True:
+            try:
+                inputs, plan = self._planned(x)
+                few = inputs if plan.whole else inputs.chunk(0, 4)
+                jacobians = Jacobians(self._hooked, few, plan, self._engine_that_runs, memory=self._memory)
+                return CheckReport.of(jacobians, seed=seed)
+            except LayerRefusal as refusal:
+                if not self._may_go_without(refusal):
+                    return CheckReport(self.engine, refusal=str(refusal))
+                self._leave_out(refusal)
 
 
 def probe_of(model_or_probe: nn.Module | GeometryProbe, options: ProbeOptions, *, replay: bool = True) -> GeometryProbe:

@@ -5,6 +5,7 @@ import collections
 import contextvars
 import functools
 import itertools
+import queue
 import random
 import sys
 import types
@@ -482,6 +483,22 @@ def test_counts_context_variables_and_what_learns_are_as_they_were():
     tgp.measure(model, torch.randn(4, 3), layers="", estimator=tgp.Exact())
     assert (next(counted), next(model[1].counter), at.get()) == (1, 8, 1)
     assert not model[0].bias.requires_grad
+
+
+def test_queues_and_context_variables_that_nobody_set():
+    waiting, unset = queue.Queue(), contextvars.ContextVar("unset")
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh())
+
+    def hook(module, args, out):
+        waiting.put(1)
+        unset.set(1)
+
+    model[1].register_forward_hook(hook)
+    probe = tgp.GeometryProbe(model, layers="", estimator=tgp.Exact())
+    for look in (probe.measure, probe.check, probe.cost):
+        look(torch.randn(4, 3))
+        assert (waiting.qsize(), waiting.unfinished_tasks) == (0, 0)
+        assert unset.get(None) is None
 
 
 def test_of_what_jaxtyping_decorates_the_function_inside_is_followed_and_not_its_own_stack():

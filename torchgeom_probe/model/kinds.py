@@ -30,7 +30,7 @@ _FRAMEWORKS |= {"tensorboard", "torchgeom_probe", "jaxtyping", "beartype", "pyte
 _FRAMEWORKS |= {"huggingface_hub", "requests", "urllib3", "filelock", "packaging", "yaml", "psutil"}
 _FRAMEWORKS |= {f"{name}{version}" for name in ("httpx", "httpcore") for version in ("", "2")}
 _FRAMEWORKS |= {"matplotlib", "pandas", "sympy"}
-_HOLDERS = ("types", "collections", "argparse", "weakref", "_weakrefset", "_thread", "torch.distributions")
+_HOLDERS = ("types", "collections", "argparse", "queue", "weakref", "_weakrefset", "_thread", "torch.distributions")
 #: Numbers of Python's own that are written to in place.
 NUMBERS = (bytearray, array.array)
 CALLABLES: tuple[Any, ...] = (
