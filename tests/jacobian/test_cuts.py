@@ -159,6 +159,15 @@ def test_ways_round_the_refusal():
             with pytest.raises(tgp.ProbeError, match=r"threads of its own(.|\n)*Measure it with engine='vjp'"):
                 measured(Between(how), engine="functorch")
             assert right(Between(how), "vjp")
+
+        def written(h):
+            kept = torch.zeros(h.shape, dtype=h.dtype)
+            pool.submit(kept.copy_, h.detach()).result()
+            return h.sin() + kept
+
+        for how in (written, lambda h: h + pool.submit(lambda: 2 * h.detach()).result()):
+            with pytest.raises(tgp.ProbeError, match="threads of its own"):
+                measured(Between(how), engine="functorch")
         logged = []
         for log in (lambda h: h.shape, lambda h: h.detach().mean().item(), lambda h: h.data.sum()):
             noted = Between(lambda h, log=log: (pool.submit(lambda: logged.append(log(h))).result(), h.sin())[1])

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what tensors free: else a CPU spends a third of a pass on getting the same memory back."""
+    """Have glibc keep what tensors free: else a pass on a CPU asks the system for the same memory op after op."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD

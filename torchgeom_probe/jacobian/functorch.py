@@ -57,29 +57,42 @@ def refuse_threads(hooked: HookedModel, inputs: Inputs) -> None:
 
     Tangents would end there without a word.
     """
-    own, threads = threading.get_ident(), set[int]()
+    own, used = threading.get_ident(), list[bool]()
 
     class Noting(Tensor):
-        """Tells in which threads anything is made of it."""
+        """Knows whether another thread made it; what is made there to be logged is never taken here."""
+
+        elsewhere = False
 
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = super().__torch_function__(func, types, args, kwargs or {})
             if threading.get_ident() == own:
-                return out
-            if func in (Tensor.detach, Tensor.data.__get__):  # type: ignore[attr-defined]  # to be logged
-                return out.as_subclass(Tensor)
-            if any(isinstance(leaf, Noting) for leaf in tree_leaves(out)):
-                threads.add(threading.get_ident())
+                used.append(any(map(made_elsewhere, tree_leaves((args, kwargs)))))
+                return super().__torch_function__(func, types, args, kwargs or {})
+            name = getattr(func, "__name__", "")
+            writes = (
+                name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in (kwargs or {})
+            )
+            used.append(writes)  # into what may be no tensor of this kind
+            out = super().__torch_function__(func, types, args, kwargs or {})
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Noting):
+                    leaf.elsewhere = True
             return out
+
+    def made_elsewhere(leaf: Any) -> bool:
+        return isinstance(leaf, Noting) and leaf.elsewhere
+
+    def on_output(entry: str, layer: str, output: Any) -> None:
+        used.append(any(map(made_elsewhere, tree_leaves(output))))
 
     # An op that takes no such tensor is one that the transforms, or the pass itself, will speak of.
     with contextlib.suppress(Exception), torch.no_grad(), same_random_numbers(inputs.device):
         z = starting_point(hooked, inputs).as_subclass(Noting)
-        with hooked.attached(lambda *_: None, lambda output: z):
+        with hooked.attached(on_output, lambda output: z):
             args, kwargs = inputs.arguments(z if inputs.wrt else None)
             hooked.model(*args, **kwargs)
-    if threads:
+    if any(used):
         raise ProbeError(
             "the model computes in threads of its own, in which the tangents of the engine 'functorch' are lost.\n"
             "Measure it with engine='vjp'"
