@@ -431,7 +431,7 @@ def test_check_finds_a_derivative_that_is_a_little_wrong(dtype, off):
 
 def test_check_finds_a_wrong_derivative_of_what_has_no_float64():
     class Narrow(torch.autograd.Function):
-        """float32 alone, with a derivative that is 1.5 times too large in both modes, which agree with each other."""
+        """float32 alone, with a derivative that is 1.15 times too large in both modes, which agree with each other."""
 
         @staticmethod
         def forward(x):
@@ -445,14 +445,14 @@ def test_check_finds_a_wrong_derivative_of_what_has_no_float64():
 
         @staticmethod
         def backward(ctx, grad):
-            return 1.5 * grad * ctx.saved_tensors[0].cos()
+            return 1.15 * grad * ctx.saved_tensors[0].cos()
 
     class Body(nn.Module):
         def forward(self, x):
             return Narrow.apply(x)
 
     torch.manual_seed(0)
-    layers = [m for _ in range(8) for m in (nn.Linear(16, 16), nn.GELU())]
+    layers = [m for _ in range(10) for m in (nn.Linear(16, 16), nn.ReLU())]
     report = tgp.GeometryProbe(nn.Sequential(*layers, Body()), layers="", engine="vjp").check(torch.randn(3, 16))
     assert max(report.adjoint_errors.values()) < report.tolerance
     assert not report.ok
