@@ -13,6 +13,8 @@ from torch import nn
 import torchgeom_probe as tgp
 from torchgeom_probe.dual import DualTensor, dual_pass
 from torchgeom_probe.dual.graph import WRONG
+from torchgeom_probe.dual.ops import ops_named
+from torchgeom_probe.dual.rules.elementwise import BY_ONE_JVP, SLOPES
 from torchgeom_probe.errors import EngineRefusal, ProbeError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -194,3 +196,33 @@ def test_a_length_of_zero_leaves_the_gradients_finite(function):
 )
 def test_a_constant_exponent_and_a_written_whole_have_a_gradient(function):
     assert judged_gradient(function, (torch.linspace(-2, 2, 12, dtype=torch.float64).view(3, 4),), {}).kind == "equal"
+
+
+#: where formulas of slopes cancel, divide by 0 or saturate
+SPECIAL_POINTS = torch.tensor([0.0, 1e-3, 0.3, 0.5, 1.0, -2.0, 20.0, -30.0], dtype=torch.float64)
+MORE_ARGUMENTS = {
+    "threshold": (0.1, 0.5), "mvlgamma": (2,), "float_power": (2.0,), "clamp": (-1.0, 1.0), "clip": (-1.0, 1.0),
+    "clamp_min": (0.2,), "clamp_max": (0.2,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted([*SLOPES, *BY_ONE_JVP]))
+def test_the_slope_of_a_slope_at_special_points(name):
+    op, more = next(iter(ops_named(name))), MORE_ARGUMENTS.get(name, ())
+
+    def slope(at):
+        directions = torch.ones_like(at)
+        with dual_pass(graph=True):
+            return op(DualTensor(torch.stack([at, directions])), *more).buffer[1]
+
+    h = 1e-6
+    at = SPECIAL_POINTS.clone().requires_grad_()
+    pushed = slope(at)
+    (found,) = torch.autograd.grad(pushed.sum(), at)
+    before, here, after = (slope(SPECIAL_POINTS + step).detach() for step in (-h, 0, h))
+    # at a kink of the slope either side will do, and the mean of both; where it jumps there is nothing to be had
+    quotients = torch.stack([(after - before) / (2 * h), (here - before) / h, (after - here) / h])
+    defined = ((after - before).abs() < 1e-3 * (1 + here.abs())) & ((after - here).abs() < 1e-3 * (1 + here.abs()))
+    error = ((found - quotients).abs() / (1 + quotients.abs())).amin(0)
+    assert defined.any()
+    assert (error[defined] < 2e-3).all(), error

@@ -61,6 +61,16 @@ def _mish_slope(p: Tensor) -> Tensor:
     return t + p * torch.sigmoid(p) * (1 - t * t)
 
 
+def _sinc_slope(p: Tensor) -> Tensor:
+    """−π j₁(πp); by its series near 0, where (cos v − sin v / v) / v cancels and torch's own slope has slope nan."""
+    v = math.pi * p
+    near = v.abs() < 0.25
+    far = torch.where(near, 1.0, v)
+    s = v * v
+    series = -v / 3 * (1 - s / 10 * (1 - s / 28 * (1 - s / 54 * (1 - s / 88))))
+    return math.pi * torch.where(near, series, (far.cos() - far.sin() / far) / far)
+
+
 #: name → f'(p, y, *args) with y = f(p).  The in-place forms (``name_`` and ``inplace=True``) come with the name.
 SLOPES: dict[str, Callable[..., Tensor]] = {
     # Not y (1 - y), not 1 - y²: they cancel where the unit saturates, and leave no digit of a small slope.
@@ -75,6 +85,7 @@ SLOPES: dict[str, Callable[..., Tensor]] = {
     "reciprocal": lambda p, y: -y * y,
     "sin": lambda p, y: p.cos(),
     "cos": lambda p, y: -p.sin(),
+    "sinc": lambda p, y: _sinc_slope(p),
     "abs": lambda p, y: p.sign(),
     "absolute": lambda p, y: p.sign(),
     "Tensor.__abs__": lambda p, y: p.sign(),
@@ -93,7 +104,7 @@ SLOPES: dict[str, Callable[..., Tensor]] = {
 #: Elementwise without a formula of its own: f and f' together from one jvp with the tangent 1.
 BY_ONE_JVP = (
     "elu celu selu hardtanh softsign logsigmoid hardshrink softshrink tanhshrink threshold expm1 exp2 log2 log10 log1p"
-    " sinh cosh asin acos atan asinh acosh atanh arcsin arccos arctan arcsinh arccosh arctanh tan erfc erfinv sinc"
+    " sinh cosh asin acos atan asinh acosh atanh arcsin arccos arctan arcsinh arccosh arctanh tan erfc erfinv"
     " lgamma digamma logit nan_to_num clamp clamp_min clamp_max clip frac deg2rad rad2deg ndtr ndtri log_ndtr i0 i0e i1"
     " i1e erfcx entr rrelu mvlgamma float_power gammaln psi"
 ).split()
