@@ -51,7 +51,7 @@ def test_naive_twin_the_same_krylov_space_built_densely(kind):
     assert g.num_products.tolist() == [2 * block * rounds]
     jacobian = model.weight.detach()
     generator = torch.Generator().manual_seed(3)
-    basis = torch.linalg.qr(torch.randn(block, 150, generator=generator, dtype=torch.float64).T).Q
+    basis = torch.linalg.qr(torch.randn(150, block, generator=generator, dtype=torch.float64)).Q
     space = basis
     for _ in range(rounds - 1):
         basis = torch.linalg.qr(jacobian.T @ (jacobian @ basis)).Q

@@ -261,3 +261,15 @@ def test_a_graph_is_one_sample():
     found = tgp.measure(Graph(), X[None], layers="", estimator=tgp.Subspace(k=3), normalize=False)[""]
     assert found.num_features == 12
     assert found.engine == "fused"
+
+
+class Own(torch.Tensor):
+    """A subclass of the user's."""
+
+
+@pytest.mark.parametrize("engine", ["auto", "functorch", "vjp"])
+def test_the_input_itself_made_a_constant_is_refused(engine):
+    model = Between()
+    model.forward = lambda x: torch.Tensor._make_subclass(Own, x).sin() + x
+    with pytest.raises(tgp.ProbeError, match="the tangent was lost: 'sin' takes a constant"):
+        measured(model, directions=V, engine=engine)

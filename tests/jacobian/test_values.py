@@ -477,3 +477,28 @@ def test_numbers_drawn_in_the_order_of_memory_are_the_plain_models():
     assert torch.allclose(g.singular_values[:, :50], expected[:, :50], rtol=1e-8)
     checked = probe.check(x)
     assert checked.ok, str(checked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_check_trusts_what_no_direction_moves(dtype, seed):
+    """x itself changes nothing that is normalised: as a direction, drawn from the seed that x was drawn from; and all
+    directions but one change nothing where what is normalised is the sum."""
+    x = torch.randn(3, 4, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+    class Normalised(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+
+        def forward(self, x):
+            return self.function(x)
+
+    for function in (
+        lambda x: nn.functional.rms_norm(x, (4,)),
+        lambda x: nn.functional.normalize(x, dim=1),
+        lambda x: x.softmax(1).sum(1, keepdim=True).expand(3, 2),
+    ):
+        probe = tgp.GeometryProbe(Normalised(function), layers="", estimator=tgp.Exact())
+        checked = probe.check(x)
+        assert checked.ok, str(checked)

@@ -165,3 +165,23 @@ def test_transforms_of_torch_func_inside_the_model():
     x = torch.rand(3, 4, dtype=torch.float64) + 1
     report = tgp.measure(_Force(), x, layers="", estimator=tgp.Exact(), normalize=False)
     assert torch.allclose(report[""].log_volume, (3 * x**2).log().sum(1))
+
+
+class _RaisesBackward(torch.autograd.Function):
+    """What a user's backward raises is of any type."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise KeyError("no backward here")
+
+
+def test_whatever_a_backward_raises_is_a_refusal():
+    model = nn.Sequential(nn.Linear(5, 5))
+    model.forward = lambda x: _RaisesBackward.apply(nn.Sequential.forward(model, x))
+    for options in ({"estimator": "topk:2"}, {"estimator": "exact", "engine": "vjp"}):
+        with pytest.raises(tgp.ProbeError, match="KeyError: 'no backward here'"):
+            tgp.measure(model, torch.randn(3, 5), layers="", **options)

@@ -6,6 +6,8 @@ import torch
 
 from torchgeom_probe import ProbeError
 from torchgeom_probe.linalg.directions import orthonormal_frame, principal_frame, smooth_frame
+from torchgeom_probe.linalg.krylov import random_block
+from torchgeom_probe.linalg.operator import MatrixOperator
 
 
 @pytest.mark.parametrize("shape", [(3, 17, 19), (1, 23), (29,), (2, 5, 7, 11), (3, 2, 2)])
@@ -48,3 +50,14 @@ def test_data_that_span_too_little_are_refused_with_what_they_span():
     with pytest.raises(ProbeError, match=r"4 points span 3 directions.*k=4.*\n.*Subspace\(k=3, frame='data'\)"):
         principal_frame(4, points)
     assert principal_frame(3, points).shape == (3, 11)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_no_direction_is_what_randn_of_the_same_seed_is(k):
+    """Or x would be its own direction, to which every normalisation is blind."""
+    x = torch.randn(4, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = x / x.norm(dim=1, keepdim=True)
+    frame = orthonormal_frame(k, 40, seed=0)
+    start = random_block(MatrixOperator(torch.eye(40, dtype=torch.float64)[None]), k, torch.Generator().manual_seed(0))
+    for rows in (frame, start[0]):
+        assert (rows @ x.T).norm(dim=0).max() < 0.7

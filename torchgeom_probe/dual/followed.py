@@ -42,10 +42,11 @@ class Followed(TorchFunctionMode):
     """Sees every op of the body, and refuses one whose result should carry a derivative and does not.
 
     Args:
+        start: what carries a derivative before any op.
         reverse: whether it is reverse mode that follows, or forward mode.
     """
 
-    def __init__(self, *, reverse: bool) -> None:
+    def __init__(self, *start: Tensor, reverse: bool) -> None:
         super().__init__()
         self.reverse = reverse
         self._open: list[Any] = []
@@ -54,6 +55,7 @@ class Followed(TorchFunctionMode):
         self._free = WeakTensorKeyDictionary()
         # Where the tensors are that carry one: a constant in their memory was cut off in C++, where no mode sees it.
         self._memory: dict[int, StorageWeakRef] = {}
+        self._remember(list(start))
 
     def carries(self, tensor: Any) -> bool:
         """Whether a tensor carries a derivative: a graph, or a tangent."""

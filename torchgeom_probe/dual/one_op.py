@@ -88,7 +88,7 @@ class OneOp:
         layout: list[Any] = []
 
         def op(*primals: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-            with Followed(reverse=False) if inspect.isfunction(self.func) else contextlib.nullcontext():
+            with Followed(*primals, reverse=False) if inspect.isfunction(self.func) else contextlib.nullcontext():
                 flat, spec = self._run(primals)
             dual = [smooth(o) and has_tangent(o) for o in flat]
             complete = self.may_be_constant or all(d for o, d in zip(flat, dual, strict=True) if _counts(o))
@@ -119,8 +119,9 @@ class OneOp:
         with torch.inference_mode(False), torch.enable_grad():
             own = replace(self, leaves=[_outside(leaf) for leaf in self.leaves])
             points = [b[0].clone().requires_grad_() for b in self.buffers.values()]
-            with Followed(reverse=True) if inspect.isfunction(self.func) else contextlib.nullcontext():
-                flat, spec = own._run([p.view_as(p) for p in points])
+            views = [p.view_as(p) for p in points]
+            with Followed(*views, reverse=True) if inspect.isfunction(self.func) else contextlib.nullcontext():
+                flat, spec = own._run(views)
             outs = [o for o in flat if _counts(o)]
             if not all(o.requires_grad and not o.is_complex() for o in outs):
                 raise EngineRefusal("it has no derivative there either")
@@ -170,7 +171,10 @@ def _pushed(pairs: list[tuple[Tensor, Tensor]], us: list[Tensor], j: int) -> lis
 
 
 def refuse_another_adjoint(
-    pushed: Sequence[Tensor], v: Sequence[Tensor], pull: Callable[[list[Tensor]], Sequence[Tensor]]
+    pushed: Sequence[Tensor],
+    v: Sequence[Tensor],
+    pull: Callable[[list[Tensor]], Sequence[Tensor]],
+    why: str = "the derivative of its backward is not what its backward says",
 ) -> None:
     """Compare ⟨u, Jv⟩ with ⟨Jᵀu, v⟩, where Jv was made as the derivative of u ↦ Jᵀu: one plain backward pass.
 
@@ -178,7 +182,7 @@ def refuse_another_adjoint(
     differentiated, and torch says nothing.
 
     Raises:
-        EngineRefusal: they differ by more than rounding explains.
+        EngineRefusal: they differ by more than rounding explains; it says ``why``.
     """
     # Jv itself, so that no part of it goes unseen, and something that is not zero where Jv is.
     us = [p / (p.norm() + torch.finfo(p.dtype).tiny) + waves(p) for p in pushed]
@@ -187,7 +191,7 @@ def refuse_another_adjoint(
     size = (_inner(us, us) * _inner(pushed, pushed)).sqrt() + (_inner(pulled, pulled) * _inner(v, v)).sqrt()
     allowed = min(_ROUNDING * max(torch.finfo(p.dtype).eps for p in pushed), 0.05)
     if not bool((apart <= allowed * size) | ~size.isfinite()):
-        raise EngineRefusal("the derivative of its backward is not what its backward says")
+        raise EngineRefusal(why)
 
 
 def waves(like: Tensor) -> Tensor:

@@ -69,9 +69,10 @@ def difference_errors(jacobians: Jacobians, v: Tensor, pushed: Mapping[str, Tens
     # say differs from step to step, and by so much, where they differ least, it may differ from Jv.
     errors = {entry: min(error, settled[entry]) for entry, error in errors.items()}
     for entry, own in pushed.items():
-        rounded = ((own.double() - found[entry]).norm() / found[entry].norm().clamp_min(1e-300)).item()
+        jv, noise = found[entry].double(), 10 * torch.finfo(own.dtype).eps * base[entry].double().norm() / size
+        rounded = ((own.double() - jv).norm() - noise).clamp_min(0) / jv.norm().clamp_min(1e-300)
         if not rounded <= _ROUNDED:
-            errors[entry] = rounded
+            errors[entry] = rounded.item()
     return errors, tolerance
 
 

@@ -37,7 +37,7 @@ def push(hooked: HookedModel, inputs: Inputs, directions: Tensor, sink: Sink, *,
 
         # Copies made inside the transform, or a forward pass that writes to a buffer could not be transformed.
         copies = {name: buffer.clone() for name, buffer in hooked.model.named_buffers()}
-        with hooked.attached(on_output, lambda output: z), Followed(reverse=False):
+        with hooked.attached(on_output, lambda output: z), Followed(z, reverse=False):
             args, kwargs = inputs.arguments(z if inputs.wrt else None)
             torch.func.functional_call(hooked.model, copies, args, kwargs)
         return outputs

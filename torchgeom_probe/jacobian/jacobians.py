@@ -309,20 +309,19 @@ class Jacobians:
             with gathered(model), measuring(model, mode="as_is"), whole as back:
                 yield back
             return
-        try:
-            options: Any = {"copies": copies, "layout": self.plan.layout, "see": self._seer("vjp")}
-            options["until"] = until or list(self.plan.features)[-1]
-            with within(harmless=self.plan.harmless), vjp.pullback(self.hooked, self.inputs, **options) as back:
-                if compared and self.engine in ("auto", "fused", "replay"):
-                    self._refuse_surrogates(back)
-                yield back
-        except (ProbeError, torch.OutOfMemoryError):
-            raise
-        except RuntimeError as error:
-            raise EngineRefusal(
-                f"reverse mode failed ({first_line(error)}).\n"
-                "Measure with forward mode:  GeometryProbe(model, ..., engine='fused')"
-            ) from error
+        options: Any = {"copies": copies, "layout": self.plan.layout, "see": self._seer("vjp")}
+        options["until"] = until or list(self.plan.features)[-1]
+        with contextlib.ExitStack() as pass_:
+            try:
+                pass_.enter_context(within(harmless=self.plan.harmless))
+                back = pass_.enter_context(vjp.pullback(self.hooked, self.inputs, **options))
+            except (ProbeError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise vjp.refused(error) from error
+            if compared and self.engine in ("auto", "fused", "replay"):
+                self._refuse_surrogates(back)
+            yield back
 
     def _refuse_surrogates(self, back: vjp.Pullback) -> None:
         """Compare reverse mode with the dual pass, by one product each: a backward may be another function's.
@@ -341,14 +340,12 @@ class Jacobians:
             def pull(us: Sequence[Tensor], entry: str = entry) -> list[Tensor]:
                 return [back.pull(entry, us[0])]
 
-            try:
-                refuse_another_adjoint([jv], [v], pull)
-            except EngineRefusal as error:
-                raise EngineRefusal(
-                    f"reverse mode gives layer {entry!r} another derivative than that of the function that runs: an op "
-                    "has a surrogate gradient (straight-through, gradient reversal, clipping).\n"
-                    "Measure with forward mode:  estimator=Subspace(k=8)"
-                ) from error
+            why = (
+                f"reverse mode gives layer {entry!r} another derivative than that of the function that runs: an op "
+                "has a surrogate gradient (straight-through, gradient reversal, clipping).\n"
+                "Measure with forward mode:  estimator=Subspace(k=8)"
+            )
+            refuse_another_adjoint([jv], [v], pull, why)
 
     def only(self, layers: list[str]) -> Jacobians:
         """The same with fewer entries, of those layers alone."""

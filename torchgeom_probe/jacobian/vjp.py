@@ -11,7 +11,7 @@ from torch import nn
 
 from torchgeom_probe.dual.followed import Followed
 from torchgeom_probe.dual.one_op import refuse_another_adjoint
-from torchgeom_probe.errors import EngineRefusal, first_line
+from torchgeom_probe.errors import EngineRefusal, ProbeError, first_line
 from torchgeom_probe.jacobian.functorch import starting_point
 from torchgeom_probe.jacobian.fused import START, Seer, Sink, unseen
 from torchgeom_probe.jacobian.layout import Layout, weights_with_channels_last
@@ -26,6 +26,14 @@ class Reached(BaseException):
 
     No Exception: neither the model's nor our own error handling may take it for a failure.
     """
+
+
+def refused(error: Exception) -> EngineRefusal:
+    """What reverse mode broke on, as its refusal."""
+    return EngineRefusal(
+        f"reverse mode failed ({first_line(error)}).\n"
+        "Measure with forward mode:  GeometryProbe(model, ..., engine='fused')"
+    )
 
 
 class Pullback:
@@ -49,8 +57,13 @@ class Pullback:
             rows = part.flatten(0, 1)
             if len(rows) < len(y):
                 rows = torch.cat([rows, rows.new_zeros(len(y) - len(rows), rows.shape[1])])
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(y, self.point, rows, retain_graph=True)
+            try:
+                with torch.enable_grad():
+                    (gradient,) = torch.autograd.grad(y, self.point, rows, retain_graph=True)
+            except (ProbeError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # whatever a backward of the model's own raises
+                raise refused(error) from error
             pulled.append(gradient.detach().unflatten(0, (self.copies, -1)))
         return torch.cat(pulled)[:k]
 

@@ -33,8 +33,9 @@ def orthonormal_frame(num_directions: int, num_inputs: int, *, seed: int) -> Flo
             f"Write Subspace(k={num_inputs}) or fewer, or take all directions:  estimator=Exact()"
         )
     generator = torch.Generator("cpu").manual_seed(seed)
-    gaussian = torch.randn(num_inputs, num_directions, generator=generator, dtype=torch.float64, device="cpu")
-    orthonormal, triangle = torch.linalg.qr(gaussian)
+    # A column each, two at least, or one direction were x itself where x is torch.randn of the same seed.
+    columns = torch.randn(num_inputs, max(2, num_directions), generator=generator, dtype=torch.float64, device="cpu")
+    orthonormal, triangle = torch.linalg.qr(columns[:, :num_directions])
     # The sign that makes QR unique makes the frame Haar distributed (Mezzadri, arXiv:math-ph/0609050).
     return (orthonormal * triangle.diagonal().sign()).T.contiguous()
 

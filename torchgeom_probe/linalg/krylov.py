@@ -158,8 +158,9 @@ def _warm(
 
 def random_block(jacobian: Operator, block: int, generator: torch.Generator) -> Float[Tensor, "B b D"]:
     """Orthonormal random rows to start from, the same at every sample (an expanded view)."""
-    rows = torch.randn(block, jacobian.num_inputs, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(rows.T).Q.T.to(jacobian.device).expand(jacobian.batch, -1, -1)
+    # A column each, two at least, or they were x itself where x is torch.randn of the same seed.
+    columns = torch.randn(jacobian.num_inputs, max(2, block), generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(columns[:, :block]).Q.T.to(jacobian.device).expand(jacobian.batch, -1, -1)
 
 
 def _expanded(

@@ -6,8 +6,8 @@ the k wanted after the j-th half-step.  Four bounds on the error of a_j; the sma
 - **Progress.**  Where σ_1 … σ_k are close together the iteration advances as 1/j² and faster, so that what is left is
   at most some j times the last two half-steps' gain.  How many times was calibrated (``_AHEAD``).  It is no less than
   what a value could add that the start hardly knows of: there gains cease while it is still missing.
-- **The top.**  All k values are below σ_1, whose own bound is that of k = 1; before progress is to be seen, σ_1² is
-  below tr g, which the random start has estimated.
+- **The top.**  All k values are below σ_1, whose own bound is that of k = 1; before progress is to be seen, the random
+  start W says |JW|² ≥ σ_1² h², h its part along the first singular vector.
 - **Linear.**  Some singular value lies within |r_i| of S_i.
 - **Quadratic.**  Take the first j ≥ k vectors v_i and complete them to an orthonormal basis of the inputs.  In it
     g = JᵀJ = [[Θ, Rᵀ], [R, M]],  Θ = diag(S_1², …, S_j²),  and R has the columns S_i r_i,
@@ -200,8 +200,10 @@ class Verdict:
         if self._prior is not None:  # old vectors that are still good hide what a random start would have begun to see
             highest = torch.full_like(highest, torch.inf)
         elif self._steps == 1:
-            highest = (4 * values_Sc.square().sum(1) * self.inputs / self.block).clamp_min(1e-300).log() / 2
+            stretch = values_Sc.square().sum(1) / _least_part(self.block, self.inputs)
+            highest = stretch.clamp_min(1e-300).log() / 2
         self._highest = torch.minimum(self._highest, highest)
+        self._highest = torch.where(self._highest < logs[:, 0], torch.inf, self._highest)  # one case in a thousand
         below_top = torch.where(total.isnan(), torch.inf, k * self._highest - total)
         close = self._by_residuals(before_Sc, residuals_Scb, complete)
         credible = close.isfinite()
