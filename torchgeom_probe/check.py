@@ -11,6 +11,7 @@ from torchgeom_probe.dual import recording
 from torchgeom_probe.errors import LayerRefusal, ProbeError
 from torchgeom_probe.jacobian.differences import difference_errors
 from torchgeom_probe.jacobian.jacobians import Jacobians
+from torchgeom_probe.jacobian.vjp import flat
 from torchgeom_probe.shapes import Tensor
 
 #: Added to the seed: x itself may be torch.randn of it, a direction that every normalisation is blind to.
@@ -122,9 +123,9 @@ def _adjoint_errors(
         inputs = torch.where(inputs > 0, inputs, 1)
         for entry, jv in pushed.items():
             u = _drawn(tuple(jv.shape), generator, jv.device, jv.dtype)
-            forward = (u.double() * jv.double()).flatten(2).sum(-1)
+            forward = (u.double() * jv.double()).sum(-1)
             pulled = back.pull(entry, u).double()
-            reverse = (pulled * v.double()).flatten(2).sum(-1)
+            reverse = flat(pulled * v.double()).sum(-1)
             # Where no direction moves what a layer puts out, Jv and Jᵀu are nothing but rounding.
             still = _size(pulled) + _size(u) * _size(back.features[entry][None, :batch]) / inputs
             apart = (forward - reverse).abs() - 30 * torch.finfo(jv.dtype).eps * still * _size(v)
@@ -134,7 +135,7 @@ def _adjoint_errors(
 
 def _size(t: Tensor) -> Tensor:
     """[k, B] of [k, B, …]."""
-    return t.detach().double().flatten(2).norm(dim=-1)
+    return flat(t.detach().double()).norm(dim=-1)
 
 
 def _drawn(shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -53,6 +53,11 @@ def _remembered():
     return NUMBERS[0]
 
 
+class _Negated(nn.Linear):
+    def forward(self, x):
+        return super().forward(-x).tanh()
+
+
 class Block(nn.Module):
     """A model with something for every trap; what a trap does not use is harmless."""
 
@@ -349,6 +354,7 @@ TRAPS = {
     # modules
     "a module replaced": Trap(_set("first", nn.Linear(4, 6))),
     "a module of a list replaced": Trap(lambda m: m.blocks.__setitem__(1, nn.Linear(6, 6))),
+    "a module's class": Trap(lambda m: setattr(m.second, "__class__", _Negated)),
     "a module appended": Trap(lambda m: m.blocks.append(nn.Linear(6, 6))),
     "a module of another kind": Trap(lambda m: m.blocks.__setitem__(1, _Dropped())),
     "LoRA put in": Trap(lambda m: m.blocks.__setitem__(1, _LoRA(m.blocks[1]))),

@@ -502,3 +502,31 @@ def test_a_check_trusts_what_no_direction_moves(dtype, seed):
         probe = tgp.GeometryProbe(Normalised(function), layers="", estimator=tgp.Exact())
         checked = probe.check(x)
         assert checked.ok, str(checked)
+
+
+@pytest.mark.parametrize(
+    "estimator", ["exact", "subspace:1", "topk:1", "logdet:1e-9", "trace", tgp.Directions(1)], ids=str
+)
+@pytest.mark.parametrize("engine", ["auto", "functorch", "vjp"])
+def test_a_sample_that_is_one_number(estimator, engine):
+    class Curve(nn.Module):
+        def forward(self, x):
+            return torch.stack([x.sin(), 2 * x.cos(), x**2], 1)
+
+    x = torch.randn(3, dtype=torch.float64)
+    expected = (x.cos() ** 2 + 4 * x.sin() ** 2 + 4 * x**2).log() / 2
+    probe = tgp.GeometryProbe(Curve(), layers="", estimator=estimator, engine=engine, normalize=False)
+    torch.testing.assert_close(probe.measure(x)[""].value, expected, rtol=1e-6, atol=1e-6)
+    assert probe.check(x).ok
+
+
+@pytest.mark.parametrize("engine", ["auto", "functorch", "vjp"])
+def test_a_class_weight_that_depends_on_x_is_refused_in_every_engine(engine):
+    class Weighted(nn.Module):
+        def forward(self, x):
+            classes = torch.arange(4)
+            losses = [nn.functional.nll_loss(torch.outer(r, r), classes, weight=r.exp(), reduction="none") for r in x]
+            return torch.stack(losses) + x
+
+    with pytest.raises(tgp.ProbeError, match="drops the derivative of 'nll_loss'"):
+        tgp.measure(Weighted(), torch.randn(3, 4), layers="", estimator="exact", engine=engine)

@@ -8,6 +8,7 @@ import itertools
 import queue
 import random
 import sys
+import threading
 import types
 import weakref
 
@@ -540,3 +541,100 @@ def test_an_assert_that_pytest_rewrote_leads_to_no_state_of_pytest():
 
     assert any(name.startswith("@pytest") for name in Asserts.forward.__code__.co_names)  # it is rewritten
     assert [function.__name__ for function in State(Asserts()).functions] == ["forward"]
+
+
+OTHER_KINDS = {
+    "sparse": (lambda: torch.eye(2).to_sparse(), lambda t: t._values().add_(1), torch.Tensor.to_dense),
+    "compressed": (lambda: torch.eye(2).to_sparse_csr(), lambda t: t.values().add_(1), torch.Tensor.to_dense),
+    "nested": (
+        lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+        lambda t: t.add_(1),
+        lambda t: torch.cat(t.unbind()),
+    ),
+    "subclass": (
+        lambda: torch.zeros(2).as_subclass(type("Own", (torch.Tensor,), {})),
+        lambda t: t.add_(1),
+        lambda t: torch.Tensor(t.tolist()),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("buffer", [False, True])
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_tensors_of_other_kinds_are_put_back(kind, buffer):
+    make, write, numbers = OTHER_KINDS[kind]
+
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("held", make()) if buffer else setattr(self, "held", make())
+
+        def forward(self, x):
+            write(self.held)
+            return x.sin()
+
+    model = Writes()
+    before = numbers(model.held).clone()
+    report = tgp.measure(model, torch.randn(3, 4), layers="", estimator="subspace:2")
+    assert report[""].value.isfinite().all()
+    assert torch.equal(numbers(model.held), before)
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_what_depends_on_x_written_into_a_tensor_of_the_model_is_put_back_and_stays_a_leaf(buffer):
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(64, 4)) if buffer else setattr(self, "seen", torch.zeros(64, 4))
+
+        def forward(self, x):
+            self.seen[: len(x)].copy_(x)
+            return x.sin()
+
+    model = Remembers()
+    with tgp.GeometryProbe(model, layers="") as probe:
+        x = torch.randn(3, 4)
+        assert probe.measure(x)[""].value.isfinite().all()
+        assert probe.check(x).ok
+        assert tgp.measure(model, x, layers="", estimator="topk:2")[""].value.isfinite().all()
+    assert not model.seen.any()
+    assert model.seen.is_leaf
+
+
+def test_an_object_of_torch_that_counts_is_as_it_was_and_whole():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.engine = torch.quasirandom.SobolEngine(4, scramble=True, seed=1)
+
+        def forward(self, x):
+            return x.sin() + self.engine.draw(1).to(x)
+
+    model, other = Draws(), Draws()
+    assert tgp.measure(model, torch.randn(3, 4), layers="")[""].value.isfinite().all()
+    assert torch.equal(model(torch.zeros(1, 4)), other(torch.zeros(1, 4)))
+
+
+def test_rows_that_an_embedding_shortens_are_as_long_as_before():
+    class Embedded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.readout = nn.Embedding(5, 4, max_norm=0.5), nn.Linear(4, 3)
+
+        def forward(self, index, x):
+            return self.readout(self.embedding(index) + x)
+
+    model = Embedded()
+    before = model.embedding.weight.detach().clone()
+    x = (torch.tensor([0, 1, 2]), torch.randn(3, 4))
+    report = tgp.measure(model, x, layers="", estimator="exact", normalize=False)
+    expected = torch.linalg.svdvals(model.readout.weight.detach().double()).log().sum().expand(3)
+    torch.testing.assert_close(report[""].log_volume, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.embedding.weight, before)
+
+
+def test_no_thread_of_the_progress_bars_stays_behind():
+    before = set(threading.enumerate())
+    tgp.measure(network(), torch.randn(3, 3), layers=["2"], progress=True)
+    assert set(threading.enumerate()) == before

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from torchgeom_probe.dual.ops import as_called
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.shapes import Tensor
 
@@ -113,7 +114,7 @@ class TwiceDifferentiable(TorchFunctionMode):
                 "Write it with what is sound: torch.linalg.inv, cholesky, solve_triangular or qr (log |det A| = "
                 "qr(A).R.diagonal().abs().log().sum())."
             )
-        kwargs = dict(kwargs or {})
+        kwargs = dict(as_called(func, kwargs))
         rewritten = self._REWRITTEN.get(name)
         if rewritten is None:
             return func(*args, **kwargs)

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-from tqdm import tqdm
 
 from torchgeom_probe.dataset.batches import Unit, Units, by_length, input_of, labels_of, names_in
 from torchgeom_probe.dataset.table import KEY, DatasetTable, arrow
@@ -36,6 +35,7 @@ from torchgeom_probe.model.inputs import parameter_names
 from torchgeom_probe.model.predictions import Readout, decided
 from torchgeom_probe.model.sharded import comes_and_goes
 from torchgeom_probe.probe import GeometryProbe, ProbeOptions, probe_of
+from torchgeom_probe.progress import tqdm
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Tensor
 from torchgeom_probe.slices.resume import in_words, probe_settings, refuse_other, state_digest

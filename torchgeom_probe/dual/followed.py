@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import FrameType
 from typing import Any
@@ -13,17 +14,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from torchgeom_probe.dual.bodies import BODIES
 from torchgeom_probe.dual.ops import (
     DETACHES,
     ESCAPES,
     METADATA,
     ONE_FOR_EACH,
+    as_called,
     body_of,
     is_constant,
     meaning_of,
     mutates,
     name_of,
     reads_bits,
+    refuse_dropped,
     smooth,
     unfollowable,
 )
@@ -64,7 +68,7 @@ class Followed(TorchFunctionMode):
         return _innermost(tensor).grad_fn is not None if self.reverse else has_tangent(tensor)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, known = kwargs or {}, meaning_of(func)
+        kwargs, known = as_called(func, kwargs), meaning_of(func)
         if known in METADATA or func in _NOT_THE_MODELS:
             return func(*args, **kwargs)
         tensors = [a for a in tree_leaves((args, kwargs)) if smooth(a)]
@@ -75,6 +79,7 @@ class Followed(TorchFunctionMode):
             if len(constants) < len(tensors) or any(a in self._free for a in constants):
                 self._free.update((o, None) for o in tree_leaves(out) if smooth(o))
             return out
+        refuse_dropped(func, args, kwargs, self.carries)
         refusal = unfollowable(func, args, kwargs, self.carries)
         if refusal is not None:
             if inside_a_custom_function():
@@ -90,7 +95,7 @@ class Followed(TorchFunctionMode):
             )
         if func in _GRADIENT_HOOKS:
             return _NoHook()  # the user's own: a measurement is no training
-        body = body_of(func)
+        body = functools.partial(BODIES[func], func, _constant) if func in BODIES else body_of(func)
         if body is not None and func not in self._open:  # Tensor.unflatten asks for itself
             self._open.append(func)
             try:
@@ -166,6 +171,12 @@ def has_tangent(tensor: Tensor) -> bool:
     while torch._C._functorch.is_batchedtensor(tensor):  # by a vmap of the model's own
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _constant(value: Any) -> Tensor:
+    """Of numbers that carry a derivative a copy that carries none, and that no op takes for a cut."""
+    with torch._C.DisableTorchFunction():
+        return value.detach().clone()
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -135,6 +136,21 @@ def in_torchs_spelling(func: Any, kwargs: dict[str, Any], known: frozenset[str])
     return {name if name in known else _NUMPY.get(name, name): value for name, value in kwargs.items()}
 
 
+#: Functions whose check for overrides hands on all arguments but one.
+LEFT_OUT = {F.l1_loss: "weight", torch.chain_matmul: "out"}
+
+
+def as_called(func: Any, kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """The keywords, with the one that torch itself leaves out on the way: it stands in the function's own frame."""
+    kwargs, name = kwargs or {}, LEFT_OUT.get(func)
+    if name is None or name in kwargs:
+        return kwargs
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not func.__code__:
+        frame = frame.f_back
+    return kwargs if frame is None or name not in frame.f_locals else {**kwargs, name: frame.f_locals[name]}
+
+
 def is_constant(known: Any, args: Any, kwargs: Any, carries: Callable[[Any], bool]) -> bool:
     """Whether the result has the derivative zero: by steps, or because it takes no more than a shape, type or device.
 
@@ -218,6 +234,27 @@ def body_of(func: Any) -> Callable[..., Any] | None:
 
 def _never(*_: Any) -> bool:
     return False
+
+
+_OF_ARGUMENTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "F.cross_entropy F.nll_loss F.linear_cross_entropy": lambda given: given.get("weight"),
+    "F.soft_margin_loss": lambda given: given.get("target"),
+    "F.embedding": lambda given: None if given.get("max_norm") is None else given["weight"],
+}
+#: ops → of the arguments by name, the one that torch takes for a constant in forward mode
+DROPPED = {op: argument for names, argument in _OF_ARGUMENTS.items() for op in ops_named(names)}
+
+
+def refuse_dropped(func: Any, args: Any, kwargs: Any, carries: Callable[[Any], bool]) -> None:
+    """Raise where an argument that torch drops the derivative of carries one."""
+    if func in DROPPED:
+        names = list(inspect.signature(func).parameters)
+        if carries(DROPPED[func](dict(zip(names, args, strict=False)) | kwargs)):
+            raise ProbeError(
+                f"torch drops the derivative of {name_of(func)!r} by one of its arguments (a class weight, a target, a"
+                " table that max_norm= rescales), and here it depends on the input: any engine would read it as zero.\n"
+                "Write this op out in the model with elementwise ones."
+            )
 
 
 def _takes_for_a_number(func: Any, args: Any, kwargs: Any, carries: Callable[[Any], bool]) -> bool:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from torchgeom_probe.dual.bodies import BODIES
 from torchgeom_probe.dual.followed import inside_a_custom_function
 from torchgeom_probe.dual.graph import CUSTOM_FUNCTION, refuse_unfollowed, refuse_wrong
 from torchgeom_probe.dual.one_op import OneOp
@@ -33,6 +34,7 @@ from torchgeom_probe.dual.ops import (
     METADATA,
     ONE_FOR_EACH,
     TAKES_DEFERRED,
+    as_called,
     body_of,
     in_torchs_spelling,
     is_constant,
@@ -146,7 +148,7 @@ class DualTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = as_called(func, kwargs)
         running = current_pass()
         if running.graph:
             refuse_unfollowed()
@@ -247,6 +249,14 @@ def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
     if writes and _became_dual(args[0], tree_leaves((args, kwargs))):
         return DualTensor.__torch_function__(func, (DualTensor,), args, kwargs)
     _refuse_unfollowable_writes(func, args, writes)
+    if func in BODIES:
+        try:
+            return BODIES[func](functools.partial(_alone, func), _primal_of, *args, **kwargs)
+        except ProbeError:
+            raise
+        except Exception as error:
+            _raise_if_the_models_own(func, args, kwargs)
+            raise EngineRefusal(f"the op {name_of(func)!r} is not followed here ({first_line(error)})") from error
     body = None if writes else body_of(func)
     if body is not None:
         try:
@@ -255,9 +265,20 @@ def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
             raise
         except Exception:  # then as one op: below, which also finds whose fault it is
             pass
+    return _alone(func, *args, **kwargs)
+
+
+def _primal_of(value: Any) -> Tensor:
+    return value.primal if isinstance(value, DualTensor) else value
+
+
+def _alone(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """One op by its derivative in torch, or its refusal by name."""
+    if not any(map(_is_dual, tree_leaves((args, kwargs)))):
+        return func(*args, **kwargs)
     _note("fallback", func)
     try:
-        return _by_torch(func, args, kwargs, writes)
+        return _by_torch(func, args, kwargs, mutates(func, args, kwargs))
     except EngineRefusal as error:
         _raise_if_the_models_own(func, args, kwargs)
         _note("refused", func)
@@ -323,8 +344,7 @@ def _exchanged_back(target: Tensor, dual: Any, keep: bool) -> None:
 def _refuse_out(func: Any, kwargs: Any) -> None:
     if kwargs.get("out") is not None:
         raise EngineRefusal(
-            f"the op {name_of(func)!r} writes to out=, which cannot carry tangents.\n"
-            "Use its return value in the model, or measure with engine='vjp'."
+            f"the op {name_of(func)!r} writes to out=, which cannot carry tangents.\nUse its return value in the model."
         )
 
 

@@ -11,6 +11,7 @@ from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.estimators.base import Estimator, ProductCount, from_singular_values, resolution
 from torchgeom_probe.jacobian.jacobians import Jacobians
 from torchgeom_probe.jacobian.plan import Plan
+from torchgeom_probe.jacobian.vjp import flat
 from torchgeom_probe.linalg.directions import basis
 from torchgeom_probe.linalg.gram import Factor, singular_values, streamed_factor
 from torchgeom_probe.linalg.moments import frame_moments
@@ -114,7 +115,7 @@ def _by_rows(jacobians: Jacobians) -> dict[str, Factor]:
         for entry, n in plan.features.items():
             plan.refuse_too_long(entry, plan.num_inputs, n)
             factor = streamed_factor(
-                lambda start, stop, entry=entry: back.rows(entry, start, stop).flatten(2),  # type: ignore[misc]
+                lambda start, stop, entry=entry: flat(back.rows(entry, start, stop)),  # type: ignore[misc]
                 count=n,
                 length=plan.num_inputs,
                 at_once=plan.directions_at_once(n, jacobians.inputs.size),

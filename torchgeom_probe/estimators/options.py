@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 from torch import nn
-from tqdm import tqdm
 
 from torchgeom_probe.errors import LayerRefusal, ProbeError
 from torchgeom_probe.estimators.along import Along
@@ -19,6 +18,7 @@ from torchgeom_probe.model.hooked import Transform
 from torchgeom_probe.model.inputs import Inputs, Wrt
 from torchgeom_probe.model.isolation import Mode
 from torchgeom_probe.model.layers import LayerSpec
+from torchgeom_probe.progress import tqdm
 from torchgeom_probe.report import LayerGeometry
 from torchgeom_probe.shapes import Tensor
 

@@ -10,7 +10,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from torchgeom_probe.dual.followed import COPIES, inside_a_custom_function, storage_of
-from torchgeom_probe.dual.ops import CONSTANT, DETACHES, ESCAPES, METADATA, body_of, meaning_of, reads_bits, smooth
+from torchgeom_probe.dual.ops import (
+    CONSTANT,
+    DETACHES,
+    ESCAPES,
+    METADATA,
+    as_called,
+    body_of,
+    meaning_of,
+    reads_bits,
+    smooth,
+)
 from torchgeom_probe.model.hooked import HookedModel
 from torchgeom_probe.model.inputs import Inputs
 from torchgeom_probe.model.isolation import frozen, keep_numbers
@@ -38,7 +48,7 @@ class Cuts(TorchFunctionMode):
         self._open: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, known = kwargs or {}, meaning_of(func)
+        kwargs, known = as_called(func, kwargs), meaning_of(func)
         if func == _SET_DATA:
             self._refuse_other_memory(*args)
         if func == _GET_DATA and type(args[0]) is nn.Parameter:

@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from torchgeom_probe.dual.followed import Followed, has_tangent
+from torchgeom_probe.dual.ops import as_called
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.jacobian.fused import START, Seer, Sink
 from torchgeom_probe.model.hooked import HookedModel
@@ -66,15 +67,14 @@ def refuse_threads(hooked: HookedModel, inputs: Inputs) -> None:
 
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = as_called(func, kwargs)
             if threading.get_ident() == own:
                 used.append(any(map(made_elsewhere, tree_leaves((args, kwargs)))))
-                return super().__torch_function__(func, types, args, kwargs or {})
+                return super().__torch_function__(func, types, args, kwargs)
             name = getattr(func, "__name__", "")
-            writes = (
-                name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in (kwargs or {})
-            )
+            writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs
             used.append(writes)  # into what may be no tensor of this kind
-            out = super().__torch_function__(func, types, args, kwargs or {})
+            out = super().__torch_function__(func, types, args, kwargs)
             for leaf in tree_leaves(out):
                 if isinstance(leaf, Noting):
                     leaf.elsewhere = True

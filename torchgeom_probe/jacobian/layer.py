@@ -13,7 +13,7 @@ import torch
 from torchgeom_probe.dual.rules.convolution import KnownPrimals
 from torchgeom_probe.errors import EngineRefusal, ProbeError
 from torchgeom_probe.jacobian.jacobians import EngineName, Jacobians
-from torchgeom_probe.jacobian.vjp import Pullback
+from torchgeom_probe.jacobian.vjp import Pullback, flat
 from torchgeom_probe.linalg.directions import basis
 from torchgeom_probe.linalg.gram import Factor, streamed_factor
 from torchgeom_probe.shapes import Float, Tensor
@@ -115,7 +115,7 @@ class LayerJacobian:
         place = [among.index(sample) for sample in samples]
         cotangents[:, place] = vectors_SbN.transpose(0, 1).to(plan.dtype)
         parts = cotangents.split(plan.directions_at_once(count, len(among)))
-        pulled = torch.cat([back.pull(self.entry, part).flatten(2)[:, place].double() for part in parts])
+        pulled = torch.cat([flat(back.pull(self.entry, part))[:, place].double() for part in parts])
         self.products += count
         return pulled.transpose(0, 1) * self._scale
 
@@ -126,7 +126,7 @@ class LayerJacobian:
 
         def rows(start: int, stop: int) -> Tensor:
             if by_rows:
-                return self._saved.whole.rows(self.entry, start, stop).flatten(2)
+                return flat(self._saved.whole.rows(self.entry, start, stop))
             like = torch.empty(self.batch, 0, dtype=plan.dtype, device=self.device)
             return self._pushed(basis(start, stop, plan.space, like=like))
 

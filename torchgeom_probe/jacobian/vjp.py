@@ -36,6 +36,11 @@ def refused(error: Exception) -> EngineRefusal:
     )
 
 
+def flat(directions: Tensor) -> Tensor:
+    """[k, B, *space] → [k, B, d]; of a number a sample d is 1."""
+    return directions.reshape(*directions.shape[:2], -1)
+
+
 class Pullback:
     """The saved primal pass: ``features[entry]`` [c·B, n] with their graph back to ``point`` [c·B, *space].
 
@@ -202,9 +207,9 @@ def _by_second_derivative(back: Pullback, entry: str, tangents: Tensor) -> Tenso
 
 def _by_rows(back: Pullback, entry: str, tangents: Tensor) -> Tensor:
     count = back.features[entry].shape[1]
-    tangents = tangents.flatten(2)
+    tangents = flat(tangents)
     parts = [
-        torch.einsum("nbd,kbd->kbn", back.rows(entry, i, min(i + _ROWS_AT_ONCE, count)).flatten(2), tangents)
+        torch.einsum("nbd,kbd->kbn", flat(back.rows(entry, i, min(i + _ROWS_AT_ONCE, count))), tangents)
         for i in range(0, count, _ROWS_AT_ONCE)
     ]
     return torch.cat(parts, dim=2)

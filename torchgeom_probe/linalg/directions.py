@@ -134,4 +134,5 @@ class HasDirections:
             )
         found = found[:, :k] if k else found[:, :most]
         signs = found.gather(2, found.abs().argmax(2, keepdim=True)).sign()
-        return (signs * found).transpose(0, 1).unflatten(2, self.input_shape)
+        found = (signs * found).transpose(0, 1)
+        return found.reshape(*found.shape[:2], *self.input_shape)

@@ -17,6 +17,7 @@ from operator import attrgetter, is_
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.identities import CONTAINERS, MISSING
@@ -30,7 +31,17 @@ _FRAMEWORKS |= {"tensorboard", "torchgeom_probe", "jaxtyping", "beartype", "pyte
 _FRAMEWORKS |= {"huggingface_hub", "requests", "urllib3", "filelock", "packaging", "yaml", "psutil"}
 _FRAMEWORKS |= {f"{name}{version}" for name in ("httpx", "httpcore") for version in ("", "2")}
 _FRAMEWORKS |= {"matplotlib", "pandas", "sympy"}
-_HOLDERS = ("types", "collections", "argparse", "queue", "weakref", "_weakrefset", "_thread", "torch.distributions")
+_HOLDERS = (
+    "types",
+    "collections",
+    "argparse",
+    "queue",
+    "weakref",
+    "_weakrefset",
+    "_thread",
+    "torch.distributions",
+    "torch.quasirandom",
+)
 #: Numbers of Python's own that are written to in place.
 NUMBERS = (bytearray, array.array)
 CALLABLES: tuple[Any, ...] = (
@@ -101,6 +112,48 @@ def resolved(imported: Iterable[str], package: str | None) -> list[str]:
     return [importlib.util.resolve_name(name, relative) for name in imported if package or not name.startswith(".")]
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its numbers lie in memory as its shape and strides say, and its class has no ideas of its own."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
+
+
+def parts(tensor: Tensor) -> list[Tensor]:
+    """Plain tensors in whose memory the numbers of another kind (sparse, nested, a subclass) lie; none if unknown."""
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), contextlib.suppress(Exception):
+        whole = tensor.detach()
+        if whole.is_nested:
+            found = list(whole.unbind())
+        elif whole.layout is torch.sparse_coo:
+            found = [whole._indices(), whole._values()]
+        elif whole.layout in (torch.sparse_csr, torch.sparse_bsr):
+            found = [whole.crow_indices(), whole.col_indices(), whole.values()]
+        elif whole.layout in (torch.sparse_csc, torch.sparse_bsc):
+            found = [whole.ccol_indices(), whole.row_indices(), whole.values()]
+        else:
+            found = [whole.as_subclass(Tensor)] if whole.data_ptr() else []
+        return [part for part in found if is_plain(part)]
+    return []
+
+
+def let_learn(tensors: list[Tensor], learn: list[bool]) -> None:
+    """Say again which tensors require a gradient; what a pass with gradients has written to is made a leaf.
+
+    Raises:
+        ProbeError: it is a view of a tensor that was written to.
+    """
+    for tensor, learns in zip(tensors, learn, strict=True):
+        try:
+            if tensor.requires_grad and not learns and not tensor.is_leaf:
+                tensor.detach_()
+            tensor.requires_grad_(learns)
+        except RuntimeError as error:
+            raise ProbeError(
+                f"the forward pass writes what depends on the input to a view of {list(tensor.shape)}, which cannot be "
+                "put back.\n"
+                "Write under torch.no_grad(), or to the tensor that it is a view of"
+            ) from error
+
+
 def memory(tensor: Tensor) -> Tensor:
     """What lies in memory of a tensor: not conjugated, without the axes along which it only repeats (``expand``)."""
     if tensor.is_conj():
@@ -160,6 +213,25 @@ def versions(tensors: list[Tensor]) -> list[int]:
         return list(map(attrgetter("_version"), tensors))
     except RuntimeError:  # tensors of inference mode have none
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def put_numbers(tensors: list[Tensor], numbers: list[Tensor], versions_then: list[int], *, plain: bool) -> None:
+    """Copy numbers back to where they lay; ``plain``: :func:`memory` of each is itself.
+
+    Through .data, and the versions set back: a backward pass that the user has still to make is untouched.
+    """
+    kept = list(zip(tensors, numbers, versions_then, strict=True))
+    counted = [(tensor, own) for tensor, own, version in kept if version >= 0]
+    moved = [(tensor, version) for tensor, _, version in kept if version >= 0 and tensor._version != version]
+    with _disable_current_modes(), torch.no_grad():
+        if counted:  # torch takes no empty list
+            into = [tensor.data if plain else memory(tensor.data) for tensor, _ in counted]
+            torch._foreach_copy_(into, [own for _, own in counted])
+        for tensor, version in moved:
+            torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+        for tensor, own in [(tensor, own) for tensor, own, version in kept if version < 0]:
+            with torch.inference_mode():
+                memory(tensor).copy_(own)
 
 
 def value_of(variable: contextvars.ContextVar[Any]) -> Any:

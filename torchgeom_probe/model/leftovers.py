@@ -19,6 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from torchgeom_probe.dual.ops import as_called
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.model.kinds import attributes_of
 from torchgeom_probe.model.state import State
@@ -68,9 +69,10 @@ class _Made(TorchFunctionMode):
         self._made: list[weakref.ref[Any]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = as_called(func, kwargs)
+        out = func(*args, **kwargs)
         if func != _GRADIENT:  # that was there before
-            given = {id(a) for a in (*args, *(kwargs or {}).values())}  # an op in place makes nothing
+            given = {id(a) for a in (*args, *kwargs.values())}  # an op in place makes nothing
             self._made += [
                 weakref.ref(leaf)
                 for leaf in ([out] if isinstance(out, Tensor) else tree_leaves(out))

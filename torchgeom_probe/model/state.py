@@ -143,9 +143,18 @@ class State:
 
     def keep(self, container: Any) -> None:
         """Keep what another container holds now as well."""
+        copied, watched, versions = len(self._tensors), len(self._watched), self._watched_versions
         self._container(container, _DEPTH)
         while self._due:
             self._look(*self._due.pop())
+        new, seen = self._tensors[copied:], self._watched[watched:]
+        self._learn[copied:copied] = map(_LEARNS, new)
+        self._learn += map(_LEARNS, seen)
+        self._versions += kinds.versions(new)
+        gradients = list(map(_GRADIENT, seen))
+        self._gradients += gradients
+        more = kinds.versions([g for g in gradients if g is not None])
+        self._watched_versions = [*versions[:watched], *kinds.versions(seen), *versions[watched:], *more]
 
     def keep_numbers(self, parameter: Tensor) -> bool:
         """Keep a parameter's numbers as well, as a buffer's are; whether that was new."""
@@ -184,8 +193,7 @@ class State:
         for put in self._moving:
             put()
         if list(map(_LEARNS, self.tensors)) != self._learn:
-            for tensor, learns in zip(self.tensors, self._learn, strict=True):
-                tensor.requires_grad_(learns)
+            kinds.let_learn(self.tensors, self._learn)
         if not all(map(is_, map(_GRADIENT, self._watched), self._gradients)):
             for tensor, gradient in zip(self._watched, self._gradients, strict=True):
                 tensor.grad = gradient
@@ -193,7 +201,8 @@ class State:
             np.copyto(array, numbers)
         for _, set_state, state in self._generators if generators else ():
             set_state(state)
-        self._put_numbers_back()
+        if self._tensors:
+            kinds.put_numbers(self._tensors, self._numbers, self._versions, plain=self._plain)
         for iterator, position in self._iterators:
             kinds.set_position(iterator, position)
         now = self._versions_of_watched()
@@ -203,23 +212,6 @@ class State:
 
     def _lying(self, tensors: list[Tensor]) -> list[Tensor]:
         return tensors if self._plain else list(map(kinds.memory, tensors))
-
-    def _put_numbers_back(self) -> None:
-        if not self._tensors:
-            return
-        # Through .data, and the versions set back: a backward pass that the user has still to make is untouched.
-        kept = list(zip(self._tensors, self._numbers, self._versions, strict=True))
-        plain = [(tensor, numbers) for tensor, numbers, version in kept if version >= 0]
-        moved = [(tensor, version) for tensor, _, version in kept if version >= 0 and tensor._version != version]
-        with _disable_current_modes(), torch.no_grad():
-            if plain:  # torch takes no empty list
-                into = self._lying([tensor.data for tensor, _ in plain])
-                torch._foreach_copy_(into, [numbers for _, numbers in plain])
-            for tensor, version in moved:
-                torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
-            for tensor, numbers in [(tensor, numbers) for tensor, numbers, version in kept if version < 0]:
-                with torch.inference_mode():
-                    kinds.memory(tensor).copy_(numbers)
 
     # The walk: a method for each kind of thing that holds state, found by _how.
 
@@ -239,6 +231,7 @@ class State:
 
     def _module(self, module: nn.Module, depth: int) -> None:
         attributes = vars(module)
+        self.identities.other(type, module)
         self._keep(attributes)
         inner = module._modules, module._parameters, module._buffers
         for value in attributes.values():
@@ -255,6 +248,8 @@ class State:
             if parameter is not None:
                 self._watched.append(parameter)
                 self._attributes(parameter)
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            self._copy(module.weight)  # the rows that are looked up are shortened in place
         for buffer in inner[2].values():
             if buffer is not None and id(buffer) not in self._seen:
                 self._copy(buffer)
@@ -366,18 +361,19 @@ class State:
 
     def _tensor(self, tensor: Tensor, depth: int) -> None:
         self.light &= tensor.grad_fn is None
-        if type(tensor) is not Tensor or tensor.is_meta or tensor.layout is not torch.strided or tensor.is_nested:
+        if tensor.is_meta:
             return
-        large = tensor.untyped_storage().nbytes() > _LARGE_BYTES
+        large = kinds.is_plain(tensor) and tensor.untyped_storage().nbytes() > _LARGE_BYTES
         self._watched.append(tensor) if large else self._copy(tensor)
         self._attributes(tensor)
 
     def _copy(self, tensor: Tensor) -> None:
         self._seen.add(id(tensor))
-        self._tensors.append(tensor)
-        self._plain &= kinds.memory(tensor) is tensor
-        self._numbers.append(kinds.memory(tensor.detach()).clone())
-        self.light &= tensor.numel() * tensor.element_size() <= _LIGHT_BYTES
+        for part in [tensor] if kinds.is_plain(tensor) else kinds.parts(tensor):
+            self._tensors.append(part)
+            self._plain &= kinds.memory(part) is part
+            self._numbers.append(kinds.memory(part.detach()).clone())
+            self.light &= part.numel() * part.element_size() <= _LIGHT_BYTES
 
     def _attributes(self, tensor: Tensor) -> None:
         self._look(vars(tensor), _DEPTH) if vars(tensor) else self.identities.empty.append(vars(tensor))

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from torchgeom_probe.errors import ProbeError, optional
 from torchgeom_probe.files import digest, finite_or_null, write_atomically, write_json
 from torchgeom_probe.monitor.monitor import Monitor
 from torchgeom_probe.monitor.writers import writers_of
+from torchgeom_probe.progress import tqdm
 from torchgeom_probe.reproduce.settings import Say, Settings
 from torchgeom_probe.shapes import Float, Int, Tensor
 from torchgeom_probe.slices.result import SliceScan

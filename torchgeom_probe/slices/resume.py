@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import nn
-from tqdm import tqdm
 
 from torchgeom_probe.errors import ProbeError
 from torchgeom_probe.files import decoded, digest, encoded, write_atomically, write_json
 from torchgeom_probe.probe import GeometryProbe
+from torchgeom_probe.progress import tqdm
 from torchgeom_probe.shapes import Tensor
 
 #: Tensors by name, and what JSON can hold: the contents of one file.
