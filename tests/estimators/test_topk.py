@@ -415,7 +415,10 @@ def test_a_sample_that_is_done_costs_no_more_pushes():
     together = _measured(model, x, k=3, method="krylov", seed=2)
     first, flat, third = together.num_products.tolist()
     assert first == third < flat
-    assert sorted(sizes.read()[-3:]) == [1, 1, 4]  # the flat one alone; its saved pass holds it for each of a block
+    rows = sizes.read()
+    alone = rows[max(i for i, count in enumerate(rows) if count in (3, 12)) + 1 :]
+    assert sorted(alone)[-2:] == [1, 4]  # the flat one alone; its saved pass holds it for each of a block
+    assert len(alone) >= 3
     for i in range(3):
         alone = _measured(model, x[i : i + 1], k=3, method="krylov", seed=2)
         assert alone.num_products.item() == together.num_products[i].item()

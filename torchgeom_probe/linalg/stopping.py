@@ -15,8 +15,8 @@ the k wanted after the j-th half-step.  Four bounds on the error of a_j; the sma
   complement says of the k largest eigenvalues of g, which are at least S_k², that
     λ_i(g) ≤ λ_i(Θ + RᵀR/(S_k² − μ)),  i ≤ k.
   μ is not known: it is taken to be (S_{j+1} + |r_{j+1}|)².  Every split j is tried and the best one used.
-  The last two count only where residuals are small, in two half-steps in a row: large ones bound the distance to SOME
-  singular value, not to the one of the same number.
+  The last two count only where residuals are small, in two half-steps in a row, and the values have gained no more
+  since than they say: large residuals bound the distance to SOME singular value, not to the one of the same number.
 
 **What neither residuals nor progress can see** is a further copy of a multiple value: b random vectors meet b copies of
 it and no more.  Where b Ritz values in a row agree and rest, what hidden copies could add is part of the bound; where
@@ -48,6 +48,9 @@ _UNLUCKY = 1e-3
 #: second, in two half-steps in a row.
 _CREDIBLE = 1e-3
 _CLOSE = 0.03
+#: Where fewer values are wanted, so many must be close: among values that are close together one of which the start
+#: knows little is missed at first, those below it rest in its place, and others move.
+_FEW = 8
 
 #: As many Ritz values as the block has vectors are crowded where they agree within the first number; or within the
 #: second, if they agree ten times better than with the next value.
@@ -205,7 +208,7 @@ class Verdict:
         self._highest = torch.minimum(self._highest, highest)
         self._highest = torch.where(self._highest < logs[:, 0], torch.inf, self._highest)  # one case in a thousand
         below_top = torch.where(total.isnan(), torch.inf, k * self._highest - total)
-        close = self._by_residuals(before_Sc, residuals_Scb, complete)
+        close = self._by_residuals(values_Sc, before_Sc, residuals_Scb, complete)
         credible = close.isfinite()
         close = torch.where(credible & (self._credible | known), close, torch.inf)
         self._credible = credible
@@ -266,7 +269,7 @@ class Verdict:
         possible = (growth <= allowed.clamp_min(1e-300).log()[..., None] / 2).all(1).sum(1)
         return torch.where(possible < len(above), above[possible.clamp_max(len(above) - 1)].log1p() / 2, torch.inf)
 
-    def _by_residuals(self, values_Sc: Tensor, residuals_Scb: Tensor, complete: Tensor) -> Tensor:
+    def _by_residuals(self, now_Sc: Tensor, values_Sc: Tensor, residuals_Scb: Tensor, complete: Tensor) -> Tensor:
         """[S], the linear and the quadratic bound, the smaller value by value; inf where they do not count."""
         k, count = self.k, min(values_Sc.shape[1], max(self.k + 1, self.block) + 2 * self.block)
         if count < k or (count == k and not bool(complete.any())):
@@ -280,7 +283,10 @@ class Verdict:
         linear = torch.where(zero, torch.where(complete[:, None] & (slack <= floor), 0.0, torch.inf), linear)
         quadratic = torch.where(zero, torch.inf, _quadratic_error(values, residuals, zero)) if count > k else linear
         error = torch.minimum(linear, quadratic)
-        credible = ((error < _CREDIBLE * _LN10) & (linear < _CLOSE)).all(1)
+        # What the values have gained since refutes a smaller error.
+        gained = (now_Sc[:, :k] / wanted.clamp_min(1e-300)).clamp_min(1.0).log() > error + 16 * self.eps
+        others = residuals.norm(dim=2)[:, k:_FEW] < _CLOSE * values[:, k:_FEW].clamp_min(floor)
+        credible = ((error < _CREDIBLE * _LN10) & (linear < _CLOSE) & (zero | ~gained)).all(1) & others.all(1)
         return torch.where(credible, (1 + 1 / k) * error.sum(1), torch.inf)  # of few values each counts
 
     def _hidden_copies(self, now_Sc: Tensor, values_Sc: Tensor, residuals_Scb: Tensor) -> tuple[Tensor, Tensor]:
