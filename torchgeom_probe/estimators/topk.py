@@ -50,7 +50,8 @@ class TopK(Estimator):
     Neither sees further copies of a multiple singular value, of which a block of b vectors meets b.  So where ``block``
     values agree to 1e-3 (or agree ten times better than with the next one), what hidden copies could add is part of the
     bound; where that is too much, the sample starts again from k + 2 vectors.  Nor do gains tell of a value whose
-    vector has a small part in the start: what such a one could add, but for one start in a thousand, is counted too.
+    vector has a small part in the start: what such a one could add, but for one start in a thousand, is counted too;
+    and residuals count where those of eight values at least are small, and no value has gained more since.
 
     A push ends with its layer, a pull begins there; the first push is one for all layers.  From an earlier report
     (``start=``; a monitor hands its last one) the random start is pushed first, as then: how far its products have
