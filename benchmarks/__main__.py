@@ -46,21 +46,27 @@ TABLES = (
 
 
 def measured(name: str, settings: Settings, *, page: Path | None, resume: bool) -> None:
-    """Run one table, printing it as it grows; with a page each line is on it as soon as it is known."""
+    """Run one table, printing it as it grows; on the page it takes the place of the old one at its end.
+
+    One that resumes is there line by line.
+    """
     module: ModuleType = importlib.import_module(f"benchmarks.{name}")
     under = circumstances(settings, getattr(module, "METHOD", None))
-    if page is not None and resume and getattr(module, "RESUMES", False):
+    resumes = getattr(module, "RESUMES", False)
+    if page is not None and resume and resumes:
         settings = replace(settings, finished=finished(page, name, under))
     print(f"\n## {module.TITLE}\n", flush=True)
     head = [f"## {module.TITLE}", "", module.NOTE.strip(), "", under, ""]
-    lines: list[str] = []
+    lines, left = list[str](), list[str]()
     for line in module.table(settings):
         print(line, flush=True)
         lines.append(line)
         same = settings.finished[:1] == tuple(lines[:1])  # the same columns
         left = [row for row in settings.finished[2:] if same and not row.startswith((*_keys(lines), "| **"))]
-        if page is not None:
+        if page is not None and resumes:
             written(page, name, "\n".join([*head, *lines, *left]))
+    if page is not None:
+        written(page, name, "\n".join([*head, *lines, *left]))
     if page is not None and name == "replay":  # the page's figure
         save(figure([*lines, *left]), page.parent / "gallery" / "replay.png")
 

@@ -24,19 +24,14 @@ Shares of draws in which `boundary_study` prints p < 0.05, with two standard err
 end it would be too eager. Eight sigmoid networks (64-512-10) trained on scikit-learn's digits decide, over up to 100
 pairs of held-out digits each (50 for the planted effect).
 
-- "random field": in place of a layer's log-volume a Gaussian field over R⁶⁴ whose covariance is exp(−r²/2ℓ²), ℓ in
-  units of the median distance of two digits (the nearest one is at 0.36 of it), and another one in place of
-  the untrained network's.
-- "two classes": the same fields, of networks that tell only odd digits from even ones; their units are clusters of the
-  samples. Boundaries lie nearer to one class than to the other, so a field that changes from class to class has a
-  contrast by itself: `mirror` regresses it out ("raw mirror": without that).
-- `same_class`: of a volume, here the field itself, against points of one class; of "untrained" and "foreign" that of a
-  frame of one direction.
-- "untrained": the layer is of an untrained network, `initial` of another one; the boundaries are a trained network's.
-- "foreign": a trained network and its own initial state, at the boundaries of another that memorised random labels.
-- "planted": 0.1 nats at the boundary, exp(−(m/w)²) of it at margin m, w half of the median margin; added to a random
-  field of 0.15 nats (ℓ = 0.35), no untrained network. Here a high share is good.
-- "bare peak": l(t*) minus the mean of its neighbours at t* ± 0.2, which the package does not offer: the reason why.
+- "random field": in place of log-volumes Gaussian fields over R⁶⁴ of covariance exp(−r²/2ℓ²), ℓ in units of the median
+  distance of two digits. "two classes": the same, of networks that tell odd digits from even ones; `mirror` regresses
+  out what changes from class to class ("raw mirror": without that).
+- `same_class`: of a volume, here the field itself, against points of one class.
+- "untrained": another untrained network is `initial`, a trained one decides. "foreign": a trained network and its own
+  initial state, at the boundaries of one that memorised random labels.
+- "planted": 0.1 nats at the boundary, in a random field of 0.15 nats; here a high share is good. "bare peak": l(t*)
+  minus the mean of its neighbours, which the package does not offer: the reason why.
 
 The second table is what the test says of these networks themselves, as units (`compare_networks`): nats, trained minus
 untrained, with 95 % intervals."""

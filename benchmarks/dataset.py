@@ -22,14 +22,14 @@ from benchmarks.timing import Settings
 
 TITLE = "A whole data set"
 NOTE = """\
-JPEG files of crops of photographs, five stages, `Subspace(k)`, loading in the same process. CPU seconds of the loader
-alone, of a plain pass over loaded batches, of `measure_dataset` with everything; "rows": what it takes beside loading,
-over as many plain rows ((1 + k) and one for the prediction). "two": one process's CPU seconds over those of the slower
-of two that share the run. "foreseen": the CPU time over what `probe.cost(loader)` said.
+JPEG crops of photographs, five stages, `Subspace(k)`, loading in the same process. CPU seconds of the loader alone, of
+a plain pass over loaded batches, of `measure_dataset`; "rows": what it takes beside loading, over as many plain rows.
+"two": one process's CPU seconds over those of the slower of two that share the run. "foreseen": CPU time over
+`probe.cost(loader)`'s.
 
-Below it a computation, no measurement: ImageNet-1k (1.28 million images of 224², k = 8), a plain row taking its
-floating-point operations (ResNet-50 8.2e9, ViT-B/16 35e9) at an assumed 2.7e13 a second (40 % of an H100's float32
-peak), "rows" as measured here, loading that keeps up, n GPUs n times as fast."""
+Below it a computation, no measurement: ImageNet-1k (1.28 million images of 224², k = 8), a plain row of 8.2e9
+(ResNet-50) or 35e9 (ViT-B/16) operations at an assumed 2.7e13 a second, "rows" as measured here, loading that keeps up,
+n GPUs n times as fast."""
 METHOD = "CPU time of the process, smallest of the turns"
 
 _FLOPS = {"ResNet-50": 8.2e9, "ViT-B/16": 35e9}

@@ -21,10 +21,9 @@ from benchmarks.timing import Settings
 
 TITLE = "The direction felt most, against plenoptic"
 NOTE = """\
-`Directions(1)` and plenoptic's `Eigendistortion` by its power method, on two models of plenoptic (a part of the
-photograph "camera" of scikit-image, float64): CPU seconds, once; products Jv or Jᵀu, counted; λ = σ², and the sine of
-the angle to the first singular vector of the whole Jacobian, beside our own bound on it. Of plenoptic the largest
-eigenvalue alone (`synthesize` goes on to the smallest), to its own criterion of 1e-7 or 1000 iterations."""
+`Directions(1)` and plenoptic's `Eigendistortion` by its power method (to its own criterion of 1e-7, or 1000
+iterations), on two models of plenoptic, a part of scikit-image's "camera", float64: CPU seconds, once; products Jv or
+Jᵀu; λ = σ², and the sine of the angle to the first singular vector of the whole Jacobian, beside our bound on it."""
 METHOD = "CPU time of the process, once"
 #: Name → its side in pixels, and what makes it of plenoptic's ``models``.
 MODELS: dict[str, tuple[int, Callable[[Any, int], Any]]] = {

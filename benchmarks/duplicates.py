@@ -16,14 +16,11 @@ from torchgeom_probe.reproduce.data import PHOTOGRAPHS, reduced
 
 TITLE = "Duplicates: a metric against the cosine"
 NOTE = """\
-Crops of ten photographs, each augmented twice (efficientnet-lite0 with its ImageNet weights, 96²).  A pair is a
-duplicate where both are augmentations of one crop; the other pairs are crops of different photographs and different
-crops of one.  AUC of four scores over all pairs, with the 95 % interval of a bootstrap over photographs:
-
-- cosine: of the pooled features Φ(a), Φ(b);
-- distance: |Φ(a) − Φ(b)|;
-- metric: the length of the straight line from a to b in the pulled-back metric, √((b−a)ᵀg(b−a)), mean of both ends;
-- tangent distance: the least |Φ(a) + J_a T_a s − Φ(b)| over s, T_a two shifts, brightness and contrast of a."""
+Crops of ten photographs, each augmented twice (efficientnet-lite0 with its ImageNet weights, 96²). A pair is a
+duplicate where both are of one crop. AUC over all pairs, with the 95 % interval of a bootstrap over photographs, of:
+the cosine of the pooled features; their distance; "metric", the length of the straight line from a to b in the
+pulled-back metric, √((b−a)ᵀg(b−a)), mean of both ends; "tangent distance", the least |Φ(a) + J_a T_a s − Φ(b)| over s,
+T_a two shifts, brightness and contrast of a."""
 METHOD = "no times but one process"
 
 _SCORES = ("cosine", "distance", "metric", "tangent distance")

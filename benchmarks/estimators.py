@@ -20,10 +20,10 @@ from torchgeom_probe.linalg.gram import inner_products
 
 TITLE = "What each estimator costs, and how far off it is"
 NOTE = """\
-One small convolutional GELU network at initialisation, its features pooled to n numbers. "products": Jv and Jᵀu per
-sample (a whole Jacobian: min(n, d)); for the curvatures, directional derivatives. "error": the largest against the
-exact value of that row's estimand, by float64 singular values (nats; relative for a trace and a curvature). "claimed":
-the estimator's own bound (≤) or standard error (±). "budget": memory given, over the Jacobian's size."""
+One small convolutional GELU network at initialisation, its features pooled to n numbers. "products": Jv and Jᵀu a
+sample (for the curvatures, directional derivatives). "error": the largest against the exact value of that row's
+estimand, in float64. "claimed": the estimator's own bound (≤) or standard error (±). "budget": memory given, over the
+Jacobian's size."""
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,11 @@ from torchgeom_probe.reproduce.data import PHOTOGRAPHS, reduced
 
 TITLE = "What a frame is sensitive to"
 NOTE = """\
-Spearman's rank correlation over 30 crops of ten photographs (those of the wheels of scikit-image and scikit-learn), at
-three blocks of each network, early / middle / late: with tr g (`Trace(probes=64)`), with the effective volume
-`TopK(10)`, and of a quantity on two seeds.  A row whose first column is near 1 says what `scale` says; one whose third
-column is low says mostly what its own frame is.  The data frame has no seed: its directions are those of the batch.
-"seconds" are CPU seconds for all crops and blocks.
-
-Networks: efficientnet-lite0 with its ImageNet weights, crops at 96²; the paper's CIFAR ResNet with 18 layers, crops at
-32², after 150 steps of AdamW on other crops of the same photographs; and the same at its initialisation."""
+Spearman's rank correlation over 30 crops of ten photographs, at an early / middle / late block: with tr g
+(`Trace(probes=64)`), with the effective volume `TopK(10)`, and of two seeds. A row whose first column is near 1 says
+what `scale` says; one whose third is low says mostly what its own frame is. "seconds": CPU, for all crops and blocks.
+Networks: efficientnet-lite0 with its ImageNet weights (96²), and a CIFAR ResNet-18 (32²) after 150 steps on other crops
+of the same photographs, and at initialisation."""
 METHOD = "CPU time of the process, once"
 
 _ROWS = {

@@ -29,18 +29,14 @@ from torchgeom_probe.model.isolation import measuring
 
 TITLE = "On a GPU"
 NOTE = """\
-The limit is a plain float32 forward pass without gradients over (1 + k)·B samples, TF32 off, as in the first table;
-every other time is one over the limit's, by the wall, the device waited for. "TF32" and "bf16" are the same plain pass
-in these precisions.
+Times over the limit's (a plain float32 forward pass without gradients over (1 + k)·B samples, TF32 off), by the wall.
+"TF32" and "bf16" are that pass in these precisions.
 
-- "pass": one dual pass, up to five stages hooked and reduced to their Gram matrices, TF32 off. "measure":
-  `GeometryProbe.measure(x)`.
-- "graph": that pass captured once in a `torch.cuda.CUDAGraph` and replayed; beside it how far its log-volumes are from
-  the eager ones (nats), and how far from them after every weight was multiplied by 1.01 (a replay that does not follow
-  the weights would be wrong).
-- "TF32 pass": the eager pass with TF32 on, and its error (nats). "memory": peak of a pass over that of the limit.
-- "error": log-volumes of `measure(x)` in float32 against float64 on the CPU, two samples (nats); first on the card,
-  then on the CPU."""
+- "pass": one dual pass, up to five stages. "measure": `GeometryProbe.measure(x)`. "graph": that pass captured once in a
+  `torch.cuda.CUDAGraph`; beside it how far its log-volumes are from the eager ones (nats), and after every weight was
+  multiplied by 1.01 (a replay has to follow the weights).
+- "TF32 pass": with TF32 on, and its error (nats). "memory": peak over that of the limit. "error": `measure(x)` in
+  float32 against float64 on the CPU (nats), on the card, then on the CPU."""
 COLUMNS = (
     "model", "B, k", "limit [ms]", "TF32", "bf16", "pass", "measure", "graph", "graph: error", "follows weights",
     "TF32 pass", "TF32: error", "memory", "error: GPU", "error: CPU",

@@ -19,16 +19,16 @@ from torchgeom_probe.model.isolation import measuring
 
 TITLE = "Against other libraries"
 NOTE = """\
-`curvlinops` has matrix-free Jacobians by a model's PARAMETERS. The input is made a parameter here (a module that
-returns model(self.x)). One sample, the pooled features of the last stage. The last column is our time, with planning,
-over curvlinops': below 1 is faster. First and last results must agree.
+`curvlinops` has matrix-free Jacobians by a model's parameters, so the input is made one. One sample, the pooled
+features of the last stage; the last column is our time, planning included, over its. The results agree, or the run
+stops.
 
-- "k directions": log √det VᵀgV, `JacobianLinearOperator @ V` and a QR, against `Subspace(8)`.
-- "trace": `hutchinson_squared_fro(Jᵀ, 16)` against `Trace("hutchinson", probes=16)`.
-- "top singular values": 4, to a relative 1e-3: `scipy.sparse.linalg.svds` on its operator, against `TopK(k=4)`.
+- "k directions": `JacobianLinearOperator @ V` and a QR, against `Subspace(8)`. "trace": `hutchinson_squared_fro(Jᵀ,
+  16)` against `Trace("hutchinson", probes=16)`. "top singular values": 4, to 1e-3, `scipy.sparse.linalg.svds` on its
+  operator, against `TopK(k=4)`.
 
-`nngeometry` 0.4 leaves an input that is a parameter out of its layers, without a word; `backpack-for-pytorch` and
-`laplace-torch` are about parameters and were not run."""
+`nngeometry` 0.4 leaves such an input out of its layers, without a word; `backpack-for-pytorch` and `laplace-torch` are
+about parameters and were not run."""
 
 MODELS = ("resnet18", "vit_tiny_patch16_224", "efficientnet_b0")
 QUICK = ("test_resnet",)

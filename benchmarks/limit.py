@@ -23,17 +23,14 @@ from torchgeom_probe.model.stages import stage_layers
 
 TITLE = "The dual pass against the limit"
 NOTE = """\
-The limit is a plain forward pass without gradients over (1 + k)·B samples: as many rows as the dual pass moves over B
-samples and k directions. Every other column is a time over the limit's.
+Times over the limit's: a plain forward pass without gradients over (1 + k)·B samples, as many rows as the dual pass
+moves over B samples and k directions.
 
-- "dual pass": one pass, hooked at the output. "measure": `GeometryProbe(model, layers=[up to five stages],
-  estimator=Subspace(k)).measure(x)`, planned before the clock.
-- "vmap(jvp)", "loop of jvp": `torch.func.jvp` over the k directions, with and without `vmap`.
-- "jacfwd": per sample, of u ↦ model(x + Vᵀu) at u = 0, then `slogdet` of the smaller Gram matrix: the output alone.
-- "jacrev": per sample, of the 10 outputs, then the same: the output alone, which is the one layer so narrow.
+- "dual pass": hooked at the output. "measure": `GeometryProbe.measure(x)`, up to five stages, planned before the clock.
+- "vmap(jvp)", "loop of jvp": `torch.func.jvp` over the directions. "jacfwd": per sample, of u ↦ model(x + Vᵀu), then
+  `slogdet`. "jacrev": per sample, of the 10 outputs. All of the output alone.
 
-The results agree to 1e-9 in float64, or the run stops. All but the limit run without fused attention kernels, which
-have no forward derivative. A dash: torch cannot run it on this model."""
+The results agree to 1e-9 in float64, or the run stops. A dash: torch cannot run it on this model."""
 
 #: family → (size of the input image, arguments of timm.create_model)
 FAMILIES: dict[str, tuple[int, dict[str, int]]] = {

@@ -14,9 +14,8 @@ from benchmarks.timing import Settings
 TITLE = "log det(g + εI) to one per cent"
 NOTE = """\
 Products (Jv and Jᵀu) of `LogDet(eps=…, tol=…)` for two standard errors of 1 % of |log det(JJᵀ + εI)|, λ_1 = 1, at n =
-512 and d = 3072, for three spectra of singular values: 10^(−i/4), 1/i and those of a Gaussian matrix. "hindsight" is
-the smallest number with which a grid search over steps and probes reached the same without deflation; here steps,
-probes and deflation are chosen on the way, with at least four probes.  The whole Jacobian takes 512: where the end is
+512 and d = 3072, for singular values 10^(−i/4), 1/i and those of a Gaussian matrix. "hindsight": the fewest with which
+a grid search over steps and probes reached the same, without deflation. The whole Jacobian takes 512: where the end is
 not in sight at that price the value is exact."""
 
 #: spectrum → ε relative to λ_1 → products that a search with hindsight needed

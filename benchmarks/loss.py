@@ -14,17 +14,13 @@ from benchmarks.timing import Settings, smallest
 
 TITLE = "Geometry in a training loss"
 NOTE = """\
-A step (forward, loss, backward) with a penalty on ‖J‖² of one output layer ("one") or of all hooked layers at once
-("all"), as a multiple of the plain step; in eval mode, so that every method can run.
+A step (forward, loss, backward) with a penalty on ‖J‖² of one output layer ("one") or of all hooked layers ("all"), as
+a multiple of the plain step; in eval mode, so that every method can run.
 
-- "pushforward": ours.
-- "Hoffman": k random output projections, a backward with `create_graph` for each layer and projection, and the backward
-  through it (Hoffman, Roberts and Yaida, arXiv:1908.02729).
-- "jvp": `torch.func.jvp`, k times, then backward; "vmap": the same under one `torch.func.vmap`.
-- "double vjp": `torch.autograd.functional.jvp(create_graph=True)`, k times.
+- "pushforward": ours. "Hoffman": k random output projections, a backward with `create_graph` for each layer and
+  projection (arXiv:1908.02729). "jvp": `torch.func.jvp`, k times, then backward; "vmap": under one vmap. "double vjp":
+  `torch.autograd.functional.jvp(create_graph=True)`, k times.
 - "saved": bytes that autograd keeps between forward and backward, one layer, pushforward over Hoffman.
-
-Attention runs as torch's MATH kernel in all but the plain step and ours, since the others cannot differentiate another.
 
 Second table: relative error of the penalty's parameter gradient in float64, against an exact one (every row of J by a
 backward with `create_graph`, once), at the models' own initialisation. nan: it raised."""

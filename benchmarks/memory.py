@@ -26,13 +26,9 @@ from torchgeom_probe.model.isolation import measuring
 TITLE = "Peak memory"
 METHOD = "peak of one run after a run to warm up, each in a process of its own"
 NOTE = """\
-How far memory rises in one run above model, inputs and directions, over the same rise in a plain forward pass without
-gradients over (1 + k)·B rows. "1 layer", "50 layers" (or all that there are): hooked, `estimator=Subspace(k)`.
-"vmap(jvp)" and "loop of jvp" keep the output's tangents alone.
-
-On the CPU: resident memory (`VmHWM`, reset before the run; malloc gives large blocks back at once), with what the
-kernels of oneDNN and BLAS take; in brackets the tensors alive, counted op by op. On CUDA
-`torch.cuda.max_memory_allocated`."""
+How far memory rises in one run above model, inputs and directions, over that of a plain forward pass without gradients
+of (1 + k)·B rows; "50 layers": or all that there are. "vmap(jvp)" and "loop of jvp" keep the output's tangents alone.
+On the CPU resident memory (`VmHWM`), in brackets the tensors alive; on CUDA `torch.cuda.max_memory_allocated`."""
 
 #: (model, B, k)
 CASES = [

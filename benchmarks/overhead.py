@@ -17,12 +17,9 @@ from benchmarks.timing import Settings, smallest
 
 TITLE = "What a monitor costs a training"
 NOTE = """\
-First table: training steps (forward, backward, SGD) without a monitor, and with one whose probe is not due, and their
-ratio: 1, up to the clock's noise, since hooks sit on the model only while a probe runs. Then the monitor's own work
-after a step, timed alone, and its share.
-
-Second table: training with `max_overhead=0.02` and charts. "share, by the wall": time inside of `monitor.step()` over
-the run's, by a clock of its own; "reported": `monitor.overhead`."""
+First table: training steps without a monitor and with one whose probe is not due, in ms, and the monitor's own work
+after a step, timed alone. Second: a training with `max_overhead=0.02` and charts; "share, by the wall": time inside of
+`monitor.step()` by a clock of its own; "reported": `monitor.overhead`."""
 
 METHOD = "first table: process time, smallest of ten turns for each of the others' one; second: wall time of one run"
 

@@ -17,10 +17,9 @@ from benchmarks.timing import Settings
 TITLE = "Does it help? A trace penalty on two data sets of digits"
 NOTE = """\
 Networks (d-128-128-10, tanh, Adam, batches of 64) trained with cross entropy plus `tgp.penalty(step, {output:
-strength}, "trace")`, k = 1 by signs, J of the logits by the input (pixels in 0 … 1), `normalize=False`. Means over
-seeds with 95 % intervals of Student's t: accuracy on held-out digits, expected calibration error (15 bins), and the
-median ℓ2 radius at which foolbox's DDN attack (100 steps) changes the prediction of 100 held-out digits. The strengths
-were chosen before the first run: 0 and three powers of ten."""
+strength}, "trace")`, k = 1 by signs, `normalize=False`. Means over seeds with 95 % intervals: accuracy on held-out
+digits, expected calibration error (15 bins), and the median ℓ2 radius at which foolbox's DDN attack (100 steps) changes
+the prediction of 100 held-out digits. The strengths were chosen before the first run: 0 and three powers of ten."""
 METHOD = "means over seeds"
 
 STRENGTHS = (0.0, 1e-4, 1e-3, 1e-2)

@@ -17,12 +17,12 @@ from torchgeom_probe import GeometryProbe, ProbeError, Subspace
 
 TITLE = "A report, over a plain forward pass"
 NOTE = """\
-Everything that `probe.measure(x)` takes, up to five stages hooked, `estimator=Subspace(k)`, over the time of a plain
-forward pass without gradients over (1 + k)·B rows: **below 1.00 a report of B samples and k directions costs less than
-that pass.** "replay": what a live probe does from its third report of a shape on (a training, a scan, a data set).
-"eager": `replay=False`, and `tgp.measure(model, x)`. "bf16": replay with `precision="bf16"`; a dash: refused, a layer
-would be off by more than 0.02 nats. The 1st, 2nd, 4th, 8th … replay is audited, takes the time of both, and is left
-out. Where MKL beats oneDNN, replay is eager's own calls without their Python."""
+All of `probe.measure(x)`, up to five stages hooked, `estimator=Subspace(k)`, over a plain forward pass without
+gradients of (1 + k)·B rows: **below 1.00 a report of B samples and k directions costs less than that pass.** "replay":
+a live probe from its third report of a shape on. "eager": `replay=False`, and `tgp.measure(model, x)`. "bf16": replay
+with `precision="bf16"`; a dash: refused, a layer would be off by more than 0.02 nats. The audited replays (1st, 2nd,
+4th, 8th …) take the time of both and are left out. Where MKL beats oneDNN, replay is eager's own calls without their
+Python."""
 RESUMES = True
 
 SHAPES = [(8, 2), (2, 4), (2, 16), (1, 64)]

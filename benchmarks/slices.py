@@ -18,10 +18,9 @@ from torchgeom_probe.estimators.topk import paper_pool
 TITLE = "Maps over a plane: four blocks in one scan, against a full Jacobian a block"
 NOTE = """\
 Seconds per point of figure 4's plane, four blocks of a CIFAR ResNet-34 with GELU a quarter as wide as the paper's. The
-authors' method: for each block, pool its output to 512 features, full Jacobian by
-`torch.autograd.functional.jacobian(create_graph=True)`, singular values. The others are one `scan()` each, prediction
-and entropy included; "slice tangents" is another quantity, the area magnification on the plane. "all 512" agrees with
-the authors' to 1e-3 nats a singular value, or the run stops. "authors / this": ratio of times per point."""
+authors' method: a full Jacobian of 512 pooled features a block. The others are one `scan()` each, prediction and
+entropy included; "slice tangents" is another quantity, the area magnification on the plane. "all 512" agrees with the
+authors' to 1e-3 nats a singular value, or the run stops."""
 
 BLOCKS = ("layer1", "layer2", "layer3", "layer4")
 

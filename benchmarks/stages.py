@@ -19,13 +19,12 @@ from torchgeom_probe.model.isolation import measuring
 TITLE = "Four stages of a ResNet-34: one probe against a Jacobian for each"
 METHOD = "process time (wall time on a GPU) of one run"
 NOTE = """\
-The paper's network (CIFAR ResNet-34, GELU), one 32 × 32 sample, d = 3072; each stage average-pooled to 512 features, as
-the authors do. Seconds, for the Jacobian of each stage and for all four; singular values agree, or the run stops.
+The paper's network (CIFAR ResNet-34, GELU), one 32 × 32 sample, each stage average-pooled to 512 features; seconds. The
+singular values agree, or the run stops.
 
 - "sequential Jacobian": the authors' way, `torch.autograd.functional.jacobian(..., create_graph=True)` a stage, then
-  `svdvals`. "vmap(vjp)": for each stage `torch.func.vmap` of the pullback over 64 rows at a time.
-- "Exact": `Exact()`, all four stages at once or one alone. "Exact, forward": with `engine="fused"`, 3072 directions.
-- "512 forward rows": one dual pass over 512 directions, for the price of a forward row beside a reverse one."""
+  `svdvals`. "vmap(vjp)": a stage at a time, 64 rows at once.
+- "Exact": `Exact()`; "forward": with `engine="fused"`, 3072 directions. "512 forward rows": one dual pass over 512."""
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 #: Average pooling of each stage: [64, 32, 32], [128, 16, 16], [256, 8, 8], [512, 4, 4] → 512 features.

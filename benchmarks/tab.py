@@ -19,12 +19,10 @@ from torchgeom_probe.report import GeometryReport, LayerGeometry
 
 TITLE = "TensorBoard's Geometry tab"
 NOTE = """\
-A log of 12 layers × 64 samples × 16 singular values, 1000 probes. "write": CPU time of one `TensorBoardWriter.write`, a
-mean. "index": the walk through the files of a server that has just started, CPU time; "again": after one more probe.
-The rest by the wall, in a headless Chromium over a real server: "first paint" from asking for the tab until all is
-drawn, server fresh or indexed; "click" on another layer and step until the samples are drawn. The smallest of three
-servers, six pages, 27 clicks (their median in brackets): on a busy machine no other says much. "server": peak memory
-above the same TensorBoard with an empty folder."""
+A log of 12 layers × 64 samples × 16 singular values, 1000 probes. "write": one `TensorBoardWriter.write`. "index": the
+walk through the files by a server that has just started; "again": after one more probe. By the wall, in a headless
+Chromium: "first paint", server fresh or indexed; "click" until the samples are drawn. The smallest of three servers,
+six pages, 27 clicks (their median in brackets). "server": peak memory above the same TensorBoard on an empty folder."""
 
 METHOD = "CPU time of the process where it is ours, by the wall where somebody waits, the smallest"
 

@@ -33,16 +33,13 @@ from torchgeom_probe.errors import first_line
 
 TITLE = "The zoo"
 NOTE = """\
-Models of other libraries from small configurations with random weights; constant parameters get noise, running
-statistics come from noise. Two samples, two directions, `layers="auto"` and the output; token models from their
-embedding (`source=`).
+Models of other libraries, small configurations, random weights and statistics. Two samples, two directions,
+`layers="auto"` and the output; token models from their embedding.
 
 - "error": singular values of `measure(x)` against this script's own central differences in float64, relative to the
-  largest; the worst sample of the worst layer, the best of several steps. Above 1e-5 it is wrong, unless below 1e-2
-  and `torch.func.jvp` agrees to 1e-9: then no step was short enough.
-- "check": whether `check(x)` says OK, in float32.
-- "time": `measure(x)` over a plain forward pass of as many rows: of miniatures, so mostly Python; the first table has
-  real sizes."""
+  largest; the worst sample and layer. Above 1e-5 it is wrong, unless below 1e-2 where `torch.func.jvp` agrees to 1e-9.
+- "check": whether `check(x)` says OK, in float32. "time": `measure(x)` over a plain pass of as many rows; of
+  miniatures, so mostly Python."""
 SAMPLES = DIRECTIONS = TURNS = 2
 #: Of the size of the input: too long a step crosses kinks, too short a one rounds.
 STEPS = (1e-5, 1e-7, 1e-8)
