@@ -55,7 +55,7 @@ def test_every_section_of_a_classifier_of_pictures(page, tmp_path):
     assert set(sections["Invariances"]["1"]) == {"shift", "zoom", "flip", "contrast", "brightness", "blur"}
     # A shift of white noise is white noise: the network feels it as it feels a random direction, to a tenth.
     assert abs(sections["Invariances"]["0"]["shift"]) < 0.5
-    assert sections["Directions"]["direction_error"]["0"] < 1e-2
+    assert sections["Directions"]["direction_error"]["0"] < 5e-2  # less than three degrees
     images = runpy.run_path(str(tmp_path / "nets.py"))
     jacobian = torch.func.jacrev(lambda z: images["pictures"]()[:1](z[None])[0])(images["images"][0])
     sigma = torch.linalg.svdvals(jacobian.reshape(800, -1)) / 800**0.5

@@ -49,6 +49,8 @@ CASES = {
     "left null vector": (lambda x: torch.linalg.svd(x).U[..., -1].abs(), TALL),
     "values": (lambda x: torch.linalg.svd(x).S, points(2, 5)),
     "projector": (lambda x: (lambda n: n.mT @ n)(torch.linalg.svd(x).Vh[:, 1:2]), WIDE),
+    "by keyword": (lambda x: torch.linalg.pinv(input=x), WIDE),
+    "two by keyword": (lambda x: torch.cholesky_solve(input=x.mT, input2=x), positive()),
     "weighted l1_loss": (
         lambda x: F.l1_loss(x, x.sin(), weight=torch.arange(9).view(3, 3).double().expand_as(x), reduction="none"),
         SQUARE,
@@ -92,10 +94,12 @@ def test_one_of_several_null_vectors_is_no_function(engine):
         for name, function in {
             "one": lambda x: torch.linalg.svd(x).Vh[:, -1],
             "values": lambda x: torch.linalg.svd(x).S,
+            "others": lambda x: torch.linalg.svd(x).Vh[:, :2].abs(),
         }.items()
     }
     assert measured["one"].isnan().all()
     assert measured["values"].isfinite().all()
+    assert not measured["others"].isnan().any()
 
 
 def test_every_body_is_of_an_op_that_is_there():
@@ -122,3 +126,42 @@ def test_no_other_function_of_torch_loses_an_argument_on_the_way():
     not_computed_with = ["__dlpack__", "dim_order", "_handle_torch_function_and_wrap_type_error_to_not_implemented"]
     lost = {name: arguments for name, arguments in lost.items() if name not in not_computed_with}
     assert lost == {function.__name__: {name} for function, name in LEFT_OUT.items()}
+
+
+def test_complex_matrices_of_which_the_diagonal_is_read_as_real():
+    x = points(3, 6)
+
+    def function(x):
+        z = torch.complex(x[..., :3], x[..., 3:])
+        return torch.linalg.eigvalsh(z), torch.linalg.cholesky(z @ z.mH + z + z.mT + 9 * torch.eye(3)).abs()
+
+    for part in (0, 1):
+        steps = 1e-6 * torch.eye(18, dtype=torch.float64).view(18, 3, 6)
+        differences = [(function(x + s)[part] - function(x - s)[part]).flatten(1) / 2e-6 for s in steps]
+        expected = torch.linalg.svdvals(torch.stack(differences, 2))
+        model = Called(lambda x, part=part: function(x)[part])
+        found = tgp.measure(model, x, layers="", estimator="exact", normalize=False)[""].singular_values
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_of_what_is_right_in_its_first_derivative_alone_are_refused():
+    model = nn.Sequential(nn.Linear(3, 3).double())
+    for function in (lambda x: torch.linalg.svd(x).Vh[:, -1], lambda x: torch.linalg.pinv(x, rtol=0.5)):
+        model.forward = lambda x, function=function: function(nn.Sequential.forward(model, x))
+        with pytest.raises(tgp.ProbeError, match="has no gradient of its derivative here"):
+            tgp.pushforward(model, points(2, 3) if "svd" in str(function.__code__.co_names) else SQUARE, k=1)
+
+
+@pytest.mark.parametrize("engine", ["fused", "functorch", "vjp"])
+def test_inside_of_transforms_of_the_models_own(engine):
+    x = points(2, 3)
+    for function in (
+        lambda x: torch.func.vmap(torch.linalg.pinv)(x),
+        lambda x: torch.func.vmap(torch.func.grad(lambda z: z.sin().sum()))(x),
+    ):
+        model = Called(function)
+        steps = 1e-6 * torch.eye(6, dtype=torch.float64).view(6, 2, 3)
+        differences = [(function(x + s) - function(x - s)).flatten(1) / 2e-6 for s in steps]
+        expected = torch.linalg.svdvals(torch.stack(differences, 2))
+        found = tgp.measure(model, x, layers="", estimator="exact", normalize=False, engine=engine)[""].singular_values
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)

@@ -530,3 +530,74 @@ def test_a_class_weight_that_depends_on_x_is_refused_in_every_engine(engine):
 
     with pytest.raises(tgp.ProbeError, match="drops the derivative of 'nll_loss'"):
         tgp.measure(Weighted(), torch.randn(3, 4), layers="", estimator="exact", engine=engine)
+
+
+class _WrongAside(torch.autograd.Function):
+    """x/|x| whose derivative is right along x, where it is 0, and nowhere else."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x / x.norm(dim=1, keepdim=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_forward(*inputs)
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        (x,) = ctx.saved_tensors
+        return tangent - x * (x * tangent).sum(1, keepdim=True) / x.square().sum(1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient - x * (x * gradient).sum(1, keepdim=True) / x.square().sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_check_does_not_look_along_x_alone(seed):
+    class Aside(nn.Module):
+        def forward(self, x):
+            return _WrongAside.apply(x)
+
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    assert not tgp.GeometryProbe(Aside(), layers="").check(x, seed=seed).ok
+
+
+class _HalfMore(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_forward(*inputs)
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return ctx.saved_tensors[0].cos() * tangent
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 1.5 * ctx.saved_tensors[0].cos() * gradient
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_check_sees_a_wrong_backward_at_small_inputs(size, dtype):
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 5, dtype=dtype)
+
+        def forward(self, x):
+            return _HalfMore.apply(self.a(x))
+
+    torch.manual_seed(0)
+    assert not tgp.GeometryProbe(Biased(), layers="").check(size * torch.randn(3, 4, dtype=dtype)).ok

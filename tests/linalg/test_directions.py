@@ -55,9 +55,9 @@ def test_data_that_span_too_little_are_refused_with_what_they_span():
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_no_direction_is_what_randn_of_the_same_seed_is(k):
     """Or x would be its own direction, to which every normalisation is blind."""
-    x = torch.randn(4, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(4, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = x / x.norm(dim=1, keepdim=True)
-    frame = orthonormal_frame(k, 40, seed=0)
-    start = random_block(MatrixOperator(torch.eye(40, dtype=torch.float64)[None]), k, torch.Generator().manual_seed(0))
+    frame = orthonormal_frame(k, 48, seed=0)
+    start = random_block(MatrixOperator(torch.eye(48, dtype=torch.float64)[None]), k, torch.Generator().manual_seed(0))
     for rows in (frame, start[0]):
         assert (rows @ x.T).norm(dim=0).max() < 0.7

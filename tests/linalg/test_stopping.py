@@ -160,17 +160,20 @@ def test_nor_after_a_warm_start(kind):
 
 
 @pytest.mark.parametrize("spike", [30.0, 1e6])
-@pytest.mark.parametrize("most", [12, 400])
+@pytest.mark.parametrize("most", [4, 12, 400])
 def test_one_value_far_above_the_others_is_not_bounded_by_a_mean_of_the_start(spike, most):
     """A start with a small part along it, and there are such, has seen next to nothing of it."""
-    d, sigma = 90, torch.tensor([spike] + [0.9**i for i in range(50)], dtype=torch.float64)
+    outside, d, sigma = 0, 90, torch.tensor([spike] + [0.9**i for i in range(50)], dtype=torch.float64)
     for seed in range(200):
         turned = problems.orthonormal(d, 51, torch.Generator().manual_seed(1000 + seed)).T
         jacobian, generator = MatrixOperator((sigma[:, None] * turned)[None]), torch.Generator().manual_seed(seed)
         options = {"block": 4, "tolerance": 1e-2, "max_products": most, "generator": generator}
         found = leading(jacobian, random_block(jacobian, 4, generator), k=1, **options)
         error = (sigma.max().log() - found.values[0, 0].log()).item()
-        assert -1e-9 <= error <= found.bound.item() + 1e-9, seed
+        assert error >= -1e-9
+        assert found.bound >= 0
+        outside += error > found.bound.item() + 1e-9
+    assert outside <= (most == 4)  # of 200: one start in a thousand knows less of it than is counted on
 
 
 #: a few values close together, of which the start may know one hardly, above others

@@ -1,6 +1,7 @@
 """Gradients through every op of torch's own table in a pass that keeps a graph, and what is refused for cause."""
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -196,6 +197,15 @@ def test_a_length_of_zero_leaves_the_gradients_finite(function):
 )
 def test_a_constant_exponent_and_a_written_whole_have_a_gradient(function):
     assert judged_gradient(function, (torch.linspace(-2, 2, 12, dtype=torch.float64).view(3, 4),), {}).kind == "equal"
+
+
+def test_the_slope_of_sinc_near_zero_has_all_its_digits():
+    at = torch.tensor([1e-9, 1e-6, 1e-4, 1e-2], dtype=torch.float64)
+    with dual_pass():
+        slope = torch.sinc(DualTensor(torch.stack([at, torch.ones_like(at)]))).buffer[1]
+    v = math.pi * at
+    series = -math.pi * v / 3 * (1 - v**2 / 10 + v**4 / 280 - v**6 / 15120)
+    torch.testing.assert_close(slope, series, rtol=1e-13, atol=0)
 
 
 #: where formulas of slopes cancel, divide by 0 or saturate

@@ -545,6 +545,11 @@ def test_an_assert_that_pytest_rewrote_leads_to_no_state_of_pytest():
 
 OTHER_KINDS = {
     "sparse": (lambda: torch.eye(2).to_sparse(), lambda t: t._values().add_(1), torch.Tensor.to_dense),
+    "sparse, other parts": (
+        lambda: torch.eye(2).to_sparse(),
+        lambda t: t.add_(torch.ones(2, 2).to_sparse()),
+        torch.Tensor.to_dense,
+    ),
     "compressed": (lambda: torch.eye(2).to_sparse_csr(), lambda t: t.values().add_(1), torch.Tensor.to_dense),
     "nested": (
         lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
@@ -600,6 +605,23 @@ def test_what_depends_on_x_written_into_a_tensor_of_the_model_is_put_back_and_st
         assert tgp.measure(model, x, layers="", estimator="topk:2")[""].value.isfinite().all()
     assert not model.seen.any()
     assert model.seen.is_leaf
+
+
+def test_a_view_into_which_x_is_written_is_as_it_was():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = torch.zeros(128, 4)[:64]
+
+        def forward(self, x):
+            self.seen[: len(x)].copy_(x)
+            return x.sin()
+
+    model = Remembers()
+    assert tgp.measure(model, torch.randn(3, 4), layers="")[""].value.isfinite().all()
+    assert tgp.measure(model, torch.randn(3, 4), layers="", estimator="topk:2")[""].value.isfinite().all()
+    assert not model.seen.any()
+    assert not model.seen.requires_grad
 
 
 def test_an_object_of_torch_that_counts_is_as_it_was_and_whole():

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from torchgeom_probe.dual.bodies import BODIES
+from torchgeom_probe.dual.bodies import BODIES, Way
 from torchgeom_probe.dual.ops import (
     DETACHES,
     ESCAPES,
@@ -59,6 +59,7 @@ class Followed(TorchFunctionMode):
         self._free = WeakTensorKeyDictionary()
         # Where the tensors are that carry one: a constant in their memory was cut off in C++, where no mode sees it.
         self._memory: dict[int, StorageWeakRef] = {}
+        self._level = max(map(torch._C._functorch.maybe_get_level, start), default=-1)
         self._remember(list(start))
 
     def carries(self, tensor: Any) -> bool:
@@ -95,7 +96,9 @@ class Followed(TorchFunctionMode):
             )
         if func in _GRADIENT_HOOKS:
             return _NoHook()  # the user's own: a measurement is no training
-        body = functools.partial(BODIES[func], func, _constant) if func in BODIES else body_of(func)
+        body = body_of(func)
+        if func in BODIES:
+            body = functools.partial(BODIES[func], Way(func, _constant, _asked if self.reverse else _undefined))
         if body is not None and func not in self._open:  # Tensor.unflatten asks for itself
             self._open.append(func)
             try:
@@ -129,6 +132,8 @@ class Followed(TorchFunctionMode):
 
     def _refuse_alias(self, func: Any, constants: list[Tensor]) -> None:
         for tensor in constants if self._memory else ():
+            if torch._C._functorch.maybe_get_level(tensor) > self._level:
+                continue  # of a transform of the model's own
             storage = storage_of(tensor)
             held = None if storage is None else self._memory.get(storage.data_ptr())
             copied = tensor.is_nested  # torch.nested.nested_tensor(h) is seen by no mode
@@ -177,6 +182,20 @@ def _constant(value: Any) -> Tensor:
     """Of numbers that carry a derivative a copy that carries none, and that no op takes for a cut."""
     with torch._C.DisableTorchFunction():
         return value.detach().clone()
+
+
+def _undefined(value: Any) -> Any:
+    """The same, with a tangent of nan."""
+    nothing = value - _constant(value)
+    return value + (nothing.abs() if nothing.is_complex() else nothing).abs().sqrt()
+
+
+def _asked(value: Any) -> Any:
+    """The same, with a gradient of nan where one is asked for: a cotangent that is zero asks for nothing."""
+    with torch._C.DisableTorchFunction():
+        if value.requires_grad:
+            value.register_hook(lambda u: torch.where(u == 0, u, torch.nan))
+    return value
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from torchgeom_probe.dual.bodies import BODIES
+from torchgeom_probe.dual.bodies import BODIES, Way
 from torchgeom_probe.dual.followed import inside_a_custom_function
 from torchgeom_probe.dual.graph import CUSTOM_FUNCTION, refuse_unfollowed, refuse_wrong
 from torchgeom_probe.dual.one_op import OneOp
@@ -251,7 +251,8 @@ def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
     _refuse_unfollowable_writes(func, args, writes)
     if func in BODIES:
         try:
-            return BODIES[func](functools.partial(_alone, func), _primal_of, *args, **kwargs)
+            way = Way(functools.partial(_alone, func), _primal_of, _undefined, current_pass().graph)
+            return BODIES[func](way, *args, **kwargs)
         except ProbeError:
             raise
         except Exception as error:
@@ -270,6 +271,10 @@ def _unfused(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _primal_of(value: Any) -> Tensor:
     return value.primal if isinstance(value, DualTensor) else value
+
+
+def _undefined(x: Any) -> Any:
+    return DualTensor(torch.cat([x.buffer[:1], torch.full_like(x.buffer[1:], torch.nan)]))
 
 
 def _alone(func: Any, *args: Any, **kwargs: Any) -> Any:

@@ -26,22 +26,27 @@ _TOLERANCE = {torch.float64: 3e-3, torch.float32: 5e-2}
 _ROUNDED = 0.3
 
 
-def difference_errors(jacobians: Jacobians, v: Tensor, pushed: Mapping[str, Tensor]) -> tuple[dict[str, float], float]:
-    """Entry → |D − Jv| relative to the larger, D the central difference along v [B, *space]; and what is tolerated.
-
-    Both in float64 if the model runs in it, whatever its own type: rounding then has no part in it.  ``pushed``: Jv in
-    the model's own type, which must be near.
-    """
-    wide = _widened(jacobians)
-    found: dict[str, Tensor] = {}
+def in_float64(jacobians: Jacobians, v: Tensor, pushed: Mapping[str, Tensor]) -> tuple[Jacobians, dict[str, Tensor]]:
+    """The same in float64, and Jv in it; in the model's own type, and ``pushed``, where it does not run in float64."""
+    wide, found = _widened(jacobians), dict[str, Tensor]()
     try:
-        base = _features(wide, starting_point(wide.hooked, wide.inputs))
+        _features(wide, starting_point(wide.hooked, wide.inputs))
         wide.push(v.double()[None], lambda entry, blocks: found.update({entry: torch.cat(blocks, dim=2)[0]}))
     except Exception:  # a type written down somewhere inside
-        wide, found = jacobians, dict(pushed)
-        base = _features(wide, starting_point(wide.hooked, wide.inputs))
+        return jacobians, dict(pushed)
+    return wide, found
+
+
+def difference_errors(
+    wide: Jacobians, v: Tensor, pushed: Mapping[str, Tensor], found: Mapping[str, Tensor]
+) -> tuple[dict[str, float], float]:
+    """Entry → |D − Jv| relative to the larger, D the central difference along v [B, *space]; and what is tolerated.
+
+    Both in float64 if the model runs in it, whatever its own type (:func:`in_float64`): rounding then has no part in
+    it.  ``pushed``: Jv in the model's own type, which must be near; ``found``: in that of ``wide``.
+    """
     point = starting_point(wide.hooked, wide.inputs)
-    v = v.to(point.dtype)
+    base, v = _features(wide, point), v.to(point.dtype)
     size = point.norm() / v.norm() if point.any() else 1 / v.norm()
     errors, settled = dict.fromkeys(pushed, torch.inf), dict.fromkeys(pushed, torch.inf)
     spread, before = dict.fromkeys(pushed, torch.inf), dict[str, tuple[Tensor, Tensor]]()

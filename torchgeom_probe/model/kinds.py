@@ -118,13 +118,13 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def parts(tensor: Tensor) -> list[Tensor]:
-    """Plain tensors in whose memory the numbers of another kind (sparse, nested, a subclass) lie; none if unknown."""
+    """Plain tensors in whose memory its numbers lie: itself; of another kind (nested, a subclass) others, or none."""
+    if is_plain(tensor):
+        return [tensor]
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), contextlib.suppress(Exception):
         whole = tensor.detach()
         if whole.is_nested:
             found = list(whole.unbind())
-        elif whole.layout is torch.sparse_coo:
-            found = [whole._indices(), whole._values()]
         elif whole.layout in (torch.sparse_csr, torch.sparse_bsr):
             found = [whole.crow_indices(), whole.col_indices(), whole.values()]
         elif whole.layout in (torch.sparse_csc, torch.sparse_bsc):
@@ -135,17 +135,34 @@ def parts(tensor: Tensor) -> list[Tensor]:
     return []
 
 
+def putter(tensor: Tensor) -> Callable[[], None]:
+    """What makes a sparse tensor what it is now."""
+    numbers, version = tensor.detach().clone(), tensor._version
+
+    def put() -> None:
+        if tensor._version != version:
+            with _disable_current_modes(), torch.no_grad():
+                tensor.copy_(numbers)
+            torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+
+    return put
+
+
 def let_learn(tensors: list[Tensor], learn: list[bool]) -> None:
     """Say again which tensors require a gradient; what a pass with gradients has written to is made a leaf.
 
     Raises:
-        ProbeError: it is a view of a tensor that was written to.
+        ProbeError: it is a view of a tensor that was written to, and has a graph of its own.
     """
     for tensor, learns in zip(tensors, learn, strict=True):
+        if tensor.requires_grad is learns:
+            continue
         try:
-            if tensor.requires_grad and not learns and not tensor.is_leaf:
-                tensor.detach_()
-            tensor.requires_grad_(learns)
+            for one in (tensor, tensor._base):  # a view asks the tensor that it is a view of
+                if one is not None and one.requires_grad is not learns:
+                    if not learns and not one.is_leaf:
+                        one.detach_()
+                    one.requires_grad_(learns)
         except RuntimeError as error:
             raise ProbeError(
                 f"the forward pass writes what depends on the input to a view of {list(tensor.shape)}, which cannot be "

@@ -83,6 +83,7 @@ class State:
         self._tensors: list[Tensor] = []
         self._numbers: list[Tensor] = []
         self._watched: list[Tensor] = []
+        self._whole: list[Tensor] = []  # of which parts are among the tensors
         self._plain = True  # whether all tensors are what lies in memory
         self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self._others: list[Callable[[], None]] = []
@@ -108,7 +109,8 @@ class State:
 
     def _note(self) -> None:
         """Note what is beside the numbers of tensors, and moves."""
-        self._learn, self._gradients = list(map(_LEARNS, self.tensors)), list(map(_GRADIENT, self._watched))
+        self._learn = list(map(_LEARNS, [*self.tensors, *self._whole]))
+        self._gradients = list(map(_GRADIENT, self._watched))
         self._versions, self._watched_versions = kinds.versions(self._tensors), self._versions_of_watched()
 
     def _versions_of_watched(self) -> list[int]:
@@ -143,23 +145,19 @@ class State:
 
     def keep(self, container: Any) -> None:
         """Keep what another container holds now as well."""
-        copied, watched, versions = len(self._tensors), len(self._watched), self._watched_versions
+        learn = dict(zip(map(id, [*self.tensors, *self._whole]), self._learn, strict=True))
+        copied, watched = len(self._tensors), len(self._watched)
         self._container(container, _DEPTH)
         while self._due:
             self._look(*self._due.pop())
-        new, seen = self._tensors[copied:], self._watched[watched:]
-        self._learn[copied:copied] = map(_LEARNS, new)
-        self._learn += map(_LEARNS, seen)
-        self._versions += kinds.versions(new)
-        gradients = list(map(_GRADIENT, seen))
-        self._gradients += gradients
-        more = kinds.versions([g for g in gradients if g is not None])
-        self._watched_versions = [*versions[:watched], *kinds.versions(seen), *versions[watched:], *more]
+        del self._watched[watched:]  # too large for a copy, and not the model's
+        self._versions += kinds.versions(self._tensors[copied:])
+        self._learn = [learn.get(id(t), t.requires_grad) for t in (*self.tensors, *self._whole)]
 
     def keep_numbers(self, parameter: Tensor) -> bool:
         """Keep a parameter's numbers as well, as a buffer's are; whether that was new."""
         place = next((i for i, watched in enumerate(self._watched) if watched is parameter), None)
-        if place is None or id(parameter) in self._seen:
+        if place is None or id(parameter) in self._seen or not kinds.is_plain(parameter):
             return False
         self._learn.insert(len(self._tensors), self._learn[len(self._tensors) + place])
         self._versions += kinds.versions([parameter])
@@ -192,8 +190,6 @@ class State:
                 put()
         for put in self._moving:
             put()
-        if list(map(_LEARNS, self.tensors)) != self._learn:
-            kinds.let_learn(self.tensors, self._learn)
         if not all(map(is_, map(_GRADIENT, self._watched), self._gradients)):
             for tensor, gradient in zip(self._watched, self._gradients, strict=True):
                 tensor.grad = gradient
@@ -205,6 +201,7 @@ class State:
             kinds.put_numbers(self._tensors, self._numbers, self._versions, plain=self._plain)
         for iterator, position in self._iterators:
             kinds.set_position(iterator, position)
+        kinds.let_learn([*self.tensors, *self._whole], self._learn)
         now = self._versions_of_watched()
         if now != self._watched_versions:
             moved = zip(self._watched, self._watched_versions, now, strict=False)
@@ -248,8 +245,9 @@ class State:
             if parameter is not None:
                 self._watched.append(parameter)
                 self._attributes(parameter)
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-            self._copy(module.weight)  # the rows that are looked up are shortened in place
+        table = inner[1].get("weight") if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None
+        if table is not None and module.max_norm is not None:
+            self._copy(table)  # the rows that are looked up are shortened in place
         for buffer in inner[2].values():
             if buffer is not None and id(buffer) not in self._seen:
                 self._copy(buffer)
@@ -369,7 +367,12 @@ class State:
 
     def _copy(self, tensor: Tensor) -> None:
         self._seen.add(id(tensor))
-        for part in [tensor] if kinds.is_plain(tensor) else kinds.parts(tensor):
+        if not kinds.is_plain(tensor):
+            self._whole.append(tensor)
+        if tensor.layout is torch.sparse_coo:  # most of what writes to it gives it other parts
+            self._moving.append(kinds.putter(tensor))
+            self.light = False
+        for part in kinds.parts(tensor):
             self._tensors.append(part)
             self._plain &= kinds.memory(part) is part
             self._numbers.append(kinds.memory(part.detach()).clone())
