@@ -613,3 +613,28 @@ def test_the_sound_way_to_a_log_determinant():
     torch.testing.assert_close(
         scalar_curvature(features, x), torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-8
     )
+
+
+def test_null_vectors_are_refused_and_singular_values_are_not():
+    def wide(x):
+        one = torch.ones_like(x[:, 0])
+        return torch.stack(
+            [torch.stack([x[:, 0], x[:, 1], one], 1), torch.stack([x[:, 1] ** 2, x[:, 0], 2 * one], 1)], 1
+        )
+
+    x = inputs(5, 2)
+    for null in (
+        lambda A: torch.linalg.svd(A).Vh[:, -1],
+        lambda A: torch.linalg.svd(A, full_matrices=True).Vh[:, -1],
+        lambda A: torch.svd(A, False).V[..., -1],
+        lambda A: torch.svd(A, some=False).V[..., -1],
+    ):
+        with pytest.raises(ProbeError, match=r"svd of a matrix that is not square(.|\n)*full_matrices=False"):
+            scalar_curvature(lambda x, null=null: torch.cat([x, null(wide(x))], 1), x)
+    values = [
+        scalar_curvature(lambda x, S=S: torch.cat([x, S(wide(x))], 1), x)
+        for S in (torch.linalg.svdvals, lambda A: torch.linalg.svd(A, False).S, lambda A: torch.svd(A).S)
+    ]
+    assert values[0].abs().max() > 1e-3
+    for other in values[1:]:
+        torch.testing.assert_close(other, values[0])

@@ -115,12 +115,24 @@ class TwiceDifferentiable(TorchFunctionMode):
                 "qr(A).R.diagonal().abs().log().sum())."
             )
         kwargs = dict(as_called(func, kwargs))
+        if name in ("svd", "linalg_svd") and _has_null_vectors(name, *args, **kwargs):
+            raise ProbeError(
+                "the feature map calls svd of a matrix that is not square with its null vectors, which torch takes for "
+                "constants.\n"
+                "Write torch.linalg.svd(A, full_matrices=False)"
+            )
         rewritten = self._REWRITTEN.get(name)
         if rewritten is None:
             return func(*args, **kwargs)
         if "input" in kwargs:
             args = (kwargs.pop("input"), *args)
         return rewritten(*args, **kwargs)
+
+
+def _has_null_vectors(name: str, A: Tensor, said: bool | None = None, *_: Any, **options: Any) -> bool:
+    """Of ``torch.linalg.svd(A, full_matrices=True)``, or ``torch.svd(A, some=True)``."""
+    said = options.get("full_matrices" if name == "linalg_svd" else "some", said is not False)
+    return A.shape[-1] != A.shape[-2] and said is (name == "linalg_svd")
 
 
 # Step of the difference quotient relative to |x|, its tolerance relative to the second derivative.
