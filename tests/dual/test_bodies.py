@@ -55,9 +55,6 @@ CASES = {
         lambda x: F.l1_loss(x, x.sin(), weight=torch.arange(9).view(3, 3).double().expand_as(x), reduction="none"),
         SQUARE,
     ),
-    "weighted covariance": (
-        lambda x: torch.stack([torch.cov(torch.outer(r, r.sin()), aweights=r.exp()) for r in x]), SQUARE[:, 0],
-    ),
     "l1_loss by x": (lambda x: F.l1_loss(x, x.sin(), weight=x.exp(), reduction="none"), SQUARE),
 }  # fmt: skip
 

@@ -521,14 +521,17 @@ def test_a_sample_that_is_one_number(estimator, engine):
 
 
 @pytest.mark.parametrize("engine", ["auto", "functorch", "vjp"])
-def test_a_class_weight_that_depends_on_x_is_refused_in_every_engine(engine):
+@pytest.mark.parametrize("op", ["nll_loss", "cov"])
+def test_a_weight_that_depends_on_x_is_refused_in_every_engine(engine, op):
     class Weighted(nn.Module):
         def forward(self, x):
+            if op == "cov":
+                return torch.stack([torch.cov(torch.outer(r, r.sin()), aweights=r.exp()) for r in x])
             classes = torch.arange(4)
             losses = [nn.functional.nll_loss(torch.outer(r, r), classes, weight=r.exp(), reduction="none") for r in x]
             return torch.stack(losses) + x
 
-    with pytest.raises(tgp.ProbeError, match="drops the derivative of 'nll_loss'"):
+    with pytest.raises(tgp.ProbeError, match=f"drops the derivative of '{op}'"):
         tgp.measure(Weighted(), torch.randn(3, 4), layers="", estimator="exact", engine=engine)
 
 

@@ -198,7 +198,7 @@ def inplace_at(func: Any) -> int | None:
     if not inspect.isfunction(func):
         return None
     try:
-        names = list(inspect.signature(func).parameters)
+        names = list(inspect.signature(func).parameters) if inspect.isfunction(func) else ["input"]
     except ValueError:  # a wrapper of something written in C
         return None
     return names.index("inplace") if "inplace" in names else None
@@ -240,6 +240,7 @@ _OF_ARGUMENTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "F.cross_entropy F.nll_loss F.linear_cross_entropy": lambda given: given.get("weight"),
     "F.soft_margin_loss": lambda given: given.get("target"),
     "F.embedding": lambda given: None if given.get("max_norm") is None else given["weight"],
+    "cov": lambda given: given.get("aweights"),
 }
 #: ops → of the arguments by name, the one that torch takes for a constant in forward mode
 DROPPED = {op: argument for names, argument in _OF_ARGUMENTS.items() for op in ops_named(names)}

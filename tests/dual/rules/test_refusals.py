@@ -24,6 +24,7 @@ X, LABELS = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
         lambda w: F.nll_loss(X, LABELS, weight=w),
         lambda w: F.embedding(LABELS, w.expand(3, 3), None, 1.0),
         lambda w: F.soft_margin_loss(X, w),
+        lambda w: torch.cov(X.mT @ X, aweights=w),
     ],
 )
 def test_a_derivative_that_torch_drops_is_refused_in_every_engine(op: Callable[..., torch.Tensor]) -> None:
