@@ -198,7 +198,7 @@ def inplace_at(func: Any) -> int | None:
     if not inspect.isfunction(func):
         return None
     try:
-        names = list(inspect.signature(func).parameters) if inspect.isfunction(func) else ["input"]
+        names = list(inspect.signature(func).parameters)
     except ValueError:  # a wrapper of something written in C
         return None
     return names.index("inplace") if "inplace" in names else None
@@ -249,7 +249,7 @@ DROPPED = {op: argument for names, argument in _OF_ARGUMENTS.items() for op in o
 def refuse_dropped(func: Any, args: Any, kwargs: Any, carries: Callable[[Any], bool]) -> None:
     """Raise where an argument that torch drops the derivative of carries one."""
     if func in DROPPED:
-        names = list(inspect.signature(func).parameters)
+        names = list(inspect.signature(func).parameters) if inspect.isfunction(func) else ["input"]
         if carries(DROPPED[func](dict(zip(names, args, strict=False)) | kwargs)):
             raise ProbeError(
                 f"torch drops the derivative of {name_of(func)!r} by one of its arguments (a class weight, a target, a"
