@@ -535,19 +535,23 @@ def test_a_weight_that_depends_on_x_is_refused_in_every_engine(engine, op):
         tgp.measure(Weighted(), torch.randn(3, 4), layers="", estimator="exact", engine=engine)
 
 
-class _WrongAside(torch.autograd.Function):
-    """x/|x| whose derivative is right along x, where it is 0, and nowhere else."""
+class _OfItsInput(torch.autograd.Function):
+    """Its derivatives are made of what it takes."""
 
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x / x.norm(dim=1, keepdim=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_forward(*inputs)
         ctx.save_for_backward(*inputs)
+
+
+class _WrongAside(_OfItsInput):
+    """x/|x| whose derivative is right along x, where it is 0, and nowhere else."""
+
+    @staticmethod
+    def forward(x):
+        return x / x.norm(dim=1, keepdim=True)
 
     @staticmethod
     def jvp(ctx, tangent):
@@ -570,17 +574,10 @@ def test_a_check_does_not_look_along_x_alone(seed):
     assert not tgp.GeometryProbe(Aside(), layers="").check(x, seed=seed).ok
 
 
-class _HalfMore(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _HalfMore(_OfItsInput):
     @staticmethod
     def forward(x):
         return x.sin()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_forward(*inputs)
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def jvp(ctx, tangent):
@@ -604,3 +601,21 @@ def test_a_check_sees_a_wrong_backward_at_small_inputs(size, dtype):
 
     torch.manual_seed(0)
     assert not tgp.GeometryProbe(Biased(), layers="").check(size * torch.randn(3, 4, dtype=dtype)).ok
+
+
+class _NoDouble(_HalfMore):
+    @staticmethod
+    def backward(ctx, gradient):
+        if gradient.dtype == torch.float64:
+            raise ValueError("no double")
+        return 1.5 * ctx.saved_tensors[0].cos() * gradient
+
+
+def test_a_wrong_backward_is_seen_where_float64_cannot_run_it():
+    class Sine(nn.Module):
+        def forward(self, x):
+            return _NoDouble.apply(x)
+
+    checked = tgp.GeometryProbe(Sine(), layers="").check(torch.randn(3, 4))
+    assert not checked.ok
+    assert checked.adjoint_errors[""] > checked.tolerance

@@ -660,3 +660,26 @@ def test_no_thread_of_the_progress_bars_stays_behind():
     before = set(threading.enumerate())
     tgp.measure(network(), torch.randn(3, 3), layers=["2"], progress=True)
     assert set(threading.enumerate()) == before
+
+
+def test_tensors_beside_what_is_left_out_of_reach_are_kept_from_then_on():
+    """The container is found after the first pass, with a tensor of the user's in it that a later pass writes to."""
+    own = torch.zeros(7)
+    holder = collections.deque([own])
+    OUT_OF_REACH_BY_NAME["holder"] = holder
+
+    def hook(module, args, out):
+        found = globals()["OUT_OF_" + "REACH_BY_NAME"]["holder"]
+        found.append(out)
+        found[0].add_(1)
+
+    model = network()
+    model[0].register_forward_hook(hook)
+    with tgp.GeometryProbe(model, layers=["2"]) as probe:
+        with pytest.warns(UserWarning, match="taken out again"):
+            probe.measure(torch.randn(3, 3))
+        before = own.clone()
+        probe.measure(torch.randn(3, 3))
+    assert list(holder) == [own]
+    assert torch.equal(own, before)
+    del OUT_OF_REACH_BY_NAME["holder"]
